@@ -1,0 +1,34 @@
+"""fusedmlp: handwritten fused kernels for the MLP side of a transformer, each with a PyTorch
+reference.
+
+The public names live in `_api` and are loaded on first use: Triton alone takes 0.3 s to import.
+"""
+
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ._api import *  # noqa: F403
+
+
+def _load() -> dict[str, object]:
+    from . import _api
+
+    public = {name: getattr(_api, name) for name in _api.__all__}
+    globals().update(public, __all__=_api.__all__)
+    return globals()
+
+
+def __getattr__(name: str) -> object:
+    # Dunder and private probes (inspect, pickle, doctest) must not cost an import.
+    if name != "__all__" and name.startswith("_"):
+        raise AttributeError(f"module 'fusedmlp' has no attribute {name!r}")
+    try:
+        return _load()[name]
+    except KeyError:
+        raise AttributeError(f"module 'fusedmlp' has no attribute {name!r}") from None
+
+
+def __dir__() -> list[str]:
+    return sorted(_load())

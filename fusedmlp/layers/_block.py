@@ -1,0 +1,118 @@
+"""What the dense layers share: the choice between one fused call and two, and argument checks.
+
+A block is one call, `gated_mlp` or `mlp`, as long as nothing stands between its two projections.
+Active dropout does, so the block is then the first projection with its activation fused, dropout,
+and F.linear.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.gated_linear import gated_linear
+from ..ops.gated_mlp import gated_mlp
+from ..ops.linear_act import linear_act
+from ..ops.mlp import mlp
+from ..reference import Packed
+
+# Exact types: a subclass may do something in eval, or at p = 0.
+_DROPOUTS = (
+    nn.Dropout,
+    nn.Dropout1d,
+    nn.Dropout2d,
+    nn.Dropout3d,
+    nn.AlphaDropout,
+    nn.FeatureAlphaDropout,
+)
+
+
+def positive_int(owner: str, name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be an int, got {value!r}")
+    if value < 1:
+        raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
+
+
+def scaled_width(owner: str, dim: int, factor_name: str, factor: float) -> int:
+    """floor(dim * factor), the hidden width; at least 1."""
+    if not isinstance(factor, int | float) or isinstance(factor, bool):
+        raise TypeError(f"{owner}: {factor_name} must be a number, got {factor!r}")
+    if not 1 <= dim * factor < float("inf"):
+        raise ValueError(
+            f"{owner}: {factor_name} must be finite and give a hidden width of at least 1, "
+            f"got {factor} * {dim}"
+        )
+    return int(dim * factor)
+
+
+def reset_others(owner: nn.Module) -> None:
+    """Reset what `owner` holds beside its nn.Linears: a norm, an activation, a dropout module."""
+    for module in owner.modules():
+        if isinstance(module, nn.Linear) or not (module._parameters or module._buffers):
+            continue
+        reset = getattr(module, "reset_parameters", None)
+        if reset is None:
+            raise TypeError(
+                f"{type(owner).__name__}: {type(module).__name__} must have reset_parameters() to "
+                "be initialised, got a module without"
+            )
+        reset()
+
+
+def affine(owner: nn.Module, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of an nn.Linear. What a replacement adds to them would be lost: refused."""
+    if type(linear).forward is not nn.Linear.forward:
+        raise TypeError(
+            f"{type(owner).__name__}: every projection must be an nn.Linear, whose parameters are "
+            f"read without calling it, got {type(linear).__name__}; merge an adapter first"
+        )
+    return linear.weight, linear.bias  # type: ignore[return-value]
+
+
+def passes_through(dropout: nn.Module | None) -> bool:
+    """Whether calling `dropout` now would return its input unchanged."""
+    if dropout is None or type(dropout) is nn.Identity:
+        return True
+    return type(dropout) in _DROPOUTS and (not dropout.training or bool(dropout.p == 0))
+
+
+def gated_block(
+    owner: nn.Module,
+    x: Tensor,
+    gate: nn.Module,
+    up: nn.Module | None,
+    down: nn.Module,
+    dropout: nn.Module | None,
+    *,
+    activation: str,
+    packed: Packed | None = None,
+) -> Tensor:
+    """down(dropout(act(gate(x)) * up(x))); with `packed`, `gate` holds both halves, `up` none."""
+    w_gate, b_gate = affine(owner, gate)
+    w_up, b_up = (None, None) if up is None else affine(owner, up)
+    w_down, b_down = affine(owner, down)
+    if passes_through(dropout):
+        return gated_mlp(
+            x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation=activation, packed=packed
+        )
+    h = gated_linear(x, w_gate, w_up, b_gate, b_up, activation=activation, packed=packed)
+    return F.linear(dropout(h), w_down, b_down)  # type: ignore[misc]
+
+
+def plain_block(
+    owner: nn.Module,
+    x: Tensor,
+    first: nn.Module,
+    second: nn.Module,
+    dropout: nn.Module | None,
+    *,
+    activation: str,
+) -> Tensor:
+    """second(dropout(act(first(x))))."""
+    w_in, b_in = affine(owner, first)
+    w_out, b_out = affine(owner, second)
+    if passes_through(dropout):
+        return mlp(x, w_in, w_out, b_in, b_out, activation=activation)
+    h = linear_act(x, w_in, b_in, activation=activation)
+    return F.linear(dropout(h), w_out, b_out)  # type: ignore[misc]

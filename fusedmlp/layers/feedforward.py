@@ -1,0 +1,168 @@
+"""FeedForward: the position-wise block of a transformer, plain or gated.
+
+| glu_variant | y |
+|---|---|
+| none | act(x W1' + b1) W2' + b2 |
+| glu, geglu, swiglu, reglu, bilinear | (v * act(g)) W2' + b2, where [v | g] = x W1' + b1 |
+
+| tensor | shape | |
+|---|---|---|
+| x, y | (..., dim) | |
+| W1, b1 | (H, dim), (H,); gated (2 H, dim), (2 H,) | H = floor(dim * mult); value half first |
+| W2, b2 | (dim, H), (dim,) | |
+
+Dropout acts between the two projections; there is no residual. dtype: x has the parameters'
+floating dtype, which is kept (under autocast: the autocast dtype). Source: Shazeer, GLU Variants
+Improve Transformer, arXiv 2002.05202; constructor, parameter names and the order of the halves are
+mlp_utils'.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from ._activation import name_of
+from ._block import gated_block, plain_block, positive_int, reset_others, scaled_width
+from .glu import GLU, Bilinear, GeGLU, GLUBase, ReGLU, SwiGLU
+
+GLU_VARIANTS: dict[str, Callable[[int, int], GLUBase]] = {
+    "glu": GLU,
+    "geglu": GeGLU,
+    "swiglu": SwiGLU,
+    "reglu": ReGLU,
+    "bilinear": Bilinear,
+}
+_MASKED_VARIANTS = ("mglu", "mgeglu", "mswiglu", "mreglu", "mbilinear")
+
+
+class FeedForward(nn.Module):
+    """net(pre_norm(x)): two projections with an activation or a gate between them.
+
+    Args:
+        dim: width of x and y.
+        mult: hidden width over dim; may be fractional. A gated variant is not narrowed for its
+            third matrix: it has 1.5 times the parameters.
+        dropout: probability of zeroing a hidden value in training, in [0, 1].
+        activation: a class, or another callable without arguments, that makes the activation module
+            of glu_variant="none". Fused if `fusedmlp` has a kernel for what it makes (nn.GELU with
+            either `approximate`, nn.SiLU, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Identity); any other
+            module runs in PyTorch between nn.Linear calls. A gated variant brings its own; another
+            one given is not used, and says so in a UserWarning.
+        glu_variant: "none", "glu", "geglu", "swiglu", "reglu" or "bilinear", in any case.
+        pre_norm: normalise x first.
+        norm_layer: a callable that makes the norm from dim alone.
+
+    Attributes: `net`, a Sequential of [Linear, activation, Dropout, Linear] or [GLU layer, Dropout,
+    Linear]; `proj`, its first Linear; `pre_norm`, the norm or None; `glu_variant`, in lower case.
+    Every Linear has a bias and starts with Kaiming-normal weights (fan-in, relu) and zero bias.
+
+    The modules in `net` hold parameters and settings; forward reads them and does not call them
+    (dropout excepted, where it is active), so forward hooks on them do not run. Hooks on the layer
+    itself do.
+
+    Raises ValueError or TypeError for a bad argument, and TypeError in forward if a Linear in `net`
+    was replaced by something that computes something else.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        mult: float = 4,
+        dropout: float = 0.0,
+        activation: Callable[[], nn.Module] = nn.GELU,
+        glu_variant: str = "none",
+        pre_norm: bool = False,
+        norm_layer: Callable[[int], nn.Module] = nn.RMSNorm,
+    ) -> None:
+        super().__init__()
+        positive_int("FeedForward", "dim", dim)
+        hidden = scaled_width("FeedForward", dim, "mult", mult)
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"FeedForward: dropout must be in [0, 1], got {dropout}")
+        self.glu_variant = _variant(glu_variant)
+        self.pre_norm = norm_layer(dim) if pre_norm else None
+        if self.glu_variant == "none":
+            first = [nn.Linear(dim, hidden), _build_activation(activation)]
+        else:
+            first = [GLU_VARIANTS[self.glu_variant](dim, hidden)]
+            if activation is not nn.GELU:
+                warnings.warn(
+                    f"FeedForward: activation {activation!r} is not used, because glu_variant "
+                    f"{self.glu_variant!r} has its own",
+                    stacklevel=2,
+                )
+        self.net = nn.Sequential(*first, nn.Dropout(dropout), nn.Linear(hidden, dim))
+        self._init_linears()
+
+    @property
+    def proj(self) -> nn.Linear:
+        """The first projection, (H, dim) or gated (2 H, dim): a property, so no state_dict key."""
+        first = self.net[0]
+        return first.proj if isinstance(first, GLUBase) else first  # type: ignore[return-value]
+
+    def _init_linears(self) -> None:
+        for linear in (self.proj, cast(nn.Linear, self.net[-1])):
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            nn.init.zeros_(linear.bias)
+
+    def init_weights_(self) -> None:
+        """Give every parameter its initial value again, or at last on a layer built on meta.
+
+        A norm or an activation with parameters is reset by its own `reset_parameters`; raises
+        TypeError if it has none.
+        """
+        self._init_linears()
+        reset_others(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> (..., dim)."""
+        if self.pre_norm is not None:
+            x = self.pre_norm(x)
+        if self.glu_variant == "none":
+            first, act, dropout, second = self.net
+            activation = name_of(act)
+            if activation is None:
+                return self.net(x)
+            return plain_block(self, x, first, second, dropout, activation=activation)
+        glu: Any
+        glu, dropout, second = self.net
+        activation = name_of(glu.activation)
+        if activation is None:
+            return self.net(x)
+        return gated_block(
+            self, x, glu.proj, None, second, dropout, activation=activation, packed="up_gate"
+        )
+
+
+def _variant(glu_variant: str) -> str:
+    """glu_variant in lower case, if it is one that this version has."""
+    if not isinstance(glu_variant, str):
+        raise TypeError(f"FeedForward: glu_variant must be a str, got {glu_variant!r}")
+    name = glu_variant.lower()
+    if name == "none" or name in GLU_VARIANTS:
+        return name
+    available = ", ".join(("none", *GLU_VARIANTS))
+    if name in _MASKED_VARIANTS:
+        raise ValueError(
+            "FeedForward: masked variants are not available in this version; glu_variant must be "
+            f"one of {available}, got {name!r}"
+        )
+    raise ValueError(
+        f"FeedForward: Unknown GLU variant: {name}; glu_variant must be one of {available}"
+    )
+
+
+def _build_activation(activation: Callable[[], nn.Module]) -> nn.Module:
+    expected = (
+        "FeedForward: activation must be a callable that makes an nn.Module from no arguments"
+    )
+    if isinstance(activation, nn.Module) or not callable(activation):
+        raise TypeError(f"{expected}, got {activation!r}")
+    made = activation()
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"{expected}, got {activation!r}, which made {made!r}")
+    return made

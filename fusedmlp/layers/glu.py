@@ -1,0 +1,112 @@
+"""Gated linear units: h = v * act(g), where [v | g] = x W' + b.
+
+| class | act |
+|---|---|
+| GLU | sigmoid |
+| Bilinear | identity |
+| ReGLU | relu |
+| SwiGLU | silu |
+| GeGLU | gelu, exact (erf) |
+
+| tensor | shape | |
+|---|---|---|
+| x | (..., dim_in) | |
+| proj.weight | (2 * dim_out, dim_in) | rows of the value v first, rows of the gate g second |
+| proj.bias | (2 * dim_out,) | or None |
+| h | (..., dim_out) | |
+
+dtype: x has the parameters' floating dtype, which is kept (under autocast: the autocast dtype).
+Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202; the order of the halves is
+mlp_utils'.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops.gated_linear import gated_linear
+from ._activation import name_of
+from ._block import affine, positive_int, reset_others
+
+
+class GLUBase(nn.Module):
+    """v * activation(g), where [v | g] = proj(x): value half first, gate half second.
+
+    An activation that `fusedmlp` has a kernel for is fused with the projection; any other module
+    runs in PyTorch behind F.linear. The fused path reads the parameters of `proj` without calling
+    it: forward hooks on `proj` and `activation` do not run, hooks on the layer itself do.
+
+    Args:
+        dim_in: width of x.
+        dim_out: width of the result.
+        activation: an elementwise module, kept as the attribute `activation`.
+        bias: give `proj` a bias.
+
+    `proj` starts with nn.Linear's own initialisation. Raises ValueError or TypeError for a width
+    that is no positive int, and TypeError in forward if `proj` was replaced by something else than
+    an nn.Linear.
+    """
+
+    def __init__(self, dim_in: int, dim_out: int, activation: nn.Module, bias: bool = True) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        positive_int(owner, "dim_in", dim_in)
+        positive_int(owner, "dim_out", dim_out)
+        if not isinstance(activation, nn.Module):
+            raise TypeError(f"{owner}: activation must be an nn.Module, got {activation!r}")
+        self.proj = nn.Linear(dim_in, 2 * dim_out, bias)
+        self.activation = activation
+
+    def init_weights_(self) -> None:
+        """Give every parameter its initial value again, or at last on a layer built on meta.
+
+        An activation with parameters is reset by its own `reset_parameters`; raises TypeError if it
+        has none.
+        """
+        self.proj.reset_parameters()
+        reset_others(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim_in) -> (..., dim_out)."""
+        activation = name_of(self.activation)
+        w, b = affine(self, self.proj)
+        if activation is None:
+            value, gate = F.linear(x, w, b).chunk(2, -1)
+            return value * self.activation(gate)
+        return gated_linear(x, w, None, b, activation=activation, packed="up_gate")
+
+
+class GLU(GLUBase):
+    """v * sigmoid(g), where [v | g] = proj(x). Arguments as in GLUBase, activation excepted."""
+
+    def __init__(self, dim_in: int, dim_out: int, bias: bool = True) -> None:
+        super().__init__(dim_in, dim_out, nn.Sigmoid(), bias)
+
+
+class Bilinear(GLUBase):
+    """v * g, where [v | g] = proj(x). Arguments as in GLUBase, activation excepted."""
+
+    def __init__(self, dim_in: int, dim_out: int, bias: bool = True) -> None:
+        super().__init__(dim_in, dim_out, nn.Identity(), bias)
+
+
+class ReGLU(GLUBase):
+    """v * relu(g), where [v | g] = proj(x). Arguments as in GLUBase, activation excepted."""
+
+    def __init__(self, dim_in: int, dim_out: int, bias: bool = True) -> None:
+        super().__init__(dim_in, dim_out, nn.ReLU(), bias)
+
+
+class SwiGLU(GLUBase):
+    """v * silu(g), where [v | g] = proj(x). Arguments as in GLUBase, activation excepted."""
+
+    def __init__(self, dim_in: int, dim_out: int, bias: bool = True) -> None:
+        super().__init__(dim_in, dim_out, nn.SiLU(), bias)
+
+
+class GeGLU(GLUBase):
+    """v * gelu(g), where [v | g] = proj(x). Arguments as in GLUBase, activation excepted."""
+
+    def __init__(self, dim_in: int, dim_out: int, bias: bool = True) -> None:
+        super().__init__(dim_in, dim_out, nn.GELU(), bias)

@@ -1,0 +1,1 @@
+"""One file per op: shape rule, registered ops, autograd Function, public function."""

@@ -1,0 +1,115 @@
+"""h = act(g) * u, elementwise.
+
+| tensor | shape | |
+|---|---|---|
+| g, u | (..., H) | any strides; or g (..., 2H) with both halves, u = None |
+| h | (..., H) | |
+
+dtype: one floating dtype for all, kept; Triton computes in float32. Backward: du = dh * act(g), dg
+= dh * u * act'(g). Saves g and u, overwrites neither. Source: Shazeer, GLU Variants, arXiv
+2002.05202.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import _backend, _library, reference
+from .._shapes import empty_pair, rows, split_pair
+from ..kernels import gated_act as _triton
+from ..reference import Packed, halves
+from . import _check
+
+OP = "gated_act"
+
+
+def _check_pair(g: Tensor, u: Tensor) -> None:
+    if u.shape != g.shape:
+        raise ValueError(f"{OP}: u must have g's shape {tuple(g.shape)}, got {tuple(u.shape)}")
+
+
+def _fwd_fake(g: Tensor, u: Tensor, activation: str) -> Tensor:
+    _check_pair(g, u)
+    return g.new_empty(g.shape)
+
+
+def _bwd_fake(dh: Tensor, g: Tensor, u: Tensor, activation: str, packed: Packed | None) -> Tensor:
+    _check_pair(g, u)
+    return empty_pair(g, g.shape[0], g.shape[1], packed)
+
+
+# Both take matrices: g, u and dh are (M, H).
+fwd = _library.define(
+    "gated_act_fwd(Tensor g, Tensor u, str activation) -> Tensor", _triton.gated_act_fwd, _fwd_fake
+)
+bwd = _library.define(
+    "gated_act_bwd(Tensor dh, Tensor g, Tensor u, str activation, str? packed) -> Tensor",
+    _triton.gated_act_bwd,
+    _bwd_fake,
+)
+
+
+def _forward(g: Tensor, u: Tensor | None, activation: str, packed: Packed | None) -> Tensor:
+    gate, up = (g, u) if u is not None else halves(g, packed)  # type: ignore[arg-type]
+    return fwd(rows(gate), rows(up), activation).view(gate.shape)
+
+
+class GatedActFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, g: Tensor, u: Tensor | None, activation: str, packed: Packed | None
+    ) -> Tensor:
+        ctx.save_for_backward(g, u)
+        ctx.activation, ctx.packed = activation, packed
+        return _forward(g, u, activation, packed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        g, u = ctx.saved_tensors
+        gate, up = (g, u) if u is not None else halves(g, ctx.packed)
+        dgu = bwd(rows(dh), rows(gate), rows(up), ctx.activation, ctx.packed)
+        if ctx.packed:
+            return dgu.view(g.shape), None, None, None
+        dg, du = (
+            t.view(g.shape) if needed else None
+            for t, needed in zip(split_pair(dgu, None), ctx.needs_input_grad[:2], strict=True)
+        )
+        return dg, du, None, None
+
+
+def gated_act(
+    g: Tensor, u: Tensor | None = None, *, activation: str = "silu", packed: Packed | None = None
+) -> Tensor:
+    """act(g) * u.
+
+    Args:
+        g: gate pre-activation (..., H); or, with `packed`, both halves (..., 2H).
+        u: up projection (..., H), or None with `packed`.
+        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        packed: order of the halves of a packed g: "gate_up" or "up_gate". Read in place.
+
+    Returns h (..., H) in g's dtype (under autocast: the autocast dtype).
+
+    Raises ValueError (shape, device, activation, packed) or TypeError (dtype), naming the argument.
+    """
+    if dtype := _check.autocast_dtype(OP, g):
+        g, u = _check.cast(dtype, g, u)  # type: ignore[assignment]
+    _check.like_x(OP, g, u=u)
+    _check.activation(OP, activation)
+    _check.packed(OP, "g", "u", u is None, packed)
+    if g.dim() < 1:
+        raise ValueError(f"{OP}: g must be (..., H), got a scalar")
+    if u is not None:
+        _check_pair(g, u)
+    elif g.shape[-1] % 2:
+        raise ValueError(f"{OP}: g must be (..., 2H) when packed, got {tuple(g.shape)}")
+    if _backend.pick(OP, g) == "reference":
+        return reference.gated_act(g, u, activation, packed)
+    if _check.wants_grad(g, u):
+        return GatedActFunction.apply(g, u, activation, packed)
+    return _forward(g, u, activation, packed)

@@ -1,0 +1,227 @@
+"""h = act(g) * u with g = x w_gate' + b_gate and u = x w_up' + b_up: one pass over x, h made in
+registers.
+
+| tensor | shape | |
+|---|---|---|
+| x | (..., D) | flattened to (M, D) |
+| w_gate, w_up | (H, D) | any strides; or w_gate (2H, D) with both halves, w_up = None |
+| b_gate, b_up | (H,) | both or neither; or b_gate (2H,), b_up = None |
+| h | (..., H) | |
+
+dtype: one floating dtype for all, kept; products accumulate in float32. Saved for backward: x, the
+weights, g and u; h is not. Backward of this op alone: dg, du from dh, g, u (the gated_act kernel),
+then dx = dg Wg + du Wu, dWg = dg' x, dWu = du' x by cuBLAS, each only if its gradient is wanted.
+Source: Shazeer, GLU Variants, arXiv 2002.05202.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import _backend, _library, reference
+from .._shapes import empty_pair, rows, split_pair
+from ..kernels import gated_linear as _triton
+from ..reference import Packed, halves
+from . import _check, gated_act
+
+OP = "gated_linear"
+
+
+def check_projection(
+    op: str,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    activation: str,
+    packed: Packed | None,
+) -> int:
+    """The shape rule of x, gate and up, for this op and for whole blocks. Returns H."""
+    _check.activation(op, activation)
+    if packed is not None or w_up is None:
+        _check.packed(op, "w_gate", "w_up", w_up is None, packed)
+    N, D = _check.matrix(op, "w_gate", w_gate, "(H, D), or (2H, D) when packed")
+    _check.columns(op, "x", x, D, "D of w_gate")
+    if packed:
+        if N % 2:
+            raise ValueError(f"{op}: w_gate must be (2H, D) when packed, got {tuple(w_gate.shape)}")
+        if b_up is not None:
+            raise ValueError(f"{op}: b_up must be None when packed (b_gate is (2H,)), got a tensor")
+    else:
+        _check.shape(op, "w_up", w_up, N, D)  # type: ignore[arg-type]
+        if (b_gate is None) != (b_up is None):
+            raise ValueError(
+                f"{op}: b_gate and b_up must both be given or both be None, got "
+                f"{'no' if b_gate is None else 'a'} b_gate and {'no' if b_up is None else 'a'} b_up"
+            )
+        if b_up is not None:
+            _check.shape(op, "b_up", b_up, N)
+    if b_gate is not None:
+        _check.shape(op, "b_gate", b_gate, N)
+    return N // 2 if packed else N
+
+
+def _fwd_fake(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    activation: str,
+    want_h: bool,
+    want_gu: bool,
+) -> tuple[Tensor, Tensor]:
+    M, H = x.shape[0], w_gate.shape[0]
+    h = x.new_empty((M if want_h else 0, H))
+    return h, empty_pair(x, M if want_gu else 0, H, None)
+
+
+def _bwd_fake(
+    dy: Tensor,
+    w_down: Tensor,
+    gu: Tensor,
+    activation: str,
+    packed: Packed | None,
+    want_h: bool,
+    want_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    M, H = dy.shape[0], w_down.shape[1]
+    h = dy.new_empty((M if want_h else 0, H))
+    return empty_pair(dy, M, H, packed), h, dy.new_empty((2, H) if want_db else (0, H))
+
+
+# x (M, D) -> h (M, H) and gu (2, M, H), each with M = 0 if not wanted.
+fwd = _library.define(
+    "gated_linear_fwd(Tensor x, Tensor w_gate, Tensor w_up, Tensor? b_gate, Tensor? b_up, "
+    "str activation, bool want_h, bool want_gu) -> (Tensor, Tensor)",
+    _triton.gated_linear_fwd,
+    _fwd_fake,
+)
+# dy (M, D), w_down (D, H) -> with dh = dy w_down: dgu, h, and the column sums of dg, du (2, H) in
+# the order of `packed`.
+bwd = _library.define(
+    "gated_linear_bwd(Tensor dy, Tensor w_down, Tensor gu, str activation, str? packed, "
+    "bool want_h, bool want_db) -> (Tensor, Tensor, Tensor)",
+    _triton.gated_linear_bwd,
+    _bwd_fake,
+)
+
+
+def project(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    activation: str,
+    packed: Packed | None,
+    *,
+    want_h: bool = True,
+    want_gu: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """The forward op on x (M, D); halves of packed weights are handed over as views."""
+    if packed:
+        w_gate, w_up = halves(w_gate, packed, 0)
+        if b_gate is not None:
+            b_gate, b_up = halves(b_gate, packed, 0)
+    return fwd(x, w_gate, w_up, b_gate, b_up, activation, want_h, want_gu)
+
+
+def projection_grads(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    dgu: Tensor,
+    packed: Packed | None,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dw_gate, dw_up where `needed`, from dgu; a packed weight gets one gradient by one
+    GEMM."""
+    need_x, need_gate, need_up = needed
+    if packed:
+        dx = dgu @ w_gate if need_x else None
+        return dx, dgu.t() @ x if need_gate else None, None
+    assert w_up is not None
+    dg, du = split_pair(dgu, None)
+    dx = torch.addmm(dg @ w_gate, du, w_up) if need_x else None
+    return dx, dg.t() @ x if need_gate else None, du.t() @ x if need_up else None
+
+
+class GatedLinearFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_gate: Tensor,
+        w_up: Tensor | None,
+        b_gate: Tensor | None,
+        b_up: Tensor | None,
+        activation: str,
+        packed: Packed | None,
+    ) -> Tensor:
+        h, gu = project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed, want_gu=True)
+        ctx.save_for_backward(x, w_gate, w_up, gu)
+        ctx.activation, ctx.packed = activation, packed
+        return h.view(*x.shape[:-1], h.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_gate, w_up, gu = ctx.saved_tensors
+        need_x, need_wg, need_wu, need_bg, need_bu = ctx.needs_input_grad[:5]
+        g, u = split_pair(gu, None)
+        dgu = gated_act.bwd(rows(dh), g, u, ctx.activation, ctx.packed)
+        dx, dw_gate, dw_up = projection_grads(
+            rows(x), w_gate, w_up, dgu, ctx.packed, (need_x, need_wg, need_wu)
+        )
+        if ctx.packed:
+            db_gate, db_up = (dgu.sum(0) if need_bg else None), None
+        else:
+            db_gate = dgu[0].sum(0) if need_bg else None
+            db_up = dgu[1].sum(0) if need_bu else None
+        return (
+            None if dx is None else dx.view(x.shape), dw_gate, dw_up, db_gate, db_up, None, None
+        )  # fmt: skip
+
+
+def gated_linear(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None = None,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    packed: Packed | None = None,
+) -> Tensor:
+    """act(x w_gate' + b_gate) * (x w_up' + b_up).
+
+    Args:
+        x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
+        w_gate, w_up: (H, D) each, any strides; or, with `packed`, w_gate (2H, D) and w_up None.
+        b_gate, b_up: (H,) each, both or neither; or, with `packed`, b_gate (2H,) and b_up None.
+        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made.
+
+    Returns h (..., H) in x's dtype (under autocast: the autocast dtype).
+
+    Raises ValueError (shape, device, activation, packed) or TypeError (dtype), naming the argument.
+    """
+    if dtype := _check.autocast_dtype(OP, x):
+        x, w_gate, w_up, b_gate, b_up = _check.cast(  # type: ignore[assignment]
+            dtype, x, w_gate, w_up, b_gate, b_up
+        )
+    _check.like_x(OP, x, w_gate=w_gate, w_up=w_up, b_gate=b_gate, b_up=b_up)
+    check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
+    if _backend.pick(OP, x) == "reference":
+        return reference.gated_linear(x, w_gate, w_up, b_gate, b_up, activation, packed)
+    if _check.wants_grad(x, w_gate, w_up, b_gate, b_up):
+        return GatedLinearFunction.apply(x, w_gate, w_up, b_gate, b_up, activation, packed)
+    h, _ = project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
+    return h.view(*x.shape[:-1], h.shape[-1])

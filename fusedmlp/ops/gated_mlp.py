@@ -1,0 +1,150 @@
+"""y = (act(x Wg' + bg) * (x Wu' + bu)) Wd' + bd: a whole gated block, forward and backward.
+
+| tensor | shape | |
+|---|---|---|
+| x, y | (..., D) | flattened to (M, D) |
+| w_gate, w_up | (H, D) | or w_gate (2H, D) with both halves, w_up = None |
+| w_down | (D_out, H) | |
+| b_gate, b_up, b_down | (H,), (H,), (D_out,) | |
+
+dtype: one floating dtype for all, kept. Memory plan: saves x, the weights, g and u; h is made again
+in the epilogue of the dh GEMM. With recompute=True it saves x and the weights alone.
+
+| step | computes | by |
+|---|---|---|
+| forward | h (and g, u) | gated_linear |
+| | y = h Wd' + bd | cuBLAS |
+| backward | dh = dy Wd in registers -> dg, du, h, column sums of dg, du | gated_linear_bwd |
+| | dWd = dy' h, dbd = sum dy | cuBLAS |
+| | dx = [dg du] [Wg; Wu], dW = [dg du]' x | cuBLAS |
+
+Source: Shazeer, GLU Variants, arXiv 2002.05202.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from .. import _backend, reference
+from .._shapes import rows, split_pair
+from ..reference import Packed
+from . import _check, gated_act, gated_linear
+
+OP = "gated_mlp"
+
+
+class GatedMLPFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_gate: Tensor,
+        w_up: Tensor | None,
+        w_down: Tensor,
+        b_gate: Tensor | None,
+        b_up: Tensor | None,
+        b_down: Tensor | None,
+        activation: str,
+        packed: Packed | None,
+        recompute: bool,
+    ) -> Tensor:
+        h, gu = gated_linear.project(
+            rows(x), w_gate, w_up, b_gate, b_up, activation, packed, want_gu=not recompute
+        )
+        # Biases are needed only to make g and u again.
+        biases = (b_gate, b_up) if recompute else (None, None)
+        ctx.save_for_backward(x, w_gate, w_up, w_down, None if recompute else gu, *biases)
+        ctx.activation, ctx.packed = activation, packed
+        return F.linear(h, w_down, b_down).view(*x.shape[:-1], w_down.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_gate, w_up, w_down, gu, b_gate, b_up = ctx.saved_tensors
+        activation, packed = ctx.activation, ctx.packed
+        need_x, need_wg, need_wu, need_wd, need_bg, need_bu, need_bd = ctx.needs_input_grad[:7]
+        x2, dy2 = rows(x), rows(dy)
+        need_dgu = need_x or need_wg or need_wu or need_bg or need_bu
+        if gu is None and (need_dgu or need_wd):
+            _, gu = gated_linear.project(
+                x2, w_gate, w_up, b_gate, b_up, activation, packed, want_h=False, want_gu=True
+            )
+        dx = dw_gate = dw_up = dw_down = db_gate = db_up = None
+        if need_dgu:
+            need_db = need_bg or need_bu
+            dgu, h, db = gated_linear.bwd(dy2, w_down, gu, activation, packed, need_wd, need_db)
+            dx, dw_gate, dw_up = gated_linear.projection_grads(
+                x2, w_gate, w_up, dgu, packed, (need_x, need_wg, need_wu)
+            )
+            dx = None if dx is None else dx.view(x.shape)
+            if packed:
+                db_gate = db.view(-1) if need_bg else None
+            else:
+                # Clones: a view would keep both halves alive for one.
+                db_gate = db[0].clone() if need_bg else None
+                db_up = db[1].clone() if need_bu else None
+        elif need_wd:
+            h = gated_act.fwd(*split_pair(gu, None), activation)
+        if need_wd:
+            dw_down = dy2.t() @ h
+        db_down = dy2.sum(0) if need_bd else None
+        return dx, dw_gate, dw_up, dw_down, db_gate, db_up, db_down, None, None, None
+
+
+def gated_mlp(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    w_down: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    packed: Packed | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """(act(x w_gate' + b_gate) * (x w_up' + b_up)) w_down' + b_down.
+
+    Args:
+        x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
+        w_gate, w_up: (H, D) each, any strides; or, with `packed`, w_gate (2H, D) and w_up None.
+        w_down: (D_out, H), any strides.
+        b_gate, b_up: (H,) each, both or neither; or, with `packed`, b_gate (2H,) and b_up None.
+        b_down: (D_out,).
+        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made, and
+            its gradient comes from one GEMM.
+        recompute: save x alone for backward and run the first GEMM again there, instead of saving g
+            and u: 2 M H values less, 4 M D H FLOPs more.
+
+    Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype).
+
+    Raises ValueError (shape, device, activation, packed) or TypeError (dtype), naming the argument.
+    """
+    if dtype := _check.autocast_dtype(OP, x):
+        x, w_gate, w_up, w_down, b_gate, b_up, b_down = _check.cast(  # type: ignore[assignment]
+            dtype, x, w_gate, w_up, w_down, b_gate, b_up, b_down
+        )
+    _check.like_x(
+        OP, x, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down
+    )
+    H = gated_linear.check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
+    _check.down(OP, "w_down", w_down, H, "b_down", b_down)
+    tensors = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+    if _backend.pick(OP, x) == "reference":
+        if recompute and _check.wants_grad(*tensors):
+            return checkpoint(
+                reference.gated_mlp, *tensors, activation, packed, use_reentrant=False
+            )
+        return reference.gated_mlp(*tensors, activation, packed)
+    if _check.wants_grad(*tensors):
+        return GatedMLPFunction.apply(*tensors, activation, packed, recompute)
+    h, _ = gated_linear.project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
+    return F.linear(h, w_down, b_down).view(*x.shape[:-1], w_down.shape[0])

@@ -1,0 +1,131 @@
+"""h = act(x w' + b): the first half of a plain MLP, activated in registers.
+
+| tensor | shape | |
+|---|---|---|
+| x | (..., D) | flattened to (M, D) |
+| w | (H, D) | any strides |
+| b | (H,) | |
+| h | (..., H) | |
+
+dtype: one floating dtype for all, kept; products accumulate in float32. Saved for backward: x, w
+and the pre-activation z = x w' + b. Backward of this op alone: dz = dh * act'(z) elementwise, then
+dx = dz w, dw = dz' x by cuBLAS, each only if its gradient is wanted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import _backend, _library, reference
+from .._shapes import rows
+from ..kernels import linear_act as _triton
+from . import _check
+
+OP = "linear_act"
+
+
+def check_projection(
+    op: str, x: Tensor, w_name: str, w: Tensor, b_name: str, b: Tensor | None, activation: str
+) -> int:
+    """The shape rule of x, w, b, for this op and for whole blocks. Returns H."""
+    _check.activation(op, activation)
+    H, D = _check.matrix(op, w_name, w, "(H, D)")
+    _check.columns(op, "x", x, D, f"D of {w_name}")
+    if b is not None:
+        _check.shape(op, b_name, b, H)
+    return H
+
+
+def _fwd_fake(
+    x: Tensor, w: Tensor, b: Tensor | None, activation: str, want_h: bool, want_z: bool
+) -> tuple[Tensor, Tensor]:
+    M, H = x.shape[0], w.shape[0]
+    return x.new_empty((M if want_h else 0, H)), x.new_empty((M if want_z else 0, H))
+
+
+def _bwd_fake(
+    dy: Tensor, w_out: Tensor, z: Tensor, activation: str, want_h: bool, want_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    M, H = dy.shape[0], w_out.shape[1]
+    h = dy.new_empty((M if want_h else 0, H))
+    return dy.new_empty((M, H)), h, dy.new_empty((1 if want_db else 0, H))
+
+
+def _dz_fake(dh: Tensor, z: Tensor, activation: str) -> Tensor:
+    return dh.new_empty(dh.shape)
+
+
+def _h_fake(z: Tensor, activation: str) -> Tensor:
+    return z.new_empty(z.shape)
+
+
+# x (M, D) -> h (M, H) and z (M, H), each with M = 0 if not wanted.
+fwd = _library.define(
+    "linear_act_fwd(Tensor x, Tensor w, Tensor? b, str activation, bool want_h, bool want_z) "
+    "-> (Tensor, Tensor)",
+    _triton.linear_act_fwd,
+    _fwd_fake,
+)
+# dy (M, D), w_out (D, H) -> with dh = dy w_out: dz, h and the column sums of dz (1, H).
+bwd = _library.define(
+    "linear_act_bwd(Tensor dy, Tensor w_out, Tensor z, str activation, bool want_h, bool want_db) "
+    "-> (Tensor, Tensor, Tensor)",
+    _triton.linear_act_bwd,
+    _bwd_fake,
+)
+# Elementwise: dz from dh when there is no GEMM to fuse it into, h from z.
+dz = _library.define(
+    "linear_act_dz(Tensor dh, Tensor z, str activation) -> Tensor", _triton.linear_act_dz, _dz_fake
+)
+act = _library.define(
+    "linear_act_h(Tensor z, str activation) -> Tensor", _triton.linear_act_h, _h_fake
+)
+
+
+class LinearActFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, activation: str) -> Tensor:
+        h, z = fwd(rows(x), w, b, activation, True, True)
+        ctx.save_for_backward(x, w, z)
+        ctx.activation = activation
+        return h.view(*x.shape[:-1], h.shape[-1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, z = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        dz_ = dz(rows(dh), z, ctx.activation)
+        dx = (dz_ @ w).view(x.shape) if need_x else None
+        return dx, dz_.t() @ rows(x) if need_w else None, dz_.sum(0) if need_b else None, None
+
+
+def linear_act(
+    x: Tensor, w: Tensor, b: Tensor | None = None, *, activation: str = "gelu"
+) -> Tensor:
+    """act(x w' + b).
+
+    Args:
+        x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
+        w: (H, D), any strides.
+        b: (H,) or None.
+        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+
+    Returns h (..., H) in x's dtype (under autocast: the autocast dtype).
+
+    Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
+    """
+    if dtype := _check.autocast_dtype(OP, x):
+        x, w, b = _check.cast(dtype, x, w, b)  # type: ignore[assignment]
+    _check.like_x(OP, x, w=w, b=b)
+    check_projection(OP, x, "w", w, "b", b, activation)
+    if _backend.pick(OP, x) == "reference":
+        return reference.linear_act(x, w, b, activation)
+    if _check.wants_grad(x, w, b):
+        return LinearActFunction.apply(x, w, b, activation)
+    h, _ = fwd(rows(x), w, b, activation, True, False)
+    return h.view(*x.shape[:-1], h.shape[-1])

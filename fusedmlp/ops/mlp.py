@@ -1,0 +1,115 @@
+"""y = act(x Wi' + bi) Wo' + bo: a whole plain block, forward and backward.
+
+| tensor | shape | |
+|---|---|---|
+| x | (..., D) | flattened to (M, D) |
+| w_in, b_in | (H, D), (H,) | |
+| w_out, b_out | (D_out, H), (D_out,) | |
+| y | (..., D_out) | |
+
+dtype: one floating dtype for all, kept. Memory plan: saves x, the weights and z = x Wi' + bi;
+h = act(z) is made again in the epilogue of the dh GEMM. With recompute=True it saves x and the
+weights alone. Backward: dh = dy Wo in registers -> dz, h, sum dz (linear_act_bwd);
+dWo = dy' h, dx = dz Wi, dWi = dz' x by cuBLAS, each only if its gradient is wanted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from .. import _backend, reference
+from .._shapes import rows
+from . import _check, linear_act
+
+OP = "mlp"
+
+
+class MLPFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w_in: Tensor,
+        w_out: Tensor,
+        b_in: Tensor | None,
+        b_out: Tensor | None,
+        activation: str,
+        recompute: bool,
+    ) -> Tensor:
+        h, z = linear_act.fwd(rows(x), w_in, b_in, activation, True, not recompute)
+        # The bias is needed only to make z again.
+        ctx.save_for_backward(
+            x, w_in, w_out, *((None, b_in) if recompute else (z, None))
+        )  # fmt: skip
+        ctx.activation = activation
+        return F.linear(h, w_out, b_out).view(*x.shape[:-1], w_out.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w_in, w_out, z, b_in = ctx.saved_tensors
+        need_x, need_wi, need_wo, need_bi, need_bo = ctx.needs_input_grad[:5]
+        x2, dy2 = rows(x), rows(dy)
+        need_dz = need_x or need_wi or need_bi
+        if z is None and (need_dz or need_wo):
+            _, z = linear_act.fwd(x2, w_in, b_in, ctx.activation, False, True)
+        dx = dw_in = db_in = dw_out = None
+        if need_dz:
+            dz, h, db = linear_act.bwd(dy2, w_out, z, ctx.activation, need_wo, need_bi)
+            dx = (dz @ w_in).view(x.shape) if need_x else None
+            dw_in = dz.t() @ x2 if need_wi else None
+            db_in = db.view(-1) if need_bi else None
+        elif need_wo:
+            h = linear_act.act(z, ctx.activation)
+        if need_wo:
+            dw_out = dy2.t() @ h
+        db_out = dy2.sum(0) if need_bo else None
+        return dx, dw_in, dw_out, db_in, db_out, None, None
+
+
+def mlp(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    *,
+    activation: str = "gelu",
+    recompute: bool = False,
+) -> Tensor:
+    """act(x w_in' + b_in) w_out' + b_out.
+
+    Args:
+        x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
+        w_in, b_in: (H, D), any strides, and (H,) or None. w_out, b_out: (D_out, H), any strides,
+        and (D_out,) or None. activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        recompute: save x alone for backward and run the first GEMM again there, instead of saving
+        z:
+            M H values less, 2 M D H FLOPs more.
+
+    Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype).
+
+    Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
+    """
+    if dtype := _check.autocast_dtype(OP, x):
+        x, w_in, w_out, b_in, b_out = _check.cast(  # type: ignore[assignment]
+            dtype, x, w_in, w_out, b_in, b_out
+        )
+    _check.like_x(OP, x, w_in=w_in, w_out=w_out, b_in=b_in, b_out=b_out)
+    H = linear_act.check_projection(OP, x, "w_in", w_in, "b_in", b_in, activation)
+    _check.down(OP, "w_out", w_out, H, "b_out", b_out)
+    tensors = (x, w_in, w_out, b_in, b_out)
+    if _backend.pick(OP, x) == "reference":
+        if recompute and _check.wants_grad(*tensors):
+            return checkpoint(reference.mlp, *tensors, activation, use_reentrant=False)
+        return reference.mlp(*tensors, activation)
+    if _check.wants_grad(*tensors):
+        return MLPFunction.apply(*tensors, activation, recompute)
+    h, _ = linear_act.fwd(rows(x), w_in, b_in, activation, True, False)
+    return F.linear(h, w_out, b_out).view(*x.shape[:-1], w_out.shape[0])

@@ -1,0 +1,81 @@
+"""The mathematics of the library in plain PyTorch: what every kernel is judged by.
+
+Any floating dtype, any device, any leading dimensions; gradients are autograd's own. Shapes: x
+(..., D), w_gate and w_up (H, D), w_down (D, H), biases (H,) and (D,). A packed weight holds gate
+and up along its first dimension, (2H, D), in the order that `packed` names.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .kernels.activations import ACTIVATIONS
+
+Packed = Literal["gate_up", "up_gate"]
+
+
+def halves(t: Tensor, packed: Packed, dim: int = -1) -> tuple[Tensor, Tensor]:
+    """(gate half, up half) of `t` along `dim`, as views."""
+    first, second = t.chunk(2, dim)
+    return (first, second) if packed == "gate_up" else (second, first)
+
+
+def gated_act(
+    g: Tensor, u: Tensor | None, activation: str = "silu", packed: Packed | None = None
+) -> Tensor:
+    """act(g) * u; with `packed`, g holds both halves along its last dimension and u is None."""
+    if packed is not None:
+        g, u = halves(g, packed)
+    assert u is not None
+    return ACTIVATIONS[activation].reference(g) * u
+
+
+def gated_linear(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    activation: str = "silu",
+    packed: Packed | None = None,
+) -> Tensor:
+    """act(x w_gate' + b_gate) * (x w_up' + b_up)."""
+    g = F.linear(x, w_gate, b_gate)
+    u = None if w_up is None else F.linear(x, w_up, b_up)
+    return gated_act(g, u, activation, packed)
+
+
+def gated_mlp(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    w_down: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "silu",
+    packed: Packed | None = None,
+) -> Tensor:
+    """gated_linear(x) w_down' + b_down."""
+    h = gated_linear(x, w_gate, w_up, b_gate, b_up, activation, packed)
+    return F.linear(h, w_down, b_down)
+
+
+def linear_act(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str = "gelu") -> Tensor:
+    """act(x w' + b)."""
+    return ACTIVATIONS[activation].reference(F.linear(x, w, b))
+
+
+def mlp(
+    x: Tensor,
+    w_in: Tensor,
+    w_out: Tensor,
+    b_in: Tensor | None = None,
+    b_out: Tensor | None = None,
+    activation: str = "gelu",
+) -> Tensor:
+    """linear_act(x) w_out' + b_out."""
+    return F.linear(linear_act(x, w_in, b_in, activation), w_out, b_out)

@@ -1,0 +1,140 @@
+"""Every activation of the library, once: device code x -> (f(x), f'(x)) beside its PyTorch
+reference.
+
+A row of `ACTIVATIONS` is all it takes: layers accept the name, error messages list it, and the
+tests, the ahead-of-time gate and the bench run it. Device functions take and return float32. A
+slope at a kink follows PyTorch: relu'(0) = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BSILU_ALPHA = 1.67  # SUGAR's B-SiLU, arXiv 2505.22074: (x + a) sigmoid(x) - a / 2
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One activation: `device` is a Triton function x -> (f(x), f'(x)), `reference` is PyTorch.
+
+    `kink`: f' jumps at 0, so an input within rounding of 0 has no single right gradient.
+    """
+
+    name: str
+    device: Any
+    reference: Callable[[Tensor], Tensor]
+    kink: bool = False
+
+
+@triton.jit
+def _sigmoids(z):
+    """sigmoid(z) and sigmoid(-z), neither by 1 - the other, which cancels; exp never overflows."""
+    e = tl.exp(-tl.abs(z))
+    large = 1 / (1 + e)
+    small = e * large
+    return tl.where(z < 0, small, large), tl.where(z < 0, large, small)
+
+
+@triton.jit
+def _x_sigmoid(x, z, dz):
+    """x * sigmoid(z), where dz = z'(x). Silu, quick_gelu and tanh-gelu differ in z alone."""
+    s, complement = _sigmoids(z)
+    y = x * s
+    return y, s + y * complement * dz
+
+
+@triton.jit
+def _silu(x):
+    return _x_sigmoid(x, x, 1.0)
+
+
+@triton.jit
+def _quick_gelu(x):
+    return _x_sigmoid(x, 1.702 * x, 1.702)
+
+
+@triton.jit
+def _gelu_tanh(x):
+    # (1 + tanh(z / 2)) / 2 = sigmoid(z), with z = 2 sqrt(2 / pi) (x + 0.044715 x^3).
+    x2 = x * x
+    z = 1.5957691216057308 * x * (1 + 0.044715 * x2)
+    return _x_sigmoid(x, z, 1.5957691216057308 * (1 + 0.134145 * x2))
+
+
+@triton.jit
+def _gelu(x):
+    cdf = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
+    pdf = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    return x * cdf, cdf + x * pdf
+
+
+@triton.jit
+def _gelu2(x):
+    y, slope = _gelu(x)
+    return y * y, 2 * y * slope
+
+
+@triton.jit
+def _bsilu(x):
+    s, complement = _sigmoids(x)
+    y = (x + 1.67) * s
+    return y - 0.835, s + y * complement
+
+
+@triton.jit
+def _relu(x):
+    # Not maximum(): on the GPU that turns a NaN into 0.
+    return tl.where(x <= 0, 0.0, x), tl.where(x > 0, 1.0, 0.0)
+
+
+@triton.jit
+def _relu_sq(x):
+    r = tl.where(x <= 0, 0.0, x)
+    return r * r, 2 * r
+
+
+@triton.jit
+def _sigmoid(x):
+    s, complement = _sigmoids(x)
+    return s, s * complement
+
+
+@triton.jit
+def _tanh(x):
+    # tanh(x) = sigmoid(2x) - sigmoid(-2x) cancels near 0; below 0.2 the odd series is good to 6e-8
+    # of x.
+    x2 = x * x
+    series = x * (1 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 - x2 * (17.0 / 315))))
+    s, complement = _sigmoids(2 * x)
+    t = tl.where(tl.abs(x) < 0.2, series, s - complement)
+    return t, 4 * s * complement
+
+
+@triton.jit
+def _identity(x):
+    return x, tl.full(x.shape, 1.0, tl.float32)
+
+
+ACTIVATIONS: dict[str, Activation] = {
+    row.name: row
+    for row in (
+        Activation("silu", _silu, F.silu),
+        Activation("gelu", _gelu, F.gelu),
+        Activation("gelu_tanh", _gelu_tanh, lambda x: F.gelu(x, approximate="tanh")),
+        Activation("quick_gelu", _quick_gelu, lambda x: x * (1.702 * x).sigmoid()),
+        Activation("relu", _relu, F.relu, kink=True),
+        Activation("relu_sq", _relu_sq, lambda x: F.relu(x).square()),
+        Activation("sigmoid", _sigmoid, lambda x: x.sigmoid()),
+        Activation("tanh", _tanh, lambda x: x.tanh()),
+        Activation("identity", _identity, lambda x: x),
+        Activation("gelu2", _gelu2, lambda x: F.gelu(x).square()),
+        Activation("bsilu", _bsilu, lambda x: (x + BSILU_ALPHA) * x.sigmoid() - BSILU_ALPHA / 2),
+    )
+}

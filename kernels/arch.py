@@ -1,0 +1,240 @@
+"""The table of all tiles, and the choice among them.
+
+One `Arch` row is one GPU generation: what fits its shared memory and which tiles each kernel may
+use, the preferred first. Host code picks a `Tile`; the kernel obeys it. The sizes below were chosen
+from the compiler's own report (no spill, fits shared memory, tensor-core opcode present); none has
+been timed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from triton import cdiv
+
+SKINNY_M = 16  # up to this many rows a GEMM is bound by its weight's bytes
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one GEMM launch is cut.
+
+    subtiles: the epilogue handles the tile in that many column parts, so that fewer registers are
+    live. loads: "tma" moves tiles by TMA descriptors under a persistent grid; "vector" by pointers,
+    16 bytes a thread; "element" makes no demand on strides or sizes. group_m: rows of tiles visited
+    together, for L2.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    subtiles: int = 1
+    loads: Literal["tma", "vector", "element"] = "vector"
+    group_m: int = 8
+
+    @property
+    def tma(self) -> bool:
+        return self.loads == "tma"
+
+    @property
+    def skinny(self) -> bool:
+        return self.block_m <= SKINNY_M
+
+    def __str__(self) -> str:
+        return (
+            f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, "
+            f"{self.num_stages} stages, {self.loads} loads"
+        )
+
+
+# (kernel, bytes of an element) -> tiles. A kernel is a launcher's name: gated_linear_fwd and so on.
+Tiles = Mapping[tuple[str, int], tuple[Tile, ...]]
+
+
+@dataclass(frozen=True)
+class Arch:
+    """capability: 10 * major + minor of the first GPU it serves. shared_memory: bytes a block may
+    use."""
+
+    name: str
+    capability: int
+    shared_memory: int
+    tma: bool
+    tiles: Tiles
+
+
+# Any strides, any size: per-element addresses cost registers, so the K step is short.
+_ELEMENT = Tile(64, 32, 16, 4, 2, subtiles=2, loads="element")
+_SKINNY_ELEMENT = Tile(16, 32, 32, 4, 2, loads="element")
+_FP32_SKINNY = (Tile(16, 32, 32, 4, 3), _SKINNY_ELEMENT)
+_FP32 = {  # CUDA cores unless the caller allows TF32; one set of tiles for all
+    ("gated_linear_fwd", 4): (Tile(64, 64, 16, 8, 3, subtiles=2), _ELEMENT, *_FP32_SKINNY),
+    ("linear_act_fwd", 4): (Tile(64, 64, 16, 8, 3), _ELEMENT, *_FP32_SKINNY),
+    ("gated_linear_bwd", 4): (Tile(64, 64, 32, 8, 3, subtiles=4), _ELEMENT),
+    ("linear_act_bwd", 4): (Tile(64, 64, 32, 8, 3, subtiles=4), _ELEMENT),
+}
+_SKINNY = (Tile(16, 32, 128, 4, 4), _SKINNY_ELEMENT)
+_MMA = {  # mma.sync, 100 KB of shared memory: sm_80, 86, 89, 120
+    ("gated_linear_fwd", 2): (
+        Tile(128, 64, 32, 8, 4),
+        Tile(64, 64, 32, 4, 4),
+        _ELEMENT,
+        *_SKINNY,
+    ),
+    ("linear_act_fwd", 2): (
+        Tile(128, 128, 32, 8, 4),
+        Tile(64, 64, 32, 4, 4),
+        _ELEMENT,
+        *_SKINNY,
+    ),
+    ("gated_linear_bwd", 2): (
+        Tile(128, 128, 32, 8, 4, subtiles=4),
+        Tile(64, 64, 32, 4, 4, subtiles=2),
+        _ELEMENT,
+    ),
+    ("linear_act_bwd", 2): (
+        Tile(128, 128, 32, 8, 4, subtiles=4),
+        Tile(64, 64, 32, 4, 4, subtiles=2),
+        _ELEMENT,
+    ),
+}
+_TMA = {  # wgmma on sm_90, tcgen05 on sm_100
+    ("gated_linear_fwd", 2): (
+        Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma"),
+        Tile(64, 128, 64, 4, 4, subtiles=2, loads="tma"),
+        _ELEMENT,
+        *_SKINNY,
+    ),
+    ("linear_act_fwd", 2): (
+        Tile(128, 256, 64, 8, 3, subtiles=4, loads="tma"),
+        Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma"),
+        Tile(64, 128, 64, 4, 4, subtiles=2, loads="tma"),
+        _ELEMENT,
+        *_SKINNY,
+    ),
+    ("gated_linear_bwd", 2): (
+        # 128x256 spills: its accumulator takes 128 of 255 registers, the dGLU epilogue the rest.
+        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma"),
+        Tile(64, 128, 64, 4, 4, subtiles=4, loads="tma"),
+        _ELEMENT,
+    ),
+    ("linear_act_bwd", 2): (
+        Tile(128, 256, 64, 8, 3, subtiles=8, loads="tma"),
+        Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma"),
+        Tile(64, 128, 64, 4, 4, subtiles=4, loads="tma"),
+        _ELEMENT,
+    ),
+}
+_INTERPRETED_SKINNY = (Tile(16, 32, 16, 4, 2), Tile(16, 32, 16, 4, 2, loads="element"))
+_INTERPRETED = {  # small, so that small inputs cross several tiles, K steps and ragged edges
+    (kernel, size): (
+        Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="tma", group_m=2),
+        Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="element", group_m=2),
+        *(_INTERPRETED_SKINNY if kernel.endswith("_fwd") else ()),
+    )
+    for kernel, subtiles in (
+        ("gated_linear_fwd", 2),
+        ("linear_act_fwd", 1),
+        ("gated_linear_bwd", 4),
+        ("linear_act_bwd", 2),
+    )
+    for size in (2, 4)
+}
+
+ARCHES: dict[str, Arch] = {
+    arch.name: arch
+    for arch in (
+        Arch("sm_80", 80, 166_912, False, _MMA | _FP32),
+        Arch("sm_86", 86, 101_376, False, _MMA | _FP32),
+        Arch("sm_90", 90, 232_448, True, _TMA | _FP32),
+        Arch("sm_100", 100, 232_448, True, _TMA | _FP32),
+        Arch("sm_120", 120, 101_376, False, _MMA | _FP32),
+    )
+}
+INTERPRETER = Arch("interpreter", 0, 1 << 30, True, _INTERPRETED)
+
+# kernel -> what it was last launched with, for explain().
+LAST: dict[str, str] = {}
+
+
+@functools.cache
+def _arch_of_gpu(index: int) -> Arch:
+    major, minor = torch.cuda.get_device_capability(index)
+    older = [a for a in ARCHES.values() if a.capability <= 10 * major + minor]
+    if not older:
+        raise RuntimeError(
+            f"fusedmlp: Triton kernels need compute capability 8.0 or newer, got {major}.{minor} "
+            f"({torch.cuda.get_device_name(index)}); use backend('reference')"
+        )
+    return max(older, key=lambda a: a.capability)
+
+
+# What `pretend` put in place of the real device: (row, multiprocessors).
+_pretended: tuple[Arch, int] | None = None
+
+
+@contextmanager
+def pretend(arch: Arch, multiprocessors: int) -> Iterator[None]:
+    """Inside, every tensor is taken to lie on such a GPU: how launches are planned and compiled for
+    a GPU that is not there. Nothing may be launched."""
+    global _pretended
+    previous, _pretended = _pretended, (arch, multiprocessors)
+    try:
+        yield
+    finally:
+        _pretended = previous
+
+
+def arch_of(device: torch.device) -> Arch:
+    """The row that serves `device`: the newest not newer than it; CPU tensors get INTERPRETER."""
+    if _pretended:
+        return _pretended[0]
+    if device.type == "cpu":
+        return INTERPRETER
+    return _arch_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks run side by side; 3 in the interpreter, so that persistent loops do loop."""
+    if _pretended:
+        return _pretended[1]
+    if device.type == "cpu":
+        return 3
+    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def pick_tile(kernel: str, x: Any, M: int, N: int, aligned: bool) -> Tile:
+    """The tile for an (M, N) result from rows like `x`: skinny up to SKINNY_M rows, else the first
+    that gives every multiprocessor a tile, else the smallest. `aligned`: what tiles.aligned says of
+    the operands; without it only element loads serve."""
+    arch = arch_of(x.device)
+    rows = arch.tiles[kernel, x.element_size()]
+    usable = [t for t in rows if (t.loads != "element") == aligned]
+    fitting = [t for t in usable if t.skinny] if M <= SKINNY_M else []
+    fitting = fitting or [t for t in usable if not t.skinny]
+    enough = multiprocessors(x.device)
+    tile = next(
+        (t for t in fitting if cdiv(M, t.block_m) * cdiv(N, t.block_n) >= enough), fitting[-1]
+    )
+    LAST[kernel] = f"{arch.name} tile {tile}"
+    return tile
+
+
+def pick_splits(tile: Tile, x: Any, N: int, K: int) -> int:
+    """Into how many parts K is cut for a skinny GEMM: four blocks a multiprocessor, four K steps a
+    part."""
+    blocks = cdiv(N, tile.block_n)
+    wanted = cdiv(4 * multiprocessors(x.device), blocks)
+    return max(1, min(wanted, K // (4 * tile.block_k)))

@@ -1,0 +1,497 @@
+"""h = act(x w_gate') * (x w_up') in one pass over x, and the backward of what comes before and
+after it.
+
+| kernel | reads | writes |
+|---|---|---|
+| _fwd_kernel | x, w_gate, w_up, biases | h, g, u: whichever are wanted |
+| _partial_kernel | the same, for few rows | products over a part of K |
+| _reduce_kernel | those parts, in fixed order, and biases | h, g, u |
+| _bwd_kernel | dy, w_down, g, u | dg, du, h, column sums of dg and du |
+
+Without w_up and u the same kernels are those of a plain linear with activation (linear_act.py). Two
+accumulators share each x tile, so gate and up weights need no repacking. Names of sizes: x (M, D),
+weights (H, D), h (M, H); in the backward dy (M, D) and w_down (D, H), read as its (H, D) transpose.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._shapes import empty_pair, split_pair
+from ..reference import Packed
+from .activations import ACTIVATIONS
+from .arch import Tile, multiprocessors, pick_splits, pick_tile
+from .tiles import (
+    aligned,
+    column_parts,
+    load_tile,
+    multiply,
+    precision,
+    rows_of,
+    store_tile,
+    tile_at,
+    weight_of,
+)
+
+
+@triton.jit
+def _add_bias(acc, b_ptr, n0, H, BLOCK_N: tl.constexpr):
+    if b_ptr is not None:
+        offs_n = n0 + tl.arange(0, BLOCK_N)
+        acc += tl.load(b_ptr + offs_n, mask=offs_n < H, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def _store_fwd(
+    acc_g,
+    acc_u,
+    b_gate_ptr,
+    b_up_ptr,
+    h,
+    g,
+    u,
+    m0,
+    n0,
+    M,
+    H,
+    stride_hm,
+    stride_gm,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Bias, activation and product of one (part of a) tile; g and u are stored before
+    activation."""
+    acc_g = _add_bias(acc_g, b_gate_ptr, n0, H, BLOCK_N)
+    if g is not None:
+        store_tile(g, stride_gm, m0, n0, M, H, acc_g, BLOCK_M, BLOCK_N, TMA)
+    value, _ = ACT(acc_g)
+    if GATED:
+        acc_u = _add_bias(acc_u, b_up_ptr, n0, H, BLOCK_N)
+        if u is not None:
+            store_tile(u, stride_gm, m0, n0, M, H, acc_u, BLOCK_M, BLOCK_N, TMA)
+        value = value * acc_u
+    if h is not None:
+        store_tile(h, stride_hm, m0, n0, M, H, value, BLOCK_M, BLOCK_N, TMA)
+
+
+@triton.jit
+def _fwd_kernel(
+    x,
+    w_gate,
+    w_up,
+    b_gate_ptr,
+    b_up_ptr,
+    h,
+    g,
+    u,
+    M,
+    H,
+    D,
+    stride_xm,
+    stride_xd,
+    stride_gate_h,
+    stride_gate_d,
+    stride_up_h,
+    stride_up_d,
+    stride_hm,
+    stride_gm,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    TMA: tl.constexpr,
+    GATE_K_MAJOR: tl.constexpr,
+    UP_K_MAJOR: tl.constexpr,
+    MASK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    GATED: tl.constexpr = w_up is not None
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(H, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TMA):
+        tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
+        m0 = tile_m * BLOCK_M
+        n0 = tile_n * BLOCK_N
+        acc_g, acc_u = multiply(
+            x, stride_xm, stride_xd,
+            w_gate, stride_gate_h, stride_gate_d,
+            w_up, stride_up_h, stride_up_d,
+            m0, n0, 0, D, M, H, D,
+            BLOCK_M, BLOCK_N, BLOCK_K, TMA, GATE_K_MAJOR, UP_K_MAJOR, MASK_K, PRECISION,
+        )  # fmt: skip
+        PART: tl.constexpr = BLOCK_N // SUBTILES
+        parts_g = column_parts(acc_g, BLOCK_M, BLOCK_N, SUBTILES)
+        parts_u = column_parts(acc_u, BLOCK_M, BLOCK_N, SUBTILES)
+        for i in tl.static_range(SUBTILES):
+            _store_fwd(
+                parts_g[i], parts_u[i], b_gate_ptr, b_up_ptr, h, g, u, m0, n0 + i * PART, M, H,
+                stride_hm, stride_gm, ACT, BLOCK_M, PART, TMA, GATED,
+            )  # fmt: skip
+
+
+@triton.jit
+def _partial_kernel(
+    x,
+    w_gate,
+    w_up,
+    parts_ptr,
+    M,
+    H,
+    D,
+    depth,
+    stride_xm,
+    stride_xd,
+    stride_gate_h,
+    stride_gate_d,
+    stride_up_h,
+    stride_up_d,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    MASK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Products over `depth` of K for few rows (M <= BLOCK_M): parts (splits, 1 or 2, M, H) in
+    float32."""
+    GATED: tl.constexpr = w_up is not None
+    n0 = tl.program_id(0) * BLOCK_N
+    part = tl.program_id(1)
+    k_begin = part * depth
+    acc_g, acc_u = multiply(
+        x, stride_xm, stride_xd,
+        w_gate, stride_gate_h, stride_gate_d,
+        w_up, stride_up_h, stride_up_d,
+        0, n0, k_begin, min(k_begin + depth, D), M, H, D,
+        BLOCK_M, BLOCK_N, BLOCK_K, False, True, True, MASK_K, PRECISION,
+    )  # fmt: skip
+    size = M.to(tl.int64) * H
+    parts_ptr += part * size * (2 if GATED else 1)
+    store_tile(parts_ptr, H, 0, n0, M, H, acc_g, BLOCK_M, BLOCK_N, False)
+    if GATED:
+        store_tile(parts_ptr + size, H, 0, n0, M, H, acc_u, BLOCK_M, BLOCK_N, False)
+
+
+@triton.jit
+def _reduce_kernel(
+    parts_ptr,
+    b_gate_ptr,
+    b_up_ptr,
+    h,
+    g,
+    u,
+    M,
+    H,
+    splits,
+    stride_hm,
+    stride_gm,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """Sum the parts, always in the same order, then finish as _fwd_kernel does."""
+    n0 = tl.program_id(0) * BLOCK_N
+    size = M.to(tl.int64) * H
+    acc_g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_u = acc_g
+    for _ in tl.range(0, splits):
+        acc_g += load_tile(parts_ptr, H, 1, 0, n0, M, H, BLOCK_M, BLOCK_N, False)
+        if GATED:
+            parts_ptr += size
+            acc_u += load_tile(parts_ptr, H, 1, 0, n0, M, H, BLOCK_M, BLOCK_N, False)
+        parts_ptr += size
+    _store_fwd(
+        acc_g, acc_u, b_gate_ptr, b_up_ptr, h, g, u, 0, n0, M, H, stride_hm, stride_gm,
+        ACT, BLOCK_M, BLOCK_N, False, GATED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_column_sums(value, sums_ptr, tile_m, n0, H, BLOCK_N: tl.constexpr):
+    offs_n = n0 + tl.arange(0, BLOCK_N)
+    row = sums_ptr + tile_m.to(tl.int64) * H
+    tl.store(row + offs_n, tl.sum(value, 0), mask=offs_n < H)
+
+
+@triton.jit
+def _store_bwd(
+    dh,
+    g,
+    u,
+    dg,
+    du,
+    h,
+    sums_ptr,
+    tile_m,
+    tiles_m,
+    m0,
+    n0,
+    M,
+    H,
+    stride_gm,
+    stride_dgm,
+    stride_hm,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    GATED: tl.constexpr,
+):
+    """dg = dh u act'(g), du = dh act(g), h = act(g) u of one (part of a) tile, and their column
+    sums. Rows past M have dh = 0 and u = 0, so they add nothing to a sum."""
+    gate = load_tile(g, stride_gm, 1, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
+    value, slope = ACT(gate)
+    grad = dh * slope
+    if GATED:
+        up = load_tile(u, stride_gm, 1, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
+        grad_up = dh * value
+        store_tile(du, stride_dgm, m0, n0, M, H, grad_up, BLOCK_M, BLOCK_N, TMA)
+        if sums_ptr is not None:
+            up_sums_ptr = sums_ptr + tiles_m.to(tl.int64) * H
+            _store_column_sums(grad_up, up_sums_ptr, tile_m, n0, H, BLOCK_N)
+        grad = grad * up
+        value = value * up
+    store_tile(dg, stride_dgm, m0, n0, M, H, grad, BLOCK_M, BLOCK_N, TMA)
+    if sums_ptr is not None:
+        _store_column_sums(grad, sums_ptr, tile_m, n0, H, BLOCK_N)
+    if h is not None:
+        store_tile(h, stride_hm, m0, n0, M, H, value, BLOCK_M, BLOCK_N, TMA)
+
+
+@triton.jit
+def _bwd_kernel(
+    dy,
+    w_down,
+    g,
+    u,
+    dg,
+    du,
+    h,
+    sums_ptr,
+    M,
+    H,
+    D,
+    stride_dym,
+    stride_dyd,
+    stride_down_h,
+    stride_down_d,
+    stride_gm,
+    stride_dgm,
+    stride_hm,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    TMA: tl.constexpr,
+    DOWN_K_MAJOR: tl.constexpr,
+    MASK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    GATED: tl.constexpr = u is not None
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(H, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TMA):
+        tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
+        m0 = tile_m * BLOCK_M
+        n0 = tile_n * BLOCK_N
+        dh, _ = multiply(
+            dy, stride_dym, stride_dyd,
+            w_down, stride_down_h, stride_down_d,
+            None, 0, 0,
+            m0, n0, 0, D, M, H, D,
+            BLOCK_M, BLOCK_N, BLOCK_K, TMA, DOWN_K_MAJOR, True, MASK_K, PRECISION,
+        )  # fmt: skip
+        PART: tl.constexpr = BLOCK_N // SUBTILES
+        parts = column_parts(dh, BLOCK_M, BLOCK_N, SUBTILES)
+        for i in tl.static_range(SUBTILES):
+            _store_bwd(
+                parts[i], g, u, dg, du, h, sums_ptr, tile_m, tiles_m, m0, n0 + i * PART, M, H,
+                stride_gm, stride_dgm, stride_hm, ACT, BLOCK_M, PART, TMA, GATED,
+            )  # fmt: skip
+
+
+def _gemm_options(
+    tile: Tile, x: Tensor, M: int, H: int, D: int
+) -> tuple[tuple[int], dict[str, Any]]:
+    """Grid and constants of a GEMM launch: a TMA tile runs persistently, one block a
+    multiprocessor."""
+    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(H, tile.block_n)
+    grid = (min(tiles, multiprocessors(x.device)) if tile.tma else tiles,)
+    return grid, {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+        "SUBTILES": tile.subtiles,
+        "TMA": tile.tma,
+        "MASK_K": D % tile.block_k != 0,
+        "PRECISION": precision(x.dtype),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        **_compiler_options(tile),
+    }
+
+
+def _compiler_options(tile: Tile) -> dict[str, Any]:
+    """Triton 3.10 turns fusion off by default. Without a register limit ptxas may aim at two blocks
+    a multiprocessor and spill at 128 registers."""
+    return {"enable_fp_fusion": True, "maxnreg": min(255, 65536 // (32 * tile.num_warps))}
+
+
+def launch_fwd(
+    kernel: str,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    h: Tensor | None,
+    g: Tensor | None,
+    u: Tensor | None,
+    activation: str,
+) -> None:
+    """Fill whichever of h, g, u (M, H) are given. `kernel` names the row of tiles."""
+    M, D = x.shape
+    H = w_gate.shape[0]
+    if M == 0 or H == 0:
+        return
+    out = next(t for t in (h, g) if t is not None)
+    fits = x.stride(1) == 1 and aligned(x, w_gate, w_up, h, g, u)
+    tile = pick_tile(kernel, x, M, H, fits)
+    strides = (h if h is not None else out).stride(0), (g if g is not None else out).stride(0)
+    if tile.skinny and (splits := pick_splits(tile, x, H, D)) > 1:
+        _launch_split(tile, splits, x, w_gate, w_up, b_gate, b_up, h, g, u, strides, activation)
+        return
+    gate, *gate_strides, gate_k_major = weight_of(w_gate, tile.block_n, tile.block_k, tile.tma)
+    up, *up_strides, up_k_major = weight_of(w_up, tile.block_n, tile.block_k, tile.tma)
+    block_out = tile.block_n // tile.subtiles
+    grid, options = _gemm_options(tile, x, M, H, D)
+    _fwd_kernel[grid](
+        rows_of(x, tile.block_m, tile.block_k, tile.tma), gate, up, b_gate, b_up,
+        *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (h, g, u)),
+        M, H, D, *x.stride(), *gate_strides, *up_strides, *strides,
+        ACT=ACTIVATIONS[activation].device,
+        GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major, **options,
+    )  # fmt: skip
+
+
+def _launch_split(
+    tile: Tile,
+    splits: int,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    h: Tensor | None,
+    g: Tensor | None,
+    u: Tensor | None,
+    strides: tuple[int, int],
+    activation: str,
+) -> None:
+    M, D = x.shape
+    H = w_gate.shape[0]
+    gated = w_up is not None
+    depth = triton.cdiv(triton.cdiv(D, splits), tile.block_k) * tile.block_k
+    splits = triton.cdiv(D, depth)
+    parts = x.new_empty((splits, 2 if gated else 1, M, H), dtype=torch.float32)
+    shared = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **_compiler_options(tile)}
+    columns = triton.cdiv(H, tile.block_n)
+    _partial_kernel[columns, splits](
+        x, w_gate, w_up, parts, M, H, D, depth,
+        *x.stride(), *w_gate.stride(), *(w_up.stride() if w_up is not None else (0, 0)),
+        BLOCK_K=tile.block_k, MASK_K=D % tile.block_k != 0, PRECISION=precision(x.dtype),
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
+    )  # fmt: skip
+    _reduce_kernel[columns,](
+        parts, b_gate, b_up, h, g, u, M, H, splits, *strides,
+        ACT=ACTIVATIONS[activation].device, GATED=gated, **shared,
+    )  # fmt: skip
+
+
+def launch_bwd(
+    kernel: str,
+    dy: Tensor,
+    w_down: Tensor,
+    g: Tensor,
+    u: Tensor | None,
+    dg: Tensor,
+    du: Tensor | None,
+    want_h: bool,
+    want_db: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Fill dg and du (M, H); returns h (M or 0, H) and the column sums of dg and du (1 or 2 or 0,
+    H)."""
+    M, D = dy.shape
+    H = w_down.shape[1]
+    halves = 1 if u is None else 2
+    h = dy.new_empty((M if want_h else 0, H))
+    if M == 0 or H == 0:
+        return h, dy.new_zeros((halves if want_db else 0, H))
+    wanted_h = h if want_h else None
+    fits = dy.stride(1) == 1 and aligned(dy, w_down, g, u, dg, du, wanted_h)
+    tile = pick_tile(kernel, dy, M, H, fits)
+    tiles_m = triton.cdiv(M, tile.block_m)
+    sums = dy.new_empty((halves, tiles_m, H), dtype=torch.float32) if want_db else None
+    down, *down_strides, k_major = weight_of(w_down.t(), tile.block_n, tile.block_k, tile.tma)
+    block_out = tile.block_n // tile.subtiles
+    grid, options = _gemm_options(tile, dy, M, H, D)
+    _bwd_kernel[grid](
+        rows_of(dy, tile.block_m, tile.block_k, tile.tma), down,
+        *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (g, u, dg, du, wanted_h)), sums,
+        M, H, D, *dy.stride(), *down_strides, g.stride(0), dg.stride(0), h.stride(0),
+        ACT=ACTIVATIONS[activation].device, DOWN_K_MAJOR=k_major, **options,
+    )  # fmt: skip
+    db = dy.new_empty((0, H)) if sums is None else sums.sum(1).to(dy.dtype)
+    return h, db
+
+
+def gated_linear_fwd(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    activation: str,
+    want_h: bool,
+    want_gu: bool,
+) -> tuple[Tensor, Tensor]:
+    M, H = x.shape[0], w_gate.shape[0]
+    h = x.new_empty((M if want_h else 0, H))
+    gu = empty_pair(x, M if want_gu else 0, H, None)
+    g, u = split_pair(gu, None) if want_gu else (None, None)
+    launch_fwd(
+        "gated_linear_fwd", x, w_gate, w_up, b_gate, b_up, h if want_h else None, g, u, activation
+    )
+    return h, gu
+
+
+def gated_linear_bwd(
+    dy: Tensor,
+    w_down: Tensor,
+    gu: Tensor,
+    activation: str,
+    packed: Packed | None,
+    want_h: bool,
+    want_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    g, u = split_pair(gu, None)
+    dgu = empty_pair(dy, g.shape[0], g.shape[1], packed)
+    dg, du = split_pair(dgu, packed)
+    h, db = launch_bwd("gated_linear_bwd", dy, w_down, g, u, dg, du, want_h, want_db, activation)
+    # Sums come gate first; a packed bias wants them in its own order.
+    return dgu, h, db.flip(0) if packed == "up_gate" else db

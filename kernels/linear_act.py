@@ -1,0 +1,40 @@
+"""h = act(x w') in one pass, and its backward: the kernels of gated_linear.py without the up
+branch."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .gated_act import act_bwd, act_fwd
+from .gated_linear import launch_bwd, launch_fwd
+
+
+def linear_act_fwd(
+    x: Tensor, w: Tensor, b: Tensor | None, activation: str, want_h: bool, want_z: bool
+) -> tuple[Tensor, Tensor]:
+    M, H = x.shape[0], w.shape[0]
+    h = x.new_empty((M if want_h else 0, H))
+    z = x.new_empty((M if want_z else 0, H))
+    launch_fwd(
+        "linear_act_fwd", x, w, None, b, None,
+        h if want_h else None, z if want_z else None, None, activation,
+    )  # fmt: skip
+    return h, z
+
+
+def linear_act_bwd(
+    dy: Tensor, w_out: Tensor, z: Tensor, activation: str, want_h: bool, want_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    dz = dy.new_empty(z.shape)
+    h, db = launch_bwd("linear_act_bwd", dy, w_out, z, None, dz, None, want_h, want_db, activation)
+    return dz, h, db
+
+
+def linear_act_dz(dh: Tensor, z: Tensor, activation: str) -> Tensor:
+    dz = dh.new_empty(z.shape)
+    act_bwd(dh, z, None, dz, None, activation)
+    return dz
+
+
+def linear_act_h(z: Tensor, activation: str) -> Tensor:
+    return act_fwd(z, None, activation)

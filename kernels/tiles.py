@@ -1,0 +1,229 @@
+"""What the GEMM kernels share: loads and stores of tiles, the schedule, the main loop; and, on the
+host, how a matrix is handed to a kernel.
+
+A matrix reaches a kernel either as a TMA descriptor (TMA=True) or as a pointer with two strides.
+Both read zeros past the edges, so ragged sizes need no special case. Address arithmetic is int64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# Triton's interpreter multiplies bf16 wrongly without an explicit upcast (kernels/README.md).
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def load_tile(
+    t,
+    stride_r,
+    stride_c,
+    r0,
+    c0,
+    R,
+    C,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TMA: tl.constexpr,
+    MASK_C: tl.constexpr = True,
+):
+    """Rows r0.. and columns c0.. of an (R, C) matrix; MASK_C=False promises whole column tiles."""
+    if TMA:
+        tile = t.load([r0, c0])
+    else:
+        offs_r = r0 + tl.arange(0, BLOCK_R)
+        offs_c = c0 + tl.arange(0, BLOCK_C)
+        mask = offs_r[:, None] < R
+        if MASK_C:
+            mask = mask & (offs_c[None, :] < C)
+        rows = offs_r.to(tl.int64)[:, None] * stride_r
+        tile = tl.load(t + rows + offs_c.to(tl.int64)[None, :] * stride_c, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def store_tile(
+    t,
+    stride_r,
+    r0,
+    c0,
+    R,
+    C,
+    value,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Write `value` to an (R, C) matrix whose columns are contiguous, in its dtype; cut at the
+    edges."""
+    if TMA:
+        t.store([r0, c0], value.to(t.dtype))
+    else:
+        offs_r = r0 + tl.arange(0, BLOCK_R)
+        offs_c = c0 + tl.arange(0, BLOCK_C)
+        mask = (offs_r[:, None] < R) & (offs_c[None, :] < C)
+        pointers = t + offs_r.to(tl.int64)[:, None] * stride_r + offs_c[None, :]
+        tl.store(pointers, value.to(t.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_weight(
+    w,
+    stride_n,
+    stride_k,
+    n0,
+    k0,
+    N,
+    K,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    K_MAJOR: tl.constexpr,
+    MASK_K: tl.constexpr,
+):
+    """A (BLOCK_K, BLOCK_N) operand from an (N, K) weight. With TMA the descriptor lies along
+    whichever of its dimensions is contiguous: (N, K) if K_MAJOR, else (K, N)."""
+    if TMA:
+        if K_MAJOR:
+            tile = w.load([n0, k0]).T
+        else:
+            tile = w.load([k0, n0])
+    else:
+        offs_n = n0 + tl.arange(0, BLOCK_N)
+        offs_k = k0 + tl.arange(0, BLOCK_K)
+        mask = offs_n[None, :] < N
+        if MASK_K:
+            mask = mask & (offs_k[:, None] < K)
+        columns = offs_n.to(tl.int64)[None, :] * stride_n
+        tile = tl.load(w + offs_k.to(tl.int64)[:, None] * stride_k + columns, mask=mask, other=0.0)
+    return tile
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in float32."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def multiply(
+    x,
+    stride_xm,
+    stride_xk,
+    w1,
+    stride_1n,
+    stride_1k,
+    w2,
+    stride_2n,
+    stride_2k,
+    m0,
+    n0,
+    k_begin,
+    k_end,
+    M,
+    N,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    TMA: tl.constexpr,
+    K_MAJOR_1: tl.constexpr,
+    K_MAJOR_2: tl.constexpr,
+    MASK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of x w1' and x w2' over k_begin..k_end, in float32: both products share the x tile.
+    With w2 = None the second result is the first."""
+    acc1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc2 = acc1
+    for k in tl.range(k_begin, k_end, BLOCK_K):
+        a = load_tile(x, stride_xm, stride_xk, m0, k, M, K, BLOCK_M, BLOCK_K, TMA, MASK_K)
+        b = load_weight(
+            w1, stride_1n, stride_1k, n0, k, N, K, BLOCK_N, BLOCK_K, TMA, K_MAJOR_1, MASK_K
+        )
+        acc1 = dot(a, b, acc1, PRECISION)
+        if w2 is not None:
+            b = load_weight(
+                w2, stride_2n, stride_2k, n0, k, N, K, BLOCK_N, BLOCK_K, TMA, K_MAJOR_2, MASK_K
+            )
+            acc2 = dot(a, b, acc2, PRECISION)
+    if w2 is None:
+        acc2 = acc1
+    return acc1, acc2
+
+
+@triton.jit
+def tile_at(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """(row, column) of the index-th tile: GROUP_M rows of tiles at a time, column by column, so
+    that blocks running together share weight columns and x rows in L2."""
+    group = index // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    height = min(tiles_m - first, GROUP_M)
+    inside = index % (GROUP_M * tiles_n)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def _halve(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    left, right = tl.split(tl.permute(tl.reshape(t, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    return left, right
+
+
+@triton.jit
+def column_parts(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr):
+    """A (BLOCK_M, BLOCK_N) tile as a tuple of PARTS (a power of 2) tiles side by side."""
+    if PARTS == 1:
+        parts = (t,)
+    else:
+        left, right = _halve(t, BLOCK_M, BLOCK_N)
+        first = column_parts(left, BLOCK_M, BLOCK_N // 2, PARTS // 2)
+        second = column_parts(right, BLOCK_M, BLOCK_N // 2, PARTS // 2)
+        parts = first + second
+    return parts
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: as torch.set_float32_matmul_precision says."""
+    highest = torch.get_float32_matmul_precision() == "highest"
+    return "ieee" if highest or dtype != torch.float32 else "tf32"
+
+
+def aligned(*matrices: Tensor | None) -> bool:
+    """One dimension of each is contiguous and the other steps by 16 bytes from a 16-byte base: what
+    TMA descriptors and 16-byte loads need."""
+    return all(t is None or _aligned(t) for t in matrices)
+
+
+def _aligned(t: Tensor) -> bool:
+    rows, columns = t.stride()
+    inner, outer = (columns, rows) if columns == 1 else (rows, columns)
+    return inner == 1 and outer * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 < t.numel()
+
+
+def rows_of(t: Tensor | None, block_r: int, block_c: int, tma: bool) -> Any:
+    """A matrix with contiguous columns (x, h, g, ...) as a kernel takes it."""
+    return t if t is None or not tma else TensorDescriptor.from_tensor(t, [block_r, block_c])
+
+
+def weight_of(
+    t: Tensor | None, block_n: int, block_k: int, tma: bool
+) -> tuple[Any, int, int, bool]:
+    """An (N, K) weight as a kernel takes it: (descriptor or tensor, stride_n, stride_k,
+    K_MAJOR)."""
+    if t is None:
+        return None, 0, 0, True
+    stride_n, stride_k = t.stride()
+    if not tma:
+        return t, stride_n, stride_k, True
+    k_major = stride_k == 1
+    view, block = (t, [block_n, block_k]) if k_major else (t.t(), [block_k, block_n])
+    return TensorDescriptor.from_tensor(view, block), stride_n, stride_k, k_major

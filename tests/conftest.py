@@ -1,0 +1,35 @@
+"""Without a GPU the kernels run in Triton's interpreter; it has to be chosen before Triton is
+imported."""
+
+import os
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+import pytest  # noqa: E402
+
+import fusedmlp  # noqa: E402
+from fusedmlp.testing import poison  # noqa: E402
+
+
+@pytest.fixture
+def device() -> str:
+    return DEVICE
+
+
+@pytest.fixture(params=["reference", "triton"])
+def each_backend(request):
+    """Run the test on the reference and on the kernels."""
+    with fusedmlp.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def on_triton():
+    with fusedmlp.backend("triton"), poison():
+        yield

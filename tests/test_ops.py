@@ -1,0 +1,352 @@
+"""Every Case through the reference and through the kernels, by the one tolerance rule."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from torch.library import opcheck
+
+import fusedmlp
+from fusedmlp._shapes import split_pair
+from fusedmlp.kernels.activations import ACTIVATIONS
+from fusedmlp.ops import gated_act, gated_linear, linear_act
+from fusedmlp.testing import CASES, assert_close_to, compare, evaluate
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+BLOCKS = ("gated_linear", "gated_mlp", "linear_act", "mlp")
+# Off every block, in both paths: D and H of 8's multiples take TMA descriptors, the others element
+# loads; 3 rows of K >= 128 are cut into parts; a prime M; one tile exactly.
+SHAPES = [(37, 40, 72), (35, 67, 101), (3, 160, 88), (1, 96, 80), (32, 32, 32)]
+
+
+def check(case, inputs, **options):
+    for name, triple in compare(case, inputs, **options).items():
+        assert_close_to(*triple, name=name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_kernel_matches_reference(case, shape, dtype, device, on_triton):
+    check(case, case.inputs(*shape, dtype, device))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", ("gated_act", "gated_mlp-bias", "linear_act-bias", "mlp"))
+def test_every_activation(name, dtype, activation, device, on_triton):
+    case = CASES[name]
+    inputs = case.inputs(33, 48, 64, dtype, device, activation=activation)
+    check(case, inputs, activation=activation)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_and_slope_far_out(activation, device, on_triton):
+    """Values at +-90 and around them: nothing overflows, and tails are right to an ulp of the
+    result."""
+    g = torch.cat([torch.linspace(-90, 90, 721), torch.tensor([-90.0, 90.0, -1e-3, 1e-3])])
+    g = g[g != 0].to(device)
+    inputs = {"g": g, "u": torch.ones_like(g)}
+    check(CASES["gated_act"], inputs, activation=activation, dy=torch.ones_like(g))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_reference_passes_gradcheck(case):
+    """The formula, in float64: autograd's gradients of the reference against finite differences."""
+    inputs = case.inputs(3, 5, 4, torch.float64)
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    names = list(inputs)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: case.run(dict(zip(names, tensors, strict=True))), leaves
+    )
+
+
+def test_reference_formulas_by_hand():
+    x, wg = torch.tensor([[1.0, 2.0]]), torch.tensor([[0.5, -1.0]])
+    wu, wd = torch.tensor([[2.0, 1.0]]), torch.tensor([[3.0], [-1.0]])
+    g, u = -1.5, 4.0
+    h = u * g / (1 + torch.tensor(1.5).exp().item())
+    out = fusedmlp.gated_mlp(x, wg, wu, wd)
+    torch.testing.assert_close(out, torch.tensor([[3 * h, -h]]))
+    out = fusedmlp.mlp(x, wu, wd, torch.tensor([-5.0]), activation="relu")
+    torch.testing.assert_close(out, torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_no_rows(case, device, each_backend):
+    inputs = case.inputs(0, 6, 10, torch.float32, device)
+    results = evaluate(
+        case.run, inputs, torch.zeros(case.fake_output(0, 6, 10).shape, device=device)
+    )
+    assert results["out"].shape == case.fake_output(0, 6, 10).shape
+    for name, t in inputs.items():
+        assert results[f"d{name}"].shape == t.shape
+        assert not results[f"d{name}"].any()  # a sum over no rows is 0, not garbage
+
+
+@pytest.mark.parametrize("case", [CASES[n] for n in BLOCKS], ids=BLOCKS)
+def test_leading_dimensions(case, device, each_backend):
+    inputs = case.inputs(12, 16, 24, torch.float32, device)
+    flat = case.run(inputs)
+    shaped = case.run({**inputs, "x": inputs["x"].view(2, 3, 2, 16)})
+    assert shaped.shape == (2, 3, 2, flat.shape[-1])
+    torch.testing.assert_close(shaped.flatten(0, 2), flat, rtol=0, atol=0)
+    single = case.run({**inputs, "x": inputs["x"][0]})
+    assert single.shape == flat.shape[-1:]
+
+
+def _strided(t, how):
+    """The same values in memory laid out otherwise."""
+    if how == "wide rows":
+        wide = t.new_zeros(*t.shape[:-1], t.shape[-1] + 3)
+        wide[..., : t.shape[-1]] = t
+        return wide[..., : t.shape[-1]]
+    if how == "every other row":
+        return torch.stack([t, torch.full_like(t, 7)], 1).flatten(0, 1)[::2]
+    return t.t().contiguous().t() if t.dim() == 2 else t
+
+
+@pytest.mark.parametrize("how", ("wide rows", "every other row", "transposed"))
+@pytest.mark.parametrize("name", ("gated_act", "gated_act-up_gate", *BLOCKS))
+@pytest.mark.parametrize("shape", [(33, 40, 56), (3, 130, 31)], ids=str)
+def test_strides_are_read_in_place(name, shape, how, device, on_triton):
+    case = CASES[name]
+    inputs = case.inputs(*shape, torch.float32, device)
+    check(case, {k: _strided(t, how) for k, t in inputs.items()})
+
+
+@pytest.mark.parametrize("name", ("gated_act", *BLOCKS))
+def test_zero_stride_upstream_gradient(name, device, on_triton):
+    case = CASES[name]
+    inputs = case.inputs(9, 24, 40, torch.float32, device)
+    dy = torch.ones((), device=device).expand(case.fake_output(9, 24, 40).shape)
+    assert not any(dy.stride())
+    check(case, inputs, dy=dy)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ("gated_act", "gated_linear-bias", "gated_linear-up_gate-bias", "gated_mlp-bias",
+     "gated_mlp-gate_up-bias", "gated_mlp-recompute-bias", "linear_act-bias", "mlp-bias",
+     "mlp-recompute-bias"),
+)  # fmt: skip
+def test_every_subset_of_gradients(name, device, on_triton):
+    case = CASES[name]
+    inputs = case.inputs(5, 12, 20, torch.float32, device)
+    dy = torch.randn(case.fake_output(5, 12, 20).shape, device=device)
+    full = evaluate(case.run, inputs, dy)
+    # All pairs, and all but one, of up to seven inputs: every branch of every backward.
+    for size in {1, 2, len(inputs) - 1}:
+        for wanted in itertools.combinations(inputs, size):
+            part = evaluate(case.run, inputs, dy, wanted)
+            for key in part:
+                torch.testing.assert_close(part[key], full[key], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_second_backward_and_reruns_are_bit_equal(case, device, on_triton):
+    inputs = case.inputs(33, 40, 136, torch.bfloat16, device)
+    leaves = {k: t.requires_grad_() for k, t in inputs.items()}
+    before = {k: t.detach().clone() for k, t in inputs.items()}
+    out = case.run(leaves)
+    dy = torch.randn_like(out)
+    first = torch.autograd.grad(out, list(leaves.values()), dy, retain_graph=True)
+    second = torch.autograd.grad(out, list(leaves.values()), dy)
+    again = case.run(leaves)
+    third = torch.autograd.grad(again, list(leaves.values()), dy)
+    assert torch.equal(out, again)
+    for a, b, c in zip(first, second, third, strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+    for k, t in before.items():
+        assert torch.equal(t, leaves[k])
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
+@pytest.mark.parametrize("name", ("gated_act", *BLOCKS))
+def test_bad_rows_stay_in_their_rows(name, bad, device, on_triton):
+    case = CASES[name]
+    inputs = case.inputs(35, 40, 48, torch.float32, device)
+    first = next(iter(inputs))
+    dy = torch.ones(case.fake_output(35, 40, 48).shape, device=device)
+    clean = evaluate(case.run, inputs, dy, (first,))
+    inputs[first] = inputs[first].clone()
+    inputs[first][7] = bad
+    dirty = evaluate(case.run, inputs, dy, (first,))
+    others = [i for i in range(35) if i != 7]
+    for key in clean:
+        assert torch.equal(clean[key][others], dirty[key][others])
+    assert not dirty["out"][7].isfinite().all()
+
+
+@pytest.mark.parametrize("name", ("gated_act", *BLOCKS))
+def test_nan_in_gives_nan_out(name, device, on_triton):
+    """For every activation: a NaN must not be swallowed by a comparison."""
+    case = CASES[name]
+    for activation in ACTIVATIONS:
+        inputs = case.inputs(2, 16, 16, torch.float32, device)
+        first = next(iter(inputs))
+        inputs[first][1, 3] = float("nan")
+        assert case.run(inputs, activation=activation)[1].isnan().any(), activation
+
+
+@pytest.mark.parametrize("name", ("gated_linear-bias", "gated_mlp", "mlp-bias"))
+def test_sizes_of_one(name, device, on_triton):
+    case = CASES[name]
+    for shape in ((1, 1, 1), (17, 1, 33), (17, 33, 1)):
+        check(case, case.inputs(*shape, torch.float32, device))
+
+
+def test_no_depth_and_no_width(device, each_backend):
+    """K = 0 is a sum over nothing; H = 0 a tensor of nothing."""
+    bias = torch.tensor([1.0, -2.0], device=device)
+    empty = torch.ones(2, 0, device=device)
+    out = fusedmlp.gated_linear(torch.ones(3, 0, device=device), empty, empty, bias, bias)
+    torch.testing.assert_close(out, (torch.nn.functional.silu(bias) * bias).expand(3, 2))
+    w, x = torch.ones(0, 4, device=device), torch.ones(3, 4, device=device)
+    assert fusedmlp.gated_linear(x, w, w).shape == (3, 0)
+    assert not fusedmlp.mlp(x, w, w.t()).any()
+
+
+@pytest.mark.parametrize("name", ("gated_mlp-bias", "mlp-bias", "linear_act-bias"))
+def test_gradients_through_reference_double_backward(name):
+    """On the reference autograd goes on: a second derivative exists."""
+    case = CASES[name]
+    inputs = case.inputs(2, 3, 4, torch.float64)
+    leaves = [t.requires_grad_() for t in inputs.values()]
+    names = list(inputs)
+    assert torch.autograd.gradgradcheck(
+        lambda *tensors: case.run(dict(zip(names, tensors, strict=True))), leaves
+    )
+
+
+def test_kernels_refuse_a_second_derivative(device, on_triton):
+    case = CASES["gated_mlp"]
+    inputs = {k: t.requires_grad_() for k, t in case.inputs(2, 8, 8, torch.float32, device).items()}
+    (dx,) = torch.autograd.grad(case.run(inputs).square().sum(), inputs["x"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def _saved_bytes(case, inputs):
+    """Bytes that autograd keeps beyond the arguments themselves."""
+    arguments = {t.data_ptr() for t in inputs.values()}
+    kept = {}
+
+    def pack(t):
+        if t.data_ptr() not in arguments:
+            kept[t.data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = case.run({k: t.requires_grad_() for k, t in inputs.items()})
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+def test_memory_plan(device, on_triton):
+    """A gated block keeps g and u and nothing else; recompute keeps nothing."""
+    M, D, H = 33, 16, 64
+    expected = {"gated_mlp": 2 * M * H, "gated_mlp-recompute-bias": 0, "mlp": M * H,
+                "mlp-recompute-bias": 0, "gated_linear": 2 * M * H}  # fmt: skip
+    for name, elements in expected.items():
+        case = CASES[name]
+        assert _saved_bytes(case, case.inputs(M, D, H, torch.float32, device)) == 4 * elements, name
+
+
+def test_packed_weight_gets_one_gradient_buffer(device, on_triton):
+    case = CASES["gated_mlp-up_gate-bias"]
+    inputs = case.inputs(9, 16, 24, torch.float32, device)
+    grads = evaluate(case.run, inputs, torch.ones(9, 16, device=device))
+    assert grads["dw_gate"].shape == (48, 16) and grads["dw_gate"].is_contiguous()
+
+
+@pytest.mark.parametrize("name", ("gated_act", "gated_mlp-bias", "mlp-bias", "linear_act"))
+def test_autocast(name, device, each_backend):
+    """Results in the autocast dtype, gradients in the parameters' own."""
+    case = CASES[name]
+    inputs = case.inputs(6, 16, 24, torch.float32, device)
+    half = {k: t.bfloat16() for k, t in inputs.items()}
+    dy = torch.ones(case.fake_output(6, 16, 24).shape, device=device, dtype=torch.bfloat16)
+
+    def run(leaves):
+        with torch.autocast(device, torch.bfloat16):
+            return case.run(leaves)
+
+    mixed, plain = evaluate(run, inputs, dy), evaluate(case.run, half, dy)
+    assert mixed["out"].dtype == torch.bfloat16
+    for key in mixed:
+        assert key == "out" or mixed[key].dtype == torch.float32
+        torch.testing.assert_close(mixed[key].bfloat16(), plain[key], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ("gated_act-gate_up", "gated_mlp-bias", "mlp-recompute-bias"))
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_compiles_to_one_graph(name, dynamic, device, each_backend):
+    torch._dynamo.reset()
+    case = CASES[name]
+    inputs = case.inputs(6, 16, 24, torch.float32, device)
+    dy = torch.randn(case.fake_output(6, 16, 24).shape, device=device)
+    compiled = torch.compile(case.run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    eager = evaluate(case.run, inputs, dy)
+    for key, t in evaluate(compiled, inputs, dy).items():
+        torch.testing.assert_close(t, eager[key])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(inputs), eager["out"])
+
+
+def _opcheck(op, *args):
+    opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def test_opcheck(device):
+    t = lambda *shape: torch.randn(shape, device=device)  # noqa: E731
+    x, w, b, down, gu, g = t(5, 16), t(24, 16), t(24), t(16, 24), t(2, 5, 24), t(5, 24)
+    _opcheck(gated_act.fwd, g, g, "silu")
+    for packed in (None, "gate_up", "up_gate"):
+        _opcheck(gated_act.bwd, g, g, g, "silu", packed)
+        _opcheck(gated_linear.bwd, x, down, gu, "silu", packed, True, True)
+    for h, pair in ((True, True), (True, False), (False, True)):
+        _opcheck(gated_linear.fwd, x, w, w, b, b, "gelu", h, pair)
+        _opcheck(gated_linear.fwd, x, w, w, None, None, "gelu", h, pair)
+        _opcheck(linear_act.fwd, x, w, b, "gelu", h, pair)
+        _opcheck(linear_act.bwd, x, down, g, "gelu", h, pair)
+    _opcheck(linear_act.dz, g, g, "tanh")
+    _opcheck(linear_act.act, g, "tanh")
+
+
+def test_every_registered_op_is_checked():
+    """test_opcheck names them all: a new op must be added there."""
+    names = {n for n in dir(torch.ops.fusedmlp) if not n.startswith("_") and n != "name"}
+    checked = {f"{op}_{part}" for op in BLOCKS[::2] for part in ("fwd", "bwd")}
+    checked |= {"gated_act_fwd", "gated_act_bwd", "linear_act_dz", "linear_act_h"}
+    assert names == checked
+
+
+def test_column_sums_come_in_the_packed_order(device, on_triton):
+    dy, down, gu = (torch.randn(s, device=device) for s in ((9, 8), (8, 16), (2, 9, 16)))
+    for packed in (None, "gate_up", "up_gate"):
+        dgu, _, db = gated_linear.bwd(dy, down, gu, "silu", packed, False, True)
+        dg, du = split_pair(dgu, packed)
+        expected = torch.stack([dg.sum(0), du.sum(0)])
+        expected = expected.flip(0) if packed == "up_gate" else expected
+        torch.testing.assert_close(db, expected)
+
+
+def test_cases_are_frozen_and_named_after_their_op():
+    for name, case in CASES.items():
+        assert name.split("-")[0] == case.op == case.reference.__name__
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            case.name = "other"
+
+
+def test_inference_keeps_no_preactivation(device, on_triton, monkeypatch):
+    """Without gradients the kernels store h alone."""
+    seen = []
+    fwd = gated_linear.fwd
+    monkeypatch.setattr(gated_linear, "fwd", lambda *a: seen.append(a[-2:]) or fwd(*a))
+    inputs = CASES["gated_mlp"].inputs(4, 8, 8, torch.float32, device)
+    CASES["gated_mlp"].run(inputs)
+    with torch.no_grad():
+        CASES["gated_mlp"].run({k: t.requires_grad_() for k, t in inputs.items()})
+    assert seen == [(True, False), (True, False)]
