@@ -72,15 +72,15 @@ class Arch:
 
 # Any strides, any size: per-element addresses cost registers, so the K step is short.
 _ELEMENT = Tile(64, 32, 16, 4, 2, subtiles=2, loads="element")
-_SKINNY_ELEMENT = Tile(16, 32, 32, 4, 2, loads="element")
-_FP32_SKINNY = (Tile(16, 32, 32, 4, 3), _SKINNY_ELEMENT)
+_SKINNY = (Tile(16, 32, 128, 4, 4), Tile(16, 32, 32, 4, 2, loads="element"))
+_FP32_ELEMENT = Tile(32, 32, 16, 4, 2, loads="element")
+_FP32_SKINNY = (Tile(16, 32, 32, 4, 3), Tile(16, 32, 16, 4, 2, loads="element"))
 _FP32 = {  # CUDA cores unless the caller allows TF32; one set of tiles for all
-    ("gated_linear_fwd", 4): (Tile(64, 64, 16, 8, 3, subtiles=2), _ELEMENT, *_FP32_SKINNY),
-    ("linear_act_fwd", 4): (Tile(64, 64, 16, 8, 3), _ELEMENT, *_FP32_SKINNY),
-    ("gated_linear_bwd", 4): (Tile(64, 64, 32, 8, 3, subtiles=4), _ELEMENT),
-    ("linear_act_bwd", 4): (Tile(64, 64, 32, 8, 3, subtiles=4), _ELEMENT),
+    ("gated_linear_fwd", 4): (Tile(64, 64, 16, 8, 3, subtiles=2), _FP32_ELEMENT, *_FP32_SKINNY),
+    ("linear_act_fwd", 4): (Tile(64, 64, 16, 8, 3), _FP32_ELEMENT, *_FP32_SKINNY),
+    ("gated_linear_bwd", 4): (Tile(64, 64, 32, 8, 3, subtiles=4), _FP32_ELEMENT),
+    ("linear_act_bwd", 4): (Tile(64, 64, 32, 8, 3, subtiles=4), _FP32_ELEMENT),
 }
-_SKINNY = (Tile(16, 32, 128, 4, 4), _SKINNY_ELEMENT)
 _MMA = {  # mma.sync, 100 KB of shared memory: sm_80, 86, 89, 120
     ("gated_linear_fwd", 2): (
         Tile(128, 64, 32, 8, 4),
@@ -182,8 +182,8 @@ _pretended: tuple[Arch, int] | None = None
 
 @contextmanager
 def pretend(arch: Arch, multiprocessors: int) -> Iterator[None]:
-    """Inside, every tensor is taken to lie on such a GPU: how launches are planned and compiled for
-    a GPU that is not there. Nothing may be launched."""
+    """Inside, every tensor is taken to lie on such a GPU: how launches are planned for a GPU that
+    is not there, or with another table of tiles."""
     global _pretended
     previous, _pretended = _pretended, (arch, multiprocessors)
     try:

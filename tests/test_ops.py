@@ -116,6 +116,18 @@ def test_strides_are_read_in_place(name, shape, how, device, on_triton):
     check(case, {k: _strided(t, how) for k, t in inputs.items()})
 
 
+@pytest.mark.parametrize("name", ("gated_act", "gated_linear", "linear_act"))
+def test_rows_four_gigabytes_apart(name, device):
+    """Offsets beyond 2^31 elements, in memory of which only the rows' own pages are touched."""
+    case, M, D, H, step = CASES[name], 4, 24, 40, 2**30
+    inputs = case.inputs(M, D, H, torch.float16, device)
+    first = next(iter(inputs))
+    far = torch.empty(3 * step + 64, dtype=torch.float16, device=device)
+    far = far.as_strided(inputs[first].shape, (step, 1)).copy_(inputs[first])
+    with fusedmlp.backend("triton"):
+        check(case, {**inputs, first: far})
+
+
 @pytest.mark.parametrize("name", ("gated_act", *BLOCKS))
 def test_zero_stride_upstream_gradient(name, device, on_triton):
     case = CASES[name]
