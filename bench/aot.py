@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -227,13 +227,28 @@ def _inspect(job: Job, name: str, kernel: Any) -> Compiled:
     )
 
 
-def gate(arches: list[str], every_activation: bool = False) -> Iterator[Compiled]:
-    """Compile and inspect every kernel for `arches`, one result at a time."""
+def gate(
+    arches: Sequence[str],
+    every_activation: bool = False,
+    kernels: Sequence[str] = (),
+    dtypes: Sequence[str] = (),
+) -> Iterator[Compiled]:
+    """Compile and inspect kernels for `arches`, one result at a time: all, or the training launches
+    of some GEMM `kernels` in some `dtypes`."""
     # Silu is in every job; gelu's erf needs the most registers.
     activations = [a for a in ACTIVATIONS if a != "silu"] if every_activation else ["gelu"]
     for name in arches:
         arch = ARCHES[name]
-        for job in (*_gemm_jobs(arch, activations), *_elementwise_jobs(arch)):
+        jobs = (*_gemm_jobs(arch, activations), *_elementwise_jobs(arch))
+        if kernels:
+            wanted = [getattr(torch, d) for d in dtypes]
+            jobs = tuple(
+                job
+                for job in jobs
+                if job.key and job.key[0] in kernels and job.variant == "train"
+                if not wanted or job.dtype in wanted
+            )
+        for job in jobs:
             for kernel_name, kernel in _captured(job):
                 yield _inspect(job, kernel_name, kernel)
 
@@ -251,6 +266,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--every-activation", action="store_true", help="compile matrix kernels with each of them"
     )
+    parser.add_argument(
+        "--kernel", nargs="+", default=(), help="only the training launches of these GEMM kernels"
+    )
+    parser.add_argument("--dtype", nargs="+", default=(), help="with --kernel: in these dtypes")
     parser.add_argument("--json", metavar="FILE", help="also write every row to FILE")
     args = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
@@ -261,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{'regs':>4} {'stack':>5} {'shared':>7}  {'opcodes':30} faults"
     )
     rows = []
-    for compiled in gate(args.arch, args.every_activation):
+    for compiled in gate(args.arch, args.every_activation, args.kernel, args.dtype):
         rows.append(compiled)
         print(_row(compiled), flush=True)
     faulty = [c for c in rows if c.faults]

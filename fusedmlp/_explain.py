@@ -41,5 +41,5 @@ def explain() -> str:
     else:
         lines.append("cuda tensors: none, torch finds no GPU")
     lines.append(f"ops: {', '.join(OPS)}")
-    lines += [f"last launch of {name}: {launch}" for name, launch in sorted(LAST.items())]
+    lines += [f"last launch of {kernel}: tile {tile}" for kernel, tile in sorted(LAST.items())]
     return "\n".join(lines)

@@ -58,7 +58,7 @@ class Tile:
 Tiles = Mapping[tuple[str, int], tuple[Tile, ...]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: choices are cached by Arch
 class Arch:
     """capability: 10 * major + minor of the first GPU it serves. shared_memory: bytes a block may
     use."""
@@ -161,7 +161,7 @@ ARCHES: dict[str, Arch] = {
 INTERPRETER = Arch("interpreter", 0, 1 << 30, True, _INTERPRETED)
 
 # kernel -> what it was last launched with, for explain().
-LAST: dict[str, str] = {}
+LAST: dict[str, Tile] = {}
 
 
 @functools.cache
@@ -220,16 +220,20 @@ def pick_tile(kernel: str, x: Any, M: int, N: int, aligned: bool) -> Tile:
     that gives every multiprocessor a tile, else the smallest. `aligned`: what tiles.aligned says of
     the operands; without it only element loads serve."""
     arch = arch_of(x.device)
-    rows = arch.tiles[kernel, x.element_size()]
-    usable = [t for t in rows if (t.loads != "element") == aligned]
+    return _pick(arch, kernel, x.element_size(), M, N, aligned, multiprocessors(x.device))
+
+
+@functools.lru_cache(4096)
+def _pick(
+    arch: Arch, kernel: str, size: int, M: int, N: int, aligned: bool, multiprocessors: int
+) -> Tile:
+    usable = [t for t in arch.tiles[kernel, size] if (t.loads != "element") == aligned]
     fitting = [t for t in usable if t.skinny] if M <= SKINNY_M else []
     fitting = fitting or [t for t in usable if not t.skinny]
-    enough = multiprocessors(x.device)
-    tile = next(
-        (t for t in fitting if cdiv(M, t.block_m) * cdiv(N, t.block_n) >= enough), fitting[-1]
+    return next(
+        (t for t in fitting if cdiv(M, t.block_m) * cdiv(N, t.block_n) >= multiprocessors),
+        fitting[-1],
     )
-    LAST[kernel] = f"{arch.name} tile {tile}"
-    return tile
 
 
 def pick_splits(tile: Tile, x: Any, N: int, K: int) -> int:

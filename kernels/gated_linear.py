@@ -25,7 +25,7 @@ from torch import Tensor
 from .._shapes import empty_pair, split_pair
 from ..reference import Packed
 from .activations import ACTIVATIONS
-from .arch import Tile, multiprocessors, pick_splits, pick_tile
+from .arch import LAST, Tile, multiprocessors, pick_splits, pick_tile
 from .tiles import (
     aligned,
     column_parts,
@@ -370,7 +370,7 @@ def launch_fwd(
         return
     out = next(t for t in (h, g) if t is not None)
     fits = x.stride(1) == 1 and aligned(x, w_gate, w_up, h, g, u)
-    tile = pick_tile(kernel, x, M, H, fits)
+    tile = LAST[kernel] = pick_tile(kernel, x, M, H, fits)
     strides = (h if h is not None else out).stride(0), (g if g is not None else out).stride(0)
     if tile.skinny and (splits := pick_splits(tile, x, H, D)) > 1:
         _launch_split(tile, splits, x, w_gate, w_up, b_gate, b_up, h, g, u, strides, activation)
@@ -444,7 +444,7 @@ def launch_bwd(
         return h, dy.new_zeros((halves if want_db else 0, H))
     wanted_h = h if want_h else None
     fits = dy.stride(1) == 1 and aligned(dy, w_down, g, u, dg, du, wanted_h)
-    tile = pick_tile(kernel, dy, M, H, fits)
+    tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fits)
     tiles_m = triton.cdiv(M, tile.block_m)
     sums = dy.new_empty((halves, tiles_m, H), dtype=torch.float32) if want_db else None
     down, *down_strides, k_major = weight_of(w_down.t(), tile.block_n, tile.block_k, tile.tma)

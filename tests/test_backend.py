@@ -45,7 +45,7 @@ def test_environment_chooses_the_backend():
     assert result.returncode == 0, result.stderr
     assert "backend 'triton'" in result.stdout
     assert "cpu tensors: triton, in Triton's interpreter" in result.stdout
-    assert "last launch of linear_act_fwd: interpreter tile" in result.stdout
+    assert "last launch of linear_act_fwd: tile 16x32x16" in result.stdout
 
 
 def test_triton_without_gpu_or_interpreter_says_what_to_do():

@@ -86,7 +86,9 @@ def test_peak_memory_of_a_block():
     """Beyond its arguments, result and gradients: g, u, h forward; dg, du and h in backward."""
     M, D, H = 4096, 1024, 4096
     case = CASES["gated_mlp"]
-    inputs = {k: t.requires_grad_() for k, t in case.inputs(M, D, H, torch.bfloat16, "cuda").items()}
+    inputs = case.inputs(M, D, H, torch.bfloat16, "cuda")
+    for t in inputs.values():
+        t.requires_grad_()
     out = case.run(inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()

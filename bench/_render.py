@@ -1,0 +1,122 @@
+"""Tables and progress for a terminal; with rich where it is installed, in plain text where not.
+
+Anything that is not a terminal gets plain text: a rich table would be folded to 80 columns there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any, TextIO
+
+try:
+    import rich.console
+    import rich.markup
+    import rich.progress
+    import rich.table
+except ImportError:
+    rich = None  # type: ignore[assignment]
+
+Rows = Sequence[Sequence[str]]
+
+
+def plain_table(header: Sequence[str], rows: Rows) -> str:
+    """Columns as wide as their widest cell; figures to the right, words to the left."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    right = [all(_is_figure(row[i]) for row in rows) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = zip(row, widths, right, strict=True)
+        return "  ".join(c.rjust(w) if r else c.ljust(w) for c, w, r in cells).rstrip()
+
+    rule = "  ".join("-" * width for width in widths)
+    return "\n".join([line(header), rule, *(line(row) for row in rows)])
+
+
+def _is_figure(cell: str) -> bool:
+    return not cell or cell[0].isdigit() or cell in ("-", "inf")
+
+
+def table(title: str, header: Sequence[str], rows: Rows, out: TextIO | None = None) -> None:
+    out = out or sys.stdout
+    plain = plain_table(header, rows)
+    console = rich.console.Console(file=out) if rich is not None and out.isatty() else None
+    # A table wider than the terminal would have its cells folded: whole lines read better.
+    frame = 3 * len(header) + 1
+    if console is None or console.width < max(map(len, plain.splitlines())) + frame:
+        print(f"\n{title}\n{plain}", file=out)
+        return
+    made = rich.table.Table(title=title, title_justify="left")
+    for i, name in enumerate(header):
+        figures = all(_is_figure(row[i]) for row in rows)
+        made.add_column(name, justify="right" if figures else "left")
+    for row in rows:
+        made.add_row(*(rich.markup.escape(cell) for cell in row))
+    console.print(made)
+
+
+class Progress:
+    """A bar on a terminal's stderr, nothing elsewhere. Use as a context manager."""
+
+    def __init__(self, title: str, total: int, err: TextIO | None = None) -> None:
+        self.title, self.total, self.done = title, total, 0
+        self.err = err or sys.stderr
+        self.shown = self.err.isatty() and total > 0
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        if self.shown and rich is not None:
+            console = rich.console.Console(file=self.err)
+            self._bar = rich.progress.Progress(
+                "{task.description}", rich.progress.BarColumn(),
+                rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn(),
+                console=console, transient=True,
+            )  # fmt: skip
+            self._bar.start()
+            self._task = self._bar.add_task(self.title, total=self.total)
+        return self
+
+    def step(self, what: str = "") -> None:
+        """One more is done."""
+        self.done += 1
+        if self._bar is not None:
+            text = rich.markup.escape(f"{self.title} {what}")
+            self._bar.update(self._task, completed=self.done, description=text)
+        elif self.shown:
+            # \033[K clears what a longer line left behind.
+            text = f"\r{self.title} {self.done}/{self.total} {what}\033[K"
+            print(text, end="", file=self.err, flush=True)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self.shown:
+            print("\r\033[K", end="", file=self.err, flush=True)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A figure in few characters; "-" for one that was not taken."""
+    if value is None:
+        return "-"
+    if value == 0 or 1e-3 <= abs(value) < 1e5:
+        return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{100 * fraction:.1f}%"
+
+
+def size(count: float) -> str:
+    """Bytes in the unit that keeps them short."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"

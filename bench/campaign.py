@@ -1,0 +1,265 @@
+"""Everything a borrowed GPU should do, the most valuable first, inside a time box.
+
+    python -m fusedmlp.bench campaign [--minutes N] [--out DIR]
+
+The test suite, check, compute-sanitizer, time, tune: one process per step, so that a crash, a hang
+or a poisoned CUDA context costs its own step and no more. Each record lies in the ledger within a
+moment of being found. The same command with the same --out goes on where the last one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import hashlib
+import json
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import process
+from .ledger import RESULTS, Ledger, LedgerError, create, load, save
+from .summary import summary
+from .worker import ROOT, SANITIZERS
+
+# How the detail of a step begins that did not get its chance; the next run takes it up.
+OUT_OF_TIME = "out of time"
+INTERRUPTED = "interrupted"
+# With less time left a step would hardly have imported torch.
+LEAST_S = 15
+# Tokens of the curves of speed over size, at the widths of shapes.CAMPAIGN.
+TOKENS = ("1", "16", "64", "256", "1024", "4096", "16384")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One process. budget_s: how long it may take before it counts as hung."""
+
+    name: str
+    argv: tuple[str, ...]
+    budget_s: float
+
+
+def _step(name: str, budget_s: float, module: str, *arguments: str) -> Step:
+    return Step(name, (sys.executable, "-m", module, *arguments), budget_s)
+
+
+def plan() -> list[Step]:
+    """All steps, by worth: right answers, sound memory, speed, better tiles, more sizes."""
+    from ..kernels.arch import ARCHES
+    from ..testing import CASES
+    from .shapes import CAMPAIGN
+
+    # The fullest call of each op, hence each of its kernels in one small case.
+    fullest = {
+        op: max((c for c in CASES.values() if c.op == op), key=lambda c: len(c.shapes(1, 1, 1)))
+        for op in dict.fromkeys(case.op for case in CASES.values())
+    }
+    kernels = dict.fromkeys(name for arch in ARCHES.values() for name, _ in arch.tiles)
+    command, worker = str(__package__), f"{__package__}.worker"
+    steps = [_step("tests", 600, worker, "tests")]
+    steps += [_step(f"check:{op}", 240, command, "check", "--op", op) for op in fullest]
+    steps += [
+        _step(f"{tool}:{op}", 180, worker, "sanitize", tool, case.name)
+        for tool in SANITIZERS
+        for op, case in fullest.items()
+    ]
+    steps += [_step(f"time:{op}", 420, command, "time", "--op", op) for op in fullest]
+    steps += [_step(f"tune:{k}", 420, command, "tune", "--kernel", k) for k in kernels]
+    steps += [
+        _step(
+            f"time:{op}:{model}", 600, command, "time", "--op", op, "--model", model, "--m", *TOKENS
+        )
+        for model in CAMPAIGN
+        for op in fullest
+    ]
+    return steps
+
+
+def source_hash(root: Path = ROOT) -> str:
+    """Of all code that a number depends on: a dirty tree, or one without git, has no other name."""
+    digest = hashlib.sha256()
+    folders = ("fusedmlp", "kernels", "bench", "csrc")
+    for folder in folders:
+        for path in sorted((root / folder).rglob("*")):
+            if path.suffix in (".py", ".cu", ".cuh", ".h", ".cpp") and path.is_file():
+                digest.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def discover() -> dict[str, Any]:
+    """This machine, asked of a child: a CUDA context here would hold memory all along."""
+    step = _step("environment", 180, f"{__package__}.worker", "environment")
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        found: list[dict[str, Any]] = []
+        outcome = process.run(step.argv, step.budget_s, found.extend, log, cwd=ROOT)
+    if outcome.status != "ok":
+        raise RuntimeError(f"campaign: cannot describe this machine: {outcome.detail}")
+    return {**found[0]["machine"], "source": source_hash()}
+
+
+def _readable(folders: Iterable[Path], say: Callable[[str], None]) -> list[Ledger]:
+    """Every ledger there. A broken one is named and passed over: it must not cost a GPU's time."""
+    ledgers = []
+    for path in sorted({path.resolve() for folder in folders for path in folder.glob("*.json")}):
+        try:
+            ledgers.append(load(path))
+        except LedgerError as error:
+            say(f"campaign: passing over {error}")
+    return ledgers
+
+
+def _identity(machine: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Whose work it is: GPU, commit, code."""
+    return machine["gpu"], machine.get("commit"), machine.get("source")
+
+
+def _unstarted(ledger: Ledger, step: Step) -> bool:
+    for done in ledger.steps:
+        if done["name"] == step.name:
+            return done["detail"].startswith((OUT_OF_TIME, INTERRUPTED))
+    return True
+
+
+def _failed(ledger: Ledger, step: Step) -> bool:
+    """Failed on its own: worth another try, after everything that has had none."""
+    bad = any(s["name"] == step.name and s["status"] in ("failed", "killed") for s in ledger.steps)
+    return bad and not _unstarted(ledger, step)
+
+
+def order(ledger: Ledger, steps: Sequence[Step], others: Iterable[Ledger]) -> list[Step]:
+    """What is left to do: first what no GPU has done with this code, by worth within each half."""
+    done = {
+        step["name"]
+        for other in others
+        if _identity(other.machine)[1:] == _identity(ledger.machine)[1:]
+        for step in other.steps
+        if step["status"] == "ok"
+    }
+    fresh = [s for s in steps if _unstarted(ledger, s)]
+    fresh.sort(key=lambda s: s.name in done)
+    return fresh + [s for s in steps if _failed(ledger, s)]
+
+
+def open_ledger(
+    machine: dict[str, Any], steps: Sequence[Step], out: Path, known: Iterable[Ledger]
+) -> Ledger:
+    """The unfinished ledger of this GPU and this very code in `out`, or else a new one."""
+    for ledger in known:
+        assert ledger.path is not None
+        same = _identity(ledger.machine) == _identity(machine)
+        here = ledger.path.parent == out.resolve()
+        if same and here and any(_unstarted(ledger, step) for step in steps):
+            return ledger
+    ledger = Ledger(machine, machine["commit"], datetime.date.today().isoformat())
+    create(ledger, out)
+    return ledger
+
+
+def _keep(ledger: Ledger, records: list[dict[str, Any]]) -> None:
+    """Save every good record of a batch, then raise for the bad ones."""
+    faults = []
+    for record in records:
+        try:
+            ledger.add_record(record)
+        except LedgerError as error:
+            faults.append(f"{error} in {json.dumps(record)[:200]}")
+    save(ledger)
+    if faults:
+        raise LedgerError("; ".join(faults))
+
+
+def run_step(ledger: Ledger, step: Step, left_s: float) -> None:
+    """Run one step and put it and its records into the ledger, however it ends."""
+    assert ledger.path is not None
+    limit = min(step.budget_s, left_s)
+    log = ledger.path.parent / "logs" / ledger.path.stem / f"{step.name.replace(':', '-')}.log"
+    start = time.monotonic()
+    try:
+        keep = lambda records: _keep(ledger, records)  # noqa: E731
+        outcome = process.run(step.argv, limit, keep, log, cwd=ROOT)
+    except KeyboardInterrupt:
+        ledger.add_step(step.name, "killed", time.monotonic() - start, INTERRUPTED)
+        save(ledger)
+        raise
+    detail = outcome.detail
+    if outcome.status == "killed" and limit < step.budget_s:
+        detail = f"{OUT_OF_TIME}: {detail}"
+    ledger.add_step(step.name, outcome.status, outcome.seconds, detail)
+    save(ledger)
+
+
+def run_campaign(
+    machine: dict[str, Any],
+    steps: Sequence[Step],
+    out: Path,
+    minutes: float,
+    say: Callable[[str], None] = print,
+) -> Ledger:
+    """Run `steps` until they are done or the minutes are over."""
+    end = time.monotonic() + 60 * minutes
+    known = _readable([out, RESULTS], say)
+    ledger = open_ledger(machine, steps, out, known)
+    others = [other for other in known if other.path != ledger.path]
+    say(f"campaign: {ledger.gpu}, commit {ledger.commit}, {minutes:g} minutes, into {ledger.path}")
+    todo = order(ledger, steps, others)
+    for i, step in enumerate(todo):
+        left = end - time.monotonic()
+        if left < min(step.budget_s, LEAST_S):
+            if _unstarted(ledger, step):
+                ledger.add_step(step.name, "skipped", 0, OUT_OF_TIME)
+            continue
+        run_step(ledger, step, left)
+        done = ledger.steps[-1]
+        first = (done["detail"].splitlines() or [""])[0]
+        say(f"[{i + 1}/{len(todo)}] {step.name}: {done['status']}, {done['seconds']:.0f} s {first}")
+    save(ledger)
+    return ledger
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def main(args: argparse.Namespace) -> int:
+    """0: all that ran is ok; 1: some is not; 2: no GPU, nothing written; 130: interrupted."""
+    machine = discover()
+    if not machine.get("gpu"):
+        print("campaign: no GPU here; nothing was run and nothing written")
+        return 2
+    # A machine that is called back sends SIGTERM: end the child, keep the ledger, tell.
+    signal.signal(signal.SIGTERM, _interrupt)
+    say = lambda line: print(line, flush=True)  # noqa: E731
+    steps = plan()
+    code = 0
+    try:
+        ledger = run_campaign(machine, steps, args.out, args.minutes, say)
+    except KeyboardInterrupt:
+        code = 130
+        known = _readable([args.out], say)
+        ledger = open_ledger(machine, steps, args.out, known)
+    print("\n".join(summary(ledger)))
+    bad = any(step["status"] in ("failed", "killed") for step in ledger.steps)
+    return code or int(bad)
+
+
+def register(subparsers: Any) -> None:
+    parser = subparsers.add_parser(
+        "campaign",
+        help="tests, check, compute-sanitizer, time and tune on this GPU, into one ledger",
+        description=(__doc__ or "").split("\n\n")[0],
+    )
+    parser.add_argument(
+        "--minutes", type=float, default=30, metavar="N", help="time box (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, metavar="DIR",
+        help="folder of the ledger; the same folder again goes on (default: bench/results)",
+    )  # fmt: skip
+    parser.set_defaults(main=main)

@@ -1,0 +1,292 @@
+"""`check`: every case against float64, beside eager PyTorch's own error; one rule decides
+(testing.py).
+
+On a GPU the kernels run there. Without one they run in Triton's interpreter, which has to be chosen
+before Triton is imported: hence a process of its own, at sizes that it can bear.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+
+import fusedmlp
+
+from .. import _backend
+from ..testing import CASES, Error, judge
+from . import machine, process
+from ._options import (
+    Emit,
+    Record,
+    Refusal,
+    add_selection,
+    chosen_activations,
+    chosen_cases,
+    collecting,
+    subparser,
+    write_json,
+)
+from ._render import Progress, number, table
+from .work import Work, activations_of, case_of
+
+# label, (M, D, H), dtype if none is asked for. Between them the defaults visit every dtype and
+# every way of loading: TMA or vectors, single elements, K cut into parts.
+Class = tuple[str, tuple[int, int, int], str]
+ON_GPU: tuple[Class, ...] = (
+    ("aligned", (512, 1024, 2816), "bfloat16"),
+    ("aligned", (512, 1024, 2816), "float16"),
+    ("ragged", (509, 1021, 1531), "bfloat16"),
+    ("aligned", (128, 256, 384), "float32"),
+    ("ragged", (251, 509, 763), "float32"),
+    ("skinny", (16, 4096, 2048), "bfloat16"),
+    ("one token", (1, 1024, 2048), "float16"),
+)
+SMALL: tuple[Class, ...] = (
+    ("aligned", (33, 40, 40), "bfloat16"),
+    ("ragged", (33, 35, 37), "float32"),
+    ("skinny", (5, 128, 40), "float16"),
+)
+INTERPRETER_LIMIT_S = 3600
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to check. None: the defaults of the device. widths: (D, H, model) of real models."""
+
+    cases: tuple[str, ...] = tuple(CASES)
+    dtypes: tuple[str, ...] | None = None
+    activations: tuple[str, ...] | None = None
+    shapes: tuple[tuple[int, int, int], ...] = ()
+    backend: str = "auto"
+    backward: bool = True
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def plan(options: Options) -> list[Work]:
+    """Every (case, activation, size, dtype) that `run` will judge."""
+    classes: Sequence[Class] = ON_GPU if _device() == "cuda" else SMALL
+    if options.shapes:
+        classes = [("given", shape, "bfloat16") for shape in options.shapes]
+    if options.dtypes is not None:
+        sizes = dict.fromkeys((label, shape) for label, shape, _ in classes)
+        classes = [(*size, dtype) for size in sizes for dtype in options.dtypes]
+    return [
+        Work(case, activation, dtype, *shape, label=label)
+        for label, shape, dtype in classes
+        for case in map(case_of, options.cases)
+        for activation in activations_of(case, options.activations)
+    ]
+
+
+def _in_force(asked: str) -> AbstractContextManager[None]:
+    """The backend to check: what was asked for, here or by FUSEDMLP_BACKEND; and in a process that
+    interprets Triton, the kernels, which `auto` would leave aside for CPU tensors."""
+    if asked != "auto":
+        return fusedmlp.backend(asked)
+    if _backend.chosen() == "auto" and _backend.INTERPRETED and _device() == "cpu":
+        return fusedmlp.backend("triton")
+    return nullcontext()
+
+
+def _backend_name(work: Work) -> str:
+    """The backend, and whether it is interpreted: such a result says nothing of a GPU."""
+    name = _backend.pick(work.case.op, torch.empty(0, dtype=work.torch_dtype, device=_device()))
+    return "triton (interpreter)" if name == "triton" and _device() == "cpu" else name
+
+
+def _numbers(error: Error) -> Record:
+    fields = dataclasses.asdict(error)
+    del fields["worst"]
+    return {**fields, "passed": error.passed}
+
+
+def check_one(work: Work, backward: bool = True) -> Record:
+    """The check record of one piece of work on the backend in force; one that raises fails."""
+    record: Record = {
+        "kind": "check", **work.identity(), "label": work.label, "backend": "none",
+        "device": machine.device_name(), "tensors": {}, "passed": False,
+    }  # fmt: skip
+    try:
+        record["backend"] = _backend_name(work)
+        inputs = work.case.inputs(
+            work.M, work.D, work.H, work.torch_dtype, _device(), activation=work.activation
+        )
+        errors = judge(work.case, inputs, backward=backward, **work.options)
+    except Exception as error:  # whatever it is, the next case must still be checked
+        return {**record, "error": f"{type(error).__name__}: {error}"}
+    tensors = {name: _numbers(error) for name, error in errors.items()}
+    return {**record, "tensors": tensors, "passed": all(t["passed"] for t in tensors.values())}
+
+
+def run(options: Options, emit: Emit) -> bool:
+    """Judge everything in this process, one record each; True if all passed."""
+    works = plan(options)
+    passed = True
+    with _in_force(options.backend), Progress("check", len(works)) as progress:
+        for work in works:
+            record = check_one(work, options.backward)
+            passed = passed and record["passed"]
+            emit(record)
+            progress.step(f"{work.case.name} {work.dtype}")
+    return passed
+
+
+def needs_interpreter(backend: str) -> bool:
+    """Are the kernels asked for where only a process that interprets them can run them?"""
+    asked = backend if backend != "auto" else _backend.chosen()
+    return _device() == "cpu" and asked in ("auto", "triton") and not _backend.INTERPRETED
+
+
+def run_interpreted(options: Options, emit: Emit) -> bool:
+    """`run` on Triton's interpreter, in a process of its own; True if all passed.
+
+    Raises Refusal, with the end of its output, if that process ends early.
+    """
+    works = plan(options)
+    failed = 0
+    log = Path(tempfile.mkdtemp(prefix="fusedmlp-bench-")) / "check.log"
+    with Progress("check (interpreter)", len(works)) as progress:
+
+        def receive(records: list[Record]) -> None:
+            nonlocal failed
+            for record in records:
+                failed += not record["passed"]
+                emit(record)
+                progress.step(f"{record['case']} {record['dtype']}")
+
+        outcome = process.run(
+            [sys.executable, "-m", "fusedmlp.bench", *_arguments(options)],
+            INTERPRETER_LIMIT_S, receive, log, env=interpreter_env(),
+        )  # fmt: skip
+        done = progress.done
+    if done != len(works):
+        raise Refusal(
+            f"the interpreted check ended after {done} of {len(works)} cases "
+            f"({outcome.status}); its output is in {log}:\n{outcome.detail}"
+        )
+    log.unlink()
+    log.parent.rmdir()
+    return failed == 0
+
+
+def interpreter_env() -> dict[str, str]:
+    """The environment of a child that runs Triton's interpreter on this very package."""
+    path = [str(machine.ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}
+
+
+def _arguments(options: Options) -> Iterator[str]:
+    yield from ("check", "--backend", "triton", "--case", *options.cases)
+    if options.dtypes is not None:
+        yield from ("--dtype", *options.dtypes)
+    if options.activations is not None:
+        yield from ("--activation", *options.activations)
+    if options.shapes:
+        yield from ("--shape", *("x".join(map(str, shape)) for shape in options.shapes))
+    if not options.backward:
+        yield "--forward-only"
+
+
+def check(options: Options, emit: Emit) -> bool:
+    """Check the kernels where they can run: here, or in an interpreting child."""
+    if needs_interpreter(options.backend):
+        return run_interpreted(options, emit)
+    return run(options, emit)
+
+
+def show(records: Sequence[Record]) -> None:
+    """The error table: of each record the tensor nearest to its bound, or furthest past it."""
+    if not records:
+        return
+    rows = []
+    for r in records:
+        name, worst = max(r["tensors"].items(), key=lambda t: _strain(t[1]), default=("-", None))
+        figures = [
+            "-" if worst is None else number(worst[field])
+            for field in ("relative_l2", "max", "eager_max", "max_bound", "rms", "eager_rms")
+        ]
+        verdict = "pass" if r["passed"] else "FAIL"
+        shape = f"{r['M']}x{r['D']}x{r['H']}"
+        where = f"{r['label']} {shape}" if r.get("label") else shape
+        rows.append([r["case"], r["activation"], r["dtype"], where, name, *figures, verdict])
+    backends = ", ".join(dict.fromkeys(r["backend"] for r in records))
+    devices = ", ".join(dict.fromkeys(r["device"] for r in records))
+    header = (
+        "case", "activation", "dtype", "M x D x H", "worst", "rel. L2", "max", "eager max",
+        "max allowed", "rms", "eager rms", "",
+    )  # fmt: skip
+    table(f"Errors against float64; backend {backends}, device {devices}", header, rows)
+    for r in records:
+        if "error" in r:
+            print(f"{r['case']} {r['dtype']} {r['M']}x{r['D']}x{r['H']}: {r['error']}")
+    failed = sum(not r["passed"] for r in records)
+    print(f"{len(records)} checked, {failed} failed")
+    if backends == "reference":
+        print("The reference is eager PyTorch itself: this says nothing of the kernels.")
+
+
+def _strain(tensor: Record) -> float:
+    """How much of what the rule allows was used; above 1 it failed."""
+    uses = [
+        tensor[field] / tensor[f"{field}_bound"]
+        if tensor[f"{field}_bound"]
+        else float(tensor[field] > 0)
+        for field in ("max", "rms")
+    ]
+    return max(uses)
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    cases = chosen_cases(args)
+    shapes = list(args.shape)
+    for model in args.model:
+        shapes += [(2048, model.D, model.H), (16, model.D, model.H)]
+    return Options(
+        cases=tuple(CASES) if cases is None else cases,
+        dtypes=tuple(args.dtype) if args.dtype else None,
+        activations=chosen_activations(args),
+        shapes=tuple(shapes),
+        backend=args.backend,
+        backward=not args.forward_only,
+    )
+
+
+def main(args: argparse.Namespace) -> int:
+    options = options_of(args)
+    if args.model and _device() == "cpu":
+        raise Refusal("check --model needs a GPU for such widths; --shape takes smaller ones")
+    records: list[Record] = []
+    passed = check(options, collecting(records))
+    show(records)
+    write_json(args.json, machine.describe(), records)
+    return 0 if passed else 1
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparser(
+        subparsers, "check", "errors against float64 beside eager's, pass or fail by one rule",
+        (
+            "check",
+            "check --op gated_linear gated_mlp --activation all",
+            "check --case gated_mlp --shape 64x64x96 --dtype float32 bfloat16",
+            "check --model llama3-8b --json errors.json",
+        ),
+        main,
+    )  # fmt: skip
+    add_selection(parser)
+    parser.add_argument(
+        "--backend", choices=_backend.BACKENDS, default="auto",
+        help="default: the GPU's kernels, or without a GPU the kernels in Triton's interpreter",
+    )  # fmt: skip
+    parser.add_argument("--forward-only", action="store_true", help="no gradients")

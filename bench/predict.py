@@ -1,0 +1,238 @@
+"""`predict`: what can be computed without a GPU: FLOPs, bytes, the roofline time, and the tile that
+would run.
+
+Nothing here is measured. With --compile the ahead-of-time gate adds what the compiler says of each
+tile's kernel, hence how many blocks fit a multiprocessor at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels import arch as arches
+from ..kernels.tiles import aligned
+from . import machine
+from ._options import (
+    Record,
+    Refusal,
+    collecting,
+    subparser,
+    write_json,
+)
+from ._render import number, size, table
+from .machine import ROOFS, Roof
+from .session import DEFAULT_WIDTHS, plan
+from .timing import add_sizes, options_of
+from .work import PHASES, Work
+
+# op -> phase -> the GEMM kernels of kernels/ that it launches, by their launcher's names.
+KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "gated_act": {},
+    "gated_linear": {"forward": ("gated_linear_fwd",)},
+    "gated_mlp": {"forward": ("gated_linear_fwd",), "backward": ("gated_linear_bwd",)},
+    "linear_act": {"forward": ("linear_act_fwd",)},
+    "mlp": {"forward": ("linear_act_fwd",), "backward": ("linear_act_bwd",)},
+}
+# Of each multiprocessor of sm_80 to sm_100.
+REGISTERS = 65536
+THREADS = 2048
+RESERVED_SHARED = 1024  # of each block, for the system
+COMPUTED = "computed from datasheets; nothing was measured"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's launch as it is planned for a GPU that is not there."""
+
+    kernel: str
+    tile: arches.Tile
+    tiles: int
+    waves: float
+    splits: int
+
+
+def launches(work: Work, phase: str, roof: Roof) -> list[Launch]:
+    """What `work` would launch on such a GPU. Planned by the launchers' own functions."""
+    phases = PHASES[:2] if phase == "both" else (phase,)
+    of = KERNELS.get(work.case.op, {})
+    names = [name for p in phases for name in of.get(p, ())]
+    x = torch.empty(0, dtype=work.torch_dtype)
+    matrices = [
+        torch.empty(shape, dtype=work.torch_dtype, device="meta")
+        for shape in ((work.M, work.D), (work.H, work.D), (work.M, work.H))
+    ]
+    made = []
+    with arches.pretend(arches.ARCHES[roof.arch], roof.multiprocessors):
+        for name in names:
+            tile = arches.pick_tile(name, x, work.M, work.H, aligned(*matrices))
+            count = math.ceil(work.M / tile.block_m) * math.ceil(work.H / tile.block_n)
+            splits = arches.pick_splits(tile, x, work.H, work.D) if tile.skinny else 1
+            waves = count * splits / roof.multiprocessors
+            made.append(Launch(name, tile, count, waves, splits))
+    return made
+
+
+def blocks_at_once(arch: arches.Arch, tile: arches.Tile, registers: int, shared: int) -> int:
+    """Blocks that fit one multiprocessor by registers, shared memory and threads.
+
+    sm_100's tensor memory is not counted: the compiler does not report it.
+    """
+    # A warp gets registers in units of 256.
+    per_warp = math.ceil(registers * 32 / 256) * 256
+    by_registers = REGISTERS // per_warp // tile.num_warps if registers else THREADS
+    by_shared = (arch.shared_memory + RESERVED_SHARED) // (shared + RESERVED_SHARED)
+    return min(by_registers, by_shared, THREADS // (32 * tile.num_warps))
+
+
+def predict(work: Work, phase: str) -> list[Record]:
+    """One record per GPU of machine.ROOFS."""
+    flops, moved = work.flops(phase), work.bytes(phase)
+    return [
+        {
+            "kind": "predict", **work.identity(), "phase": phase, "model": work.model,
+            "gpu": roof.name, "flops": flops, "bytes": moved,
+            "roofline_ms": roof.milliseconds(flops, moved, work.dtype),
+            "bound": roof.bound(flops, moved, work.dtype),
+            "launches": [_launch_record(launch) for launch in launches(work, phase, roof)],
+            "source": COMPUTED,
+        }
+        for roof in ROOFS.values()
+    ]  # fmt: skip
+
+
+def _launch_record(launch: Launch) -> Record:
+    return {
+        "kernel": launch.kernel, "tile": str(launch.tile), "tiles": launch.tiles,
+        "waves": launch.waves, "splits": launch.splits,
+    }  # fmt: skip
+
+
+def show(records: Sequence[Record]) -> None:
+    """FLOPs, bytes and roofline times: one row per work and phase, a column per GPU."""
+    rows: dict[tuple[str, ...], list[str]] = {}
+    for r in records:
+        shape = f"{r['M']}x{r['D']}x{r['H']}"
+        key = (r["case"], r["activation"], r["dtype"], r["model"] or "-", shape, r["phase"])
+        row = rows.setdefault(key, [number(r["flops"] / 1e9), size(r["bytes"])])
+        row.append(f"{number(r['roofline_ms'])} {r['bound']}")
+    header = ("case", "activation", "dtype", "model", "M x D x H", "phase", "GFLOP", "bytes")
+    gpus = [f"{name} ms, bound" for name in ROOFS]
+    body = [[*key, *row] for key, row in rows.items()]
+    table(f"Roofline times: {COMPUTED}", (*header, *gpus), body)
+
+
+def show_launches(records: Sequence[Record]) -> None:
+    rows = []
+    for r in records:
+        for launch in r["launches"]:
+            shape = f"{r['M']}x{r['D']}x{r['H']}"
+            compiled = [str(launch.get(n, "-")) for n in ("registers", "shared", "blocks_at_once")]
+            cells = [str(launch["tiles"]), str(launch["splits"]), f"{launch['waves']:.2f}"]
+            rows.append([
+                r["gpu"], launch["kernel"], r["dtype"], shape, launch["tile"], *cells, *compiled
+            ])  # fmt: skip
+    header = (
+        "GPU", "kernel", "dtype", "M x D x H", "tile", "tiles", "K parts", "waves", "registers",
+        "shared", "blocks at once",
+    )  # fmt: skip
+    if rows:
+        # Forward and both launch the same forward kernel.
+        rows = list(map(list, dict.fromkeys(map(tuple, rows))))
+        table("Launches as planned: computed, nothing was run", header, rows)
+
+
+def compile_kernels(records: Sequence[Record]) -> list[Mapping[str, Any]]:
+    """The ahead-of-time gate's rows for what the records launch, compiled in a process of its own."""
+    names = sorted({ROOFS[r["gpu"]].arch for r in records})
+    kernels = sorted({launch["kernel"] for r in records for launch in r["launches"]})
+    dtypes = sorted({r["dtype"] for r in records})
+    if not kernels:
+        return []
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(machine.ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "aot.json"
+        argv = [sys.executable, "-m", "fusedmlp.bench.aot", "--json", str(file)]
+        argv += ["--arch", *names, "--kernel", *kernels, "--dtype", *dtypes]
+        print(f"compiling for {', '.join(names)}: minutes", file=sys.stderr, flush=True)
+        # On a terminal the gate's own rows are the progress.
+        out = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
+        done = subprocess.run(argv, env=environment, stdout=out, stderr=subprocess.PIPE)
+        if not file.exists():
+            raise Refusal(f"the ahead-of-time gate failed: {done.stderr.decode()[-2000:]}")
+        rows: list[Mapping[str, Any]] = json.loads(file.read_text())
+    return rows
+
+
+def add_compiled(records: Sequence[Record], compiled: Sequence[Mapping[str, Any]]) -> None:
+    """Give each launch what the compiler said of its main kernel, as training runs it."""
+    found = {
+        (row["arch"], row["kernel"].partition(":")[0], row["dtype"], row["tile"]): row
+        for row in compiled
+        if row["variant"] == "train" and not row["kernel"].endswith("_reduce_kernel")
+    }
+    for record in records:
+        arch = arches.ARCHES[ROOFS[record["gpu"]].arch]
+        for launch in record["launches"]:
+            key = (arch.name, launch["kernel"], record["dtype"], launch["tile"])
+            row = found.get(key)
+            if row is None:
+                continue
+            size_of = torch.empty(0, dtype=getattr(torch, record["dtype"])).element_size()
+            tile = next(
+                t for t in arch.tiles[launch["kernel"], size_of] if str(t) == launch["tile"]
+            )
+            launch["registers"], launch["shared"] = row["registers"], row["shared"]
+            launch["blocks_at_once"] = blocks_at_once(arch, tile, row["registers"], row["shared"])
+
+
+def main(args: argparse.Namespace) -> int:
+    options = options_of(args)
+    if not args.model:
+        options = dataclasses.replace(options, widths=DEFAULT_WIDTHS[:1])
+    records: list[Record] = []
+    emit = collecting(records)
+    for work in plan(options):
+        for phase in args.phase:
+            for record in predict(work, phase):
+                emit(record)
+    if args.compile:
+        add_compiled(records, compile_kernels(records))
+    show(records)
+    show_launches(records)
+    print(f"\nAll of this is {COMPUTED}.")
+    write_json(args.json, machine.describe(), records)
+    return 0
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparser(
+        subparsers, "predict", "FLOPs, bytes, roofline times and planned launches, without a GPU",
+        (
+            "predict",
+            "predict --op gated_mlp --model llama3-8b gemma2-9b --m 1 2048 16384",
+            "predict --op gated_linear --compile",
+            "predict --dtype float16 --phase forward --json predicted.json",
+        ),
+        main,
+    )  # fmt: skip
+    add_sizes(parser, ("forward", "backward"))
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="compile every kernel for these GPUs (minutes): adds registers and occupancy",
+    )  # fmt: skip

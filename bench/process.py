@@ -1,0 +1,174 @@
+"""Run one campaign step as a process of its own, and outlive it.
+
+The child appends JSON lines to the file named by FUSEDMLP_RECORDS: a ledger record, or its own
+verdict {"step": {"status", "detail"}}. A file and not a pipe: a grandchild that holds a pipe open
+cannot stall the parent, and a line once written stays written whatever becomes of its writer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+RECORDS = "FUSEDMLP_RECORDS"
+POLL_S = 0.1
+TAIL_LINES = 15
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a step ended; status is one of ledger.STATUSES."""
+
+    status: str
+    seconds: float
+    detail: str
+
+
+class Lines:
+    """The complete JSON lines that appeared in a growing file since the last look."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "rb")  # noqa: SIM115 - it lives as long as the step; see close()
+        self._rest = b""
+
+    def fresh(self) -> list[bytes]:
+        *lines, self._rest = (self._rest + self._file.read()).split(b"\n")
+        return [line for line in lines if line.strip()]
+
+    def close(self) -> bytes:
+        """What a crash left of a line."""
+        self._file.close()
+        return self._rest
+
+
+def emitter() -> Callable[[dict[str, Any]], None]:
+    """The child's side: hands one record to the campaign, or prints it where there is none."""
+    path = os.environ.get(RECORDS)
+
+    def emit(record: dict[str, Any]) -> None:
+        line = json.dumps(record) + "\n"
+        if path is None:
+            print(line, end="", flush=True)
+            return
+        # One write of one line in append mode, so that the parent never sees halves interleaved.
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line)
+
+    return emit
+
+
+def run(
+    argv: Sequence[str],
+    limit_s: float,
+    receive: Callable[[list[dict[str, Any]]], None],
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+) -> Outcome:
+    """Run argv for at most limit_s seconds and pass on its records, in batches, as they come.
+
+    A batch that `receive` refuses by ValueError makes the step fail and does not end it. Its output
+    goes to `log`. Whatever of its process group is left, at the end or at the limit, is killed: a
+    forgotten grandchild would hold the GPU against the next step.
+    """
+    handle, name = tempfile.mkstemp(suffix=".jsonl")
+    os.close(handle)
+    start = time.monotonic()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    child_env = {**os.environ, **(env or {}), RECORDS: name}
+    lines, verdict = Lines(Path(name)), _Verdict(receive)
+    try:
+        with open(log, "wb") as output:
+            child = subprocess.Popen(
+                argv, cwd=cwd, env=child_env, stdin=subprocess.DEVNULL, stdout=output,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+            try:
+                ended = False
+                while not ended and time.monotonic() - start < limit_s:
+                    ended = _has_ended(child)
+                    verdict.take(lines.fresh())
+                    if not ended:
+                        time.sleep(POLL_S)
+            finally:
+                _kill_group(child)
+                verdict.take(lines.fresh())
+    finally:
+        rest = lines.close()
+        os.unlink(name)
+    seconds = time.monotonic() - start
+    if rest:
+        verdict.faults.append(f"half a record: {rest[:80]!r}")
+    return _judge(verdict, ended, child.returncode, seconds, limit_s, log)
+
+
+class _Verdict:
+    """Sorts a child's lines into records, its own verdict and faults."""
+
+    def __init__(self, receive: Callable[[list[dict[str, Any]]], None]) -> None:
+        self.receive = receive
+        self.status = "ok"
+        self.detail = ""
+        self.faults: list[str] = []
+
+    def take(self, lines: list[bytes]) -> None:
+        records = []
+        for line in lines:
+            try:
+                item = json.loads(line)
+            except ValueError as error:
+                self.faults.append(f"{error}: {line[:80]!r}")
+                continue
+            if isinstance(item, dict) and "step" in item:
+                self.status, self.detail = item["step"]["status"], item["step"]["detail"]
+            else:
+                records.append(item)
+        if records:
+            try:
+                self.receive(records)
+            except ValueError as error:
+                self.faults.append(str(error))
+
+
+def _has_ended(child: subprocess.Popen[bytes]) -> bool:
+    """Asked without reaping: until then its id, hence its group's, goes to no other process."""
+    return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _kill_group(child: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _tail(log: Path) -> str:
+    text = log.read_bytes().decode("utf-8", "replace")
+    return "\n".join(text.splitlines()[-TAIL_LINES:])[-3000:]
+
+
+def _judge(
+    verdict: _Verdict, ended: bool, code: int, seconds: float, limit_s: float, log: Path
+) -> Outcome:
+    said = [verdict.detail] if verdict.detail else []
+    faults = verdict.faults[:3]
+    if len(verdict.faults) > 3:
+        faults.append(f"and {len(verdict.faults) - 3} more")
+    if not ended:
+        why = [f"killed at its limit of {limit_s:.0f} s", *said, *faults, _tail(log)]
+        return Outcome("killed", seconds, "\n".join(why))
+    if code != 0:
+        # A negative code is the signal that ended it.
+        end = f"exit code {code}" if code > 0 else f"died of {signal.Signals(-code).name}"
+        return Outcome("failed", seconds, "\n".join([end, *said, *faults, _tail(log)]))
+    if faults:
+        return Outcome("failed", seconds, "\n".join([*said, *faults]))
+    return Outcome(verdict.status, seconds, "\n".join(said))

@@ -1,0 +1,303 @@
+"""Everything that is timed, each behind one small adapter: this library, eager PyTorch,
+torch.compile and whatever fused MLP library is installed.
+
+An adapter declares the ops that it serves. `skip` says why it cannot run some work, `arguments`
+brings the case's arguments into its own layout (not timed), `function` imports it and returns the
+call to time: from those arguments to the case's result. A new family's rival is one more class in
+RIVALS.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .. import reference
+from .work import Work
+
+Arguments = Mapping[str, Tensor]
+Function = Callable[[Arguments], Tensor]
+
+
+class Rival:
+    """ops: the public functions that it can stand in for; () for all. activations: our name -> its
+    own; None for all, by our names. plain: takes only weights apart, no biases. trusted: made of
+    the reference, or judged by the tolerance rule: it computes the op."""
+
+    name: str
+    ops: tuple[str, ...] = ()
+    module: str | None = None
+    activations: Mapping[str, str] | None = None
+    plain: bool = True
+    trusted: bool = False
+
+    def skip(self, work: Work, phase: str) -> str | None:
+        """Why this work is not timed here; None if it is."""
+        if self.ops and work.case.op not in self.ops:
+            return f"does not serve {work.case.op}"
+        if self.activations is not None and work.activation not in self.activations:
+            return f"has no {work.activation}"
+        if self.plain and set(work.case.options) - {"recompute"}:
+            return f"is timed on weights of its own layout; {work.case.name} is about ours"
+        if self.plain and _has_bias(work):
+            return "has no fused bias"
+        return self.missing()
+
+    def missing(self) -> str | None:
+        """Why it cannot be imported; None if it can."""
+        if self.module is None:
+            return None
+        try:
+            importlib.import_module(self.module)
+        except Exception as error:  # a broken install fails in any way; its words are the reason
+            return f"cannot be imported: {type(error).__name__}: {error}"
+        return None
+
+    def arguments(self, work: Work, inputs: Arguments) -> dict[str, Tensor]:
+        return dict(inputs)
+
+    def function(self, work: Work) -> Function:
+        raise NotImplementedError
+
+    def preparing(self, phase: str) -> AbstractContextManager[Any]:
+        """What has to be in force while a call is prepared and first made."""
+        return nullcontext()
+
+    def its(self, activation: str) -> str:
+        return activation if self.activations is None else self.activations[activation]
+
+
+def _has_bias(work: Work) -> bool:
+    return any(name.startswith("b_") or name == "b" for name in work.case.shapes(1, 8, 8))
+
+
+def _recomputes(work: Work) -> bool:
+    return bool(work.case.options.get("recompute"))
+
+
+class Fusedmlp(Rival):
+    name = "fusedmlp"
+    plain = False
+    trusted = True
+
+    def function(self, work: Work) -> Function:
+        return lambda t: work.case.run(t, **work.options)
+
+
+class Eager(Rival):
+    """The reference, op by op; under torch.utils.checkpoint where the case recomputes."""
+
+    name = "eager"
+    plain = False
+    trusted = True
+
+    def function(self, work: Work) -> Function:
+        run = lambda t: work.case.run_reference(t, **work.options)  # noqa: E731
+        return _recomputing(run) if _recomputes(work) else run
+
+
+def _recomputing(run: Function) -> Function:
+    def call(t: Arguments) -> Tensor:
+        if not torch.is_grad_enabled():
+            return run(t)
+        # Nothing here draws random numbers, and saving their state cannot be captured in a CUDA
+        # graph.
+        return checkpoint(run, t, use_reentrant=False, preserve_rng_state=False)
+
+    return call
+
+
+class EagerPacked(Eager):
+    """Gate and up as one GEMM, as many models store them."""
+
+    name = "eager-packed"
+    ops = ("gated_linear", "gated_mlp")
+
+    def skip(self, work: Work, phase: str) -> str | None:
+        if "packed" in work.case.options:
+            return "is what eager does here already"
+        return super().skip(work, phase)
+
+    def arguments(self, work: Work, inputs: Arguments) -> dict[str, Tensor]:
+        packed = {n: t for n, t in inputs.items() if n not in ("w_gate", "w_up", "b_gate", "b_up")}
+        for letter in ("w", "b"):
+            if f"{letter}_gate" in inputs:
+                pair = inputs[f"{letter}_gate"], inputs[f"{letter}_up"]
+                packed[f"{letter}_gate"] = torch.cat(pair)
+        return packed
+
+    def function(self, work: Work) -> Function:
+        of = getattr(reference, work.case.op)
+        run = lambda t: of(**t, w_up=None, activation=work.activation, packed="gate_up")  # noqa: E731
+        return _recomputing(run) if _recomputes(work) else run
+
+
+class _Compiled(Rival):
+    """torch.compile of an eager rival; no CUDA graphs of its own, since everyone gets ours."""
+
+    def function(self, work: Work) -> Function:
+        run = super().function(work)
+        return torch.compile(run, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False)
+
+    def preparing(self, phase: str) -> AbstractContextManager[Any]:
+        # A backward alone runs again and again over what one forward saved, so it may not reuse
+        # that memory.
+        keep = phase == "backward"
+        return torch._functorch.config.patch(donated_buffer=False) if keep else nullcontext()
+
+
+class Compile(_Compiled, Eager):
+    name = "compile"
+
+
+class CompilePacked(_Compiled, EagerPacked):
+    name = "compile-packed"
+
+
+# Our argument names -> those that the adapter uses; mlp_func calls them weight1, weight2, bias1,
+# bias2.
+_QUACK_NAMES = {
+    "x": "x", "w": "w1", "b": "b1", "w_in": "w1", "b_in": "b1", "w_out": "w2", "b_out": "b2",
+    "w_down": "w2", "b_down": "b2",
+}  # fmt: skip
+
+
+class Quack(Rival):
+    """Dao-AILab/quack. Its packed weight has gate and up rows in turn."""
+
+    name = "quack"
+    ops = ("gated_linear", "gated_mlp", "linear_act", "mlp")
+    module = "quack.gemm_interface"
+    plain = False
+    gated = {"silu": "swiglu", "relu": "reglu", "gelu_tanh": "geglu", "sigmoid": "glu"}
+    ungated = {
+        "silu": "silu",
+        "relu": "relu",
+        "relu_sq": "relu_sq",
+        "gelu_tanh": "gelu_tanh_approx",
+    }
+
+    def skip(self, work: Work, phase: str) -> str | None:
+        op, block = work.case.op, work.case.op in ("gated_mlp", "mlp")
+        if op not in self.ops:
+            return f"does not serve {op}"
+        if "packed" in work.case.options:
+            return "is timed on weights of its own layout; this case is about ours"
+        if work.activation not in self._names(work):
+            return f"has no {work.activation} for {op}"
+        if work.dtype == "float32":
+            return "takes bfloat16 and float16 only"
+        if work.D % 8 or work.H % 8:
+            return "needs widths that are multiples of 8"
+        if phase != "forward" and not block:
+            return "has gradients of the whole block only"
+        if _has_bias(work) and (phase != "forward" or _recomputes(work)):
+            return "fuses a bias only where no gradient is wanted"
+        return self.missing()
+
+    def _names(self, work: Work) -> Mapping[str, str]:
+        return self.gated if work.case.op.startswith("gated") else self.ungated
+
+    def arguments(self, work: Work, inputs: Arguments) -> dict[str, Tensor]:
+        if "w_gate" not in inputs:
+            return {_QUACK_NAMES[name]: t for name, t in inputs.items()}
+        pairs = {"w1": ("w_gate", "w_up"), "b1": ("b_gate", "b_up")}
+        joined = {
+            new: _in_turn(inputs[gate], inputs[up])
+            for new, (gate, up) in pairs.items()
+            if gate in inputs
+        }
+        rest = {_QUACK_NAMES[n]: t for n, t in inputs.items() if n in ("x", "w_down", "b_down")}
+        return joined | rest
+
+    def function(self, work: Work) -> Function:
+        activation = self._names(work)[work.activation]
+        if work.case.op in ("gated_mlp", "mlp"):
+            whole = importlib.import_module("quack.mlp").mlp_func
+            return lambda t: whole(
+                t["x"], t["w1"], t["w2"], activation,
+                bias1=t.get("b1"), bias2=t.get("b2"), recompute=_recomputes(work),
+            )  # fmt: skip
+        interface = importlib.import_module("quack.gemm_interface")
+        gemm = interface.gemm_gated if work.case.op == "gated_linear" else interface.gemm_act
+        return lambda t: gemm(
+            t["x"], t["w1"].T, bias=t.get("b1"), activation=activation, store_preact=False
+        )[1]
+
+
+def _in_turn(gate: Tensor, up: Tensor) -> Tensor:
+    """Rows gate 0, up 0, gate 1, up 1, ..."""
+    return torch.stack((gate, up), 1).flatten(0, 1)
+
+
+_OVERWRITES = "its backward overwrites what its forward saved, so it cannot be repeated alone"
+
+
+class Liger(Rival):
+    """linkedin/Liger-Kernel's Triton MLP, gate and up in one kernel. It wants (batch, tokens,
+    D)."""
+
+    name = "liger"
+    ops = ("gated_linear", "gated_mlp")
+    module = "liger_kernel.ops.mlp"
+    activations = {"silu": "silu"}
+
+    def skip(self, work: Work, phase: str) -> str | None:
+        if _recomputes(work):
+            return "does not recompute"
+        if work.case.op == "gated_linear" and phase != "forward":
+            return "has gradients of the whole block only"
+        return super().skip(work, phase) or (_OVERWRITES if phase == "backward" else None)
+
+    def function(self, work: Work) -> Function:
+        module = importlib.import_module("liger_kernel.ops.mlp")
+        if work.case.op == "gated_linear":
+            return lambda t: module.gemm_swiglu(
+                t["x"].unsqueeze(0), t["w_gate"], t["w_up"], 1.0, False
+            )[0].squeeze(0)
+        block = module.LigerMLPFunction.apply
+        return lambda t: block(t["x"].unsqueeze(0), t["w_gate"], t["w_up"], t["w_down"]).squeeze(0)
+
+
+class LigerElementwise(Rival):
+    """Liger's act(g) * u kernel, behind cuBLAS."""
+
+    name = "liger-elementwise"
+    ops = ("gated_act", "gated_linear", "gated_mlp")
+    module = "liger_kernel.ops"
+    activations = {"silu": "LigerSiLUMulFunction", "gelu_tanh": "LigerGELUMulFunction"}
+
+    def skip(self, work: Work, phase: str) -> str | None:
+        if _recomputes(work):
+            return "does not recompute"
+        reason = super().skip(work, phase)
+        if reason is None and phase == "backward":
+            return _OVERWRITES
+        if reason is None and phase == "both" and work.case.op == "gated_act":
+            return "its backward overwrites g and u, here the caller's own"
+        return reason
+
+    def function(self, work: Work) -> Function:
+        act = getattr(importlib.import_module("liger_kernel.ops"), self.its(work.activation)).apply
+        if work.case.op == "gated_act":
+            return lambda t: act(t["g"], t["u"])
+        hidden = lambda t: act(F.linear(t["x"], t["w_gate"]), F.linear(t["x"], t["w_up"]))  # noqa: E731
+        if work.case.op == "gated_linear":
+            return hidden
+        return lambda t: F.linear(hidden(t), t["w_down"])
+
+
+RIVALS: dict[str, Rival] = {
+    rival.name: rival
+    for rival in (
+        Fusedmlp(), Eager(), EagerPacked(), Compile(), CompilePacked(), Quack(), Liger(),
+        LigerElementwise(),
+    )
+}  # fmt: skip

@@ -1,0 +1,134 @@
+"""A ledger in at most 60 lines: what a campaign prints last."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+from .ledger import Ledger, Record
+
+LIMIT = 60
+WIDTH = 110
+
+
+def summary(ledger: Ledger) -> list[str]:
+    """Machine, steps, checks, sanitizer, times, tiles; it says where it left lines off."""
+    sections = [
+        [f"{ledger.gpu}, {ledger.date}, commit {ledger.commit}", f"ledger: {ledger.path}"],
+        list(_steps(ledger.steps)),
+        list(_checks(ledger.of_kind("check"))),
+        list(_sanitizers(ledger.of_kind("sanitizer"))),
+        list(_sticks(ledger.of_kind("stick"))),
+        list(_times(ledger.of_kind("time"))),
+        list(_tunes(ledger.of_kind("tune"))),
+    ]
+    # Each section keeps its head: a long list of failures must not push the speeds out.
+    lines = []
+    for section in sections:
+        lines += section[:10]
+        if len(section) > 10:
+            lines[-1] = f"  and {len(section) - 9} more lines"
+    assert len(lines) <= LIMIT + 10, "seven sections of ten lines"
+    return [line[:WIDTH] for line in _fit(lines)]
+
+
+def _fit(lines: list[str]) -> list[str]:
+    if len(lines) <= LIMIT:
+        return lines
+    return [*lines[: LIMIT - 1], f"and {len(lines) - LIMIT + 1} more lines, all in the ledger"]
+
+
+def _first_line(text: str) -> str:
+    return (text.splitlines() or [""])[0]
+
+
+def _steps(steps: list[Record]) -> Iterator[str]:
+    count = Counter(step["status"] for step in steps)
+    yield f"steps: {', '.join(f'{n} {status}' for status, n in count.items()) or 'none ran'}"
+    for step in steps:
+        if step["name"] == "tests" or step["status"] != "ok":
+            # How it ended, then the last thing it printed: most often the error itself.
+            lines = step["detail"].splitlines() or [""]
+            why = lines[0] if len(lines) == 1 else f"{lines[0]}: {lines[-1]}"
+            yield f"  {step['status']:8} {step['name']:32} {why}"
+
+
+def _checks(records: list[Record]) -> Iterator[str]:
+    bad = [r for r in records if not r["passed"]]
+    yield f"check: {len(records) - len(bad)} of {len(records)} passed"
+    for r in bad:
+        faulty = ", ".join(name for name, t in r["tensors"].items() if not t["passed"])
+        what = f"{r['case']} {r['activation']} {r['dtype']} {_size(r)}"
+        yield f"  failed   {what}: {faulty or r.get('error', 'it raised')}"
+
+
+def _sanitizers(records: list[Record]) -> Iterator[str]:
+    if records:
+        good = sum(r["status"] == "ok" for r in records)
+        yield f"compute-sanitizer: {good} of {len(records)} clean"
+    for r in records:
+        if r["status"] != "ok":
+            yield f"  {r['status']:8} {r['tool']} {r['case']}: {_first_line(r['detail'])}"
+
+
+def _sticks(records: list[Record]) -> Iterator[str]:
+    for name, field, unit in (("cublas", "tflops", "TFLOP/s"), ("copy", "gbps", "GB/s")):
+        rates = [r[field] for r in records if r["name"] == name]
+        if rates:
+            yield f"stick: {name} up to {max(rates):.0f} {unit}"
+
+
+def _size(r: Record) -> str:
+    return f"{r['M']}x{r['D']}x{r['H']}"
+
+
+def place(r: Record) -> tuple[object, ...]:
+    """What providers of one and the same computation have in common."""
+    return tuple(r[k] for k in ("case", "phase", "activation", "dtype", "M", "D", "H"))
+
+
+def fastest(records: Iterable[Record]) -> Record | None:
+    return min(
+        (r for r in records if r["skipped"] is None), key=lambda r: r["median_ms"], default=None
+    )
+
+
+def _times(records: list[Record]) -> Iterator[str]:
+    """Of each op and phase: our fastest at the largest size, beside the best rival there."""
+    groups: dict[tuple[str, str], list[Record]] = {}
+    for r in records:
+        groups.setdefault((r["op"], r["phase"]), []).append(r)
+    timed = sum(r["skipped"] is None for r in records)
+    if records:
+        yield f"time: {timed} measured, {len(records) - timed} skipped"
+    for (op, phase), group in groups.items():
+        ours = [r for r in group if is_ours(r) and r["skipped"] is None]
+        if not ours:
+            yield f"  {op} {phase}: {_first_line(group[0]['skipped'] or 'only rivals measured')}"
+            continue
+        best = max(ours, key=lambda r: (r["flops"] or 0, r["M"] * r["D"] * r["H"]))
+        rival = fastest(r for r in group if place(r) == place(best) and not is_ours(r))
+        against = (
+            f", {rival['median_ms'] / best['median_ms']:.2f}x {rival['provider']}" if rival else ""
+        )
+        rate = "" if best["tflops"] is None else f", {best['tflops']:.0f} TFLOP/s"
+        speed = f"{best['median_ms']:.4g} ms{rate}{share(best)}{against}"
+        yield f"  {op} {phase} {_size(best)}: {speed}"
+
+
+def share(record: Record) -> str:
+    """Of the stick that is nearer: cuBLAS or copy."""
+    of = {"cuBLAS": record["of_cublas"] or 0, "copy": record["of_copy"] or 0}
+    nearer = max(of, key=lambda name: of[name])
+    return f", {of[nearer]:.1%} of {nearer}" if of[nearer] else ""
+
+
+def _tunes(records: list[Record]) -> Iterator[str]:
+    for r in records:
+        gain = r["table_ms"] / r["median_ms"] - 1
+        yield f"tune: {r['kernel']} {r['dtype']} {_size(r)}: {gain:+.1%} over the table's tile"
+
+
+def is_ours(record: Record) -> bool:
+    """Providers of this library are named fusedmlp, or fusedmlp-BACKEND."""
+    return str(record["provider"]).startswith("fusedmlp")

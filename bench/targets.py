@@ -1,0 +1,133 @@
+"""The speeds that this library means to reach, and which time records say whether it does.
+
+A target speaks of every size that it names: the worst of them decides. It is measured on bfloat16
+and on the plain case of its op, the one named like the op itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from .ledger import Record
+from .summary import fastest, is_ours, place
+
+Where = Callable[[Record], bool]
+
+
+@dataclass(frozen=True)
+class Target:
+    """share: a field of the record, or "" where `over` names the rivals whose best is the measure.
+
+    Without either no record of schema 1 can decide, and the report says that.
+    """
+
+    op: str
+    text: str
+    at_least: float
+    phases: tuple[str, ...] = ("forward",)
+    share: str = ""
+    over: tuple[str, ...] = ()
+    where: Where = lambda record: True
+
+    @property
+    def decidable(self) -> bool:
+        return bool(self.share or self.over)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The worst of `sizes` records against a target."""
+
+    value: float
+    record: Record
+    sizes: int
+
+
+def _many(record: Record) -> bool:
+    return bool(record["M"] >= 4096)
+
+
+def _few(record: Record) -> bool:
+    return bool(record["M"] <= 16)
+
+
+def _past_l2(record: Record) -> bool:
+    """Below that a kernel lasts hardly longer than its launch."""
+    return bool(record["bytes"] >= 1 << 27)
+
+
+def _narrow(record: Record) -> bool:
+    return bool(record["D"] <= 2048)
+
+
+_EAGER = ("eager", "eager-packed")
+_COMPILED = ("compile", "compile-packed")
+
+TARGETS: tuple[Target, ...] = (
+    Target("gated_linear", "forward, M >= 4096: 82% of cuBLAS (Triton)", 0.82,
+           share="of_cublas", where=_many),
+    # A record does not tell which backend ran; until there is a CUDA one, all are Triton's.
+    Target("gated_linear", "forward, M >= 4096: 92% of cuBLAS (CUDA)", 0.92),
+    Target("gated_linear", "forward, M >= 4096: no slower than cuBLAS + one elementwise kernel",
+           1.0,
+           over=("compile", "compile-packed", "liger-elementwise"), where=_many),
+    Target("gated_linear", "forward, M >= 4096: no slower than QuACK", 1.0,
+           over=("quack",), where=_many),
+    Target("gated_linear", "forward, M <= 16: 85% of copy", 0.85, share="of_copy", where=_few),
+    Target("gated_linear", "backward GEMM with the gate in it: 87% of the bare GEMM", 0.87),
+    Target("gated_mlp", "forward and backward: no slower than QuACK", 1.0, ("both",),
+           over=("quack",)),
+    Target("gated_mlp", "forward and backward, D <= 2048: 1.10 x torch.compile", 1.1, ("both",),
+           over=_COMPILED, where=_narrow),
+    Target("gated_act", "forward and backward, past L2: 92% of copy", 0.92, ("forward", "backward"),
+           share="of_copy", where=_past_l2),
+    Target("masked_gated_linear", "decode, 1 to 4 masks: 85% of copy; 8 masks: 75%", 0.85),
+    Target("masked_gated_linear", "decode, 4096 x 14336, 1 mask: 1.5 x the best two-matrix GLU",
+           1.5),
+    Target("masked_gated_linear", "large M: within 10% of (n + 1)/2 gated_linear", 0.9),
+    Target("moe_mlp", "forward, H >= 2048, 512 tokens an expert: 75% of cuBLAS", 0.75),
+    Target("moe_mlp", "forward: no slower than SonicMoE", 1.0, over=("sonicmoe",)),
+    Target("moe_mlp", "forward: 1.3 x torch's grouped GEMMs", 1.3, over=("grouped-mm",)),
+    Target("hyper_attention", "forward: 3 x upstream, chunked, under torch.compile", 3.0,
+           over=("compile",)),
+    Target("hyper_attention", "training: peak memory a tenth of upstream's", 0.1),
+    Target("hyper_attention", "forward: 50% of the rate of scaled_dot_product_attention", 0.5),
+    Target("binary_linear", "decode: 80% of copy", 0.8, share="of_copy", where=_few),
+    Target("binary_linear", "decode: 6 x a bfloat16 GEMV", 6.0, over=_EAGER, where=_few),
+    Target("every op", "at most 15 us on the host above plain PyTorch", 1.0),
+)  # fmt: skip
+
+
+def measure(target: Target, records: Sequence[Record]) -> Measured | None:
+    """The worst that one GPU's time records say of a target; None if none of them is about it."""
+    values = []
+    for record in records:
+        about = record["op"] == record["case"] == target.op and record["phase"] in target.phases
+        if not (about and record["dtype"] == "bfloat16" and is_ours(record)):
+            continue
+        if record["skipped"] is None and target.where(record):
+            value = _value(target, record, records)
+            if value is not None:
+                values.append((value, record))
+    if not values:
+        return None
+    value, record = min(values, key=lambda pair: pair[0])
+    return Measured(value, record, len(values))
+
+
+def _value(target: Target, record: Record, records: Iterable[Record]) -> float | None:
+    if target.share:
+        share = record[target.share]
+        return None if share is None else float(share)
+    rivals = (r for r in records if r["provider"] in target.over and place(r) == place(record))
+    best = fastest(rivals)
+    return None if best is None else float(best["median_ms"] / record["median_ms"])
+
+
+def verdict(target: Target, measured: Measured | None) -> str:
+    if not target.decidable:
+        return "not measured (no record can tell yet)"
+    if measured is None:
+        return "not measured"
+    return "met" if measured.value >= target.at_least else "missed"

@@ -1,0 +1,112 @@
+"""One thing to measure or compute: a case at one size, dtype and activation; and its FLOPs and
+bytes.
+
+| phase | runs | FLOPs | bytes |
+|---|---|---|---|
+| forward | the call, no gradient wanted | F | arguments read, result written |
+| backward | every gradient, after a forward | 2 F | arguments and dy read, every gradient written |
+| both | forward that saves what backward needs, then backward | 3 F | the sum of the two |
+
+F is the case's own count. FLOPs are useful ones: what a kernel computes a second time is not
+counted. Bytes are the least that any implementation must move between memory and chip; what is
+saved between forward and backward is an implementation's own affair and not counted either.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..testing import CASES, Case
+
+PHASES = ("forward", "backward", "both")
+DTYPES: dict[str, torch.dtype] = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """`label`: what this size stands for in a table; `model`: whose widths these are, if
+    anyone's."""
+
+    case: Case = field(hash=False)  # it holds a dict
+    activation: str
+    dtype: str
+    M: int
+    D: int
+    H: int
+    model: str | None = None
+    label: str = ""
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def size(self) -> str:
+        return f"{self.M}x{self.D}x{self.H}"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords for case.run and case.run_reference."""
+        return {"activation": self.activation} if takes_activation(self.case) else {}
+
+    def flops(self, phase: str) -> int:
+        forward = self.case.flops(self.M, self.D, self.H)
+        return forward * {"forward": 1, "backward": 2, "both": 3}[phase]
+
+    def bytes(self, phase: str) -> int:
+        inputs = sum(math.prod(s) for s in self.case.shapes(self.M, self.D, self.H).values())
+        forward = self.case.elements(self.M, self.D, self.H)
+        backward = 2 * inputs + (forward - inputs)
+        elements = {"forward": forward, "backward": backward, "both": forward + backward}[phase]
+        return elements * self.torch_dtype.itemsize
+
+    def gemm(self) -> tuple[int, int, int] | None:
+        """(M, N, K) of its first GEMM, the one that cuBLAS is timed on beside it; None without
+        one."""
+        shapes = self.case.shapes(self.M, self.D, self.H)
+        first = ("w", "w_in", "w_gate", "w_up")
+        rows = sum(s[0] for name, s in shapes.items() if name in first and len(s) == 2)
+        return (self.M, rows, self.D) if rows else None
+
+    def identity(self) -> dict[str, object]:
+        """The fields of a record that say what was run."""
+        return {
+            "case": self.case.name,
+            "op": self.case.op,
+            "activation": self.activation,
+            "dtype": self.dtype,
+            "M": self.M,
+            "D": self.D,
+            "H": self.H,
+        }
+
+
+def takes_activation(case: Case) -> bool:
+    return "activation" in inspect.signature(case.fn).parameters
+
+
+def default_activation(case: Case) -> str:
+    """The one that the public function itself defaults to; "identity" where it takes none."""
+    if not takes_activation(case):
+        return "identity"
+    return str(inspect.signature(case.fn).parameters["activation"].default)
+
+
+def activations_of(case: Case, asked: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Those asked for, if the case takes any; its default if none were."""
+    return asked if asked and takes_activation(case) else (default_activation(case),)
+
+
+def case_of(name: str) -> Case:
+    if name not in CASES:
+        raise ValueError(f"case must be one of {', '.join(CASES)}; got {name!r}")
+    return CASES[name]
