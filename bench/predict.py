@@ -155,7 +155,7 @@ def show_launches(records: Sequence[Record]) -> None:
 
 
 def compile_kernels(records: Sequence[Record]) -> list[Mapping[str, Any]]:
-    """The ahead-of-time gate's rows for what the records launch, compiled in a process of its own."""
+    """The ahead-of-time gate's rows for what the records launch, compiled in another process."""
     names = sorted({ROOFS[r["gpu"]].arch for r in records})
     kernels = sorted({launch["kernel"] for r in records for launch in r["launches"]})
     dtypes = sorted({r["dtype"] for r in records})
