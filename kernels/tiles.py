@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-# Triton's interpreter multiplies bf16 wrongly without an explicit upcast (kernels/README.md).
+# Triton's interpreter neither multiplies bf16 nor rounds to it as a GPU does (kernels/README.md).
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
@@ -48,6 +48,16 @@ def load_tile(
 
 
 @triton.jit
+def rounded(value, dtype: tl.constexpr):
+    """float32 `value` in `dtype`, rounded to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
+    return value.to(dtype)
+
+
+@triton.jit
 def store_tile(
     t,
     stride_r,
@@ -63,13 +73,13 @@ def store_tile(
     """Write `value` to an (R, C) matrix whose columns are contiguous, in its dtype; cut at the
     edges."""
     if TMA:
-        t.store([r0, c0], value.to(t.dtype))
+        t.store([r0, c0], rounded(value, t.dtype))
     else:
         offs_r = r0 + tl.arange(0, BLOCK_R)
         offs_c = c0 + tl.arange(0, BLOCK_C)
         mask = (offs_r[:, None] < R) & (offs_c[None, :] < C)
         pointers = t + offs_r.to(tl.int64)[:, None] * stride_r + offs_c[None, :]
-        tl.store(pointers, value.to(t.dtype.element_ty), mask=mask)
+        tl.store(pointers, rounded(value, t.dtype.element_ty), mask=mask)
 
 
 @triton.jit

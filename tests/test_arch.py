@@ -4,6 +4,8 @@ import dataclasses
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from fusedmlp.kernels import arch, gated_linear, tiles
 from fusedmlp.kernels.arch import ARCHES, pick_splits, pick_tile, pretend
@@ -101,3 +103,19 @@ def test_every_way_of_cutting_gives_the_same_numbers(
         case = CASES[name]
         for key, triple in compare(case, case.inputs(70, 48, 136, torch.float16)).items():
             assert_close_to(*triple, name=key)
+
+
+@triton.jit
+def _round_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    x = tiles.load_tile(x_ptr, N, 1, 0, 0, 1, N, 1, N, False)
+    tiles.store_tile(y_ptr, N, 0, 0, 1, N, x, 1, N, False)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_results_are_rounded_to_nearest_even(dtype, device):
+    x = torch.randn(1, 1024, device=device)
+    ties = [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1e-30, float("inf"), -float("inf"), float("nan")]
+    x[0, : len(ties)] = torch.tensor(ties)
+    y = torch.empty(1, 1024, device=device, dtype=dtype)
+    _round_kernel[(1,)](x, y, 1024)
+    torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)
