@@ -136,6 +136,28 @@ def _gemm_jobs(arch: Arch, activations: list[str]) -> Iterator[Job]:
                     yield job(name, name, dtype, True)
 
 
+def _odd_jobs(arch: Arch) -> Iterator[Job]:
+    """What only some calls meet: sizes of 1, which Triton compiles in; weights contiguous along
+    either dimension; packed gradients; g and u alone."""
+    bf16 = torch.bfloat16
+    for kernel in ("gated_linear_fwd", "linear_act_fwd", "gated_linear_bwd", "linear_act_bwd"):
+        for size in ((1, D, H), (1, 1, H), (M, 1, H), (M, D, 1)):
+            call = _gemm_call(kernel, bf16, *size, "silu", True)
+            yield Job(arch, bf16, "x".join(map(str, size)), call, (kernel, 2))
+    x, w, wt = _empty(M, D, dtype=bf16), _empty(H, D, dtype=bf16), _empty(D, H, dtype=bf16)
+    pair = _empty(2, M, H, dtype=bf16)
+    fwd, bwd = gated_linear.gated_linear_fwd, gated_linear.gated_linear_bwd
+    calls: dict[str, tuple[Any, ...]] = {
+        "transposed": (fwd, x, wt.t(), w, None, None, "silu", True, True),
+        "g and u": (fwd, x, w, w, None, None, "silu", False, True),
+        "transposed down": (bwd, x, w.t(), pair, "silu", None, True, True),
+        "packed dgu": (bwd, x, wt, pair, "silu", "up_gate", False, True),
+    }
+    for variant, (launcher, *args) in calls.items():
+        key = (launcher.__name__, 2)
+        yield Job(arch, bf16, variant, functools.partial(launcher, *args), key)
+
+
 def _elementwise_jobs(arch: Arch) -> Iterator[Job]:
     bwd, fwd = gated_act.gated_act_bwd, gated_act.gated_act_fwd
     for dtype in (torch.bfloat16, torch.float32):
@@ -205,19 +227,21 @@ def _inspect(job: Job, name: str, kernel: Any) -> Compiled:
     if shared > job.arch.shared_memory:
         faults.append(f"shared memory {shared} > {job.arch.shared_memory}")
     is_gemm = name in ("_fwd_kernel", "_bwd_kernel", "_partial_kernel") and job.key is not None
-    if is_gemm and job.dtype != torch.float32:
-        assert job.tile is not None
+    if is_gemm and job.dtype != torch.float32 and job.tile is not None:
         wanted = "HMMA" if job.tile.skinny else _MATRIX_OPCODE.get(job.arch.name, "HMMA")
         if wanted not in opcodes:
             faults.append(f"no {wanted}")
         if job.tile.tma and "UTMALDG" not in opcodes:
             faults.append("no UTMALDG")
+        # One wait a K step and the waits between tiles; as many as products means one after each.
+        if "HGMMA" in opcodes and sass.count("WARPGROUP.DEPBAR") >= sass.count("HGMMA."):
+            faults.append("serialised wgmma")
     stem = job.key[0] if job.key else kernel.src.fn.__module__.rpartition(".")[2]
     return Compiled(
         kernel=f"{stem}:{name}",
         arch=job.arch.name,
         dtype=str(job.dtype).removeprefix("torch."),
-        tile=str(job.tile) if job.tile else "elementwise",
+        tile=str(job.tile) if job.tile else "as picked" if job.key else "elementwise",
         variant=job.variant,
         registers=registers,
         stack=stack,
@@ -240,6 +264,8 @@ def gate(
     for name in arches:
         arch = ARCHES[name]
         jobs = (*_gemm_jobs(arch, activations), *_elementwise_jobs(arch))
+        if name == THOROUGH:
+            jobs += (*_odd_jobs(arch),)
         if kernels:
             wanted = [getattr(torch, d) for d in dtypes]
             jobs = tuple(

@@ -6,6 +6,7 @@ registered here: each ops/*.py wraps its ops in one autograd.Function.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +15,27 @@ import torch
 from ._backend import INTERPRETED
 
 _LIBRARY = torch.library.Library("fusedmlp", "DEF")
-_DEVICES = ("CUDA", "CPU") if INTERPRETED else ("CUDA",)
+
+
+def _on_its_device(impl: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current GPU, whatever GPU the tensors are on."""
+
+    @functools.wraps(impl)
+    def guarded(first: torch.Tensor, *args: Any) -> Any:
+        if first.get_device() == torch.cuda.current_device():
+            return impl(first, *args)
+        with torch.cuda.device(first.device):
+            return impl(first, *args)
+
+    return guarded
 
 
 def define(schema: str, impl: Callable[..., Any], fake: Callable[..., Any]) -> Any:
     """Register `fusedmlp::<schema>`; returns the callable overload."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    for device in _DEVICES:
-        _LIBRARY.impl(name, impl, device)
+    _LIBRARY.impl(name, _on_its_device(impl), "CUDA")
+    if INTERPRETED:
+        _LIBRARY.impl(name, impl, "CPU")
     torch.library.register_fake(f"fusedmlp::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.fusedmlp, name).default

@@ -11,6 +11,7 @@ never pass where exact is finite, and must stand where exact has them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -174,6 +175,11 @@ def _uniform(name: str, shape: tuple[int, ...], D: int, generator: torch.Generat
     return t / shape[-1] ** 0.5 if name.startswith("w_") or name == "w" else t
 
 
+def _off_kink_step(columns: int) -> float:
+    """The power of 2 nearest to 1 / sqrt(columns): it keeps products exact and sums near 1."""
+    return 2.0 ** -round(math.log2(max(columns, 1)) / 2)
+
+
 def _off_kink(name: str, shape: tuple[int, ...], D: int, generator: torch.Generator) -> Tensor:
     """Pre-activations that no rounding can carry across 0.
 
@@ -181,10 +187,9 @@ def _off_kink(name: str, shape: tuple[int, ...], D: int, generator: torch.Genera
     """
     t = torch.randn(shape, generator=generator, dtype=torch.float64)
     if name.startswith("w_") or name == "w":
-        scale = 2.0 ** -round(torch.tensor(float(max(shape[-1], 1))).log2().item() / 2)
-        return torch.where(t.abs() < 1, t.sign(), 3 * t.sign()) * scale
-    if name.startswith("b_"):
-        return torch.zeros_like(t)
+        return torch.where(t.abs() < 1, t.sign(), 3 * t.sign()) * _off_kink_step(shape[-1])
+    if name.startswith("b"):
+        return 2 * t.round() * _off_kink_step(D)  # an even number of steps: the sum stays odd
     if name == "x":
         t = t.sign()
         if D and D % 2 == 0:

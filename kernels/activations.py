@@ -20,6 +20,7 @@ from torch import Tensor
 from .tiles import INTERPRETED
 
 BSILU_ALPHA = 1.67  # SUGAR's B-SiLU, arXiv 2505.22074: (x + a) sigmoid(x) - a / 2
+_BSILU_ALPHA = tl.constexpr(BSILU_ALPHA)
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ def _gelu2(x):
 @triton.jit
 def _bsilu(x):
     s, complement = _sigmoids(x)
-    y = (x + 1.67) * s
-    return y - 0.835, s + y * complement
+    y = (x + _BSILU_ALPHA) * s
+    return y - 0.5 * _BSILU_ALPHA, s + y * complement
 
 
 @triton.jit

@@ -40,10 +40,11 @@ from .tiles import (
 
 
 @triton.jit
-def _add_bias(acc, b_ptr, n0, H, BLOCK_N: tl.constexpr):
+def _add_bias(acc, b_ptr, stride_b, n0, H, BLOCK_N: tl.constexpr):
     if b_ptr is not None:
         offs_n = n0 + tl.arange(0, BLOCK_N)
-        acc += tl.load(b_ptr + offs_n, mask=offs_n < H, other=0.0).to(tl.float32)[None, :]
+        pointers = b_ptr + offs_n.to(tl.int64) * stride_b
+        acc += tl.load(pointers, mask=offs_n < H, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
@@ -62,6 +63,8 @@ def _store_fwd(
     H,
     stride_hm,
     stride_gm,
+    stride_bg,
+    stride_bu,
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -70,12 +73,12 @@ def _store_fwd(
 ):
     """Bias, activation and product of one (part of a) tile; g and u are stored before
     activation."""
-    acc_g = _add_bias(acc_g, b_gate_ptr, n0, H, BLOCK_N)
+    acc_g = _add_bias(acc_g, b_gate_ptr, stride_bg, n0, H, BLOCK_N)
     if g is not None:
         store_tile(g, stride_gm, m0, n0, M, H, acc_g, BLOCK_M, BLOCK_N, TMA)
     value, _ = ACT(acc_g)
     if GATED:
-        acc_u = _add_bias(acc_u, b_up_ptr, n0, H, BLOCK_N)
+        acc_u = _add_bias(acc_u, b_up_ptr, stride_bu, n0, H, BLOCK_N)
         if u is not None:
             store_tile(u, stride_gm, m0, n0, M, H, acc_u, BLOCK_M, BLOCK_N, TMA)
         value = value * acc_u
@@ -104,6 +107,8 @@ def _fwd_kernel(
     stride_up_d,
     stride_hm,
     stride_gm,
+    stride_bg,
+    stride_bu,
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -117,9 +122,12 @@ def _fwd_kernel(
     PRECISION: tl.constexpr,
 ):
     GATED: tl.constexpr = w_up is not None
+    # Flattened into one loop, the next tile's loads run under this one's epilogue. With two
+    # accumulators ptxas then waits after every wgmma (kernels/README.md).
+    FLATTEN: tl.constexpr = TMA and not GATED
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(H, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TMA):
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N
@@ -136,7 +144,7 @@ def _fwd_kernel(
         for i in tl.static_range(SUBTILES):
             _store_fwd(
                 parts_g[i], parts_u[i], b_gate_ptr, b_up_ptr, h, g, u, m0, n0 + i * PART, M, H,
-                stride_hm, stride_gm, ACT, BLOCK_M, PART, TMA, GATED,
+                stride_hm, stride_gm, stride_bg, stride_bu, ACT, BLOCK_M, PART, TMA, GATED,
             )  # fmt: skip
 
 
@@ -175,7 +183,7 @@ def _partial_kernel(
         0, n0, k_begin, min(k_begin + depth, D), M, H, D,
         BLOCK_M, BLOCK_N, BLOCK_K, False, True, True, MASK_K, PRECISION,
     )  # fmt: skip
-    size = M.to(tl.int64) * H
+    size = tl.cast(M, tl.int64) * H
     parts_ptr += part * size * (2 if GATED else 1)
     store_tile(parts_ptr, H, 0, n0, M, H, acc_g, BLOCK_M, BLOCK_N, False)
     if GATED:
@@ -195,6 +203,8 @@ def _reduce_kernel(
     splits,
     stride_hm,
     stride_gm,
+    stride_bg,
+    stride_bu,
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -202,7 +212,7 @@ def _reduce_kernel(
 ):
     """Sum the parts, always in the same order, then finish as _fwd_kernel does."""
     n0 = tl.program_id(0) * BLOCK_N
-    size = M.to(tl.int64) * H
+    size = tl.cast(M, tl.int64) * H
     acc_g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     acc_u = acc_g
     for _ in tl.range(0, splits):
@@ -212,7 +222,8 @@ def _reduce_kernel(
             acc_u += load_tile(parts_ptr, H, 1, 0, n0, M, H, BLOCK_M, BLOCK_N, False)
         parts_ptr += size
     _store_fwd(
-        acc_g, acc_u, b_gate_ptr, b_up_ptr, h, g, u, 0, n0, M, H, stride_hm, stride_gm,
+        acc_g, acc_u, b_gate_ptr, b_up_ptr, h, g, u, 0, n0, M, H,
+        stride_hm, stride_gm, stride_bg, stride_bu,
         ACT, BLOCK_M, BLOCK_N, False, GATED,
     )  # fmt: skip
 
@@ -220,7 +231,7 @@ def _reduce_kernel(
 @triton.jit
 def _store_column_sums(value, sums_ptr, tile_m, n0, H, BLOCK_N: tl.constexpr):
     offs_n = n0 + tl.arange(0, BLOCK_N)
-    row = sums_ptr + tile_m.to(tl.int64) * H
+    row = sums_ptr + tl.cast(tile_m, tl.int64) * H
     tl.store(row + offs_n, tl.sum(value, 0), mask=offs_n < H)
 
 
@@ -240,6 +251,7 @@ def _store_bwd(
     M,
     H,
     stride_gm,
+    stride_gh,
     stride_dgm,
     stride_hm,
     ACT: tl.constexpr,
@@ -250,15 +262,15 @@ def _store_bwd(
 ):
     """dg = dh u act'(g), du = dh act(g), h = act(g) u of one (part of a) tile, and their column
     sums. Rows past M have dh = 0 and u = 0, so they add nothing to a sum."""
-    gate = load_tile(g, stride_gm, 1, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
+    gate = load_tile(g, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
     value, slope = ACT(gate)
     grad = dh * slope
     if GATED:
-        up = load_tile(u, stride_gm, 1, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
+        up = load_tile(u, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
         grad_up = dh * value
         store_tile(du, stride_dgm, m0, n0, M, H, grad_up, BLOCK_M, BLOCK_N, TMA)
         if sums_ptr is not None:
-            up_sums_ptr = sums_ptr + tiles_m.to(tl.int64) * H
+            up_sums_ptr = sums_ptr + tl.cast(tiles_m, tl.int64) * H
             _store_column_sums(grad_up, up_sums_ptr, tile_m, n0, H, BLOCK_N)
         grad = grad * up
         value = value * up
@@ -287,6 +299,7 @@ def _bwd_kernel(
     stride_down_h,
     stride_down_d,
     stride_gm,
+    stride_gh,
     stride_dgm,
     stride_hm,
     ACT: tl.constexpr,
@@ -319,7 +332,7 @@ def _bwd_kernel(
         for i in tl.static_range(SUBTILES):
             _store_bwd(
                 parts[i], g, u, dg, du, h, sums_ptr, tile_m, tiles_m, m0, n0 + i * PART, M, H,
-                stride_gm, stride_dgm, stride_hm, ACT, BLOCK_M, PART, TMA, GATED,
+                stride_gm, stride_gh, stride_dgm, stride_hm, ACT, BLOCK_M, PART, TMA, GATED,
             )  # fmt: skip
 
 
@@ -348,7 +361,7 @@ def _gemm_options(
 def _compiler_options(tile: Tile) -> dict[str, Any]:
     """Triton 3.10 turns fusion off by default. Without a register limit ptxas may aim at two blocks
     a multiprocessor and spill at 128 registers."""
-    return {"enable_fp_fusion": True, "maxnreg": min(255, 65536 // (32 * tile.num_warps))}
+    return {"enable_fp_fusion": True, "maxnreg": min(255, 2048 // tile.num_warps)}
 
 
 def launch_fwd(
@@ -368,10 +381,10 @@ def launch_fwd(
     H = w_gate.shape[0]
     if M == 0 or H == 0:
         return
-    out = next(t for t in (h, g) if t is not None)
-    fits = x.stride(1) == 1 and aligned(x, w_gate, w_up, h, g, u)
+    fits = aligned(x, h, g, u, weights=(w_gate, w_up))
     tile = LAST[kernel] = pick_tile(kernel, x, M, H, fits)
-    strides = (h if h is not None else out).stride(0), (g if g is not None else out).stride(0)
+    # Of whatever is there; u is laid out as g is.
+    strides = tuple(0 if t is None else t.stride(0) for t in (h, g, b_gate, b_up))
     if tile.skinny and (splits := pick_splits(tile, x, H, D)) > 1:
         _launch_split(tile, splits, x, w_gate, w_up, b_gate, b_up, h, g, u, strides, activation)
         return
@@ -399,7 +412,7 @@ def _launch_split(
     h: Tensor | None,
     g: Tensor | None,
     u: Tensor | None,
-    strides: tuple[int, int],
+    strides: tuple[int, ...],
     activation: str,
 ) -> None:
     M, D = x.shape
@@ -443,7 +456,7 @@ def launch_bwd(
     if M == 0 or H == 0:
         return h, dy.new_zeros((halves if want_db else 0, H))
     wanted_h = h if want_h else None
-    fits = dy.stride(1) == 1 and aligned(dy, w_down, g, u, dg, du, wanted_h)
+    fits = aligned(dy, g, u, dg, du, wanted_h, weights=(w_down,))
     tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fits)
     tiles_m = triton.cdiv(M, tile.block_m)
     sums = dy.new_empty((halves, tiles_m, H), dtype=torch.float32) if want_db else None
@@ -453,7 +466,7 @@ def launch_bwd(
     _bwd_kernel[grid](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), down,
         *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (g, u, dg, du, wanted_h)), sums,
-        M, H, D, *dy.stride(), *down_strides, g.stride(0), dg.stride(0), h.stride(0),
+        M, H, D, *dy.stride(), *down_strides, *g.stride(), dg.stride(0), h.stride(0),
         ACT=ACTIVATIONS[activation].device, DOWN_K_MAJOR=k_major, **options,
     )  # fmt: skip
     db = dy.new_empty((0, H)) if sums is None else sums.sum(1).to(dy.dtype)

@@ -15,8 +15,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .._backend import INTERPRETED as _interpreted
+
 # Triton's interpreter neither multiplies bf16 nor rounds to it as a GPU does (kernels/README.md).
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(_interpreted)
 
 
 @triton.jit
@@ -202,21 +204,34 @@ def column_parts(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.cons
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: as torch.set_float32_matmul_precision says."""
-    highest = torch.get_float32_matmul_precision() == "highest"
-    return "ieee" if highest or dtype != torch.float32 else "tf32"
+    """How float32 is multiplied: as torch.backends.cuda.matmul.fp32_precision says, which
+    torch.set_float32_matmul_precision sets too."""
+    if dtype != torch.float32:
+        return "ieee"
+    # Not get_float32_matmul_precision(): it raises once this, its successor, has been set.
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def aligned(*matrices: Tensor | None) -> bool:
-    """One dimension of each is contiguous and the other steps by 16 bytes from a 16-byte base: what
-    TMA descriptors and 16-byte loads need."""
-    return all(t is None or _aligned(t) for t in matrices)
+def aligned(*rows: Tensor | None, weights: tuple[Tensor | None, ...] = ()) -> bool:
+    """What TMA descriptors and 16-byte loads need: one dimension contiguous, the other stepping by
+    16 bytes from a 16-byte base without overlap. `rows` are contiguous along columns, `weights`
+    along either."""
+    return all(t is None or _aligned(t, *t.stride(), *t.shape) for t in rows) and all(
+        t is None
+        or _aligned(t, *t.stride(), *t.shape)
+        or _aligned(t, t.stride(1), t.stride(0), t.shape[1], t.shape[0])
+        for t in weights
+    )
 
 
-def _aligned(t: Tensor) -> bool:
-    rows, columns = t.stride()
-    inner, outer = (columns, rows) if columns == 1 else (rows, columns)
-    return inner == 1 and outer * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 < t.numel()
+def _aligned(t: Tensor, outer: int, inner: int, rows: int, columns: int) -> bool:
+    return (
+        inner == 1
+        and (outer >= columns or rows == 1)
+        and outer * t.element_size() % 16 == 0
+        and t.data_ptr() % 16 == 0
+        and rows * columns > 0
+    )
 
 
 def rows_of(t: Tensor | None, block_r: int, block_c: int, tma: bool) -> Any:
@@ -234,6 +249,6 @@ def weight_of(
     stride_n, stride_k = t.stride()
     if not tma:
         return t, stride_n, stride_k, True
-    k_major = stride_k == 1
+    k_major = stride_k == 1 and _aligned(t, *t.stride(), *t.shape)
     view, block = (t, [block_n, block_k]) if k_major else (t.t(), [block_k, block_n])
     return TensorDescriptor.from_tensor(view, block), stride_n, stride_k, k_major

@@ -75,20 +75,23 @@ def test_gpus_between_rows_get_the_older_row(monkeypatch):
 
 def test_alignment():
     t = torch.empty(64, 64, dtype=torch.bfloat16)
-    assert tiles.aligned(t, t.t(), None, t[:, 8:], t[::2])
-    for bad in (t[:, 1:], torch.empty(64, 65, dtype=torch.bfloat16), t[:, ::2], t[:0],
-                t[:1, :1].expand(64, 64)):  # fmt: skip
+    assert tiles.aligned(t, None, t[:, 8:], t[::2], t[:1], weights=(t, t.t(), None))
+    overlapping = torch.empty(4096, dtype=torch.bfloat16).as_strided((100, 64), (8, 1))
+    odd = torch.empty(64, 65, dtype=torch.bfloat16)
+    for bad in (t[:, 1:], odd, t[:, ::2], t[:0], t[:1, :1].expand(64, 64), t[:1].expand(64, 64),
+                overlapping):  # fmt: skip
         assert not tiles.aligned(t, bad)
+        assert not tiles.aligned(t, weights=(bad,))
+    assert not tiles.aligned(t.t())
 
 
+@pytest.mark.interpreter
 @pytest.mark.parametrize("loads", ("tma", "vector", "element"))
 @pytest.mark.parametrize("subtiles", (1, 2, 4, 8))
 def test_every_way_of_cutting_gives_the_same_numbers(
     loads, subtiles, device, on_triton, monkeypatch
 ):
     """The constexprs that tiles of real GPUs use and the interpreter's own tiles do not."""
-    if device == "cuda":
-        pytest.skip("the GPU runs its own tiles")
     interpreter = arch.INTERPRETER
     rows = {
         key: tuple(
@@ -98,7 +101,7 @@ def test_every_way_of_cutting_gives_the_same_numbers(
         for key, tiles_ in interpreter.tiles.items()
     }  # fmt: skip
     monkeypatch.setattr(arch, "INTERPRETER", dataclasses.replace(interpreter, tiles=rows))
-    monkeypatch.setattr(gated_linear, "aligned", lambda *tensors: loads != "element")
+    monkeypatch.setattr(gated_linear, "aligned", lambda *rows, weights: loads != "element")
     for name in ("gated_mlp-bias", "mlp-bias"):
         case = CASES[name]
         for key, triple in compare(case, case.inputs(70, 48, 136, torch.float16)).items():

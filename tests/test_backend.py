@@ -9,7 +9,7 @@ import torch
 from layer_checks import assert_cheap
 
 import fusedmlp
-from fusedmlp import _backend
+from fusedmlp import _backend, _library
 from fusedmlp.testing import CASES
 
 
@@ -32,14 +32,13 @@ print(fusedmlp.explain())
 
 
 def test_auto_runs_the_reference_on_cpu_tensors():
-    if torch.cuda.is_available():
-        pytest.fail("this test is about a machine without a GPU; run it there")
     result = python(RUN)
     assert result.returncode == 0, result.stderr
     assert "cpu tensors: reference (no GPU kernel runs on CPU tensors)" in result.stdout
     assert "last launch" not in result.stdout
 
 
+@pytest.mark.interpreter
 def test_environment_chooses_the_backend():
     result = python(RUN, FUSEDMLP_BACKEND="triton", TRITON_INTERPRET="1")
     assert result.returncode == 0, result.stderr
@@ -79,10 +78,12 @@ def test_backend_nests_and_survives_errors():
     assert _backend.chosen() == "auto"
 
 
-def test_backward_outside_the_context_is_right():
+def test_backward_outside_the_context_is_right(device):
     """Autograd may run after backend() has closed: what was saved serves any backend."""
     case = CASES["gated_mlp"]
-    inputs = {k: t.requires_grad_() for k, t in case.inputs(5, 16, 24, torch.float32).items()}
+    inputs = {
+        k: t.requires_grad_() for k, t in case.inputs(5, 16, 24, torch.float32, device).items()
+    }
     with fusedmlp.backend("triton"):
         out = case.run(inputs)
     ours = torch.autograd.grad(out.sum(), list(inputs.values()))
@@ -137,3 +138,45 @@ def test_a_call_costs_at_most_15_us_over_pytorch(name):
         lambda x: case.reference(**{first: x}, **others, **case.options),
         inputs[first],
     )
+
+
+@pytest.mark.parametrize("here", (True, False), ids=("current", "other"))
+def test_ops_run_on_their_tensors_gpu(here, monkeypatch):
+    """Triton launches on the current GPU; the op must make that the tensors' own."""
+    entered = []
+
+    class Guard:
+        def __init__(self, device):
+            entered.append(device)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+    class OnGpu:
+        device = "cuda:1"
+
+        def get_device(self):
+            return 1
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1 if here else 0)
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    launched = _library._on_its_device(lambda x, scale: scale)(OnGpu(), 7)
+    assert launched == 7
+    assert entered == ([] if here else ["cuda:1"])
+
+
+def test_float32_products_follow_pytorchs_setting():
+    code = """
+import torch
+from fusedmlp.kernels.tiles import precision
+matmul = torch.backends.cuda.matmul
+seen = [precision(torch.float32)]
+torch.set_float32_matmul_precision("high"); seen.append(precision(torch.float32))
+torch.set_float32_matmul_precision("highest"); seen.append(precision(torch.float32))
+matmul.fp32_precision = "tf32"; seen += [precision(torch.float32), precision(torch.bfloat16)]
+print(*seen)
+"""
+    assert python(code).stdout.split() == ["ieee", "tf32", "ieee", "tf32", "ieee"]

@@ -107,8 +107,10 @@ def test_more_than_two_to_the_31_elements(name):
     M = 2**31 // H + 256
     case = CASES[name]
     inputs = case.inputs(M, 64, H, torch.bfloat16, "cuda")
-    with torch.no_grad():
-        out = case.run(inputs)
-        rows = [n for n in inputs if n in ("x", "g", "u")]
-        tail = {n: t[-300:].contiguous() if n in rows else t for n, t in inputs.items()}
-        torch.testing.assert_close(out[-300:], case.run(tail), rtol=0, atol=0)
+    rows = tuple(n for n in inputs if n in ("x", "g", "u"))
+    tail = {n: t[-300:].contiguous() if n in rows else t for n, t in inputs.items()}
+    dy = torch.randn(M, case.fake_output(1, 64, H).shape[1], device="cuda", dtype=torch.bfloat16)
+    whole, part = evaluate(case.run, inputs, dy, rows), evaluate(case.run, tail, dy[-300:], rows)
+    for name in part:
+        # Another tile may sum in another order.
+        torch.testing.assert_close(whole[name][-300:], part[name], rtol=2e-2, atol=2e-2)

@@ -79,10 +79,10 @@ def test_packed_and_apart_are_told_apart(name, each_backend):
         case.run({**good(name), second: None})
 
 
-def test_triton_refuses_what_it_cannot_run(on_triton):
+def test_triton_refuses_what_it_cannot_run(on_triton, device):
     with pytest.raises(TypeError, match=r"mlp: x must be bfloat16, float16 or float32 on backend 'triton', "
                                         r"got torch.float64; backend\('reference'\)"):  # fmt: skip
-        CASES["mlp"].run(CASES["mlp"].inputs(2, 4, 4, torch.float64))
+        CASES["mlp"].run(CASES["mlp"].inputs(2, 4, 4, torch.float64, device))
 
 
 def test_cuda_backend_says_what_is_missing():
@@ -93,3 +93,13 @@ def test_cuda_backend_says_what_is_missing():
         ),
     ):
         CASES["gated_mlp"].run(good("gated_mlp"))
+
+
+@pytest.mark.parametrize("argument", ("x", "w_in"))
+def test_autocast_casts_no_integers(argument, each_backend):
+    integers = {argument: good("mlp")[argument].to(torch.int64)}
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=f"mlp: {argument} must have .* dtype.*, got torch.int64"),
+    ):
+        CASES["mlp"].run({**good("mlp"), **integers})

@@ -91,11 +91,13 @@ def autocast_dtype(op: str, x: Tensor) -> torch.dtype | None:
 
 
 def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """All tensors in autocast's dtype, but for float64 as autocast has it; autograd casts the
-    gradients back."""
-    return tuple(
-        t.to(dtype) if isinstance(t, Tensor) and t.dtype != torch.float64 else t for t in tensors
-    )
+    """All floating tensors in autocast's dtype, but for float64 as autocast has it; autograd casts
+    the gradients back."""
+    return tuple(t.to(dtype) if _is_castable(t) else t for t in tensors)  # type: ignore[union-attr]
+
+
+def _is_castable(t: object) -> bool:
+    return isinstance(t, Tensor) and t.dtype.is_floating_point and t.dtype != torch.float64
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -55,7 +55,7 @@ bwd = _library.define(
 
 def _forward(g: Tensor, u: Tensor | None, activation: str, packed: Packed | None) -> Tensor:
     gate, up = (g, u) if u is not None else halves(g, packed)  # type: ignore[arg-type]
-    return fwd(rows(gate), rows(up), activation).view(gate.shape)
+    return fwd(gate, up, activation)
 
 
 class GatedActFunction(Function):
@@ -72,14 +72,12 @@ class GatedActFunction(Function):
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         g, u = ctx.saved_tensors
         gate, up = (g, u) if u is not None else halves(g, ctx.packed)
-        dgu = bwd(rows(dh), rows(gate), rows(up), ctx.activation, ctx.packed)
+        dgu = bwd(dh, gate, up, ctx.activation, ctx.packed)
         if ctx.packed:
-            return dgu.view(g.shape), None, None, None
-        dg, du = (
-            t.view(g.shape) if needed else None
-            for t, needed in zip(split_pair(dgu, None), ctx.needs_input_grad[:2], strict=True)
-        )
-        return dg, du, None, None
+            return dgu, None, None, None
+        need_g, need_u = ctx.needs_input_grad[:2]
+        dg, du = split_pair(dgu, None)
+        return dg if need_g else None, du if need_u else None, None, None
 
 
 def gated_act(
@@ -110,6 +108,7 @@ def gated_act(
         raise ValueError(f"{OP}: g must be (..., 2H) when packed, got {tuple(g.shape)}")
     if _backend.pick(OP, g) == "reference":
         return reference.gated_act(g, u, activation, packed)
-    if _check.wants_grad(g, u):
-        return GatedActFunction.apply(g, u, activation, packed)
-    return _forward(g, u, activation, packed)
+    g2, u2 = rows(g), None if u is None else rows(u)
+    apply = GatedActFunction.apply if _check.wants_grad(g, u) else _forward
+    h = apply(g2, u2, activation, packed)
+    return h.view(*g.shape[:-1], h.shape[-1])

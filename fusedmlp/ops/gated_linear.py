@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -149,7 +148,7 @@ def projection_grads(
         return dx, dgu.t() @ x if need_gate else None, None
     assert w_up is not None
     dg, du = split_pair(dgu, None)
-    dx = torch.addmm(dg @ w_gate, du, w_up) if need_x else None
+    dx = (dg @ w_gate).addmm_(du, w_up) if need_x else None
     return dx, dg.t() @ x if need_gate else None, du.t() @ x if need_up else None
 
 
@@ -165,10 +164,10 @@ class GatedLinearFunction(Function):
         activation: str,
         packed: Packed | None,
     ) -> Tensor:
-        h, gu = project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed, want_gu=True)
+        h, gu = project(x, w_gate, w_up, b_gate, b_up, activation, packed, want_gu=True)
         ctx.save_for_backward(x, w_gate, w_up, gu)
         ctx.activation, ctx.packed = activation, packed
-        return h.view(*x.shape[:-1], h.shape[-1])
+        return h
 
     @staticmethod
     @once_differentiable
@@ -176,18 +175,16 @@ class GatedLinearFunction(Function):
         x, w_gate, w_up, gu = ctx.saved_tensors
         need_x, need_wg, need_wu, need_bg, need_bu = ctx.needs_input_grad[:5]
         g, u = split_pair(gu, None)
-        dgu = gated_act.bwd(rows(dh), g, u, ctx.activation, ctx.packed)
+        dgu = gated_act.bwd(dh, g, u, ctx.activation, ctx.packed)
         dx, dw_gate, dw_up = projection_grads(
-            rows(x), w_gate, w_up, dgu, ctx.packed, (need_x, need_wg, need_wu)
+            x, w_gate, w_up, dgu, ctx.packed, (need_x, need_wg, need_wu)
         )
         if ctx.packed:
             db_gate, db_up = (dgu.sum(0) if need_bg else None), None
         else:
             db_gate = dgu[0].sum(0) if need_bg else None
             db_up = dgu[1].sum(0) if need_bu else None
-        return (
-            None if dx is None else dx.view(x.shape), dw_gate, dw_up, db_gate, db_up, None, None
-        )  # fmt: skip
+        return dx, dw_gate, dw_up, db_gate, db_up, None, None
 
 
 def gated_linear(
@@ -222,6 +219,7 @@ def gated_linear(
     if _backend.pick(OP, x) == "reference":
         return reference.gated_linear(x, w_gate, w_up, b_gate, b_up, activation, packed)
     if _check.wants_grad(x, w_gate, w_up, b_gate, b_up):
-        return GatedLinearFunction.apply(x, w_gate, w_up, b_gate, b_up, activation, packed)
-    h, _ = project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
+        h = GatedLinearFunction.apply(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
+    else:
+        h, _ = project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
     return h.view(*x.shape[:-1], h.shape[-1])

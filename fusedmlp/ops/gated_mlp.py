@@ -55,13 +55,13 @@ class GatedMLPFunction(Function):
         recompute: bool,
     ) -> Tensor:
         h, gu = gated_linear.project(
-            rows(x), w_gate, w_up, b_gate, b_up, activation, packed, want_gu=not recompute
+            x, w_gate, w_up, b_gate, b_up, activation, packed, want_gu=not recompute
         )
         # Biases are needed only to make g and u again.
         biases = (b_gate, b_up) if recompute else (None, None)
         ctx.save_for_backward(x, w_gate, w_up, w_down, None if recompute else gu, *biases)
         ctx.activation, ctx.packed = activation, packed
-        return F.linear(h, w_down, b_down).view(*x.shape[:-1], w_down.shape[0])
+        return F.linear(h, w_down, b_down)
 
     @staticmethod
     @once_differentiable
@@ -69,20 +69,18 @@ class GatedMLPFunction(Function):
         x, w_gate, w_up, w_down, gu, b_gate, b_up = ctx.saved_tensors
         activation, packed = ctx.activation, ctx.packed
         need_x, need_wg, need_wu, need_wd, need_bg, need_bu, need_bd = ctx.needs_input_grad[:7]
-        x2, dy2 = rows(x), rows(dy)
         need_dgu = need_x or need_wg or need_wu or need_bg or need_bu
         if gu is None and (need_dgu or need_wd):
             _, gu = gated_linear.project(
-                x2, w_gate, w_up, b_gate, b_up, activation, packed, want_h=False, want_gu=True
+                x, w_gate, w_up, b_gate, b_up, activation, packed, want_h=False, want_gu=True
             )
         dx = dw_gate = dw_up = dw_down = db_gate = db_up = None
         if need_dgu:
             need_db = need_bg or need_bu
-            dgu, h, db = gated_linear.bwd(dy2, w_down, gu, activation, packed, need_wd, need_db)
+            dgu, h, db = gated_linear.bwd(dy, w_down, gu, activation, packed, need_wd, need_db)
             dx, dw_gate, dw_up = gated_linear.projection_grads(
-                x2, w_gate, w_up, dgu, packed, (need_x, need_wg, need_wu)
+                x, w_gate, w_up, dgu, packed, (need_x, need_wg, need_wu)
             )
-            dx = None if dx is None else dx.view(x.shape)
             if packed:
                 db_gate = db.view(-1) if need_bg else None
             else:
@@ -92,8 +90,8 @@ class GatedMLPFunction(Function):
         elif need_wd:
             h = gated_act.fwd(*split_pair(gu, None), activation)
         if need_wd:
-            dw_down = dy2.t() @ h
-        db_down = dy2.sum(0) if need_bd else None
+            dw_down = dy.t() @ h
+        db_down = dy.sum(0) if need_bd else None
         return dx, dw_gate, dw_up, dw_down, db_gate, db_up, db_down, None, None, None
 
 
@@ -145,6 +143,8 @@ def gated_mlp(
             )
         return reference.gated_mlp(*tensors, activation, packed)
     if _check.wants_grad(*tensors):
-        return GatedMLPFunction.apply(*tensors, activation, packed, recompute)
-    h, _ = gated_linear.project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
-    return F.linear(h, w_down, b_down).view(*x.shape[:-1], w_down.shape[0])
+        y = GatedMLPFunction.apply(rows(x), *tensors[1:], activation, packed, recompute)
+    else:
+        h, _ = gated_linear.project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
+        y = F.linear(h, w_down, b_down)
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -89,19 +89,19 @@ act = _library.define(
 class LinearActFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, activation: str) -> Tensor:
-        h, z = fwd(rows(x), w, b, activation, True, True)
+        h, z = fwd(x, w, b, activation, True, True)
         ctx.save_for_backward(x, w, z)
         ctx.activation = activation
-        return h.view(*x.shape[:-1], h.shape[-1])
+        return h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         x, w, z = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dz_ = dz(rows(dh), z, ctx.activation)
-        dx = (dz_ @ w).view(x.shape) if need_x else None
-        return dx, dz_.t() @ rows(x) if need_w else None, dz_.sum(0) if need_b else None, None
+        dz_ = dz(dh, z, ctx.activation)
+        dx = dz_ @ w if need_x else None
+        return dx, dz_.t() @ x if need_w else None, dz_.sum(0) if need_b else None, None
 
 
 def linear_act(
@@ -126,6 +126,7 @@ def linear_act(
     if _backend.pick(OP, x) == "reference":
         return reference.linear_act(x, w, b, activation)
     if _check.wants_grad(x, w, b):
-        return LinearActFunction.apply(x, w, b, activation)
-    h, _ = fwd(rows(x), w, b, activation, True, False)
+        h = LinearActFunction.apply(rows(x), w, b, activation)
+    else:
+        h, _ = fwd(rows(x), w, b, activation, True, False)
     return h.view(*x.shape[:-1], h.shape[-1])

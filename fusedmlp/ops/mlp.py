@@ -42,34 +42,33 @@ class MLPFunction(Function):
         activation: str,
         recompute: bool,
     ) -> Tensor:
-        h, z = linear_act.fwd(rows(x), w_in, b_in, activation, True, not recompute)
+        h, z = linear_act.fwd(x, w_in, b_in, activation, True, not recompute)
         # The bias is needed only to make z again.
         ctx.save_for_backward(
             x, w_in, w_out, *((None, b_in) if recompute else (z, None))
         )  # fmt: skip
         ctx.activation = activation
-        return F.linear(h, w_out, b_out).view(*x.shape[:-1], w_out.shape[0])
+        return F.linear(h, w_out, b_out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w_in, w_out, z, b_in = ctx.saved_tensors
         need_x, need_wi, need_wo, need_bi, need_bo = ctx.needs_input_grad[:5]
-        x2, dy2 = rows(x), rows(dy)
         need_dz = need_x or need_wi or need_bi
         if z is None and (need_dz or need_wo):
-            _, z = linear_act.fwd(x2, w_in, b_in, ctx.activation, False, True)
+            _, z = linear_act.fwd(x, w_in, b_in, ctx.activation, False, True)
         dx = dw_in = db_in = dw_out = None
         if need_dz:
-            dz, h, db = linear_act.bwd(dy2, w_out, z, ctx.activation, need_wo, need_bi)
-            dx = (dz @ w_in).view(x.shape) if need_x else None
-            dw_in = dz.t() @ x2 if need_wi else None
+            dz, h, db = linear_act.bwd(dy, w_out, z, ctx.activation, need_wo, need_bi)
+            dx = dz @ w_in if need_x else None
+            dw_in = dz.t() @ x if need_wi else None
             db_in = db.view(-1) if need_bi else None
         elif need_wo:
             h = linear_act.act(z, ctx.activation)
         if need_wo:
-            dw_out = dy2.t() @ h
-        db_out = dy2.sum(0) if need_bo else None
+            dw_out = dy.t() @ h
+        db_out = dy.sum(0) if need_bo else None
         return dx, dw_in, dw_out, db_in, db_out, None, None
 
 
@@ -110,6 +109,8 @@ def mlp(
             return checkpoint(reference.mlp, *tensors, activation, use_reentrant=False)
         return reference.mlp(*tensors, activation)
     if _check.wants_grad(*tensors):
-        return MLPFunction.apply(*tensors, activation, recompute)
-    h, _ = linear_act.fwd(rows(x), w_in, b_in, activation, True, False)
-    return F.linear(h, w_out, b_out).view(*x.shape[:-1], w_out.shape[0])
+        y = MLPFunction.apply(rows(x), *tensors[1:], activation, recompute)
+    else:
+        h, _ = linear_act.fwd(rows(x), w_in, b_in, activation, True, False)
+        y = F.linear(h, w_out, b_out)
+    return y.view(*x.shape[:-1], y.shape[-1])
