@@ -233,8 +233,9 @@ def _inspect(job: Job, name: str, kernel: Any) -> Compiled:
             faults.append(f"no {wanted}")
         if job.tile.tma and "UTMALDG" not in opcodes:
             faults.append("no UTMALDG")
-        # One wait a K step and the waits between tiles; as many as products means one after each.
-        if "HGMMA" in opcodes and sass.count("WARPGROUP.DEPBAR") >= sass.count("HGMMA."):
+        # One wait a K step and some between tiles; as many as products means one after each.
+        waits = sass.count("WARPGROUP.DEPBAR")
+        if job.tile.tma and waits and waits >= sass.count("HGMMA."):
             faults.append("serialised wgmma")
     stem = job.key[0] if job.key else kernel.src.fn.__module__.rpartition(".")[2]
     return Compiled(
