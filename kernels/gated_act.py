@@ -6,6 +6,8 @@ place.
 
 from __future__ import annotations
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from .._shapes import empty_pair, split_pair
 from ..reference import Packed
 from .activations import ACTIVATIONS
+from .arch import cdiv
 from .tiles import load_tile, store_tile
 
 ELEMENTS = 2048  # a program: 128 threads with two 16-byte loads of bf16 each per tensor
@@ -81,10 +84,11 @@ def _bwd_kernel(
     store_tile(dg_ptr, stride_dgm, m0, n0, M, H, dg, BLOCK_M, BLOCK_N, False)
 
 
+@functools.lru_cache(1024)
 def _grid(M: int, H: int) -> tuple[tuple[int], dict[str, int | bool]]:
     block_n = min(triton.next_power_of_2(H), ELEMENTS)
     block_m = ELEMENTS // block_n
-    grid = (triton.cdiv(M, block_m) * triton.cdiv(H, block_n),)
+    grid = (cdiv(M, block_m) * cdiv(H, block_n),)
     return grid, {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,

@@ -15,6 +15,7 @@ weights (H, D), h (M, H); in the backward dy (M, D) and w_down (D, H), read as i
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from .._shapes import empty_pair, split_pair
 from ..reference import Packed
 from .activations import ACTIVATIONS
-from .arch import LAST, Tile, multiprocessors, pick_splits, pick_tile
+from .arch import LAST, Tile, cdiv, multiprocessors, pick_splits, pick_tile
 from .tiles import (
     aligned,
     column_parts,
@@ -336,22 +337,24 @@ def _bwd_kernel(
             )  # fmt: skip
 
 
-def _gemm_options(
-    tile: Tile, x: Tensor, M: int, H: int, D: int
-) -> tuple[tuple[int], dict[str, Any]]:
-    """Grid and constants of a GEMM launch: a TMA tile runs persistently, one block a
-    multiprocessor."""
-    tiles = triton.cdiv(M, tile.block_m) * triton.cdiv(H, tile.block_n)
-    grid = (min(tiles, multiprocessors(x.device)) if tile.tma else tiles,)
-    return grid, {
+def _grid(tile: Tile, x: Tensor, M: int, H: int) -> tuple[int]:
+    """A TMA tile runs persistently, one block a multiprocessor."""
+    tiles = cdiv(M, tile.block_m) * cdiv(H, tile.block_n)
+    return (min(tiles, multiprocessors(x.device)) if tile.tma else tiles,)
+
+
+@functools.lru_cache(1024)
+def _gemm_options(tile: Tile, masked: bool, precision: str) -> dict[str, Any]:
+    """Constants of a GEMM launch. masked: K does not end on a K step."""
+    return {
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "BLOCK_K": tile.block_k,
         "GROUP_M": tile.group_m,
         "SUBTILES": tile.subtiles,
         "TMA": tile.tma,
-        "MASK_K": D % tile.block_k != 0,
-        "PRECISION": precision(x.dtype),
+        "MASK_K": masked,
+        "PRECISION": precision,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
         **_compiler_options(tile),
@@ -359,7 +362,7 @@ def _gemm_options(
 
 
 def _compiler_options(tile: Tile) -> dict[str, Any]:
-    """Triton 3.10 turns fusion off by default. Without a register limit ptxas may aim at two blocks
+    """Triton 3.9 turns fusion off by default. Without a register limit ptxas may aim at two blocks
     a multiprocessor and spill at 128 registers."""
     return {"enable_fp_fusion": True, "maxnreg": min(255, 2048 // tile.num_warps)}
 
@@ -391,8 +394,8 @@ def launch_fwd(
     gate, *gate_strides, gate_k_major = weight_of(w_gate, tile.block_n, tile.block_k, tile.tma)
     up, *up_strides, up_k_major = weight_of(w_up, tile.block_n, tile.block_k, tile.tma)
     block_out = tile.block_n // tile.subtiles
-    grid, options = _gemm_options(tile, x, M, H, D)
-    _fwd_kernel[grid](
+    options = _gemm_options(tile, D % tile.block_k != 0, precision(x.dtype))
+    _fwd_kernel[_grid(tile, x, M, H)](
         rows_of(x, tile.block_m, tile.block_k, tile.tma), gate, up, b_gate, b_up,
         *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (h, g, u)),
         M, H, D, *x.stride(), *gate_strides, *up_strides, *strides,
@@ -418,11 +421,11 @@ def _launch_split(
     M, D = x.shape
     H = w_gate.shape[0]
     gated = w_up is not None
-    depth = triton.cdiv(triton.cdiv(D, splits), tile.block_k) * tile.block_k
-    splits = triton.cdiv(D, depth)
+    depth = cdiv(cdiv(D, splits), tile.block_k) * tile.block_k
+    splits = cdiv(D, depth)
     parts = x.new_empty((splits, 2 if gated else 1, M, H), dtype=torch.float32)
     shared = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **_compiler_options(tile)}
-    columns = triton.cdiv(H, tile.block_n)
+    columns = cdiv(H, tile.block_n)
     _partial_kernel[columns, splits](
         x, w_gate, w_up, parts, M, H, D, depth,
         *x.stride(), *w_gate.stride(), *(w_up.stride() if w_up is not None else (0, 0)),
@@ -458,12 +461,12 @@ def launch_bwd(
     wanted_h = h if want_h else None
     fits = aligned(dy, g, u, dg, du, wanted_h, weights=(w_down,))
     tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fits)
-    tiles_m = triton.cdiv(M, tile.block_m)
+    tiles_m = cdiv(M, tile.block_m)
     sums = dy.new_empty((halves, tiles_m, H), dtype=torch.float32) if want_db else None
     down, *down_strides, k_major = weight_of(w_down.t(), tile.block_n, tile.block_k, tile.tma)
     block_out = tile.block_n // tile.subtiles
-    grid, options = _gemm_options(tile, dy, M, H, D)
-    _bwd_kernel[grid](
+    options = _gemm_options(tile, D % tile.block_k != 0, precision(dy.dtype))
+    _bwd_kernel[_grid(tile, dy, M, H)](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), down,
         *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (g, u, dg, du, wanted_h)), sums,
         M, H, D, *dy.stride(), *down_strides, *g.stride(), dg.stride(0), h.stride(0),
