@@ -4,8 +4,7 @@ after it.
 | kernel | reads | writes |
 |---|---|---|
 | _fwd_kernel | x, w_gate, w_up, biases | h, g, u: whichever are wanted |
-| _partial_kernel | the same, for few rows | products over a part of K |
-| _reduce_kernel | those parts, in fixed order, and biases | h, g, u |
+| skinny.py's kernels | the same, for few rows | the same |
 | _bwd_kernel | dy, w_down, g, u | dg, du, h, column sums of dg and du |
 
 Without w_up and u the same kernels are those of a plain linear with activation (linear_act.py). Two
@@ -27,64 +26,18 @@ from .._shapes import empty_pair, split_pair
 from ..reference import Packed
 from .activations import ACTIVATIONS
 from .arch import LAST, Tile, cdiv, multiprocessors, pick_splits, pick_tile
+from .epilogues import store_bwd, store_fwd
+from .skinny import launch_split
 from .tiles import (
     aligned,
     column_parts,
-    load_tile,
+    compiler_options,
     multiply,
     precision,
     rows_of,
-    store_tile,
     tile_at,
     weight_of,
 )
-
-
-@triton.jit
-def _add_bias(acc, b_ptr, stride_b, n0, H, BLOCK_N: tl.constexpr):
-    if b_ptr is not None:
-        offs_n = n0 + tl.arange(0, BLOCK_N)
-        pointers = b_ptr + offs_n.to(tl.int64) * stride_b
-        acc += tl.load(pointers, mask=offs_n < H, other=0.0).to(tl.float32)[None, :]
-    return acc
-
-
-@triton.jit
-def _store_fwd(
-    acc_g,
-    acc_u,
-    b_gate_ptr,
-    b_up_ptr,
-    h,
-    g,
-    u,
-    m0,
-    n0,
-    M,
-    H,
-    stride_hm,
-    stride_gm,
-    stride_bg,
-    stride_bu,
-    ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
-    GATED: tl.constexpr,
-):
-    """Bias, activation and product of one (part of a) tile; g and u are stored before
-    activation."""
-    acc_g = _add_bias(acc_g, b_gate_ptr, stride_bg, n0, H, BLOCK_N)
-    if g is not None:
-        store_tile(g, stride_gm, m0, n0, M, H, acc_g, BLOCK_M, BLOCK_N, TMA)
-    value, _ = ACT(acc_g)
-    if GATED:
-        acc_u = _add_bias(acc_u, b_up_ptr, stride_bu, n0, H, BLOCK_N)
-        if u is not None:
-            store_tile(u, stride_gm, m0, n0, M, H, acc_u, BLOCK_M, BLOCK_N, TMA)
-        value = value * acc_u
-    if h is not None:
-        store_tile(h, stride_hm, m0, n0, M, H, value, BLOCK_M, BLOCK_N, TMA)
 
 
 @triton.jit
@@ -143,143 +96,10 @@ def _fwd_kernel(
         parts_g = column_parts(acc_g, BLOCK_M, BLOCK_N, SUBTILES)
         parts_u = column_parts(acc_u, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
-            _store_fwd(
+            store_fwd(
                 parts_g[i], parts_u[i], b_gate_ptr, b_up_ptr, h, g, u, m0, n0 + i * PART, M, H,
                 stride_hm, stride_gm, stride_bg, stride_bu, ACT, BLOCK_M, PART, TMA, GATED,
             )  # fmt: skip
-
-
-@triton.jit
-def _partial_kernel(
-    x,
-    w_gate,
-    w_up,
-    parts_ptr,
-    M,
-    H,
-    D,
-    depth,
-    stride_xm,
-    stride_xd,
-    stride_gate_h,
-    stride_gate_d,
-    stride_up_h,
-    stride_up_d,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    MASK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Products over `depth` of K for few rows (M <= BLOCK_M): parts (splits, 1 or 2, M, H) in
-    float32."""
-    GATED: tl.constexpr = w_up is not None
-    n0 = tl.program_id(0) * BLOCK_N
-    part = tl.program_id(1)
-    k_begin = part * depth
-    acc_g, acc_u = multiply(
-        x, stride_xm, stride_xd,
-        w_gate, stride_gate_h, stride_gate_d,
-        w_up, stride_up_h, stride_up_d,
-        0, n0, k_begin, min(k_begin + depth, D), M, H, D,
-        BLOCK_M, BLOCK_N, BLOCK_K, False, True, True, MASK_K, PRECISION,
-    )  # fmt: skip
-    size = tl.cast(M, tl.int64) * H
-    parts_ptr += part * size * (2 if GATED else 1)
-    store_tile(parts_ptr, H, 0, n0, M, H, acc_g, BLOCK_M, BLOCK_N, False)
-    if GATED:
-        store_tile(parts_ptr + size, H, 0, n0, M, H, acc_u, BLOCK_M, BLOCK_N, False)
-
-
-@triton.jit
-def _reduce_kernel(
-    parts_ptr,
-    b_gate_ptr,
-    b_up_ptr,
-    h,
-    g,
-    u,
-    M,
-    H,
-    splits,
-    stride_hm,
-    stride_gm,
-    stride_bg,
-    stride_bu,
-    ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    GATED: tl.constexpr,
-):
-    """Sum the parts, always in the same order, then finish as _fwd_kernel does."""
-    n0 = tl.program_id(0) * BLOCK_N
-    size = tl.cast(M, tl.int64) * H
-    acc_g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    acc_u = acc_g
-    for _ in tl.range(0, splits):
-        acc_g += load_tile(parts_ptr, H, 1, 0, n0, M, H, BLOCK_M, BLOCK_N, False)
-        if GATED:
-            parts_ptr += size
-            acc_u += load_tile(parts_ptr, H, 1, 0, n0, M, H, BLOCK_M, BLOCK_N, False)
-        parts_ptr += size
-    _store_fwd(
-        acc_g, acc_u, b_gate_ptr, b_up_ptr, h, g, u, 0, n0, M, H,
-        stride_hm, stride_gm, stride_bg, stride_bu,
-        ACT, BLOCK_M, BLOCK_N, False, GATED,
-    )  # fmt: skip
-
-
-@triton.jit
-def _store_column_sums(value, sums_ptr, tile_m, n0, H, BLOCK_N: tl.constexpr):
-    offs_n = n0 + tl.arange(0, BLOCK_N)
-    row = sums_ptr + tl.cast(tile_m, tl.int64) * H
-    tl.store(row + offs_n, tl.sum(value, 0), mask=offs_n < H)
-
-
-@triton.jit
-def _store_bwd(
-    dh,
-    g,
-    u,
-    dg,
-    du,
-    h,
-    sums_ptr,
-    tile_m,
-    tiles_m,
-    m0,
-    n0,
-    M,
-    H,
-    stride_gm,
-    stride_gh,
-    stride_dgm,
-    stride_hm,
-    ACT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
-    GATED: tl.constexpr,
-):
-    """dg = dh u act'(g), du = dh act(g), h = act(g) u of one (part of a) tile, and their column
-    sums. Rows past M have dh = 0 and u = 0, so they add nothing to a sum."""
-    gate = load_tile(g, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
-    value, slope = ACT(gate)
-    grad = dh * slope
-    if GATED:
-        up = load_tile(u, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
-        grad_up = dh * value
-        store_tile(du, stride_dgm, m0, n0, M, H, grad_up, BLOCK_M, BLOCK_N, TMA)
-        if sums_ptr is not None:
-            up_sums_ptr = sums_ptr + tl.cast(tiles_m, tl.int64) * H
-            _store_column_sums(grad_up, up_sums_ptr, tile_m, n0, H, BLOCK_N)
-        grad = grad * up
-        value = value * up
-    store_tile(dg, stride_dgm, m0, n0, M, H, grad, BLOCK_M, BLOCK_N, TMA)
-    if sums_ptr is not None:
-        _store_column_sums(grad, sums_ptr, tile_m, n0, H, BLOCK_N)
-    if h is not None:
-        store_tile(h, stride_hm, m0, n0, M, H, value, BLOCK_M, BLOCK_N, TMA)
 
 
 @triton.jit
@@ -331,7 +151,7 @@ def _bwd_kernel(
         PART: tl.constexpr = BLOCK_N // SUBTILES
         parts = column_parts(dh, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
-            _store_bwd(
+            store_bwd(
                 parts[i], g, u, dg, du, h, sums_ptr, tile_m, tiles_m, m0, n0 + i * PART, M, H,
                 stride_gm, stride_gh, stride_dgm, stride_hm, ACT, BLOCK_M, PART, TMA, GATED,
             )  # fmt: skip
@@ -357,14 +177,8 @@ def _gemm_options(tile: Tile, masked: bool, precision: str) -> dict[str, Any]:
         "PRECISION": precision,
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
-        **_compiler_options(tile),
+        **compiler_options(tile),
     }
-
-
-def _compiler_options(tile: Tile) -> dict[str, Any]:
-    """Triton 3.9 turns fusion off by default. Without a register limit ptxas may aim at two blocks
-    a multiprocessor and spill at 128 registers."""
-    return {"enable_fp_fusion": True, "maxnreg": min(255, 2048 // tile.num_warps)}
 
 
 def launch_fwd(
@@ -389,7 +203,7 @@ def launch_fwd(
     # Of whatever is there; u is laid out as g is.
     strides = tuple(0 if t is None else t.stride(0) for t in (h, g, b_gate, b_up))
     if tile.skinny and (splits := pick_splits(tile, x, H, D)) > 1:
-        _launch_split(tile, splits, x, w_gate, w_up, b_gate, b_up, h, g, u, strides, activation)
+        launch_split(tile, splits, x, w_gate, w_up, b_gate, b_up, h, g, u, strides, activation)
         return
     gate, *gate_strides, gate_k_major = weight_of(w_gate, tile.block_n, tile.block_k, tile.tma)
     up, *up_strides, up_k_major = weight_of(w_up, tile.block_n, tile.block_k, tile.tma)
@@ -401,40 +215,6 @@ def launch_fwd(
         M, H, D, *x.stride(), *gate_strides, *up_strides, *strides,
         ACT=ACTIVATIONS[activation].device,
         GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major, **options,
-    )  # fmt: skip
-
-
-def _launch_split(
-    tile: Tile,
-    splits: int,
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor | None,
-    b_gate: Tensor | None,
-    b_up: Tensor | None,
-    h: Tensor | None,
-    g: Tensor | None,
-    u: Tensor | None,
-    strides: tuple[int, ...],
-    activation: str,
-) -> None:
-    M, D = x.shape
-    H = w_gate.shape[0]
-    gated = w_up is not None
-    depth = cdiv(cdiv(D, splits), tile.block_k) * tile.block_k
-    splits = cdiv(D, depth)
-    parts = x.new_empty((splits, 2 if gated else 1, M, H), dtype=torch.float32)
-    shared = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **_compiler_options(tile)}
-    columns = cdiv(H, tile.block_n)
-    _partial_kernel[columns, splits](
-        x, w_gate, w_up, parts, M, H, D, depth,
-        *x.stride(), *w_gate.stride(), *(w_up.stride() if w_up is not None else (0, 0)),
-        BLOCK_K=tile.block_k, MASK_K=D % tile.block_k != 0, PRECISION=precision(x.dtype),
-        num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
-    )  # fmt: skip
-    _reduce_kernel[columns,](
-        parts, b_gate, b_up, h, g, u, M, H, splits, *strides,
-        ACT=ACTIVATIONS[activation].device, GATED=gated, **shared,
     )  # fmt: skip
 
 

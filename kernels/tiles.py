@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._backend import INTERPRETED as _interpreted
+from .arch import Tile
 
 # Triton's interpreter neither multiplies bf16 nor rounds to it as a GPU does (kernels/README.md).
 INTERPRETED = tl.constexpr(_interpreted)
@@ -201,6 +202,12 @@ def column_parts(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.cons
         second = column_parts(right, BLOCK_M, BLOCK_N // 2, PARTS // 2)
         parts = first + second
     return parts
+
+
+def compiler_options(tile: Tile) -> dict[str, Any]:
+    """Triton 3.9 turns fusion off by default. Without a register limit ptxas may aim at two blocks
+    a multiprocessor and spill at 128 registers."""
+    return {"enable_fp_fusion": True, "maxnreg": min(255, 2048 // tile.num_warps)}
 
 
 def precision(dtype: torch.dtype) -> str:
