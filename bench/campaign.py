@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from . import process
+from ._options import add_json, subparser, write_json
 from .ledger import RESULTS, Ledger, LedgerError, create, load, save
 from .summary import summary
 from .worker import ROOT, SANITIZERS
@@ -245,15 +246,18 @@ def main(args: argparse.Namespace) -> int:
         known = _readable([args.out], say)
         ledger = open_ledger(machine, steps, args.out, known)
     print("\n".join(summary(ledger)))
+    write_json(args.json, ledger.machine, ledger.records)
     bad = any(step["status"] in ("failed", "killed") for step in ledger.steps)
     return code or int(bad)
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
+    parser = subparser(
+        subparsers,
         "campaign",
-        help="tests, check, compute-sanitizer, time and tune on this GPU, into one ledger",
-        description=(__doc__ or "").split("\n\n")[0],
+        "tests, check, compute-sanitizer, time and tune on this GPU, into one ledger",
+        ("campaign", "campaign --minutes 10 --out results   # again with the same --out: goes on"),
+        main,
     )
     parser.add_argument(
         "--minutes", type=float, default=30, metavar="N", help="time box (default: %(default)s)"
@@ -262,4 +266,4 @@ def register(subparsers: Any) -> None:
         "--out", type=Path, default=RESULTS, metavar="DIR",
         help="folder of the ledger; the same folder again goes on (default: bench/results)",
     )  # fmt: skip
-    parser.set_defaults(main=main)
+    add_json(parser)

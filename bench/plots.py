@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ._options import subparser
 from .ledger import RESULTS, Ledger, Record
 from .summary import is_ours
 from .tables import newest, size
@@ -264,7 +265,12 @@ def main(args: argparse.Namespace) -> int:
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser("plots", help="draw the plots of the recorded times, no report")
+    parser = subparser(
+        subparsers,
+        "plots",
+        "draw the plots of the recorded times, no report",
+        ("plots", "plots --results results --out plots"),
+        main,
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="ledgers")
     parser.add_argument("--out", type=Path, default=RESULTS / "plots", metavar="DIR")
-    parser.set_defaults(main=main)

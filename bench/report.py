@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 from ..testing import CASES
 from . import plots, tables
+from ._options import subparser
 from .ledger import RESULTS, Ledger, LedgerError, load_all
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,6 +158,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"report: no {places.readme}, so its block of results is left out")
     try:
         found = differences(places)
+        if args.json:
+            Path(args.json).write_text(json.dumps({"out_of_date": found}, indent=1) + "\n")
         if args.check:
             print("\n".join([*found, f"report: {len(found)} files out of date"]))
             return 1 if found else 0
@@ -168,12 +172,14 @@ def main(args: argparse.Namespace) -> int:
 
 
 def register(subparsers: Any) -> None:
-    parser = subparsers.add_parser(
+    parser = subparser(
+        subparsers,
         "report",
-        help="write RESULTS.md, its plots and the README's results from bench/results/*.json",
-        description=(__doc__ or "").split("\n\n")[0],
+        "write RESULTS.md, its plots and the README's results from bench/results/*.json",
+        ("report", "report --check   # writes nothing; fails if anything would change"),
+        main,
     )
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit code 1 if anything would change"
     )
-    parser.set_defaults(main=main)
+    parser.add_argument("--json", metavar="FILE", help="also write what was out of date to FILE")

@@ -4,7 +4,7 @@ torch.compile and whatever fused MLP library is installed.
 An adapter declares the ops that it serves. `skip` says why it cannot run some work, `arguments`
 brings the case's arguments into its own layout (not timed), `function` imports it and returns the
 call to time: from those arguments to the case's result. A new family's rival is one more class in
-RIVALS.
+RIVALS; those of moe_mlp are in rivals_moe.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _has_bias(work: Work) -> bool:
     return any(name.startswith("b_") or name == "b" for name in work.case.shapes(1, 8, 8))
 
 
-def _recomputes(work: Work) -> bool:
+def recomputes(work: Work) -> bool:
     return bool(work.case.options.get("recompute"))
 
 
@@ -100,7 +100,7 @@ class Eager(Rival):
 
     def function(self, work: Work) -> Function:
         run = lambda t: work.case.run_reference(t, **work.options)  # noqa: E731
-        return _recomputing(run) if _recomputes(work) else run
+        return _recomputing(run) if recomputes(work) else run
 
 
 def _recomputing(run: Function) -> Function:
@@ -136,10 +136,10 @@ class EagerPacked(Eager):
     def function(self, work: Work) -> Function:
         of = getattr(reference, work.case.op)
         run = lambda t: of(**t, w_up=None, activation=work.activation, packed="gate_up")  # noqa: E731
-        return _recomputing(run) if _recomputes(work) else run
+        return _recomputing(run) if recomputes(work) else run
 
 
-class _Compiled(Rival):
+class Compiled(Rival):
     """torch.compile of an eager rival; no CUDA graphs of its own, since everyone gets ours."""
 
     def function(self, work: Work) -> Function:
@@ -153,11 +153,11 @@ class _Compiled(Rival):
         return torch._functorch.config.patch(donated_buffer=False) if keep else nullcontext()
 
 
-class Compile(_Compiled, Eager):
+class Compile(Compiled, Eager):
     name = "compile"
 
 
-class CompilePacked(_Compiled, EagerPacked):
+class CompilePacked(Compiled, EagerPacked):
     name = "compile-packed"
 
 
@@ -198,7 +198,7 @@ class Quack(Rival):
             return "needs widths that are multiples of 8"
         if phase != "forward" and not block:
             return "has gradients of the whole block only"
-        if _has_bias(work) and (phase != "forward" or _recomputes(work)):
+        if _has_bias(work) and (phase != "forward" or recomputes(work)):
             return "fuses a bias only where no gradient is wanted"
         return self.missing()
 
@@ -210,7 +210,7 @@ class Quack(Rival):
             return {_QUACK_NAMES[name]: t for name, t in inputs.items()}
         pairs = {"w1": ("w_gate", "w_up"), "b1": ("b_gate", "b_up")}
         joined = {
-            new: _in_turn(inputs[gate], inputs[up])
+            new: in_turn(inputs[gate], inputs[up])
             for new, (gate, up) in pairs.items()
             if gate in inputs
         }
@@ -223,7 +223,7 @@ class Quack(Rival):
             whole = importlib.import_module("quack.mlp").mlp_func
             return lambda t: whole(
                 t["x"], t["w1"], t["w2"], activation,
-                bias1=t.get("b1"), bias2=t.get("b2"), recompute=_recomputes(work),
+                bias1=t.get("b1"), bias2=t.get("b2"), recompute=recomputes(work),
             )  # fmt: skip
         interface = importlib.import_module("quack.gemm_interface")
         gemm = interface.gemm_gated if work.case.op == "gated_linear" else interface.gemm_act
@@ -232,9 +232,9 @@ class Quack(Rival):
         )[1]
 
 
-def _in_turn(gate: Tensor, up: Tensor) -> Tensor:
-    """Rows gate 0, up 0, gate 1, up 1, ..."""
-    return torch.stack((gate, up), 1).flatten(0, 1)
+def in_turn(gate: Tensor, up: Tensor, dim: int = 0) -> Tensor:
+    """Rows gate 0, up 0, gate 1, up 1, ... along `dim`."""
+    return torch.stack((gate, up), dim + 1).flatten(dim, dim + 1)
 
 
 _OVERWRITES = "its backward overwrites what its forward saved, so it cannot be repeated alone"
@@ -250,7 +250,7 @@ class Liger(Rival):
     activations = {"silu": "silu"}
 
     def skip(self, work: Work, phase: str) -> str | None:
-        if _recomputes(work):
+        if recomputes(work):
             return "does not recompute"
         if work.case.op == "gated_linear" and phase != "forward":
             return "has gradients of the whole block only"
@@ -275,7 +275,7 @@ class LigerElementwise(Rival):
     activations = {"silu": "LigerSiLUMulFunction", "gelu_tanh": "LigerGELUMulFunction"}
 
     def skip(self, work: Work, phase: str) -> str | None:
-        if _recomputes(work):
+        if recomputes(work):
             return "does not recompute"
         reason = super().skip(work, phase)
         if reason is None and phase == "backward":
@@ -301,3 +301,6 @@ RIVALS: dict[str, Rival] = {
         LigerElementwise(),
     )
 }  # fmt: skip
+
+# Last, since they derive from Rival: importing them enters them above.
+from . import rivals_moe  # noqa: E402, F401

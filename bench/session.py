@@ -41,8 +41,8 @@ class Options:
     """What to time or predict.
 
     cases: None for each model's own calls. activations: None for each model's own, or the
-    function's default. shapes: whole sizes, in place of widths x tokens. keep_samples: add every
-    sample to a record, as "samples_ms".
+    function's default. shapes: whole sizes, in place of widths x tokens. providers: () for all that
+    serve the op. keep_samples: add every sample to a record, as "samples_ms".
     """
 
     cases: tuple[str, ...] | None = PLAIN_CASES
@@ -52,7 +52,7 @@ class Options:
     tokens: tuple[int, ...] = DEFAULT_TOKENS
     shapes: tuple[tuple[int, int, int], ...] = ()
     phases: tuple[str, ...] = PHASES
-    providers: tuple[str, ...] = tuple(RIVALS)
+    providers: tuple[str, ...] = ()
     rounds: int = 20
     keep_samples: bool = False
 
@@ -146,7 +146,10 @@ class Session:
 
     def time(self, work: Work) -> None:
         """Every provider and phase of one piece of work, in rounds that interleave them."""
-        keys = [(name, phase) for name in self.options.providers for phase in self.options.phases]
+        op = work.case.op
+        serving = [name for name, rival in RIVALS.items() if not rival.ops or op in rival.ops]
+        names = self.options.providers or serving
+        keys = [(name, phase) for name in names for phase in self.options.phases]
         prepared = Prepared()
         try:
             self._prepare_all(work, keys, prepared)

@@ -157,7 +157,7 @@ def main(args: argparse.Namespace) -> int:
         options_of(args),
         rounds=args.rounds,
         keep_samples=args.keep_samples,
-        providers=tuple(args.provider or RIVALS),
+        providers=tuple(args.provider or ()),
     )
     records: list[Record] = []
     found = machine.describe()
@@ -192,7 +192,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     add_sizes(parser, PHASES)
     parser.add_argument(
         "--provider", nargs="+", choices=RIVALS, metavar="NAME",
-        help=f"default: all of {', '.join(RIVALS)}",
+        help=f"default: those that serve the op, of {', '.join(RIVALS)}",
     )  # fmt: skip
     parser.add_argument("--rounds", type=count, default=20, metavar="N", help="default: 20")
     parser.add_argument(

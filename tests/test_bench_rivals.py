@@ -16,6 +16,8 @@ ACTS = {"swiglu": F.silu, "reglu": F.relu, "geglu": lambda x: F.gelu(x, approxim
         "glu": torch.sigmoid, "silu": F.silu, "relu": F.relu,
         "gelu_tanh_approx": lambda x: F.gelu(x, approximate="tanh")}  # fmt: skip
 
+DENSE = {name: rival for name, rival in RIVALS.items() if rival.ops != ("moe_mlp",)}
+
 
 def work(case, activation="silu", dtype="float32", M=4, D=8, H=16):
     return Work(CASES[case], activation, dtype, M, D, H)
@@ -88,7 +90,7 @@ def installed(monkeypatch):
 
 
 def served():
-    for rival in RIVALS.values():
+    for rival in DENSE.values():
         for case in CASES:
             for activation in ("silu", "gelu_tanh", "relu"):
                 yield pytest.param(rival, case, activation, id=f"{rival.name}-{case}-{activation}")
@@ -135,10 +137,10 @@ def test_who_serves_what(installed):
 
     own = {"fusedmlp", "eager", "compile"}
     packed = {"eager-packed", "compile-packed"}
-    assert servers("gated_linear", "forward") == set(RIVALS)
-    assert servers("gated_mlp", "both") == set(RIVALS)
+    assert servers("gated_linear", "forward") == set(DENSE)
+    assert servers("gated_mlp", "both") == set(DENSE)
     assert servers("gated_mlp", "backward") == own | packed | {"quack"}
-    assert servers("gated_mlp", "both", "gelu_tanh") == set(RIVALS) - {"liger"}
+    assert servers("gated_mlp", "both", "gelu_tanh") == set(DENSE) - {"liger"}
     assert servers("gated_mlp", "both", "bsilu") == own | packed
     assert servers("gated_mlp-gate_up-bias", "forward") == own
     assert servers("gated_mlp-bias", "forward") == own | packed | {"quack"}

@@ -259,6 +259,21 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_command_runs_the_plan_and_copies_its_records(tmp_path, monkeypatch, capsys):
+    from fusedmlp.bench import cli
+
+    monkeypatch.setattr(campaign, "discover", lambda: MACHINE)
+    monkeypatch.setattr(
+        campaign, "plan", lambda: [step("a", emitting(7)), step("b", "sys.exit(3)")]
+    )
+    file = tmp_path / "copy.json"
+    code = cli.main(["campaign", "--out", str(tmp_path / "out"), "--json", str(file)])
+    assert code == 1  # b failed
+    assert [r["bytes"] for r in json.loads(file.read_text())["records"]] == [7]
+    assert "b" in capsys.readouterr().out
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def test_the_commit_of_a_tree_without_git_comes_from_the_environment(tmp_path, monkeypatch):
     records = tmp_path / "records"
     monkeypatch.setenv(process.RECORDS, str(records))
