@@ -94,7 +94,8 @@ def _gemm_call(
     kernel: str, dtype: torch.dtype, m: int, d: int, h: int, activation: str, full: bool
 ) -> Callable[[], Any]:
     """A launcher's call. full: with biases and everything that training stores; else inference."""
-    x, w, b = _empty(m, d, dtype=dtype), _empty(h, d, dtype=dtype), _empty(h, dtype=dtype)
+    x, b = _empty(m, d, dtype=dtype), _empty(h, dtype=dtype)
+    w, w_up = _empty(2 * h, d, dtype=dtype).chunk(2)
     down, pair, z = (
         _empty(d, h, dtype=dtype),
         _empty(2, m, h, dtype=dtype),
@@ -103,7 +104,7 @@ def _gemm_call(
     bias = b if full else None
     calls: dict[str, Callable[[], Any]] = {
         "gated_linear_fwd": lambda: gated_linear.gated_linear_fwd(
-            x, w, w, bias, bias, activation, True, full
+            x, w, w_up, bias, bias, activation, True, full
         ),
         "linear_act_fwd": lambda: linear_act.linear_act_fwd(x, w, bias, activation, True, full),
         "gated_linear_bwd": lambda: gated_linear.gated_linear_bwd(
@@ -145,11 +146,12 @@ def _odd_jobs(arch: Arch) -> Iterator[Job]:
             call = _gemm_call(kernel, bf16, *size, "silu", True)
             yield Job(arch, bf16, "x".join(map(str, size)), call, (kernel, 2))
     x, w, wt = _empty(M, D, dtype=bf16), _empty(H, D, dtype=bf16), _empty(D, H, dtype=bf16)
-    pair = _empty(2, M, H, dtype=bf16)
+    pair, halves = _empty(2, M, H, dtype=bf16), _empty(2 * H, D, dtype=bf16).chunk(2)
     fwd, bwd = gated_linear.gated_linear_fwd, gated_linear.gated_linear_bwd
     calls: dict[str, tuple[Any, ...]] = {
         "transposed": (fwd, x, wt.t(), w, None, None, "silu", True, True),
-        "g and u": (fwd, x, w, w, None, None, "silu", False, True),
+        "two boxes": (fwd, x, w, w, None, None, "silu", True, True),
+        "g and u": (fwd, x, *halves, None, None, "silu", False, True),
         "transposed down": (bwd, x, w.t(), pair, "silu", None, True, True),
         "packed dgu": (bwd, x, wt, pair, "silu", "up_gate", False, True),
     }

@@ -7,9 +7,11 @@ after it.
 | skinny.py's kernels | the same, for few rows | the same |
 | _bwd_kernel | dy, w_down, g, u | dg, du, h, column sums of dg and du |
 
-Without w_up and u the same kernels are those of a plain linear with activation (linear_act.py). Two
-accumulators share each x tile, so gate and up weights need no repacking. Names of sizes: x (M, D),
-weights (H, D), h (M, H); in the backward dy (M, D) and w_down (D, H), read as its (H, D) transpose.
+Without w_up and u the same kernels are those of a plain linear with activation (linear_act.py).
+Gate and up share each x tile and need no repacking: one TMA box takes rows of both weights into one
+product twice as wide; where TMA cannot (tiles.stacked_of), two accumulators do. Names of
+sizes: x (M, D), weights (H, D), h (M, H); in the backward dy (M, D) and w_down (D, H), read as its
+(H, D) transpose.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ from .tiles import (
     column_parts,
     compiler_options,
     multiply,
+    multiply_stacked,
     precision,
     rows_of,
+    stacked_of,
     tile_at,
     weight_of,
 )
@@ -72,26 +76,35 @@ def _fwd_kernel(
     TMA: tl.constexpr,
     GATE_K_MAJOR: tl.constexpr,
     UP_K_MAJOR: tl.constexpr,
+    STACKED: tl.constexpr,
+    UP_FIRST: tl.constexpr,
     MASK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    GATED: tl.constexpr = w_up is not None
+    GATED: tl.constexpr = STACKED or w_up is not None
     # Flattened into one loop, the next tile's loads run under this one's epilogue. With two
     # accumulators ptxas then waits after every wgmma (kernels/README.md).
-    FLATTEN: tl.constexpr = TMA and not GATED
+    FLATTEN: tl.constexpr = TMA and (STACKED or not GATED)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(H, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N
-        acc_g, acc_u = multiply(
-            x, stride_xm, stride_xd,
-            w_gate, stride_gate_h, stride_gate_d,
-            w_up, stride_up_h, stride_up_d,
-            m0, n0, 0, D, M, H, D,
-            BLOCK_M, BLOCK_N, BLOCK_K, TMA, GATE_K_MAJOR, UP_K_MAJOR, MASK_K, PRECISION,
-        )  # fmt: skip
+        if STACKED:
+            acc_g, acc_u = multiply_stacked(
+                x, w_gate, m0, n0, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+            )
+            if UP_FIRST:
+                acc_g, acc_u = acc_u, acc_g
+        else:
+            acc_g, acc_u = multiply(
+                x, stride_xm, stride_xd,
+                w_gate, stride_gate_h, stride_gate_d,
+                w_up, stride_up_h, stride_up_d,
+                m0, n0, 0, D, M, H, D,
+                BLOCK_M, BLOCK_N, BLOCK_K, TMA, GATE_K_MAJOR, UP_K_MAJOR, MASK_K, PRECISION,
+            )  # fmt: skip
         PART: tl.constexpr = BLOCK_N // SUBTILES
         parts_g = column_parts(acc_g, BLOCK_M, BLOCK_N, SUBTILES)
         parts_u = column_parts(acc_u, BLOCK_M, BLOCK_N, SUBTILES)
@@ -207,6 +220,12 @@ def launch_fwd(
         return
     gate, *gate_strides, gate_k_major = weight_of(w_gate, tile.block_n, tile.block_k, tile.tma)
     up, *up_strides, up_k_major = weight_of(w_up, tile.block_n, tile.block_k, tile.tma)
+    stacked = up_first = False
+    if tile.tma and w_up is not None:
+        both = stacked_of(w_gate, w_up, tile.block_n, tile.block_k)
+        if both is not None:
+            stacked, up = True, None
+            gate, up_first = both
     block_out = tile.block_n // tile.subtiles
     options = _gemm_options(tile, D % tile.block_k != 0, precision(x.dtype))
     _fwd_kernel[_grid(tile, x, M, H)](
@@ -214,7 +233,8 @@ def launch_fwd(
         *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (h, g, u)),
         M, H, D, *x.stride(), *gate_strides, *up_strides, *strides,
         ACT=ACTIVATIONS[activation].device,
-        GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major, **options,
+        GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major, STACKED=stacked, UP_FIRST=up_first,
+        **options,
     )  # fmt: skip
 
 

@@ -175,6 +175,28 @@ def multiply(
 
 
 @triton.jit
+def multiply_stacked(
+    x,
+    w,
+    m0,
+    n0,
+    K,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One tile of x w1' and x w2', where w is one descriptor over both, (2, N, K): a single product
+    twice as wide, whose halves a thread holds at the same row and column."""
+    acc = tl.zeros((BLOCK_M, 2 * BLOCK_N), tl.float32)
+    for k in tl.range(0, K, BLOCK_K):
+        b = tl.reshape(w.load([0, n0, k]), (2 * BLOCK_N, BLOCK_K)).T
+        acc = dot(x.load([m0, k]), b, acc, PRECISION)
+    first, second = _halve(acc, BLOCK_M, 2 * BLOCK_N)
+    return first, second
+
+
+@triton.jit
 def tile_at(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     """(row, column) of the index-th tile: GROUP_M rows of tiles at a time, column by column, so
     that blocks running together share weight columns and x rows in L2."""
@@ -241,12 +263,36 @@ def _aligned(t: Tensor, outer: int, inner: int, rows: int, columns: int) -> bool
     )
 
 
-def _descriptor(t: Tensor, block: list[int]) -> TensorDescriptor:
+def _descriptor(
+    t: Tensor,
+    block: list[int],
+    shape: tuple[int, ...] | None = None,
+    strides: tuple[int, ...] | None = None,
+) -> TensorDescriptor:
     """TensorDescriptor.from_tensor without its checks, which `aligned` has made: 1 us, not 6."""
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
     descriptor.base, descriptor.block_shape = t, block
-    descriptor.shape, descriptor.strides = t.shape, t.stride()
+    descriptor.shape, descriptor.strides = shape or t.shape, strides or t.stride()
     return descriptor
+
+
+def stacked_of(
+    w1: Tensor, w2: Tensor, block_n: int, block_k: int
+) -> tuple[TensorDescriptor, bool] | None:
+    """Two aligned (N, K) weights as one descriptor over (2, N, K), and whether w2 comes first: the
+    outer stride is their distance in memory, whether they are halves of one tensor or two tensors.
+
+    None where TMA cannot: K not contiguous, strides that differ, too far (or not) apart, or not a
+    multiple of a row apart, which CUDA's documentation of tensor maps asks for.
+    """
+    step = w2.data_ptr() - w1.data_ptr()
+    row = w1.stride(0) * w1.element_size()
+    near = 0 < abs(step) < 1 << 40 and step % row == 0
+    if not near or w1.stride() != w2.stride() or w1.stride(1) != 1:
+        return None
+    strides = (abs(step) // w1.element_size(), *w1.stride())
+    low = w1 if step > 0 else w2
+    return _descriptor(low, [2, block_n, block_k], (2, *w1.shape), strides), step < 0
 
 
 def rows_of(t: Tensor | None, block_r: int, block_c: int, tma: bool) -> Any:

@@ -122,3 +122,39 @@ def test_results_are_rounded_to_nearest_even(dtype, device):
     y = torch.empty(1, 1024, device=device, dtype=dtype)
     _round_kernel[(1,)](x, y, 1024)
     torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_two_weights_under_one_descriptor():
+    """Halves of one tensor or two tensors, in either order; None where TMA could not."""
+    packed = torch.empty(128, 64, dtype=torch.bfloat16)
+    first, second = packed.chunk(2)
+    both, second_first = tiles.stacked_of(first, second, 32, 64)
+    assert not second_first and both.base.data_ptr() == packed.data_ptr()
+    assert tuple(both.shape) == (2, 64, 64) and tuple(both.strides) == (64 * 64, 64, 1)
+    assert both.block_shape == [2, 32, 64]
+    both, second_first = tiles.stacked_of(second, first, 32, 64)
+    assert second_first and both.base.data_ptr() == packed.data_ptr()
+    memory = torch.empty(1 << 16, dtype=torch.bfloat16)
+    near, far, skewed = (
+        memory[i:].as_strided((64, 64), (64, 1)) for i in (0, 100 * 64, 200 * 64 + 8)
+    )
+    both, _ = tiles.stacked_of(near, far, 32, 64)
+    assert both.strides[0] == 100 * 64
+    wide = torch.empty(64, 128, dtype=torch.bfloat16)[:, :64]
+    for a, b in ((near, near), (near, wide), (near, skewed), (first.t(), second.t())):
+        assert tiles.stacked_of(a, b, 32, 64) is None
+
+
+@pytest.mark.parametrize("name", ("gated_linear-bias", "gated_mlp"))
+def test_weights_that_cannot_be_stacked_take_two_accumulators(name, device, on_triton, monkeypatch):
+    seen = []
+    stacked_of = gated_linear.stacked_of
+    monkeypatch.setattr(
+        gated_linear, "stacked_of", lambda *args: seen.append(stacked_of(*args)) or seen[-1]
+    )
+    case = CASES[name]
+    inputs = case.inputs(40, 48, 72, torch.bfloat16, device)
+    inputs["w_up"] = inputs["w_up"].t().contiguous().t()
+    for key, triple in compare(case, inputs).items():
+        assert_close_to(*triple, name=key)
+    assert seen and not any(seen)
