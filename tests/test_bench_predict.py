@@ -210,7 +210,7 @@ def default_run(tmp_path_factory):
     return done, json.loads(file.read_text())
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a machine without a GPU says")
+@pytest.mark.interpreter
 class TestDefaultCommand:
     def test_it_succeeds_and_says_what_it_found(self, default_run):
         done, _ = default_run
@@ -240,9 +240,8 @@ class TestDefaultCommand:
         assert written["machine"]["gpu"] is None
 
 
+@pytest.mark.interpreter
 def test_time_without_a_gpu(monkeypatch, tmp_path, capsys):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     file = tmp_path / "times.json"
     assert cli.main(["time", "--json", str(file)]) == 2
     assert "nothing was timed" in capsys.readouterr().err

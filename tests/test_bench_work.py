@@ -203,8 +203,6 @@ class Terminal(io.StringIO):
 def test_progress_is_for_terminals_only(monkeypatch, with_rich):
     if not with_rich:
         monkeypatch.setattr(_render, "rich", None)
-    elif _render.rich is None:
-        pytest.skip("rich is not installed")
     terminal, file = Terminal(), io.StringIO()
     for err in (terminal, file):
         with _render.Progress("check", 2, err) as progress:
