@@ -1,5 +1,5 @@
 """`check`: every case against float64, beside eager PyTorch's own error; one rule decides
-(testing.py).
+(fusedmlp/testing).
 
 On a GPU the kernels run there. Without one they run in Triton's interpreter, which has to be chosen
 before Triton is imported: hence a process of its own, at sizes that it can bear.

@@ -23,11 +23,11 @@ def test_an_op_has_its_four_places(op):
     if op not in BLOCKS and not (ROOT / f"kernels/{op}.py").exists():
         missing.append(f"kernels/{op}.py")
     if not hasattr(fusedmlp.reference, op):
-        missing.append(f"fusedmlp/reference.py: {op}()")
+        missing.append(f"fusedmlp/reference/: {op}()")
     if op not in fusedmlp.__all__:
         missing.append(f"fusedmlp/_api.py: {op}")
     if not any(case.op == op for case in CASES.values()):
-        missing.append(f"fusedmlp/testing.py: a Case of {op}")
+        missing.append(f"fusedmlp/testing/: a Case of {op}")
     assert not missing
 
 

@@ -1,6 +1,4 @@
-"""The mathematics of the library in plain PyTorch: what every kernel is judged by.
-
-Any floating dtype, any device, any leading dimensions; gradients are autograd's own. Shapes: x
+"""Gated and plain linears and the blocks made of them. Shapes: x
 (..., D), w_gate and w_up (H, D), w_down (D, H), biases (H,) and (D,). A packed weight holds gate
 and up along its first dimension, (2H, D), in the order that `packed` names.
 """
@@ -12,7 +10,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.activations import ACTIVATIONS
+from ..kernels.activations import ACTIVATIONS
 
 Packed = Literal["gate_up", "up_gate"]
 

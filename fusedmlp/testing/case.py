@@ -1,0 +1,178 @@
+"""A Case: one public function with one way of calling it, its inputs, and its comparison with the
+reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.activations import ACTIVATIONS
+from .rule import Error, error_of
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One public function with one way of calling it, over token count M, width D, hidden width H.
+
+    shapes: argument name -> shape, in the order of fn's signature. options: fixed keywords of fn,
+    of which the reference takes those in `reference_options`. flops, elements: of one forward, the
+    latter counting each argument read once and each result written once.
+    """
+
+    name: str
+    fn: Callable[..., Tensor]
+    reference: Callable[..., Tensor]
+    shapes: Callable[[int, int, int], Shapes]
+    flops: Callable[[int, int, int], int]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    reference_options: tuple[str, ...] = ("packed",)
+
+    @property
+    def op(self) -> str:
+        """The stem of its files: ops/<op>.py, and kernels/<op>.py where it has kernels."""
+        return self.fn.__name__
+
+    def inputs(
+        self,
+        M: int,
+        D: int,
+        H: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        *,
+        activation: str = "silu",
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        """Random arguments, scaled so that results stay near 1; off the kink of a kinked
+        activation."""
+        generator = torch.Generator().manual_seed(seed)
+        draw = _off_kink if ACTIVATIONS[activation].kink else _uniform
+        return {
+            name: draw(name, shape, D, generator).to(device=device, dtype=dtype)
+            for name, shape in self.shapes(M, D, H).items()
+        }
+
+    def run(self, inputs: Mapping[str, Tensor | None], **options: Any) -> Tensor:
+        return self.fn(**self._absent(inputs), **{**self.options, **options})
+
+    def run_reference(self, inputs: Mapping[str, Tensor | None], **options: Any) -> Tensor:
+        options = {
+            **{k: self.options[k] for k in self.reference_options if k in self.options},
+            **options,
+        }
+        return self.reference(**self._absent(inputs), **options)
+
+    def _absent(self, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+        """A packed call has no second half: pass None where the signature wants a name."""
+        if "packed" not in self.options:
+            return dict(inputs)
+        absent = "u" if "g" in inputs else "w_up"
+        return {**inputs, absent: None}
+
+    def elements(self, M: int, D: int, H: int) -> int:
+        shapes = self.shapes(M, D, H)
+        out = self.fake_output(M, D, H)
+        return sum(torch.Size(s).numel() for s in shapes.values()) + out.numel()
+
+    def fake_output(self, M: int, D: int, H: int) -> Tensor:
+        """The result on the meta device: its shape, at no cost."""
+        inputs = {k: torch.empty(s, device="meta") for k, s in self.shapes(M, D, H).items()}
+        return self.run_reference(inputs)
+
+
+def _uniform(name: str, shape: tuple[int, ...], D: int, generator: torch.Generator) -> Tensor:
+    """Uniform of variance 1; a weight is divided by the root of its columns. Not normal: in its
+    tails one lucky rounding of eager's decides a whole column's bound."""
+    t = (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * 3**0.5
+    return t / shape[-1] ** 0.5 if name.startswith("w_") or name == "w" else t
+
+
+def _off_kink_step(columns: int) -> float:
+    """The power of 2 nearest to 1 / sqrt(columns): it keeps products exact and sums near 1."""
+    return 2.0 ** -round(math.log2(max(columns, 1)) / 2)
+
+
+def _off_kink(name: str, shape: tuple[int, ...], D: int, generator: torch.Generator) -> Tensor:
+    """Pre-activations that no rounding can carry across 0.
+
+    An odd number of products of odd integers is odd, so x' w is exact and never 0; biases are even.
+    """
+    t = torch.randn(shape, generator=generator, dtype=torch.float64)
+    if name.startswith("w_") or name == "w":
+        return torch.where(t.abs() < 1, t.sign(), 3 * t.sign()) * _off_kink_step(shape[-1])
+    if name.startswith("b"):
+        return 2 * t.round() * _off_kink_step(D)  # an even number of steps: the sum stays odd
+    if name == "x":
+        t = t.sign()
+        if D and D % 2 == 0:
+            t[..., -1] = 0
+        return t
+    return t + 0.05 * t.sign()
+
+
+def evaluate(
+    fn: Callable[[Mapping[str, Tensor]], Tensor],
+    inputs: Mapping[str, Tensor],
+    dy: Tensor | None,
+    wanted: tuple[str, ...] | None = None,
+) -> dict[str, Tensor]:
+    """fn's output under "out" and, given its upstream gradient dy, the gradient of each `wanted`
+    input (default: all) under "d" + name."""
+    wanted = tuple(inputs) if wanted is None else wanted
+    leaves = {
+        # Views keep the strides under test; a clone would pack them.
+        name: t.detach().requires_grad_(dy is not None and name in wanted)
+        for name, t in inputs.items()
+    }
+    out = fn(leaves)
+    results = {"out": out.detach()}
+    if dy is not None and wanted:
+        grads = torch.autograd.grad(out, [leaves[name] for name in wanted], dy)
+        results |= {f"d{name}": g for name, g in zip(wanted, grads, strict=True)}
+    return results
+
+
+def judge(
+    case: Case,
+    inputs: Mapping[str, Tensor],
+    *,
+    backward: bool = True,
+    wanted: tuple[str, ...] | None = None,
+    dy: Tensor | None = None,
+    **options: Any,
+) -> dict[str, Error]:
+    """Errors of case.fn's output and gradients by the tolerance rule, on whatever backend is
+    chosen."""
+    results = compare(case, inputs, backward=backward, wanted=wanted, dy=dy, **options)
+    return {name: error_of(*triple) for name, triple in results.items()}
+
+
+def compare(
+    case: Case,
+    inputs: Mapping[str, Tensor],
+    *,
+    backward: bool = True,
+    wanted: tuple[str, ...] | None = None,
+    dy: Tensor | None = None,
+    **options: Any,
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """name -> (out, exact, eager) for the output and every gradient."""
+    reference = lambda t: case.run_reference(t, **options)  # noqa: E731
+    exact_inputs = {name: t.double() for name, t in inputs.items()}
+    if backward and dy is None:
+        with torch.no_grad():
+            out = reference(inputs)
+        generator = torch.Generator().manual_seed(1)
+        dy = _uniform("dy", tuple(out.shape), 0, generator).to(out)
+    grads = dy if backward else None
+    ours = evaluate(lambda t: case.run(t, **options), inputs, grads, wanted)
+    eager = evaluate(reference, inputs, grads, wanted)
+    exact = evaluate(reference, exact_inputs, None if grads is None else grads.double(), wanted)
+    return {name: (ours[name], exact[name], eager[name]) for name in ours}

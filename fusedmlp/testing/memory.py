@@ -1,0 +1,36 @@
+"""NaN-poisoned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@contextmanager
+def poison() -> Iterator[None]:
+    """Fill memory from torch.empty, empty_like and new_empty with NaN: an unwritten element
+    shows."""
+    empties = (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")
+    originals = [(owner, name, getattr(owner, name)) for owner, name in empties]
+
+    def poisoned(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def make(*args: Any, **kwargs: Any) -> Tensor:
+            t = original(*args, **kwargs)
+            if torch.compiler.is_compiling() or type(t) is not Tensor or t.is_meta:
+                return t
+            with torch.no_grad():
+                return t.fill_(float("nan")) if t.is_floating_point() else t
+
+        return make
+
+    try:
+        for owner, name, original in originals:
+            setattr(owner, name, poisoned(original))
+        yield
+    finally:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
