@@ -1,5 +1,77 @@
-"""Metadata lives in pyproject.toml; this file is where the optional CUDA build will hook in."""
+"""The optional CUDA build; all else is in pyproject.toml.
 
-from setuptools import setup
+FUSEDMLP_CUDA=auto builds the extension iff nvcc is found (CUDACXX, CUDA_HOME, PATH), 1 fails
+without nvcc, 0 leaves the extension out. FUSEDMLP_CUDA_ARCHS overrides CMakeLists.txt's
+architectures.
+"""
 
-setup()
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# Kept between installs, so that a second one compiles only what has changed.
+BUILD = ROOT / "build" / str(sys.implementation.cache_tag)
+NEEDS = ["cmake>=3.25", "ninja>=1.11", "pybind11>=2.13"]  # as in the extra "cuda"
+WITHOUT = "FUSEDMLP_CUDA=0 installs fusedmlp without its CUDA extension"
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    asked = os.environ.get("CUDACXX") or (home and f"{home}/bin/nvcc") or "nvcc"
+    return shutil.which(asked)
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+        if not (cmake and ninja):
+            raise SystemExit(f"fusedmlp: building needs {', '.join(NEEDS)}; {WITHOUT}")
+        archs = os.environ.get("FUSEDMLP_CUDA_ARCHS")
+        configure = [
+            *(cmake, "-S", str(ROOT), "-B", str(BUILD), "-G", "Ninja"),
+            # Under build isolation both lie in a folder that is gone by the next install.
+            *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"),
+            *("-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_CUDA_COMPILER={NVCC}"),
+            f"-DFUSEDMLP_CUDA_STRICT={'ON' if WANTED == '1' else 'OFF'}",
+            f"-DFUSEDMLP_CUDA_ARCHS={archs}" if archs else "-UFUSEDMLP_CUDA_ARCHS",
+        ]
+        cache = BUILD / "CMakeCache.txt"
+        if cache.exists() and not {f"={NVCC}", f"={ROOT}"} <= {
+            line[line.find("=") :] for line in cache.read_text().splitlines()
+        }:
+            configure.append("--fresh")
+        into = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        jobs = str(min(8, len(os.sched_getaffinity(0))))
+        environment = {"CMAKE_BUILD_PARALLEL_LEVEL": jobs, **os.environ}
+        try:
+            for command in (
+                configure,
+                [cmake, "--build", str(BUILD)],
+                [cmake, "--install", str(BUILD), "--prefix", str(into)],
+            ):
+                subprocess.run(command, check=True, env=environment)
+        except subprocess.CalledProcessError as error:
+            raise SystemExit(f"fusedmlp: the CUDA extension did not build; {WITHOUT}") from error
+
+
+WANTED = os.environ.get("FUSEDMLP_CUDA", "auto")
+if WANTED not in ("auto", "1", "0"):
+    raise SystemExit(f"fusedmlp: FUSEDMLP_CUDA must be auto, 1 or 0, got {WANTED!r}")
+NVCC = None if WANTED == "0" else find_nvcc()
+if WANTED == "1" and NVCC is None:
+    raise SystemExit(
+        "fusedmlp: FUSEDMLP_CUDA=1 needs nvcc: put it on PATH, or set CUDA_HOME or CUDACXX"
+    )
+setup(
+    ext_modules=[Extension("fusedmlp._C", sources=[])] if NVCC else [],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=NEEDS if NVCC else [],
+)

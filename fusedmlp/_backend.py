@@ -1,20 +1,25 @@
 """Which implementation runs, and why: "triton", "cuda" or "reference".
 
-`auto`, the default, takes Triton for CUDA tensors and the PyTorch reference for CPU tensors. On a
-CUDA tensor the reference runs only when asked for, and a backend that cannot run the tensors at
-hand raises. The choice is process-wide, like torch.backends: autograd's worker threads must see it
-too.
+`auto`, the default, takes the PyTorch reference for CPU tensors; for CUDA tensors the CUDA kernels
+that `_cuda.PROVEN` names, where they take the tensors, and else Triton. On a CUDA tensor the
+reference runs only when asked for, and a backend that cannot run the tensors at hand raises. The
+choice is process-wide, like torch.backends: autograd's worker threads must see it too.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+
+from . import _cuda
+from .kernels.arch import SKINNY_M
 
 BACKENDS = ("auto", "triton", "cuda", "reference")
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -49,15 +54,19 @@ def backend(name: str) -> Iterator[None]:
 
 
 def pick(op: str, x: Tensor) -> str:
-    """The backend that runs `op` on tensors like `x`: "triton" or "reference"."""
+    """The backend that runs `op` on tensors like `x`: "triton", "cuda" or "reference".
+
+    Between triton and cuda each kernel chooses again at its launch (`launcher`), which compiled
+    code and autograd reach without coming through here.
+    """
     on_gpu = x.is_cuda
     if _chosen == "reference" or (_chosen == "auto" and not on_gpu):
         return "reference"
     if _chosen == "cuda":
-        raise RuntimeError(
-            f"{op}: backend 'cuda' was asked for, but this build holds no CUDA kernel of {op}; "
-            "use backend('auto') or backend('triton')"
-        )
+        if not torch.compiler.is_compiling():
+            for kernel in _cuda.KERNELS.get(op, (None,)):
+                _cuda.require(op, kernel, x)
+        return "cuda"
     if not on_gpu and not INTERPRETED:
         raise RuntimeError(
             f"{op}: backend 'triton' needs CUDA tensors, got {x.device.type}; for Triton's "
@@ -68,7 +77,49 @@ def pick(op: str, x: Tensor) -> str:
             f"{op}: x must be bfloat16, float16 or float32 on backend 'triton', got {x.dtype}; "
             "backend('reference') takes any floating dtype"
         )
+    if _chosen == "auto" and _cuda.PROVEN and not torch.compiler.is_compiling():
+        kernels = _cuda.KERNELS.get(op)
+        if kernels and all(_cuda.proven(kernel, x) for kernel in kernels):
+            return "cuda"
     return "triton"
+
+
+# kernel -> which of its launchers ran last, and where it was not the one preferred, why.
+SERVED: dict[str, str] = {}
+
+
+def launcher(
+    kernel: str, triton: Callable[..., Any], cuda: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A kernel's two launchers as one, which chooses when it is called.
+
+    cuda: takes the extension's own launcher before the arguments of `triton`, and raises
+    `_cuda.Unfit` before anything is enqueued.
+    """
+
+    @functools.wraps(triton)
+    def launch(x: Tensor, *args: Any) -> Any:
+        SERVED[kernel] = "triton"
+        if _chosen == "cuda":
+            result = cuda(_cuda.require(kernel, kernel, x), x, *args)
+            SERVED[kernel] = "cuda"
+            return result
+        proven = _cuda.proven(kernel, x) if _chosen == "auto" else None
+        if proven is not None:
+            try:
+                if kernel.endswith("_fwd") and x.shape[0] <= SKINNY_M:
+                    raise _cuda.Unfit(
+                        f"{kernel}: at {SKINNY_M} rows or fewer Triton cuts K as well"
+                    )
+                result = cuda(proven, x, *args)
+            except _cuda.Unfit as unfit:
+                SERVED[kernel] = f"triton, not cuda: {unfit}"
+            else:
+                SERVED[kernel] = "cuda"
+                return result
+        return triton(x, *args)
+
+    return launch
 
 
 def chosen() -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from . import _backend
-from .kernels.arch import LAST, arch_of
+from . import _backend, _cuda
+from .kernels.arch import LAST, arch_of, capability_of
 from .ops import gated_act, gated_linear, gated_mlp, linear_act, mlp
 
 OPS = (gated_act.OP, gated_linear.OP, gated_mlp.OP, linear_act.OP, mlp.OP)
@@ -14,7 +14,8 @@ OPS = (gated_act.OP, gated_linear.OP, gated_mlp.OP, linear_act.OP, mlp.OP)
 
 def _device_line(device: torch.device) -> str:
     try:
-        where = _backend.pick("op", torch.empty(0, device=device))
+        x = torch.empty(0, dtype=torch.bfloat16, device=device)
+        where = _backend.pick(gated_linear.OP, x)
     except RuntimeError as error:
         return f"{device.type} tensors: none: {error}"
     if where == "reference":
@@ -23,23 +24,33 @@ def _device_line(device: torch.device) -> str:
         return f"{device.type} tensors: reference ({why})"
     if device.type == "cpu":
         return "cpu tensors: triton, in Triton's interpreter (TRITON_INTERPRET=1)"
+    if where == "cuda":
+        if _backend.chosen() == "cuda":
+            return f"{device.type} tensors: cuda (asked for)"
+        return f"{device.type} tensors: cuda where it takes them, else triton"
     arch = arch_of(device)
     return f"{device.type} tensors: triton, tiles of {arch.name}"
 
 
+def _last_launch(kernel: str) -> str:
+    served = _backend.SERVED.get(kernel, "triton")
+    if served == "cuda":
+        return f"last launch of {kernel}: cuda"
+    why = served.removeprefix("triton")
+    return f"last launch of {kernel}: tile {LAST.get(kernel, 'none, it was empty')}{why}"
+
+
 def explain() -> str:
-    """A text of what runs where: versions, the chosen backend, each op's backend per device and the
-    last tile that each kernel was launched with."""
+    """A text of what runs where: versions, the chosen backend, what the CUDA extension holds or why
+    it is not there, each device's backend, and what each kernel was last launched with."""
     lines = [
         f"torch {torch.__version__}, triton {triton.__version__}, "
         f"backend {_backend.chosen()!r} (backend(), FUSEDMLP_BACKEND)",
-        "cuda backend: this build holds no CUDA kernels; triton serves every op",
-        _device_line(torch.device("cpu")),
     ]
-    if torch.cuda.is_available():
-        lines.append(_device_line(torch.device("cuda")))
-    else:
-        lines.append("cuda tensors: none, torch finds no GPU")
+    gpu = torch.device("cuda") if torch.cuda.is_available() else None
+    lines += _cuda.describe(capability_of(gpu) if gpu else 0)
+    lines.append(_device_line(torch.device("cpu")))
+    lines.append(_device_line(gpu) if gpu else "cuda tensors: none, torch finds no GPU")
     lines.append(f"ops: {', '.join(OPS)}")
-    lines += [f"last launch of {kernel}: tile {tile}" for kernel, tile in sorted(LAST.items())]
+    lines += [_last_launch(kernel) for kernel in sorted(LAST.keys() | _backend.SERVED.keys())]
     return "\n".join(lines)

@@ -163,14 +163,24 @@ INTERPRETER = Arch("interpreter", 0, 1 << 30, True, _INTERPRETED)
 LAST: dict[str, Tile] = {}
 
 
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
 @functools.cache
 def _arch_of_gpu(index: int) -> Arch:
-    major, minor = torch.cuda.get_device_capability(index)
-    older = [a for a in ARCHES.values() if a.capability <= 10 * major + minor]
+    capability = _capability(index)
+    older = [a for a in ARCHES.values() if a.capability <= capability]
     if not older:
         raise RuntimeError(
-            f"fusedmlp: Triton kernels need compute capability 8.0 or newer, got {major}.{minor} "
-            f"({torch.cuda.get_device_name(index)}); use backend('reference')"
+            "fusedmlp: Triton kernels need compute capability 8.0 or newer, got "
+            f"{capability / 10} ({torch.cuda.get_device_name(index)}); use backend('reference')"
         )
     return max(older, key=lambda a: a.capability)
 
@@ -202,7 +212,14 @@ def arch_of(device: torch.device) -> Arch:
         return _pretended[0]
     if device.type == "cpu":
         return INTERPRETER
-    return _arch_of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+    return _arch_of_gpu(_index(device))
+
+
+def capability_of(device: torch.device) -> int:
+    """10 * major + minor of the GPU itself, which may be newer than its row; 0 for a CPU."""
+    if _pretended:
+        return _pretended[0].capability
+    return 0 if device.type == "cpu" else _capability(_index(device))
 
 
 @functools.cache
@@ -216,7 +233,7 @@ def multiprocessors(device: torch.device) -> int:
         return _pretended[1]
     if device.type == "cpu":
         return 3
-    return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+    return _multiprocessors(_index(device))
 
 
 def pick_tile(kernel: str, x: Any, M: int, N: int, aligned: bool) -> Tile:

@@ -57,20 +57,25 @@ def test_pretending_ends():
     assert arch.arch_of(torch.device("cpu")) is before is arch.INTERPRETER
 
 
+def forget_gpus():
+    arch._arch_of_gpu.cache_clear()
+    arch._capability.cache_clear()
+
+
 def test_gpus_between_rows_get_the_older_row(monkeypatch):
     for capability, name in (((8, 0), "sm_80"), ((8, 9), "sm_86"), ((9, 0), "sm_90"),
                              ((10, 3), "sm_100"), ((12, 1), "sm_120")):  # fmt: skip
-        arch._arch_of_gpu.cache_clear()
+        forget_gpus()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, c=capability: c)
         assert arch.arch_of(torch.device("cuda", 0)).name == name
-    arch._arch_of_gpu.cache_clear()
+    forget_gpus()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "T4")
     with pytest.raises(
         RuntimeError, match=r"capability 8\.0 or newer, got 7\.5 \(T4\).*backend\('reference'\)"
     ):
         arch.arch_of(torch.device("cuda", 0))
-    arch._arch_of_gpu.cache_clear()
+    forget_gpus()
 
 
 def test_alignment():

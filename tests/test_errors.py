@@ -85,14 +85,16 @@ def test_triton_refuses_what_it_cannot_run(on_triton, device):
         CASES["mlp"].run(CASES["mlp"].inputs(2, 4, 4, torch.float64, device))
 
 
-def test_cuda_backend_says_what_is_missing():
+@pytest.mark.parametrize(
+    "op, message",
+    [("gated_mlp", "it needs CUDA tensors, got cpu"), ("gated_act", "it has no CUDA kernel")],
+)
+def test_cuda_backend_says_what_is_missing(op, message):
     with (
         fusedmlp.backend("cuda"),
-        pytest.raises(
-            RuntimeError, match="gated_mlp: backend 'cuda' .* no CUDA kernel of gated_mlp; use"
-        ),
+        pytest.raises(RuntimeError, match=f"{op}: backend 'cuda' was asked for, but {message}; or"),
     ):
-        CASES["gated_mlp"].run(good("gated_mlp"))
+        CASES[op].run(good(op))
 
 
 @pytest.mark.parametrize("argument", ("x", "w_in"))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .. import _backend, _library, reference
+from .. import _backend, _cuda_gated_linear, _library, reference
 from .._shapes import empty_pair, rows, split_pair
 from ..kernels import gated_linear as _triton
 from ..reference import Packed, halves
@@ -101,6 +101,7 @@ fwd = _library.define(
     "str activation, bool want_h, bool want_gu) -> (Tensor, Tensor)",
     _triton.gated_linear_fwd,
     _fwd_fake,
+    _cuda_gated_linear.gated_linear_fwd,
 )
 # dy (M, D), w_down (D, H) -> with dh = dy w_down: dgu, h, and the column sums of dg, du (2, H) in
 # the order of `packed`.
@@ -109,6 +110,7 @@ bwd = _library.define(
     "bool want_h, bool want_db) -> (Tensor, Tensor, Tensor)",
     _triton.gated_linear_bwd,
     _bwd_fake,
+    _cuda_gated_linear.gated_linear_bwd,
 )
 
 

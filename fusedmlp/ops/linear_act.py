@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .. import _backend, _library, reference
+from .. import _backend, _cuda_gated_linear, _library, reference
 from .._shapes import rows
 from ..kernels import linear_act as _triton
 from . import _check
@@ -69,6 +69,7 @@ fwd = _library.define(
     "-> (Tensor, Tensor)",
     _triton.linear_act_fwd,
     _fwd_fake,
+    _cuda_gated_linear.linear_act_fwd,
 )
 # dy (M, D), w_out (D, H) -> with dh = dy w_out: dz, h and the column sums of dz (1, H).
 bwd = _library.define(
@@ -76,6 +77,7 @@ bwd = _library.define(
     "-> (Tensor, Tensor, Tensor)",
     _triton.linear_act_bwd,
     _bwd_fake,
+    _cuda_gated_linear.linear_act_bwd,
 )
 # Elementwise: dz from dh when there is no GEMM to fuse it into, h from z.
 dz = _library.define(

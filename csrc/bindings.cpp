@@ -1,0 +1,102 @@
+// fusedmlp._C: integers into params structs, and nothing else. What they may be is checked once, in
+// Python (fusedmlp/_cuda_gated_linear.py).
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "activations.cuh"
+#include "gated_linear.h"
+
+namespace py = pybind11;
+
+namespace fusedmlp {
+namespace {
+
+using Address = uintptr_t;
+
+template <class T = void>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class Params>
+void enqueue(const char* (*launch)(const Params&, void*), const Params& params, Address stream) {
+  const char* failure;
+  {
+    py::gil_scoped_release release;
+    failure = launch(params, at(stream));
+  }
+  if (failure != nullptr) throw std::runtime_error(failure);
+}
+
+template <const char* (*launch)(const GatedLinearFwd&, void*)>
+void gated_linear_fwd(Address x, Address w_gate, Address w_up, Address b_gate, Address b_up,
+                      Address h, Address g, Address u, int64_t M, int64_t H, int64_t D,
+                      int64_t stride_x, int64_t stride_gate, int64_t stride_up, int64_t stride_h,
+                      int64_t stride_gu, int activation, int dtype, int device,
+                      int multiprocessors, int variant, Address stream) {
+  enqueue(launch,
+          {at(x),    at(w_gate), at(w_up), at(b_gate), at(b_up),    at(h),
+           at(g),    at(u),      M,        H,          D,           stride_x,
+           stride_gate, stride_up, stride_h, stride_gu, activation, static_cast<Dtype>(dtype),
+           device,   multiprocessors, variant},
+          stream);
+}
+
+template <const char* (*launch)(const GatedLinearBwd&, void*)>
+void gated_linear_bwd(Address dy, Address w_down, Address g, Address u, Address dg, Address du,
+                      Address h, Address sums, int64_t M, int64_t H, int64_t D, int64_t stride_dy,
+                      int64_t stride_down, int64_t stride_gu, int64_t stride_dgu, int64_t stride_h,
+                      int activation, int dtype, int device, int multiprocessors, int variant,
+                      Address stream) {
+  enqueue(launch,
+          {at(dy),    at(w_down), at(g),     at(u),      at(dg),   at(du),
+           at(h),     at<float>(sums), M,    H,          D,        stride_dy,
+           stride_down, stride_gu, stride_dgu, stride_h, activation, static_cast<Dtype>(dtype),
+           device,    multiprocessors, variant},
+          stream);
+}
+
+// (op, architecture) -> launcher.
+py::dict ops() {
+  py::dict table;
+  [[maybe_unused]] const auto add = [&](const char* op, const char* arch, auto launcher) {
+    table[py::make_tuple(op, arch)] = py::cpp_function(launcher, py::name(op));
+  };
+#ifdef FUSEDMLP_SM90
+  add("gated_linear_fwd", "sm_90a", &gated_linear_fwd<gated_linear_fwd_sm90>);
+  add("gated_linear_bwd", "sm_90a", &gated_linear_bwd<gated_linear_bwd_sm90>);
+  add("linear_act_fwd", "sm_90a", &gated_linear_fwd<gated_linear_fwd_sm90>);
+  add("linear_act_bwd", "sm_90a", &gated_linear_bwd<gated_linear_bwd_sm90>);
+#endif
+#ifdef FUSEDMLP_SM100
+  add("gated_linear_fwd", "sm_100a", &gated_linear_fwd<gated_linear_fwd_sm100>);
+  add("gated_linear_bwd", "sm_100a", &gated_linear_bwd<gated_linear_bwd_sm100>);
+  add("linear_act_fwd", "sm_100a", &gated_linear_fwd<gated_linear_fwd_sm100>);
+  add("linear_act_bwd", "sm_100a", &gated_linear_bwd<gated_linear_bwd_sm100>);
+#endif
+  return table;
+}
+
+py::dict numbered(std::initializer_list<const char*> names) {
+  py::dict table;
+  for (const char* name : names) table[name] = table.size();
+  return table;
+}
+
+}  // namespace
+}  // namespace fusedmlp
+
+PYBIND11_MODULE(_C, m) {
+  using namespace fusedmlp;
+  m.doc() = "The CUDA kernels of fusedmlp: raw addresses in, work enqueued on a stream.";
+  m.attr("CUDA") = FUSEDMLP_CUDA_VERSION;
+  m.attr("ARCHS") = FUSEDMLP_ARCHS;
+  m.attr("OPS") = ops();
+  m.attr("SUM_ROWS") = py::int_(static_cast<int>(GatedLinearBwd::kSumRows));
+  m.attr("DTYPES") = numbered({"bfloat16", "float16"});
+  py::dict activations;
+  for (const char* name : kActivationNames) activations[name] = activations.size();
+  m.attr("ACTIVATIONS") = activations;
+}
