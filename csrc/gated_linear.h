@@ -27,7 +27,7 @@ struct GatedLinearFwd {
 // (2, or 1 with u null; ceil(M / kSumRows); H): float32 column sums of dg and du over each kSumRows
 // rows.
 struct GatedLinearBwd {
-  static constexpr int kSumRows = 128;
+  static constexpr int kSumRows = 16;
 
   const void *dy, *w_down, *g, *u;
   void *dg, *du, *h;

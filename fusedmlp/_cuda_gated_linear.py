@@ -73,9 +73,14 @@ def _matrix(op: str, name: str, t: Tensor) -> tuple[int, int]:
 def _bias(op: str, name: str, b: Tensor | None) -> int:
     if b is None:
         return 0
-    if b.stride(0) != 1:
-        raise _unfit(op, f"{name} to be contiguous", f"stride {b.stride(0)}")
-    return b.data_ptr()
+    address = b.data_ptr()
+    if b.stride(0) != 1 or address % 4:
+        raise _unfit(
+            op,
+            f"{name} to be contiguous and to start on 4 bytes",
+            f"stride {b.stride(0)}, {address % 4} bytes off",
+        )
+    return address
 
 
 def _address(t: Tensor | None) -> int:

@@ -1,0 +1,19 @@
+// A TMA descriptor, and how one is made. No CUDA header is needed to hold one.
+#pragma once
+
+#include <cstdint>
+
+namespace fusedmlp {
+
+struct alignas(64) TensorMap {
+  unsigned char bytes[128];  // the driver's CUtensorMap
+};
+
+// Of 16-bit elements in up to three dimensions, innermost first and contiguous. size, box and
+// stride (of dimensions 1 and 2) in elements. With `swizzle`, 128-byte rows of the box have their
+// 16-byte chunks permuted by the row. Elements outside load as 0 and are not stored. False where
+// the driver refuses, or is not there.
+bool encode_tensor_map(TensorMap* map, const void* base, const uint64_t size[3],
+                       const uint64_t stride[2], const uint32_t box[3], bool swizzle);
+
+}  // namespace fusedmlp
