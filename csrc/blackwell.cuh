@@ -5,7 +5,7 @@
 #include "hopper.cuh"
 
 #ifndef __CUDACC__
-#include "simt/blackwell.h"
+#include "blackwell.h"
 #else
 
 namespace fusedmlp {

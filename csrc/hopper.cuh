@@ -4,7 +4,7 @@
 #pragma once
 
 #ifndef __CUDACC__
-#include "simt/hopper.h"
+#include "hopper.h"
 #else
 
 #include <cstdint>
