@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "device.cuh"
+#include "mma.cuh"  // ldmatrix_x4
 #include "tensor_map.h"
 
 namespace fusedmlp {
@@ -152,13 +153,6 @@ FUSEDMLP_DEVICE void stmatrix_x4(void* smem, uint32_t r0, uint32_t r1, uint32_t 
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
                    shared_address(smem)),
                "r"(r0), "r"(r1), "r"(r2), "r"(r3)
-               : "memory");
-}
-
-FUSEDMLP_DEVICE void ldmatrix_x4(uint32_t (&r)[4], const void* smem) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(smem))
                : "memory");
 }
 

@@ -1,0 +1,3 @@
+// csrc/hopper.cuh on the host runner.
+#pragma once
+#include "simt.h"
