@@ -84,6 +84,6 @@ def test_fault_is_found_where_operations_are_late(operands, fault):
 
 @pytest.mark.parametrize("cluster", (1, 2))
 @pytest.mark.parametrize("fault", sorted(WRONG))
-def test_fault_is_found_where_operations_are_late_by_the_numbers(operands, fault, cluster):
+def test_fault_is_found_by_the_numbers(operands, fault, cluster):
     with pytest.raises((SimtError, AssertionError)):
         check(run(operands, cluster=cluster, fault=fault), operands)

@@ -131,6 +131,7 @@ struct Block {
   SharedMemory* shared = nullptr;
   Barrier barriers[16];
   std::vector<Warp> warps;
+  std::vector<void (*)(Block&)> at_end;  // what is to be right when it has finished
   Attachments parts;
 };
 

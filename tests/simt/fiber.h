@@ -1,6 +1,6 @@
 // A fiber: a stack of its own, and a switch between two of them.
 //
-// A launch makes millions of switches, and ucontext's swapcontext makes a system call in each, for a
+// A launch makes millions of switches, and swapcontext makes a system call in each of them, for a
 // signal mask that never changes here. On x86-64 the switch therefore saves the registers that the
 // calling convention keeps, and nothing else. Other machines take ucontext.
 #pragma once

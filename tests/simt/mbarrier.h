@@ -15,6 +15,7 @@ struct MBarrier {
   uint64_t content = 0;  // what the 64 bits hold, so that a write over them is found
   const Fiber* initialiser = nullptr;
   bool fenced = false;
+  bool committed = false;  // tcgen05_commit arrives at it
   std::vector<Fiber*> waiting;
 };
 
@@ -106,6 +107,7 @@ inline void wait_mbarrier(uint64_t* bar, uint32_t parity, Site at) {
     barrier.waiting.push_back(&self());
     scheduler.block({"barrier_wait", at, mbarrier_state, &barrier});
   }
+  self().behind_commit |= barrier.committed;
 }
 
 }  // namespace simt

@@ -58,6 +58,7 @@ struct Fiber {
   bool done = false;
   Wait wait;
   Site at{};       // the latest primitive it called
+  bool behind_commit = false;  // it has waited for tcgen05 and not fenced since
   int result = 0;  // what a barrier with a vote gives back
   Attachments parts;
 

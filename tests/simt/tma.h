@@ -43,7 +43,7 @@ inline char* swizzled(char* pointer, bool swizzle) {
   return swizzle ? reinterpret_cast<char*>(address ^ (address >> 3 & 0x70)) : pointer;
 }
 
-// Calls copy(global, shared, count) for every run of elements of the box: chunks of 8, cut where the
+// Calls copy(global, shared, count) for each run of elements of the box: chunks of 8, cut where the
 // tensor ends; `global` is null outside.
 template <class Copy>
 void walk_box(const Tensor& t, Coordinates at, char* shared, Copy copy) {
