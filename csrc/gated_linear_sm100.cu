@@ -382,7 +382,7 @@ template <class T, class Params>
 const char* enqueue(const Params& p, bool gated, void* stream) {
   constexpr bool BACKWARD = std::is_same_v<Params, GatedLinearBwd>;
   if (p.variant > 1) return "no such variant";
-  const int cluster = p.variant == 1 || (p.variant < 0 && p.M <= 128) ? 1 : 2;
+  const int cluster = p.variant == 1 || (p.variant < 0 && !pairs(p)) ? 1 : 2;
   Arguments args;
   if (const char* error = arguments_of(p, BACKWARD ? 128 : 256, cluster, kBoxRows, &args)) {
     return error;

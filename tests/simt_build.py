@@ -84,9 +84,9 @@ def contents(dependencies: Path) -> str:
     return digest(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files)
 
 
-def build(source: Path, defines: tuple[str, ...] = ()) -> Path:
+def build(source: Path, defines: tuple[str, ...] = (), flags: tuple[str, ...] = ()) -> Path:
     """The shared library of a source, built once for what its files hold."""
-    command = [*compile_command(), *(f"-D{define}" for define in defines)]
+    command = [*compile_command(), *flags, *(f"-D{define}" for define in defines)]
     stem = f"{source.stem}-{digest([source, *command])}"
     folder = cache_folder()
     rule = folder / f"{stem}.d"
@@ -204,17 +204,28 @@ class Library:
         """Runs an exported function; raises what the runner or the guards found."""
         function = getattr(self._handle, name)
         function.restype = ctypes.c_int
-        self._handle.simt_begin(seed, seconds)
-        status = function(*map(_as_c, arguments))
-        error = self._handle.simt_error().decode()
         buffers = [(i, a) for i, a in enumerate(arguments) if isinstance(a, Guarded)]
-        if error:
-            raise SimtError(f"{name}, seed {seed}: {self._explain(error, buffers)}")
+        with self.running(name, buffers, seed, seconds):
+            status = function(*map(_as_c, arguments))
         if status:
             raise SimtError(f"{name}, seed {seed}: returned error {status}")
         for index, buffer in buffers:
             if buffer.overwritten():
                 raise SimtError(f"{name}, seed {seed}: wrote beside argument {index}'s elements")
+
+    @contextlib.contextmanager
+    def running(self, name: str, buffers=(), seed: int = 0, seconds: float = 300.0):
+        """Around launches of this library's kernels; raises what the runner found."""
+        self._handle.simt_begin(seed, seconds)
+        failure = None
+        try:
+            yield
+        except RuntimeError as error:  # the kernel's own host code, which knows less
+            failure = error
+        if error := self._handle.simt_error().decode(errors="replace"):
+            raise SimtError(f"{name}, seed {seed}: {self._explain(error, buffers)}") from failure
+        if failure is not None:
+            raise failure
 
     def _explain(self, error: str, buffers: list[tuple[int, Guarded]]) -> str:
         if match := re.search(r"address (0x[0-9a-f]+)", error):
@@ -244,7 +255,7 @@ def _as_c(argument):
 
 
 @functools.cache
-def load(source: str, *defines: str) -> Library:
+def load(source: str, *defines: str, flags: tuple[str, ...] = ()) -> Library:
     """The library of a source, its path given from the repository's root."""
     path = ROOT / source
-    return Library(path, build(path, defines))
+    return Library(path, build(path, defines, flags))
