@@ -29,7 +29,7 @@ import triton
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "tests" / "simt"
 FLAGS = (
-    *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing"),
+    *("-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing"),
     # Two libraries with a template in common must not share its `__shared__` variables.
     *("-Wl,-Bsymbolic", "-fno-semantic-interposition", "-fno-gnu-unique"),
     "-U_FORTIFY_SOURCE",  # it takes a jump out of a signal handler for an attack
