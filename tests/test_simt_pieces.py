@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from simt_build import ROOT, SEEDS, Library, SimtError, build, empty, guarded, in_out, load
+from simt_build import SEEDS, SimtError, empty, guarded, in_out, load
 
 SOURCE = "tests/simt/examples/pieces.cu"
 
@@ -98,8 +98,6 @@ def test_encode_refuses_what_the_driver_does(size, box, swizzled):
 
 def test_portable_switch():
     """Machines without a hand-written switch take ucontext's."""
-    source = ROOT / SOURCE
-    kernels = Library(source, build(source, ("SIMT_UCONTEXT",)))
     out = empty(32, 10, dtype=torch.int32)
-    kernels.run_warp_pieces(out, 32, 1)
+    load(SOURCE, "SIMT_UCONTEXT").run_warp_pieces(out, 32, 1)
     assert out.tensor[:, 7].eq(496).all()
