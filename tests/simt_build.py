@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,7 @@ import triton
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "tests" / "simt"
 FLAGS = (
-    *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing"),
+    *("-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing"),
     # Two libraries with a template in common must not share its `__shared__` variables.
     *("-Wl,-Bsymbolic", "-fno-semantic-interposition", "-fno-gnu-unique"),
     "-U_FORTIFY_SOURCE",  # it takes a jump out of a signal handler for an attack
@@ -68,7 +67,7 @@ def compile_command() -> list[str]:
 
 
 def cache_folder() -> Path:
-    default = Path(tempfile.gettempdir()) / f"fusedmlp-simt-{os.getuid()}"
+    default = Path.home() / ".cache" / "fusedmlp-simt"
     folder = Path(os.environ.get("FUSEDMLP_SIMT_CACHE", default))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -97,10 +96,12 @@ def build(source: Path, defines: tuple[str, ...] = (), flags: tuple[str, ...] = 
             if library.exists():
                 return library
         built = folder / f"{stem}.so"
-        command += ["-MD", "-MF", str(rule), "-o", str(built), str(source)]
+        command += ["-MD", "-MF", str(rule), "-o", str(built), str(source), "-lrt"]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise SimtError(f"{source} does not compile for the host:\n{result.stderr}")
+        for outdated in folder.glob(f"{stem}-*.so"):
+            outdated.unlink()
         library = folder / f"{stem}-{contents(rule)}.so"
         built.rename(library)
         return library
