@@ -215,7 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.update:
         _write_baseline(version, kernels)
     worse = _judged(version, kernels)
-    print("\n".join(f"worse: {line}" for line in worse))
+    for line in worse:
+        print(f"worse: {line}")
     faulty = sum(bool(kernel.faults) for kernel in kernels)
     print(f"{len(kernels)} kernels, {faulty} with faults, {len(worse)} worse than the baseline")
     return 1 if faulty or worse else 0
