@@ -45,13 +45,18 @@ def l2norm(t: Tensor, dim: int = -1, norm_eps: float = 0.0) -> Tensor:
     1 +- norm_eps is left alone, another is brought to the nearer edge; the edge is a constant for
     autograd.
     """
+    return _wide_l2norm(t, dim, norm_eps).to(t.dtype)
+
+
+def _wide_l2norm(t: Tensor, dim: int, norm_eps: float) -> Tensor:
+    """`l2norm` before it is rounded to t's dtype."""
     wide = torch.promote_types(t.dtype, torch.float32)
     norm = torch.linalg.vector_norm(t, dim=dim, keepdim=True, dtype=wide)
     if norm_eps == 0:
-        return (t / norm.clamp_min(1e-12)).to(t.dtype)
+        return t / norm.clamp_min(1e-12)
     target = norm.detach().clamp(1 - norm_eps, 1 + norm_eps)
     floor = 1e-5 if t.dtype == torch.float16 else 1e-10
-    return (t * (target / norm.clamp_min(floor))).to(t.dtype)
+    return t * (target / norm.clamp_min(floor))
 
 
 class L2Norm(nn.Module):
@@ -133,7 +138,15 @@ class _UnitLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return l2norm(self.parametrizations.weight.original, self._norm_dim, self._norm_eps)  # type: ignore[union-attr, arg-type]
+        return self.scaled_weight(None)
+
+    def scaled_weight(self, rows: Scale | None) -> Tensor:
+        """The normalised weight, its rows times `rows`, rounded once."""
+        stored: Tensor = self.parametrizations.weight.original  # type: ignore[union-attr, assignment]
+        weight = _wide_l2norm(stored, self._norm_dim, self._norm_eps)
+        if rows is not None:
+            weight = weight * rows().unsqueeze(-1)
+        return weight.to(stored.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight)
@@ -206,8 +219,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
-        gate = _scaled(self.norm_linear_gate.weight, self.s_v)
-        hidden = _scaled(self.norm_linear_hidden.weight, self.s_u)
+        gate = self.norm_linear_gate.linear.scaled_weight(self.s_v)
+        hidden = self.norm_linear_hidden.linear.scaled_weight(self.s_u)
         return gated_mlp(x, gate, hidden, self.norm_linear_out.weight, activation="silu")
 
 
@@ -285,10 +298,6 @@ class NGPT(nn.Module):
 
     def extra_repr(self) -> str:
         return f"paper={self.paper}"
-
-
-def _scaled(weight: Tensor, rows: Scale | None) -> Tensor:
-    return weight if rows is None else weight * rows().unsqueeze(-1)
 
 
 def _check_eps(owner: str, norm_eps: float) -> None:
