@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from ..ops.gated_act import gated_act
@@ -72,8 +71,7 @@ class SpatialGatingUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, N, dim) -> (B, N, dim)."""
-        # Ws (N, N) @ norm(x) (B, N, F): along the sequence without a transposed copy.
-        gate = torch.matmul(self.proj.weight, self.norm(x)) + self.proj.bias.unsqueeze(-1)
+        gate = self.proj(self.norm(x).mT).mT
         if self.gate_activation is not None:
             gate = self.gate_activation(gate)
         return gate if self.canonical_gate else x * gate
