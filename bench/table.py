@@ -33,7 +33,7 @@ def record_of(row: Row, runs: Sequence[toy.Run], failure: str | None, compiled: 
         "kind": "toy",
         "model": row.model,
         "configuration": row.build.label(),
-        "params": row.params,
+        "params": row.build.count() if failure is None else None,
         "compile": compiled,
         "threads": torch.get_num_threads(),
         "note": row.note,
@@ -106,7 +106,8 @@ def cells(records: Sequence[Record], compare: bool) -> tuple[list[str], list[lis
 def _cells(record: Record, compare: bool) -> list[str]:
     runs, published = record["runs"], record["published"]
     seconds, final = mean(record, "seconds"), mean(record, "train_loss")
-    row = [record["model"], str(record["compile"]), count_text(record["params"])]
+    params = "N/A" if record["params"] is None else count_text(record["params"])
+    row = [record["model"], str(record["compile"]), params]
     row += ["N/A" if seconds is None else f"{seconds:.2f}", record["configuration"]]
     row += [_spread([run[name] for run in runs]) for name in ("train_loss", "eval_loss")]
     if compare and published is None:
