@@ -174,3 +174,41 @@ def test_worse_than_the_mean_is_said():
     assert "worse in eval than predicting the mean (0.550)" in table.remarks(record, False)
     record["runs"][0]["eval_loss"] = 0.5
     assert table.remarks(record, False) == ""
+
+
+@pytest.fixture(scope="module")
+def kept():
+    return table.read(str(KEPT))
+
+
+def losses(kept, name, **labels):
+    """Mean loss of each row that was kept, by a word in its configuration."""
+    found = {}
+    for key, word in labels.items():
+        (record,) = [
+            r for r in kept["records"] if word in r["configuration"].split(", ") and r["published"]
+        ]
+        found[key] = table.mean(record, name)
+    return found
+
+
+def test_kept_page_is_generated(kept):
+    assert KEPT.with_suffix(".md").read_text() == table.markdown(kept)
+
+
+def test_kept_rows_are_whole(kept):
+    for record in kept["records"]:
+        assert record["failure"] is None
+        assert [run["seed"] for run in record["runs"]] == [0, 1, 2]
+        if record["published"]:
+            assert count_text(record["params"]) == record["published"]["params"]
+
+
+@pytest.mark.parametrize("name", ("train_loss", "eval_loss"))
+def test_kept_orderings_are_the_published_ones(kept, name):
+    variants = {k: f"glu_variant={k}" for k in ("none", "glu", "swiglu", "geglu")}
+    loss = losses(kept, name, **variants)
+    assert loss["glu"] < loss["none"] < min(loss["swiglu"], loss["geglu"])
+    assert loss["swiglu"] == pytest.approx(loss["geglu"], rel=0.05)
+    ngpt = losses(kept, name, scalar="scalar_alpha=True", vector="scalar_alpha=False")
+    assert ngpt["vector"] == pytest.approx(ngpt["scalar"], rel=0.05)

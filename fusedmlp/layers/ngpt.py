@@ -26,6 +26,7 @@ are mlp_utils'. They differ from the authors' code (NVIDIA/ngpt), which paper=Tr
 | default net | as above | silu(sqrt(D) s_v * (h Wg')) * (s_u * (h Wh')), s_u and s_v (H,) learned |
 
 There, weights are normalised after each optimiser step, here at each access; the function is one.
+Their hidden width is 4 D: NGPT(dim, SwiGLU(dim, mult=6, scaled=True), paper=True).
 """
 
 from __future__ import annotations
