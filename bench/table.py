@@ -27,15 +27,19 @@ STYLES = {"Success": "green", "FAIL": "red"}
 Record = dict[str, Any]
 
 
-def record_of(row: Row, runs: Sequence[toy.Run], failure: str | None, compiled: bool) -> Record:
+def record_of(
+    row: Row, runs: Sequence[toy.Run], failure: str | None, args: argparse.Namespace
+) -> Record:
     published = row.published
     return {
         "kind": "toy",
         "model": row.model,
         "configuration": row.build.label(),
         "params": row.build.count() if failure is None else None,
-        "compile": compiled,
+        "compile": args.compile,
+        "steps": args.steps,
         "threads": torch.get_num_threads(),
+        "commit": machine.commit(),
         "note": row.note,
         "runs": [dataclasses.asdict(run) for run in runs],
         "failure": failure,
@@ -57,18 +61,50 @@ def _trained(
     return runs, None
 
 
-def run(chosen: Sequence[Row], args: argparse.Namespace) -> list[Record]:
-    """Train each configuration once, however many rows have it."""
+def run(
+    chosen: Sequence[Row],
+    args: argparse.Namespace,
+    earlier: Sequence[Record] = (),
+    keep: Callable[[list[Record]], None] = lambda records: None,
+) -> list[Record]:
+    """Train each configuration once, however many rows have it, and none that `earlier` has.
+
+    `keep` gets all records, in the order of mlp_utils' table, whenever there are new ones.
+    """
+    done = {_key(record): record for record in earlier if _serves(record, args)}
     builds: list[Build] = []
     for row in chosen:
-        if row.build not in builds:
+        if _key_of(row) not in done and row.build not in builds:
             builds.append(row.build)
-    outcomes = []
     with _render.Progress("table", len(builds) * args.seeds) as progress:
         for build in builds:
             step = functools.partial(progress.step, f"{build.layer} {build.label()}")
-            outcomes.append(_trained(build, args, step))
-    return [record_of(row, *outcomes[builds.index(row.build)], args.compile) for row in chosen]
+            outcome = _trained(build, args, step)
+            for row in chosen:
+                if row.build == build:
+                    done[_key_of(row)] = record_of(row, *outcome, args)
+            keep(_in_order(done, chosen))
+    return _in_order(done, chosen)
+
+
+def _key(record: Record) -> tuple[object, ...]:
+    published = record["published"] or {}
+    return record["model"], record["configuration"], published.get("loss")
+
+
+def _key_of(row: Row) -> tuple[object, ...]:
+    return row.model, row.build.label(), row.published and row.published.loss
+
+
+def _serves(record: Record, args: argparse.Namespace) -> bool:
+    """Whether a record is what these arguments would train."""
+    same = (record["compile"], record["steps"]) == (args.compile, args.steps)
+    return same and len(record["runs"]) == args.seeds and record["failure"] is None
+
+
+def _in_order(done: dict[tuple[object, ...], Record], chosen: Sequence[Row]) -> list[Record]:
+    order = dict.fromkeys(_key_of(row) for row in (*rows(), *chosen))
+    return [done[key] for key in dict.fromkeys((*order, *done)) if key in done]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -123,6 +159,7 @@ def markdown(found: Record) -> str:
     where, records = found["machine"], found["records"]
     header, body = cells(records, compare=True)
     seeds = max((len(record["runs"]) for record in records), default=0)
+    commits = ", ".join(sorted({str(record["commit"]) for record in records}))
     lines = [
         "# The toy table",
         "",
@@ -134,7 +171,7 @@ def markdown(found: Record) -> str:
         "and says nothing of kernels: these layers are tiny.",
         "",
         f"{where['gpu'] or 'CPU only'}, torch {where['torch']}, fusedmlp {where['fusedmlp']}, "
-        f"commit {where['commit']}.",
+        f"commit {commits}.",
         "",
         "| " + " | ".join(header) + " |",
         "|" + "---|" * len(header),
@@ -157,15 +194,18 @@ def read(path: str) -> Record:
     return found
 
 
+def _trained_table(args: argparse.Namespace) -> Record:
+    if args.resume and args.json is None:
+        raise Refusal("--resume needs --json FILE, the file to go on with")
+    chosen = [row for row in rows(args.published) if args.model is None or row.model in args.model]
+    earlier = read(args.json)["records"] if args.resume and Path(args.json).exists() else []
+    here = machine.describe()
+    keep = functools.partial(write_json, args.json, here)
+    return {"machine": here, "records": run(chosen, args, earlier, keep)}
+
+
 def main(args: argparse.Namespace) -> int:
-    if args.source is not None:
-        found = read(args.source)
-    else:
-        chosen = [
-            row for row in rows(args.published) if args.model is None or row.model in args.model
-        ]
-        found = {"machine": machine.describe(), "records": run(chosen, args)}
-        write_json(args.json, found["machine"], found["records"])
+    found = _trained_table(args) if args.source is None else read(args.source)
     records = found["records"]
     _render.table(TITLE, *cells(records, args.compare), styles=STYLES)
     if args.markdown is not None:
@@ -184,7 +224,7 @@ def register(subparsers: Any) -> None:
         (
             "table --compare",
             "table --model ngpt gmlp --seeds 1 --no-compile",
-            f"table --json {SOURCE} --markdown table.md",
+            f"table --json {SOURCE} --resume   # only what FILE does not have",
             f"table --from {SOURCE} --compare   # no training",
         ),
         main,
@@ -207,3 +247,6 @@ def register(subparsers: Any) -> None:
         "--from", metavar="FILE", dest="source", help="train nothing: print what --json wrote"
     )
     add_json(parser)
+    parser.add_argument(
+        "--resume", action="store_true", help="keep what is in --json's FILE, train the rest"
+    )

@@ -1,5 +1,6 @@
 """The toy table: counts to the digit, labels that tell the truth, losses that were kept."""
 
+import argparse
 import functools
 import json
 from pathlib import Path
@@ -128,7 +129,7 @@ def short(monkeypatch):
         Row("switch_ffn", Build("Switching", {"dim": 64}), note="a note"),
         Row("feedforward", good),
     ]
-    monkeypatch.setattr(table, "rows", lambda published: chosen)
+    monkeypatch.setattr(table, "rows", lambda published=False: chosen)
 
 
 def test_command(short, capsys, tmp_path):
@@ -158,6 +159,35 @@ def test_command(short, capsys, tmp_path):
     assert "mlp_utils' Loss" in page.read_text()
 
 
+def test_resume(short, capsys, tmp_path, monkeypatch):
+    kept = tmp_path / "table.json"
+    options = ["table", "--seeds", "1", "--no-compile", "--device", "cpu", "--json", str(kept)]
+    options += ["--resume"]
+    assert cli.main([*options, "--steps", "1", "--model", "switch_ffn"]) == 0
+    first = json.loads(kept.read_text())["records"]
+    assert [record["model"] for record in first] == ["switch_ffn"]
+
+    trained = []
+    train = toy.train
+    monkeypatch.setattr(toy, "train", lambda build, *a: trained.append(build) or train(build, *a))
+    assert cli.main([*options, "--steps", "1"]) == 1
+    assert [build.layer for build in trained] == ["FeedForward", "Broken"]
+    records = json.loads(kept.read_text())["records"]
+    assert [record["model"] for record in records] == [
+        "feedforward",
+        "feedforward",
+        "switch_ffn",
+        "feedforward",
+    ]
+    assert records[2] == first[0]
+    # What failed, and what was trained otherwise, is trained again.
+    trained.clear()
+    assert cli.main([*options, "--steps", "2"]) == 1
+    assert [build.layer for build in trained] == ["FeedForward", "Broken", "Switching"]
+    assert cli.main(["table", "--resume"]) == 2
+    assert "--resume needs --json FILE" in capsys.readouterr().err
+
+
 def test_refuses_other_files(tmp_path):
     path = tmp_path / "x.json"
     with pytest.raises(Refusal, match="x.json"):
@@ -169,7 +199,10 @@ def test_refuses_other_files(tmp_path):
 
 def test_worse_than_the_mean_is_said():
     record = table.record_of(
-        PUBLISHED[0], [toy.Run(0, 0.1, 0.6, 0.55, 1.0)], failure=None, compiled=True
+        PUBLISHED[0],
+        [toy.Run(0, 0.1, 0.6, 0.55, 1.0)],
+        None,
+        argparse.Namespace(compile=1, steps=1),
     )
     assert "worse in eval than predicting the mean (0.550)" in table.remarks(record, False)
     record["runs"][0]["eval_loss"] = 0.5
