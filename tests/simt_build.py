@@ -64,7 +64,7 @@ def compile_command() -> list[str]:
     if compiler is None:
         raise SimtError("no g++: install it, or name a compiler with CXX")
     includes = [f"-isystem{folder}" for folder in cuda_headers()]
-    return [compiler, *FLAGS, *includes, f"-I{ROOT / 'csrc'}", f"-I{RUNNER}", f"-I{RUNNER.parent}"]
+    return [compiler, *FLAGS, *includes, f"-I{ROOT / 'csrc'}", f"-I{RUNNER}"]
 
 
 def cache_folder() -> Path:

@@ -131,6 +131,7 @@ struct Block {
   SharedMemory* shared = nullptr;
   Barrier barriers[16];
   std::vector<Warp> warps;
+  std::vector<void (*)(Block&)> at_end;  // what is to be right when it has finished
   Attachments parts;
 };
 
@@ -182,8 +183,8 @@ inline char* shared_pointer(const Block& block, uint32_t address, size_t bytes) 
   if (block.shared->holds(dynamic, bytes)) return dynamic;
   char* fixed = grid.static_shared.data + (int64_t(address) - static_shared_base(block));
   if (grid.static_shared.holds(fixed, bytes)) return fixed;
-  throw Error(format("%zu bytes at shared address %#x are outside the block's shared memory",
-                     bytes, address));
+  fail(format("%zu bytes at shared address %#x are outside the block's shared memory", bytes,
+              address));
 }
 
 }  // namespace simt

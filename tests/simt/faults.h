@@ -112,8 +112,8 @@ class Faults {
     } else {
       text = "the launch takes too long: an endless loop?";
     }
-    if (scheduler.current) text += ", " + identity(*scheduler.current);
-    return text + format(" [instruction %#zx]", size_t(last.instruction - &__ehdr_start));
+    return text + whereabouts() +
+           format(" [instruction %#zx]", size_t(last.instruction - &__ehdr_start));
   }
 
   static inline Faults* active = nullptr;

@@ -1,7 +1,7 @@
 // A fiber: a stack of its own, and a switch between two of them.
 //
-// A launch makes millions of switches, and ucontext's swapcontext makes system calls in each, to save
-// a signal mask that never changes here. On x86-64 the switch therefore saves the registers that the
+// A launch makes millions of switches, and swapcontext makes a system call in each of them, for a
+// signal mask that never changes here. On x86-64 the switch therefore saves the registers that the
 // calling convention keeps, and nothing else. Other machines take ucontext.
 #pragma once
 #include <sys/mman.h>

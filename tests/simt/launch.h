@@ -117,7 +117,7 @@ class Launch {
     }
     grid.static_shared.fill();
     faults.guard();
-    check_shared(blocks);
+    check_end(blocks);
   }
 
   void add_block(Cluster& cluster, uint64_t index, unsigned rank, unsigned threads) {
@@ -143,8 +143,9 @@ class Launch {
     cluster.blocks.push_back(std::move(block));
   }
 
-  void check_shared(unsigned blocks) const {
+  void check_end(unsigned blocks) const {
     for (const auto& block : grid.running->blocks) {
+      for (const auto check : block->at_end) check(*block);
       if (!block->shared->margins_unwritten()) {
         throw Error(format("block (%u, %u, %u) wrote beside its %zu bytes of dynamic shared memory",
                            block->index.x, block->index.y, block->index.z,

@@ -5,7 +5,7 @@
 // picks one of the orders that the hardware might have taken:
 //   0     threads in order, asynchronous operations as late as possible (when no thread can run)
 //   1     threads in reverse, asynchronous operations at once
-//   >= 2  both at random
+//   >= 2  both at random; seeds differ in how soon operations run
 #pragma once
 #include <time.h>
 
@@ -57,6 +57,8 @@ struct Fiber {
   unsigned rank = 0;  // in the block
   bool done = false;
   Wait wait;
+  Site at{};       // the latest primitive it called
+  bool behind_commit = false;  // it has waited for tcgen05 and not fenced since
   int result = 0;  // what a barrier with a vote gives back
   Attachments parts;
 
@@ -84,6 +86,7 @@ class Scheduler {
   uint64_t seed = 0;
   double seconds = 300;  // a launch that takes longer is stuck
   Fiber* current = nullptr;
+  const Operation* performed = nullptr;  // the operation at work
   std::function<void()> body;
   Stacks stacks;
 
@@ -91,8 +94,11 @@ class Scheduler {
     ready_.clear();
     pending_.clear();
     failure_ = nullptr;
+    performed = nullptr;
+    current = nullptr;
     live_ = 0;
     idle_dispatches_ = 0;
+    haste_ = 4u << 2 * (seed % 4);  // one switch in so many is an operation's turn
     random_ = seed * 0x9e3779b97f4a7c15 + stream;
   }
 
@@ -120,6 +126,11 @@ class Scheduler {
   void yield() {
     ready_.push_back(current);
     leave();
+  }
+
+  // A place where, in a random order, another thread may run first.
+  void perturb() {
+    if (at_random() && current && below(4) == 0) yield();
   }
 
   // The running fiber has been woken with others and waits for its turn among them.
@@ -207,7 +218,7 @@ class Scheduler {
   Fiber* next() {
     // Fibers that only yield may be polling for what an operation will write.
     const bool polling = ++idle_dispatches_ > 64 * (live_ + 1);
-    if (!pending_.empty() && (polling || (at_random() && below(8) == 0))) {
+    if (!pending_.empty() && (polling || (at_random() && below(haste_) == 0))) {
       idle_dispatches_ = 0;
       return nullptr;
     }
@@ -219,10 +230,11 @@ class Scheduler {
     return fiber;
   }
 
-  // Whose turn it is among the pending operations: the oldest one, or a random channel's oldest.
+  // Whose turn it is among the pending operations: the oldest of a channel, and of the channels the
+  // one that has issued last (what should have waited for an older one runs before it), or any.
   size_t eligible() {
-    if (!at_random()) return 0;
-    const size_t chosen = below(unsigned(pending_.size()));
+    const auto count = unsigned(pending_.size());
+    const size_t chosen = at_random() ? below(count) : count - 1;
     for (size_t i = 0; pending_[chosen]->channel && i < chosen; ++i) {
       if (pending_[i]->channel == pending_[chosen]->channel) return i;
     }
@@ -232,7 +244,9 @@ class Scheduler {
   void perform(size_t index) {
     Ticket ticket = pending_[index];
     pending_.erase(pending_.begin() + index);
+    const Operation* outer = std::exchange(performed, ticket.get());
     ticket->action();
+    performed = outer;
     ticket->done = true;
     idle_dispatches_ = 0;
     wake(ticket->waiting);
@@ -242,7 +256,7 @@ class Scheduler {
   std::deque<Ticket> pending_;
   std::exception_ptr failure_;
   Context main_;
-  unsigned live_ = 0;
+  unsigned live_ = 0, haste_ = 1;
   uint64_t idle_dispatches_ = 0, dispatches_ = 0, random_ = 0;
   double deadline_ = 0;
 };
@@ -251,9 +265,23 @@ inline Scheduler scheduler;
 
 inline Fiber& self() { return *scheduler.current; }
 
+// Who is at work, for a message.
+inline std::string whereabouts() {
+  if (const Operation* operation = scheduler.performed) {
+    return format(", in %s of %s", operation->what, name(operation->at).c_str());
+  }
+  if (!scheduler.current) return "";
+  const Site at = self().at;
+  return ", " + identity(self()) + (at.file ? " in or after " + name(at) : "");
+}
+
+inline Fiber& enter(Site at) {
+  self().at = at;
+  return self();
+}
+
 [[noreturn]] inline void fail(const std::string& text) {
-  if (!scheduler.current) throw Error(text);
-  throw Error(text + ", " + identity(self()));
+  throw Error(text + whereabouts());
 }
 
 [[noreturn]] inline void fail(Site at, const std::string& text) {
