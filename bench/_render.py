@@ -6,7 +6,7 @@ Anything that is not a terminal gets plain text: a rich table would be folded to
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -15,6 +15,7 @@ try:
     import rich.markup
     import rich.progress
     import rich.table
+    import rich.text
 except ImportError:
     rich = None  # type: ignore[assignment]
 
@@ -38,8 +39,16 @@ def _is_figure(cell: str) -> bool:
     return not cell or cell[0].isdigit() or cell in ("-", "inf")
 
 
-def table(title: str, header: Sequence[str], rows: Rows, out: TextIO | None = None) -> None:
+def table(
+    title: str,
+    header: Sequence[str],
+    rows: Rows,
+    out: TextIO | None = None,
+    styles: Mapping[str, str] | None = None,
+) -> None:
+    """styles: rich's style of cells with exactly this text."""
     out = out or sys.stdout
+    styles = styles or {}
     plain = plain_table(header, rows)
     console = rich.console.Console(file=out) if rich is not None and out.isatty() else None
     # A table wider than the terminal would have its cells folded: whole lines read better.
@@ -52,7 +61,7 @@ def table(title: str, header: Sequence[str], rows: Rows, out: TextIO | None = No
         figures = all(_is_figure(row[i]) for row in rows)
         made.add_column(name, justify="right" if figures else "left")
     for row in rows:
-        made.add_row(*(rich.markup.escape(cell) for cell in row))
+        made.add_row(*(rich.text.Text(cell, styles.get(cell, "")) for cell in row))
     console.print(made)
 
 

@@ -1,7 +1,12 @@
-"""Every public name of `fusedmlp`, in one place."""
+"""Every public name of `fusedmlp`, in one place: functions, layers, activations."""
 
+from torch.nn import GELU, ReLU, Sigmoid, SiLU
+
+from . import activations, layers
 from ._backend import backend
 from ._explain import explain
+from .activations import *  # noqa: F403
+from .layers import *  # noqa: F403
 from .ops.gated_act import gated_act
 from .ops.gated_linear import gated_linear
 from .ops.gated_mlp import gated_mlp
@@ -9,6 +14,10 @@ from .ops.linear_act import linear_act
 from .ops.mlp import mlp
 
 __all__ = [
+    "GELU",
+    "ReLU",
+    "SiLU",
+    "Sigmoid",
     "backend",
     "explain",
     "gated_act",
@@ -17,3 +26,5 @@ __all__ = [
     "linear_act",
     "mlp",
 ]
+__all__ += activations.__all__
+__all__ += layers.__all__

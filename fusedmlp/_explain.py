@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Protocol, runtime_checkable
+
 import torch
 import triton
+from torch import nn
 
 from . import _backend, _cuda
 from .kernels.arch import LAST, arch_of, capability_of
 from .ops import gated_act, gated_linear, gated_mlp, linear_act, mlp
 
 OPS = (gated_act.OP, gated_linear.OP, gated_mlp.OP, linear_act.OP, mlp.OP)
+
+
+@runtime_checkable
+class HasPath(Protocol):
+    """A layer that says which of its calls are fused."""
+
+    def path(self) -> str: ...
 
 
 def _device_line(device: torch.device) -> str:
@@ -40,9 +50,19 @@ def _last_launch(kernel: str) -> str:
     return f"last launch of {kernel}: tile {LAST.get(kernel, 'none, it was empty')}{why}"
 
 
-def explain() -> str:
+def _layer_lines(layer: nn.Module) -> list[str]:
+    """One line for each module in `layer` that chooses between a fused call and PyTorch's."""
+    return [
+        f"{name or 'the layer'} ({type(module).__name__}): {path}"
+        for name, module in layer.named_modules()
+        if isinstance(module, HasPath) and (path := module.path())
+    ]
+
+
+def explain(layer: nn.Module | None = None) -> str:
     """A text of what runs where: versions, the chosen backend, what the CUDA extension holds or why
-    it is not there, each device's backend, and what each kernel was last launched with."""
+    it is not there, each device's backend, what each kernel was last launched with, and which calls
+    in `layer` are fused."""
     lines = [
         f"torch {torch.__version__}, triton {triton.__version__}, "
         f"backend {_backend.chosen()!r} (backend(), FUSEDMLP_BACKEND)",
@@ -53,4 +73,6 @@ def explain() -> str:
     lines.append(_device_line(gpu) if gpu else "cuda tensors: none, torch finds no GPU")
     lines.append(f"ops: {', '.join(OPS)}")
     lines += [_last_launch(kernel) for kernel in sorted(LAST.keys() | _backend.SERVED.keys())]
+    if layer is not None:
+        lines += _layer_lines(layer)
     return "\n".join(lines)

@@ -5,19 +5,30 @@ and may be built on the meta device: `layer.to_empty(device=...)`, then `layer.i
 """
 
 from .feedforward import FeedForward
+from .gating import GatingMechanism
 from .glu import GLU, Bilinear, GeGLU, ReGLU, SwiGLU
+from .gmlp import GMLP
+from .mlp import MLP
+from .ngpt import NGPT, L2Norm
 from .pointwise import PointwiseMLP
+from .residual import ResidualWrapper
 from .transformer import GELUMLP, ReluSquaredMLP, SiLUMLP, SwiGLUMLP
 
 __all__ = [
     "GELUMLP",
     "GLU",
+    "GMLP",
+    "MLP",
+    "NGPT",
     "Bilinear",
     "FeedForward",
+    "GatingMechanism",
     "GeGLU",
+    "L2Norm",
     "PointwiseMLP",
     "ReGLU",
     "ReluSquaredMLP",
+    "ResidualWrapper",
     "SiLUMLP",
     "SwiGLU",
     "SwiGLUMLP",

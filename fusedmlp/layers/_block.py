@@ -46,18 +46,38 @@ def scaled_width(owner: str, dim: int, factor_name: str, factor: float) -> int:
     return int(dim * factor)
 
 
+def probability(owner: str, name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{owner}: {name} must be in [0.0,1.0), got {value}")
+
+
 def reset_others(owner: nn.Module) -> None:
     """Reset what `owner` holds beside its nn.Linears: a norm, an activation, a dropout module."""
     for module in owner.modules():
-        if isinstance(module, nn.Linear) or not (module._parameters or module._buffers):
-            continue
-        reset = getattr(module, "reset_parameters", None)
-        if reset is None:
-            raise TypeError(
-                f"{type(owner).__name__}: {type(module).__name__} must have reset_parameters() to "
-                "be initialised, got a module without"
-            )
-        reset()
+        if not isinstance(module, nn.Linear):
+            _reset(owner, module)
+
+
+def reset_tree(owner: nn.Module, module: nn.Module) -> None:
+    """Initialise a module that `owner` was given, by its own methods."""
+    if callable(initialise := getattr(module, "init_weights_", None)):
+        initialise()
+        return
+    _reset(owner, module)
+    for child in module.children():
+        reset_tree(owner, child)
+
+
+def _reset(owner: nn.Module, module: nn.Module) -> None:
+    if not (module._parameters or module._buffers):
+        return
+    reset = getattr(module, "reset_parameters", None)
+    if reset is None:
+        raise TypeError(
+            f"{type(owner).__name__}: {type(module).__name__} must have reset_parameters() to "
+            "be initialised, got a module without"
+        )
+    reset()
 
 
 def affine(owner: nn.Module, linear: nn.Module) -> tuple[Tensor, Tensor | None]:

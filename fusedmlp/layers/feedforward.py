@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ._activation import name_of
+from ._activation import build, describe, name_of
 from ._block import gated_block, plain_block, positive_int, reset_others, scaled_width
 from .glu import GLU, Bilinear, GeGLU, GLUBase, ReGLU, SwiGLU
 
@@ -49,9 +49,10 @@ class FeedForward(nn.Module):
         dropout: probability of zeroing a hidden value in training, in [0, 1].
         activation: a class, or another callable without arguments, that makes the activation module
             of glu_variant="none". Fused if `fusedmlp` has a kernel for what it makes (nn.GELU with
-            either `approximate`, nn.SiLU, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Identity); any other
-            module runs in PyTorch between nn.Linear calls. A gated variant brings its own; another
-            one given is not used, and says so in a UserWarning.
+            either `approximate`, nn.SiLU, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Identity and, from
+            `fusedmlp.activations`, ReluSquared, Gelu2, BSiLU); any other module runs in PyTorch
+            between nn.Linear calls. The layer's repr says which. A gated variant brings its own;
+            another one given is not used, and says so in a UserWarning.
         glu_variant: "none", "glu", "geglu", "swiglu", "reglu" or "bilinear", in any case.
         pre_norm: normalise x first.
         norm_layer: a callable that makes the norm from dim alone.
@@ -86,7 +87,7 @@ class FeedForward(nn.Module):
         self.glu_variant = _variant(glu_variant)
         self.pre_norm = norm_layer(dim) if pre_norm else None
         if self.glu_variant == "none":
-            first = [nn.Linear(dim, hidden), _build_activation(activation)]
+            first = [nn.Linear(dim, hidden), build("FeedForward: activation", activation, False)]
         else:
             first = [GLU_VARIANTS[self.glu_variant](dim, hidden)]
             if activation is not nn.GELU:
@@ -137,6 +138,13 @@ class FeedForward(nn.Module):
             self, x, glu.proj, None, second, dropout, activation=activation, packed="up_gate"
         )
 
+    def path(self) -> str:
+        """Where the activation of a plain block runs; a gated one's GLU layer says it itself."""
+        return describe(self.net[1]) if self.glu_variant == "none" else ""
+
+    def extra_repr(self) -> str:
+        return self.path()
+
 
 def _variant(glu_variant: str) -> str:
     """glu_variant in lower case, if it is one that this version has."""
@@ -154,15 +162,3 @@ def _variant(glu_variant: str) -> str:
     raise ValueError(
         f"FeedForward: Unknown GLU variant: {name}; glu_variant must be one of {available}"
     )
-
-
-def _build_activation(activation: Callable[[], nn.Module]) -> nn.Module:
-    expected = (
-        "FeedForward: activation must be a callable that makes an nn.Module from no arguments"
-    )
-    if isinstance(activation, nn.Module) or not callable(activation):
-        raise TypeError(f"{expected}, got {activation!r}")
-    made = activation()
-    if not isinstance(made, nn.Module):
-        raise TypeError(f"{expected}, got {activation!r}, which made {made!r}")
-    return made

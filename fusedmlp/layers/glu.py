@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.gated_linear import gated_linear
-from ._activation import name_of
+from ._activation import describe, name_of
 from ._block import affine, positive_int, reset_others
 
 
@@ -75,6 +75,13 @@ class GLUBase(nn.Module):
             value, gate = F.linear(x, w, b).chunk(2, -1)
             return value * self.activation(gate)
         return gated_linear(x, w, None, b, activation=activation, packed="up_gate")
+
+    def path(self) -> str:
+        """Where the activation runs."""
+        return describe(self.activation)
+
+    def extra_repr(self) -> str:
+        return self.path()
 
 
 class GLU(GLUBase):

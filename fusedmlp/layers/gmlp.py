@@ -1,0 +1,194 @@
+"""gMLP: blocks that mix tokens by a gate that is linear along the sequence.
+
+    block(x) = (gelu(u) * sgu(v)) Wo' + bo, where [u | v] = x Wi' + bi
+    sgu(v) = v * (Ws norm(v) + bs)       canonical_gate=True: sgu(v) = Ws norm(v) + bs
+    y = x + block(norm(x)), `depth` times
+
+| tensor | shape | |
+|---|---|---|
+| x, y | (B, N, D) | N = seq_len, D = dim |
+| proj_in (Wi, bi) | (2 F, D), (2 F,) | F = dim_ff; u first |
+| sgu.proj (Ws, bs) | (N, N), (N,) | along the sequence, one for all channels; starts at 0 and 1 |
+| proj_out (Wo, bo) | (D, F), (D,) | |
+
+dtype: x has the parameters' floating dtype, which is kept (under autocast the residual stream keeps
+x's own). gelu is the exact (erf) one. gelu(u) * sgu(v) is one fused call. Source: Liu et al., Pay
+Attention to MLPs, arXiv 2105.08050; constructor and names are mlp_utils', which differs from the
+paper: there gelu acts on u and v both, and the gate does not multiply its own input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from ..ops.gated_act import gated_act
+from ._block import positive_int, probability, reset_tree
+
+NormLayer = Callable[[int], nn.Module]
+
+
+class SpatialGatingUnit(nn.Module):
+    """v * (proj norm(v)), with proj along the sequence: 1 * v at the start.
+
+    Args:
+        dim: channels of v.
+        seq_len: length N of the sequence; no other is accepted.
+        norm_layer: a callable that makes the norm from dim alone.
+        canonical_gate: leave out the factor v, as the paper does.
+        gate_activation: a module on the gate; None: none.
+
+    Raises ValueError for a sequence of another length.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        seq_len: int,
+        norm_layer: NormLayer = nn.LayerNorm,
+        canonical_gate: bool = False,
+        gate_activation: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        positive_int("SpatialGatingUnit", "dim", dim)
+        positive_int("SpatialGatingUnit", "seq_len", seq_len)
+        self.norm = norm_layer(dim)
+        self.proj = nn.Linear(seq_len, seq_len)
+        self.gate_activation = gate_activation
+        self.canonical_gate = canonical_gate
+        self._init_proj()
+
+    def _init_proj(self) -> None:
+        nn.init.zeros_(self.proj.weight)
+        nn.init.ones_(self.proj.bias)
+
+    def init_weights_(self) -> None:
+        """Give every parameter its initial value again, or at last on a layer built on meta."""
+        for child in self.children():
+            reset_tree(self, child)
+        self._init_proj()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, dim) -> (B, N, dim)."""
+        gate = self.proj(self.norm(x).mT).mT
+        if self.gate_activation is not None:
+            gate = self.gate_activation(gate)
+        return gate if self.canonical_gate else x * gate
+
+    def extra_repr(self) -> str:
+        return f"canonical_gate={self.canonical_gate}"
+
+
+class GMLPBlock(nn.Module):
+    """proj_out(gelu(u) * sgu(v)), where [u | v] = proj_in(x); no norm of x, no residual.
+
+    Args:
+        dim: width of x and y.
+        dim_ff: width of u and v.
+        seq_len: length of the sequence.
+        norm_layer, canonical_gate, gate_activation: SpatialGatingUnit's.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_ff: int,
+        seq_len: int,
+        norm_layer: NormLayer = nn.LayerNorm,
+        canonical_gate: bool = False,
+        gate_activation: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        positive_int("GMLPBlock", "dim", dim)
+        positive_int("GMLPBlock", "dim_ff", dim_ff)
+        self.proj_in = nn.Linear(dim, 2 * dim_ff)
+        self.sgu = SpatialGatingUnit(dim_ff, seq_len, norm_layer, canonical_gate, gate_activation)
+        self.proj_out = nn.Linear(dim_ff, dim)
+
+    def init_weights_(self) -> None:
+        """Give every parameter its initial value again, or at last on a layer built on meta."""
+        for child in self.children():
+            reset_tree(self, child)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, N, dim) -> (B, N, dim)."""
+        u, v = self.proj_in(x).chunk(2, -1)
+        return self.proj_out(gated_act(u, self.sgu(v), activation="gelu"))
+
+
+class GMLP(nn.Module):
+    """x = x + block(norm(x)), `depth` times, on sequences of one length.
+
+    Args:
+        dim: width of x and y.
+        dim_ff: width of u and v; None: 4 dim.
+        seq_len: length of the sequence.
+        depth: number of blocks.
+        norm_layer: a callable that makes a norm from its width alone.
+        canonical_gate: the paper's gate, without the factor v.
+        gate_activation: a callable that makes a module on the gate of each block; None: none.
+        drop_path: probability of leaving a block out for one sequence in training, in [0, 1); a
+            block that stays is divided by the probability of staying.
+
+    Attribute: `blocks`, of which each is a Sequential of the norm and a GMLPBlock. Linears start
+    with nn.Linear's own values, those along the sequence with weight 0 and bias 1: a fresh model
+    mixes no tokens.
+
+    Raises ValueError or TypeError for a bad argument, and ValueError for an x that is not
+    (B, seq_len, dim).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_ff: int | None = None,
+        seq_len: int | None = None,
+        depth: int | None = None,
+        norm_layer: NormLayer = nn.LayerNorm,
+        canonical_gate: bool = False,
+        gate_activation: Callable[[], nn.Module] | None = None,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        positive_int("GMLP", "dim", dim)
+        dim_ff = 4 * dim if dim_ff is None else dim_ff
+        positive_int("GMLP", "dim_ff", dim_ff)
+        # They follow an optional argument, so they have a default; they are required all the same.
+        positive_int("GMLP", "seq_len", seq_len)
+        positive_int("GMLP", "depth", depth)
+        assert seq_len is not None and depth is not None
+        probability("GMLP", "drop_path", drop_path)
+        self.dim, self.seq_len, self.drop_path = dim, seq_len, drop_path
+        gates = [None if gate_activation is None else gate_activation() for _ in range(depth)]
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                norm_layer(dim), GMLPBlock(dim, dim_ff, seq_len, norm_layer, canonical_gate, gate)
+            )
+            for gate in gates
+        )
+
+    def init_weights_(self) -> None:
+        """Give every parameter its initial value again, or at last on a layer built on meta."""
+        for block in self.blocks:
+            reset_tree(self, block)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, seq_len, dim) -> (B, seq_len, dim)."""
+        if x.dim() != 3 or x.shape[1:] != (self.seq_len, self.dim):
+            raise ValueError(
+                f"GMLP: x must be (B, {self.seq_len}, {self.dim}): batch, seq_len, dim; "
+                f"got {tuple(x.shape)}"
+            )
+        for block in self.blocks:
+            x = x + self._drop(block(x))
+        return x
+
+    def _drop(self, y: Tensor) -> Tensor:
+        if not self.training or self.drop_path == 0:
+            return y
+        keep = 1 - self.drop_path
+        return y * (y.new_empty(y.shape[0], 1, 1).bernoulli_(keep) / keep)
+
+    def extra_repr(self) -> str:
+        return f"seq_len={self.seq_len}, drop_path={self.drop_path}"
