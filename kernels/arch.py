@@ -89,7 +89,7 @@ _FP32 = _MOE_FP32 | {  # CUDA cores unless the caller allows TF32; one set of ti
 }
 # Of the experts' GEMMs, the tile is chosen by the rows that an expert has, hence a tile for few.
 _MOE_FEW = (Tile(32, 64, 64, 4, 4), Tile(16, 64, 64, 4, 4))
-_MOE_WGRAD = {("moe_wgrad", 2): (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4), _ELEMENT)}
+_MOE_WGRAD = {("moe_wgrad", 2): (Tile(128, 128, 32, 8, 5), Tile(64, 64, 32, 4, 5), _ELEMENT)}
 _MOE_MMA = {
     ("moe_up", 2): (Tile(128, 64, 32, 8, 4), Tile(64, 64, 32, 4, 4), *_MOE_FEW, _ELEMENT),
     ("moe_down", 2): (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4), *_MOE_FEW, _ELEMENT),
@@ -145,7 +145,11 @@ _MOE_TMA = {  # weights by TMA, and rows in expert order; gathered rows by 16-by
         _ELEMENT,
     ),
     # Its depth is an expert's rows: TMA would read those of the next into the sum.
-    ("moe_wgrad", 2): (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4), _ELEMENT),
+    ("moe_wgrad", 2): (
+        Tile(128, 256, 64, 8, 3, subtiles=4),
+        Tile(64, 128, 64, 4, 4, subtiles=2),
+        _ELEMENT,
+    ),
 }
 _TMA = _MOE_TMA | {  # wgmma on sm_90, tcgen05 on sm_100
     ("gated_linear_fwd", 2): (

@@ -165,15 +165,18 @@ def _wgrad_kernel(
     begin = tl.load(offsets_ptr + expert)
     end = tl.load(offsets_ptr + expert + 1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Tokens are loaded a step ahead: the loads that wait for them are then no deeper than others.
+    a_rows, a_mask = rows_at(a_tokens_ptr, begin, end, BLOCK_K)
+    b_rows, b_mask = rows_at(b_tokens_ptr, begin, end, BLOCK_K)
     for r in tl.range(begin, end, BLOCK_K):
-        rows, mask_r = rows_at(a_tokens_ptr, r, end, BLOCK_K)
         a = load_rows(
-            a_ptr, rows, mask_r, r, n0, N, stride_am, stride_an, BLOCK_K, BLOCK_M, False, True
+            a_ptr, a_rows, a_mask, r, n0, N, stride_am, stride_an, BLOCK_K, BLOCK_M, False, True
         )
-        rows, mask_r = rows_at(b_tokens_ptr, r, end, BLOCK_K)
         b = load_rows(
-            b_ptr, rows, mask_r, r, k0, K, stride_bm, stride_bk, BLOCK_K, BLOCK_N, False, True
+            b_ptr, b_rows, b_mask, r, k0, K, stride_bm, stride_bk, BLOCK_K, BLOCK_N, False, True
         )
+        a_rows, a_mask = rows_at(a_tokens_ptr, r + BLOCK_K, end, BLOCK_K)
+        b_rows, b_mask = rows_at(b_tokens_ptr, r + BLOCK_K, end, BLOCK_K)
         acc = dot(a.T, b, acc, PRECISION)
     dw_ptr += tl.cast(expert, tl.int64) * stride_e
     PART: tl.constexpr = BLOCK_N // SUBTILES

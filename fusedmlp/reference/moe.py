@@ -111,9 +111,9 @@ def by_expert(
             y = torch.where(bucket == e, run(torch.where(bucket == e, x, 0), e), y)
         return y
     ends = routing.offsets.tolist()
-    parts = [
-        run(x[routing.tokens[ends[e] : ends[e + 1]]], e) for e in range(E) if ends[e] < ends[e + 1]
-    ]
+    # Expert 0 always, so that without tokens too gradients are 0, not missing.
+    busy = [e for e in range(E) if ends[e] < ends[e + 1] or e == 0]
+    parts = [run(x[routing.tokens[ends[e] : ends[e + 1]]], e) for e in busy]
     dropped = x.new_zeros(x.shape[0] - ends[E], width)
     return torch.cat([*parts, dropped])[routing.rows]
 
@@ -131,11 +131,10 @@ def moe_mlp(
     packed: Packed | None = None,
 ) -> Tensor:
     """prob * the MLP of each token's expert: gated_mlp, or mlp where there is no up weight."""
+    own = [None if t is None else t.unbind() for t in (w_gate, w_up, w_down, b_gate, b_up, b_down)]
 
     def run(rows: Tensor, e: int) -> Tensor:
-        gate, up, down, bg, bu, bd = (
-            None if t is None else t[e] for t in (w_gate, w_up, w_down, b_gate, b_up, b_down)
-        )
+        gate, up, down, bg, bu, bd = (None if t is None else t[e] for t in own)
         assert gate is not None and down is not None
         if up is None and packed is None:
             return mlp(rows, gate, down, bg, bd, activation)
@@ -149,5 +148,6 @@ def moe_mlp(
 
 def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) -> Tensor:
     """x w[e]' + b[e] with each token's own expert e; `prob` is not used."""
-    run = lambda rows, e: F.linear(rows, w[e], None if b is None else b[e])  # noqa: E731
+    ws, bs = w.unbind(), None if b is None else b.unbind()
+    run = lambda rows, e: F.linear(rows, ws[e], None if bs is None else bs[e])  # noqa: E731
     return by_expert(x, routing, run, w.shape[1])
