@@ -165,10 +165,15 @@ def _down_kernel(
 ):
     """prob (a w' + a2 w2' + b); GATHER: a is in token order too. Group E are dropped tokens."""
     A_TMA: tl.constexpr = TMA and not GATHER
+    # One loop: the next tile's boxes arrive under this one's epilogue. Gathered rows gain nothing
+    # from it, since their addresses come first, and a spill costs more (kernels/README.md).
+    FLATTEN: tl.constexpr = A_TMA and w2 is None
     ends = tile_ends(offsets_ptr, E + 1, BLOCK_M, BLOCK_E)
     tiles_m = tl.max(ends, 0)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+    for index in tl.range(
+        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN
+    ):
         tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
         n0 = tile_n * BLOCK_N
         expert, r0, end = group_at(ends, offsets_ptr, tile_m, BLOCK_M)
