@@ -54,7 +54,9 @@ def _gemm_jobs(arch: Arch, activations: list[str]) -> Iterator[Job]:
         dtype = torch.bfloat16 if size == 2 else torch.float32
         for tile in tiles:
             sizes = (T, D, H) if tile.loads != "element" else RAGGED
-            yield Job(arch, dtype, "train", _calls(dtype, *sizes, E, "silu", True)[kernel], key, tile)
+            yield Job(
+                arch, dtype, "train", _calls(dtype, *sizes, E, "silu", True)[kernel], key, tile
+            )
         if size == 2 and kernel in ("moe_up", "moe_dh"):
             for name in activations:
                 call = _calls(dtype, T, D, H, E, name, True)[kernel]
@@ -67,7 +69,13 @@ def _odd_jobs(arch: Arch) -> Iterator[Job]:
     bf16 = torch.bfloat16
     new = functools.partial(_empty, dtype=bf16)
     for kernel in KERNELS:
-        for t, d, h, e in ((1, D, H, E), (T, 1, H, E), (T, D, 1, E), (T, D, H, 1), (T, 64, 64, 1024)):
+        for t, d, h, e in (
+            (1, D, H, E),
+            (T, 1, H, E),
+            (T, D, 1, E),
+            (T, D, H, 1),
+            (T, 64, 64, 1024),
+        ):
             call = _calls(bf16, t, d, h, e, "silu", True)[kernel]
             yield Job(arch, bf16, "x".join(map(str, (t, d, h, e))), call, (kernel, 2))
     x, hidden, prob, tokens, offsets = new(T, D), new(T, H), new(T), _int32(T), _int32(E + 2)
@@ -101,7 +109,7 @@ def _route_jobs(arch: Arch) -> Iterator[Job]:
             calls: dict[str, tuple[Any, ...]] = {
                 "route": (top1_route.top1_route_fwd, logits, None),
                 "given": (top1_route.route_to_fwd, expert, e, 100),
-                "backward": (top1_route.top1_route_bwd, logits, expert, each, each, one, each),
+                "backward": (top1_route.top1_route_bwd, logits, expert, each, one, each),
             }
             for variant, (launcher, *args) in calls.items():
                 yield Job(arch, dtype, f"{variant} {e}", functools.partial(launcher, *args))

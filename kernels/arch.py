@@ -100,30 +100,34 @@ _MOE_MMA = {
         _ELEMENT,
     ),
 }
-_MMA = _MOE_MMA | _MOE_WGRAD | {  # mma.sync, 100 KB of shared memory: sm_80, 86, 89, 120
-    ("gated_linear_fwd", 2): (
-        Tile(128, 64, 32, 8, 4),
-        Tile(64, 64, 32, 4, 4),
-        _ELEMENT,
-        *_SKINNY,
-    ),
-    ("linear_act_fwd", 2): (
-        Tile(128, 128, 32, 8, 4),
-        Tile(64, 64, 32, 4, 4),
-        _ELEMENT,
-        *_SKINNY,
-    ),
-    ("gated_linear_bwd", 2): (
-        Tile(128, 128, 32, 8, 4, subtiles=4),
-        Tile(64, 64, 32, 4, 4, subtiles=2),
-        _ELEMENT,
-    ),
-    ("linear_act_bwd", 2): (
-        Tile(128, 128, 32, 8, 4, subtiles=4),
-        Tile(64, 64, 32, 4, 4, subtiles=2),
-        _ELEMENT,
-    ),
-}
+_MMA = (
+    _MOE_MMA
+    | _MOE_WGRAD
+    | {  # mma.sync, 100 KB of shared memory: sm_80, 86, 89, 120
+        ("gated_linear_fwd", 2): (
+            Tile(128, 64, 32, 8, 4),
+            Tile(64, 64, 32, 4, 4),
+            _ELEMENT,
+            *_SKINNY,
+        ),
+        ("linear_act_fwd", 2): (
+            Tile(128, 128, 32, 8, 4),
+            Tile(64, 64, 32, 4, 4),
+            _ELEMENT,
+            *_SKINNY,
+        ),
+        ("gated_linear_bwd", 2): (
+            Tile(128, 128, 32, 8, 4, subtiles=4),
+            Tile(64, 64, 32, 4, 4, subtiles=2),
+            _ELEMENT,
+        ),
+        ("linear_act_bwd", 2): (
+            Tile(128, 128, 32, 8, 4, subtiles=4),
+            Tile(64, 64, 32, 4, 4, subtiles=2),
+            _ELEMENT,
+        ),
+    }
+)
 _MOE_FEW_TMA = tuple(dataclasses.replace(tile, loads="tma") for tile in _MOE_FEW)
 _MOE_TMA = {  # weights by TMA, and rows in expert order; gathered rows by 16-byte loads
     ("moe_up", 2): (
@@ -181,28 +185,39 @@ _TMA = _MOE_TMA | {  # wgmma on sm_90, tcgen05 on sm_100
 _INTERPRETED_SKINNY = (Tile(16, 32, 16, 4, 2), Tile(16, 32, 16, 4, 2, loads="element"))
 _MOE_INTERPRETED = {
     (kernel, size): (
-        Tile(32, 32, 32, 4, 2, subtiles=2, loads="vector" if kernel == "moe_wgrad" else "tma",
-             group_m=2),
+        Tile(
+            32,
+            32,
+            32,
+            4,
+            2,
+            subtiles=2,
+            loads="vector" if kernel == "moe_wgrad" else "tma",
+            group_m=2,
+        ),
         Tile(16, 32, 32, 4, 2, loads="vector" if kernel == "moe_wgrad" else "tma", group_m=2),
         Tile(32, 32, 32, 4, 2, subtiles=2, loads="element", group_m=2),
     )
     for kernel in ("moe_up", "moe_down", "moe_dh", "moe_wgrad")
     for size in (2, 4)
 }
-_INTERPRETED = _MOE_INTERPRETED | {  # small, so that small inputs cross several tiles, K steps and ragged edges
-    (kernel, size): (
-        Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="tma", group_m=2),
-        Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="element", group_m=2),
-        *(_INTERPRETED_SKINNY if kernel.endswith("_fwd") else ()),
-    )
-    for kernel, subtiles in (
-        ("gated_linear_fwd", 2),
-        ("linear_act_fwd", 1),
-        ("gated_linear_bwd", 4),
-        ("linear_act_bwd", 2),
-    )
-    for size in (2, 4)
-}
+_INTERPRETED = (
+    _MOE_INTERPRETED
+    | {  # small, so that small inputs cross several tiles, K steps and ragged edges
+        (kernel, size): (
+            Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="tma", group_m=2),
+            Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="element", group_m=2),
+            *(_INTERPRETED_SKINNY if kernel.endswith("_fwd") else ()),
+        )
+        for kernel, subtiles in (
+            ("gated_linear_fwd", 2),
+            ("linear_act_fwd", 1),
+            ("gated_linear_bwd", 4),
+            ("linear_act_bwd", 2),
+        )
+        for size in (2, 4)
+    }
+)
 
 ARCHES: dict[str, Arch] = {
     arch.name: arch

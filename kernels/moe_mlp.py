@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -171,9 +170,7 @@ def _down_kernel(
     ends = tile_ends(offsets_ptr, E + 1, BLOCK_M, BLOCK_E)
     tiles_m = tl.max(ends, 0)
     tiles_n = tl.cdiv(N, BLOCK_N)
-    for index in tl.range(
-        tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN
-    ):
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
         n0 = tile_n * BLOCK_N
         expert, r0, end = group_at(ends, offsets_ptr, tile_m, BLOCK_M)

@@ -229,9 +229,7 @@ def _down_bias_kernel(
 
 
 @triton.jit
-def _dprob_kernel(
-    dots_ptr, dprob_ptr, tokens_ptr, offsets_ptr, T, E, parts, BLOCK_M: tl.constexpr
-):
+def _dprob_kernel(dots_ptr, dprob_ptr, tokens_ptr, offsets_ptr, T, E, parts, BLOCK_M: tl.constexpr):
     offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     kept = offs_r < tl.load(offsets_ptr + E)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -415,13 +413,10 @@ def fill_wgrad(
     )  # fmt: skip
 
 
-
 def moe_wgrad(
     a: Tensor, b: Tensor, tokens: Tensor, offsets: Tensor, gather_a: bool, gather_b: bool
 ) -> Tensor:
     """dw (E, N, K) of one weight; see fill_wgrad."""
     dw = a.new_empty((offsets.shape[0] - 2, a.shape[1], b.shape[1]))
-    fill_wgrad(
-        dw, a, b, tokens if gather_a else None, tokens if gather_b else None, offsets
-    )
+    fill_wgrad(dw, a, b, tokens if gather_a else None, tokens if gather_b else None, offsets)
     return dw

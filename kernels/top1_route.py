@@ -34,6 +34,15 @@ def _load_logits(logits_ptr, offs_t, offs_e, T, E, stride_t, stride_e):
 
 
 @triton.jit
+def _softmax(z):
+    """(z with -inf for NaN, its row maxima, exp(z - maximum), their sums)."""
+    number = tl.where(z != z, -float("inf"), z)
+    top = tl.max(number, 1)
+    weight = tl.exp(z - top[:, None])
+    return number, top, weight, tl.sum(weight, 1)
+
+
+@triton.jit
 def _count_kernel(
     logits_ptr,
     expert_ptr,
@@ -63,10 +72,7 @@ def _count_kernel(
             expert = tl.load(expert_ptr + offs_t, mask=mask_t, other=-1)
         else:
             z = _load_logits(logits_ptr, offs_t, offs_e, end, E, stride_t, stride_e)
-            number = tl.where(z != z, -float("inf"), z)
-            top = tl.max(number, 1)
-            weight = tl.exp(z - top[:, None])
-            total = tl.sum(weight, 1)
+            number, top, weight, total = _softmax(z)
             # As torch.argmax: the first NaN wins, else the first of the largest.
             nan = tl.min(tl.where(z != z, offs_e[None, :], BLOCK_E), 1)
             expert = tl.where(nan < BLOCK_E, nan, tl.argmax(number, 1))
@@ -118,7 +124,7 @@ def _place_kernel(
         counts = tl.load(chunk_counts_ptr + at, mask=mask, other=0)
         total += tl.sum(counts, 0)
         before += tl.sum(tl.where(offs_c[:, None] < mine, counts, 0), 0)
-        if mean_ptr is not None:  # noqa: SIM102: a constant, then a value of the program
+        if mean_ptr is not None:  # a constant; then a value
             if mine == 0:
                 sums += tl.sum(tl.load(chunk_sums_ptr + at, mask=mask, other=0.0), 0)
     kept = tl.minimum(total, capacity)
@@ -156,7 +162,6 @@ def _place_kernel(
 def _bwd_kernel(
     logits_ptr,
     expert_ptr,
-    lse_ptr,
     dprob_ptr,
     dmean_ptr,
     dlse_ptr,
@@ -177,8 +182,9 @@ def _bwd_kernel(
     mask_t = offs_t < T
     mask_e = offs_e < E
     z = _load_logits(logits_ptr, offs_t, offs_e, T, E, stride_t, stride_e)
-    lse = tl.load(lse_ptr + offs_t, mask=mask_t, other=0.0)
-    p = tl.where(mask_e[None, :], tl.exp(z - lse[:, None]), 0.0)
+    # Not exp(z - log-sum-exp): rounding that costs p the digits before its point.
+    _, _, weight, total = _softmax(z)
+    p = weight / total[:, None]
     q = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if dprob_ptr is not None:
         expert = tl.load(expert_ptr + offs_t, mask=mask_t, other=-1)
@@ -261,7 +267,6 @@ def route_to_fwd(
 def top1_route_bwd(
     logits: Tensor,
     expert: Tensor,
-    lse: Tensor,
     dprob: Tensor | None,
     dmean: Tensor | None,
     dlse: Tensor | None,
@@ -272,7 +277,7 @@ def top1_route_bwd(
         options = _blocks(E)
         strides = tuple(0 if t is None else t.stride(0) for t in (dprob, dmean, dlse))
         _bwd_kernel[cdiv(T, options["BLOCK_T"]),](
-            logits, expert, lse, dprob, dmean, dlse, dlogits, T, E, *logits.stride(), *strides,
+            logits, expert, dprob, dmean, dlse, dlogits, T, E, *logits.stride(), *strides,
             **options,
         )  # fmt: skip
     return dlogits

@@ -5,20 +5,27 @@ and may be built on the meta device: `layer.to_empty(device=...)`, then `layer.i
 """
 
 from .feedforward import FeedForward
+from .fff import FastFeedForward, PathWeightedFFF
 from .glu import GLU, Bilinear, GeGLU, ReGLU, SwiGLU
+from .moe import Top1MoE
 from .pointwise import PointwiseMLP
+from .switch import SwitchFFN
 from .transformer import GELUMLP, ReluSquaredMLP, SiLUMLP, SwiGLUMLP
 
 __all__ = [
     "GELUMLP",
     "GLU",
     "Bilinear",
+    "FastFeedForward",
     "FeedForward",
     "GeGLU",
+    "PathWeightedFFF",
     "PointwiseMLP",
     "ReGLU",
     "ReluSquaredMLP",
     "SiLUMLP",
     "SwiGLU",
     "SwiGLUMLP",
+    "SwitchFFN",
+    "Top1MoE",
 ]

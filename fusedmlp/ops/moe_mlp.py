@@ -19,7 +19,7 @@ and u; with recompute=True not g and u. Rows of g, u, h lie in expert order.
 |---|---|---|
 | forward | h (and g, u) from gathered rows of x | moe_up |
 | | y = prob (h Wd' + bd), to token order | moe_down |
-| backward | c = dy Wd in registers -> dg, du, prob h, dprob = c . h (+ dy . bd), bias sums | moe_dh |
+| backward | c = dy Wd in registers -> dg, du, prob h, bias sums, dprob = c . h + dy . bd | moe_dh |
 | | dWd[e] = dy' (prob h), dWg[e] = dg' x, dWu[e] = du' x over the expert's rows | moe_wgrad |
 | | dx = dg Wg + du Wu, to token order | moe_down |
 
@@ -211,9 +211,9 @@ class MoEMLPFunction(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, prob, w_gate, w_up, w_down, gu, b_gate, b_up, b_down, tokens, offsets = ctx.saved_tensors
         activation, packed = ctx.activation, ctx.packed
-        need_x, need_p, need_wg, need_wu, need_wd, need_bg, need_bu, need_bd = (
-            ctx.needs_input_grad[:8]
-        )
+        need_x, need_p, need_wg, need_wu, need_wd, need_bg, need_bu, need_bd = ctx.needs_input_grad[
+            :8
+        ]
         if gu is None:
             _, gu = _first(
                 x, tokens, offsets, w_gate, w_up, b_gate, b_up, activation, packed, False, True
@@ -284,7 +284,9 @@ def _check_experts(
     return E
 
 
-def check_routing(op: str, x: Tensor, routing: Routing, E: int) -> None:
+def check_routing(
+    op: str, x: Tensor, routing: Routing, E: int, uses_prob: bool = True
+) -> None:
     """The routing is one of x's tokens to E experts, on x's device."""
     if not isinstance(routing, Routing):
         raise TypeError(f"{op}: routing must be a Routing, got {type(routing).__name__}")
@@ -298,13 +300,15 @@ def check_routing(op: str, x: Tensor, routing: Routing, E: int) -> None:
             f"{op}: routing must be to the {E} experts of the weights, got one to "
             f"{routing.num_experts}"
         )
-    if routing.prob.dtype not in (x.dtype, torch.float32):
+    if uses_prob and routing.prob.dtype not in (x.dtype, torch.float32):
         raise TypeError(
             f"{op}: routing.prob must have x's dtype {x.dtype} or torch.float32, got "
             f"{routing.prob.dtype}"
         )
-    if routing.prob.device != x.device:
-        raise ValueError(f"{op}: routing must be on x's device {x.device}, got {routing.prob.device}")
+    if routing.tokens.device != x.device:
+        raise ValueError(
+            f"{op}: routing must be on x's device {x.device}, got {routing.tokens.device}"
+        )
 
 
 def moe_mlp(

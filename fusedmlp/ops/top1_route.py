@@ -1,4 +1,4 @@
-"""Each token to one expert: r = argmax(logits), p = softmax(logits)[r], and tokens grouped by expert.
+"""Each token to expert r = argmax(logits), with p = softmax(logits)[r]; tokens grouped by expert.
 
 | tensor | shape | dtype | |
 |---|---|---|---|
@@ -11,7 +11,7 @@ the lowest index. With a capacity c, an expert takes the first c of its tokens i
 others are dropped. NaN logits make that token's prob NaN and send it to the first of them; -inf
 keeps an expert from being chosen. Two launches, no sort, no synchronisation with the host.
 
-Saved for backward: logits, expert and their log-sum-exp. With q the gradient of the probabilities
+Saved for backward: logits and expert. With q the gradient of the probabilities
 (of the chosen one and of their mean): dlogits = p (q - sum p q) + dlog_sum_exp p.
 
 Source: Fedus, Zoph, Shazeer, Switch Transformers, arXiv 2101.03961; the z-loss is that of Zoph et
@@ -57,7 +57,6 @@ def _given_fake(expert: Tensor, num_experts: int, capacity: int | None) -> Group
 def _bwd_fake(
     logits: Tensor,
     expert: Tensor,
-    lse: Tensor,
     dprob: Tensor | None,
     dmean: Tensor | None,
     dlse: Tensor | None,
@@ -80,8 +79,8 @@ given = _library.define(
     _given_fake,
 )
 bwd = _library.define(
-    "top1_route_bwd(Tensor logits, Tensor expert, Tensor lse, Tensor? dprob, Tensor? dmean, "
-    "Tensor? dlse) -> Tensor",
+    "top1_route_bwd(Tensor logits, Tensor expert, Tensor? dprob, Tensor? dmean, Tensor? dlse) "
+    "-> Tensor",
     _triton.top1_route_bwd,
     _bwd_fake,
 )
@@ -91,7 +90,7 @@ class Top1RouteFunction(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, capacity: int | None) -> tuple[Tensor, ...]:
         expert, prob, *groups, mean, lse = fwd(logits, capacity)
-        ctx.save_for_backward(logits, expert, lse)
+        ctx.save_for_backward(logits, expert)
         ctx.mark_non_differentiable(expert, *groups)
         ctx.set_materialize_grads(False)
         return expert, prob, *groups, mean, lse
@@ -99,8 +98,8 @@ class Top1RouteFunction(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        logits, expert, lse = ctx.saved_tensors
-        return bwd(logits, expert, lse, grads[1], grads[6], grads[7]), None
+        logits, expert = ctx.saved_tensors
+        return bwd(logits, expert, grads[1], grads[6], grads[7]), None
 
 
 def _check_capacity(op: str, capacity: int | None) -> None:

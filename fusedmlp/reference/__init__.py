@@ -13,6 +13,7 @@ from .moe import (
     route_to,
     router_z_loss,
     top1_route,
+    tree_path,
 )
 
 __all__ = [
@@ -30,4 +31,5 @@ __all__ = [
     "route_to",
     "router_z_loss",
     "top1_route",
+    "tree_path",
 ]

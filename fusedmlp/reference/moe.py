@@ -64,7 +64,9 @@ def top1_route(logits: Tensor, capacity: int | None = None) -> Routing:
     return routing._replace(mean_prob=p.sum(0) / max(T, 1), log_sum_exp=z.logsumexp(-1))
 
 
-def route_to(expert: Tensor, prob: Tensor, num_experts: int, capacity: int | None = None) -> Routing:
+def route_to(
+    expert: Tensor, prob: Tensor, num_experts: int, capacity: int | None = None
+) -> Routing:
     """Each token to a given expert; an index outside 0 .. E - 1 drops the token."""
     T, E = expert.shape[0], num_experts
     inside = (expert >= 0) & (expert < E)
@@ -151,3 +153,12 @@ def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) 
     ws, bs = w.unbind(), None if b is None else b.unbind()
     run = lambda rows, e: F.linear(rows, ws[e], None if bs is None else bs[e])  # noqa: E731
     return by_expert(x, routing, run, w.shape[1])
+
+
+def tree_path(logits: Tensor, depth: int) -> Tensor:
+    """(T, depth + 1): the nodes from the root down, right (2n + 2) where the logit is above 0."""
+    nodes = [torch.zeros(logits.shape[0], 1, dtype=torch.int64, device=logits.device)]
+    for _ in range(depth):
+        right = logits.gather(1, nodes[-1]) > 0
+        nodes.append(2 * nodes[-1] + torch.where(right, 2, 1))
+    return torch.cat(nodes, 1)
