@@ -7,7 +7,15 @@ import triton
 
 from . import _backend, _cuda
 from .kernels.arch import LAST, arch_of, capability_of
-from .ops import gated_act, gated_linear, gated_mlp, linear_act, mlp, moe_linear, moe_mlp, top1_route
+from .ops import (
+    gated_act,
+    gated_linear,
+    gated_mlp,
+    linear_act,
+    mlp,
+    moe_mlp,
+    top1_route,
+)
 
 OPS = (
     gated_act.OP,

@@ -251,11 +251,12 @@ def experts_of(
     K_MAJOR)."""
     if w is None:
         return None, 0, 0, 0, True
+    stride_e, stride_n, stride_k = w.stride()
     if not tma:
-        return w, *w.stride(), True
-    k_major = w.stride(2) == 1 and aligned(w[0])
+        return w, stride_e, stride_n, stride_k, True
+    k_major = stride_k == 1 and aligned(w[0])
     view, block = (w, [1, block_n, block_k]) if k_major else (w.mT, [1, block_k, block_n])
-    return _descriptor(view, block), *w.stride(), k_major
+    return _descriptor(view, block), stride_e, stride_n, stride_k, k_major
 
 
 def stacked_experts(

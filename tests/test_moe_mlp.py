@@ -22,7 +22,7 @@ PLAIN = MOE["moe_mlp"]
 FULL = MOE["moe_mlp-bias"]
 # M, D, H: experts of several tiles, of one, of part of one; D and H of 8's multiples take TMA
 # descriptors, the others element loads; both off every block.
-SHAPES = [(70, 40, 24), (23, 19, 45)]
+SHAPES = [(40, 40, 24), (13, 19, 35)]
 
 
 def check(case, inputs, **options):
@@ -81,8 +81,8 @@ def test_one_expert(device, on_triton):
 
 
 def test_more_experts_than_tokens(device, on_triton):
-    case = experts_case("moe_mlp-bias", experts=100, bias=True)
-    check(case, case.inputs(11, 16, 8, torch.float32, device))
+    case = experts_case("moe_mlp-bias", experts=40, bias=True)
+    check(case, case.inputs(7, 16, 8, torch.float32, device))
 
 
 @pytest.mark.slow
@@ -122,7 +122,7 @@ def test_by_hand(device, each_backend):
 
 def test_router_learns_through_prob(device, on_triton):
     """logits -> routing -> experts: the gradient of the logits, and of x through both."""
-    inputs = FULL.inputs(30, 24, 16, torch.float32, device)
+    inputs = FULL.inputs(20, 24, 16, torch.float32, device)
     del inputs["expert"], inputs["prob"]
     inputs["router"] = torch.randn(EXPERTS, 24, device=device) / 5
 
@@ -130,7 +130,7 @@ def test_router_learns_through_prob(device, on_triton):
         routing = top1_route(t["x"] @ t["router"].t(), capacity=8)
         return moe_mlp(routing=routing, **{k: v for k, v in t.items() if k != "router"})
 
-    dy = torch.randn(30, 24, device=device)
+    dy = torch.randn(20, 24, device=device)
     ours = evaluate(run, inputs, dy)
     with fusedmlp.backend("reference"):
         eager = evaluate(run, inputs, dy)
@@ -169,7 +169,7 @@ def _strided(t, how):
 @pytest.mark.parametrize("name", ("moe_mlp-bias", "moe_mlp-up_gate-bias"))
 def test_strides_are_read_in_place(name, how, device, on_triton):
     case = MOE[name]
-    inputs = case.inputs(23, 24, 40, torch.float32, device)
+    inputs = case.inputs(13, 24, 24, torch.float32, device)
     check(case, {k: _strided(t, how) for k, t in inputs.items()})
 
 
@@ -195,7 +195,7 @@ def test_every_subset_of_gradients(name, device, on_triton):
 
 @pytest.mark.parametrize("case", MOE.values(), ids=MOE)
 def test_second_backward_and_reruns_are_bit_equal(case, device, on_triton):
-    inputs = case.inputs(40, 24, 40, torch.bfloat16, device)
+    inputs = case.inputs(20, 24, 16, torch.bfloat16, device)
     wanted = [t.requires_grad_() for t in floating(inputs).values()]
     before = [t.detach().clone() for t in wanted]
     out = case.run(inputs)
@@ -374,17 +374,17 @@ BAD = [
     ({"x": torch.ones(4, 16).double()}, TypeError, "w_gate must have x's dtype torch.float64"),
     ({"w_gate": torch.ones(24, 16)}, ValueError, r"w_gate must be \(E, rows, columns\), got \(24, 16\)"),
     ({"w_gate": torch.ones(0, 24, 16)}, ValueError, r"w_gate must hold at least 1 expert, got \(0, 24, 16\)"),
-    ({"w_up": torch.ones(4, 23, 16)}, ValueError, r"w_up must have shape \(4, 24, 16\), got \(4, 23, 16\)"),
-    ({"w_down": torch.ones(3, 16, 24)}, ValueError, r"w_down must have shape \(4, 16, 24\), got \(3, 16, 24\)"),
-    ({"b_gate": torch.ones(4, 3)}, ValueError, r"b_gate must have shape \(4, 24\), got \(4, 3\)"),
+    ({"w_up": torch.ones(4, 23, 16)}, ValueError, r"w_up must have shape \(3, 24, 16\), got \(4, 23, 16\)"),
+    ({"w_down": torch.ones(4, 16, 24)}, ValueError, r"w_down must have shape \(3, 16, 24\), got \(4, 16, 24\)"),
+    ({"b_gate": torch.ones(4, 3)}, ValueError, r"b_gate must have shape \(3, 24\), got \(4, 3\)"),
     ({"b_gate": None}, ValueError, "b_gate and b_up must both be given or both be None"),
-    ({"b_down": torch.ones(4, 3)}, ValueError, r"b_down must have shape \(4, 16\), got \(4, 3\)"),
+    ({"b_down": torch.ones(4, 3)}, ValueError, r"b_down must have shape \(3, 16\), got \(4, 3\)"),
     ({"w_up": None}, ValueError, "b_up must be None where w_up is None, got a tensor"),
     ({"packed": "gate_up"}, ValueError, "w_up must be None when packed, got a tensor"),
     ({"packed": "gu"}, ValueError, "packed must be None, 'gate_up' or 'up_gate', got 'gu'"),
     ({"packed": "gate_up", "w_up": None, "w_gate": torch.ones(4, 7, 16)}, ValueError, r"w_gate must be \(E, 2H, D\) when packed"),
     ({"routing": (1, 2)}, TypeError, "routing must be a Routing, got tuple"),
-    ({"routing": route_to(torch.zeros(4, dtype=torch.int64), torch.ones(4), 3)}, ValueError, "routing must be to the 4 experts of the weights, got one to 3"),
+    ({"routing": route_to(torch.zeros(4, dtype=torch.int64), torch.ones(4), 2)}, ValueError, "routing must be to the 3 experts of the weights, got one to 2"),
     ({"routing": ROUTING._replace(prob=torch.ones(4).double())}, TypeError, "routing.prob must have x's dtype torch.float32 or torch.float32"),
     ({"routing": ROUTING._replace(prob=torch.ones(4, device="meta"))}, ValueError, "routing must be on x's device cpu, got meta"),
     ({"activation": "swish"}, ValueError, "activation must be one of silu, .*; got 'swish'"),

@@ -121,9 +121,7 @@ def _unstack(module: nn.Module, state: dict[str, Any], prefix: str, metadata: An
             state[f"{prefix}{i}.{name}"] = view
 
 
-def _stack(
-    module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
-) -> None:
+def _stack(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Keys of a missing expert stay as they are, and are reported as unexpected."""
     experts = cast(StackedExperts, module)
     for own, name in experts._names.items():

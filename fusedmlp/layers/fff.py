@@ -117,9 +117,7 @@ class FastFeedForward(nn.Module):
         super().__init__()
         positive_int("FastFeedForward", "dim", dim)
         if not isinstance(depth, int) or depth < 1:
-            raise ValueError(
-                f"FastFeedForward: depth {depth!r}: Tree depth must be at least 1."
-            )
+            raise ValueError(f"FastFeedForward: depth {depth!r}: Tree depth must be at least 1.")
         if not 0 <= region_leak <= 1:
             raise ValueError(f"FastFeedForward: region_leak must be in [0, 1], got {region_leak}")
         self.dim, self.depth, self.num_experts = dim, depth, 2**depth
@@ -141,9 +139,7 @@ class FastFeedForward(nn.Module):
         self.master: FeedForward | None = None
         if has_master_leaf:
             positive_int("FastFeedForward", "master_leaf_dim", master_leaf_dim)
-            self.master = FeedForward(
-                dim, master_leaf_dim / dim, 0.0, activation, self.glu_variant
-            )
+            self.master = FeedForward(dim, master_leaf_dim / dim, 0.0, activation, self.glu_variant)
             self.master_mix = nn.Parameter(torch.tensor(0.5))
 
     def init_weights_(self) -> None:
@@ -160,9 +156,7 @@ class FastFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """x (..., dim) -> y (..., dim), or with return_aux (y, aux)."""
         if x.shape[-1:] != (self.dim,):
-            raise ValueError(
-                f"FastFeedForward: x must be (..., {self.dim}), got {tuple(x.shape)}"
-            )
+            raise ValueError(f"FastFeedForward: x must be (..., {self.dim}), got {tuple(x.shape)}")
         flat = x.reshape(-1, self.dim)
         logits = self.routers(flat)
         aux = flat.new_zeros((), dtype=torch.float32)
@@ -248,9 +242,7 @@ class PathWeightedFFF(nn.Module):
         positive_int("PathWeightedFFF", "input_width", input_width)
         positive_int("PathWeightedFFF", "output_width", output_width)
         if not isinstance(depth, int) or depth < 0:
-            raise ValueError(
-                f"PathWeightedFFF: depth {depth!r}: Tree depth must be non-negative."
-            )
+            raise ValueError(f"PathWeightedFFF: depth {depth!r}: Tree depth must be non-negative.")
         self.input_width, self.depth, self.output_width = input_width, depth, output_width
         self.activation = activation
         self.n_nodes = 2 ** (depth + 1) - 1

@@ -118,9 +118,7 @@ class Top1MoE(nn.Module):
             routing = routing._replace(prob=chosen.float().sigmoid().to(logits.dtype))
         return routing
 
-    def forward(
-        self, x: Tensor, return_routing: bool = False
-    ) -> Tensor | tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
         """x (..., dim) -> y (..., dim), and with `return_routing` the routing of its tokens."""
         flat = x.reshape(-1, x.shape[-1])
         routing = self.route(flat)

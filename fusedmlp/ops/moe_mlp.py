@@ -284,9 +284,7 @@ def _check_experts(
     return E
 
 
-def check_routing(
-    op: str, x: Tensor, routing: Routing, E: int, uses_prob: bool = True
-) -> None:
+def check_routing(op: str, x: Tensor, routing: Routing, E: int, uses_prob: bool = True) -> None:
     """The routing is one of x's tokens to E experts, on x's device."""
     if not isinstance(routing, Routing):
         raise TypeError(f"{op}: routing must be a Routing, got {type(routing).__name__}")

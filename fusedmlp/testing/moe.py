@@ -13,7 +13,7 @@ from .. import reference
 from .._api import moe_linear, moe_mlp, top1_route
 from .case import Case, Draw, Shapes
 
-EXPERTS = 4  # of the cases that tests run
+EXPERTS = 3  # of the cases that tests run
 # How tokens fall on experts.
 SPREADS: dict[str, Callable[[int], Draw]] = {
     "uniform": lambda E: lambda shape, generator: _random(E, shape, generator),
@@ -81,8 +81,8 @@ def experts_case(
 def cases() -> Iterator[Case]:
     yield Case(
         "top1_route",
-        top1_route,
-        reference.top1_route,
+        top1_route,  # type: ignore[arg-type]  # `result` makes a tensor of what it returns
+        reference.top1_route,  # type: ignore[arg-type]
         lambda M, D, H: {"logits": (M, H)},
         lambda M, D, H: 5 * M * H,
         result=lambda routing: routing.prob,
