@@ -124,8 +124,8 @@ def _place_kernel(
         counts = tl.load(chunk_counts_ptr + at, mask=mask, other=0)
         total += tl.sum(counts, 0)
         before += tl.sum(tl.where(offs_c[:, None] < mine, counts, 0), 0)
-        if mean_ptr is not None:  # a constant; then a value
-            if mine == 0:
+        if mean_ptr is not None:  # noqa: SIM102
+            if mine == 0:  # apart: a constant above, a value of the program here
                 sums += tl.sum(tl.load(chunk_sums_ptr + at, mask=mask, other=0.0), 0)
     kept = tl.minimum(total, capacity)
     ends = tl.cumsum(kept, 0)

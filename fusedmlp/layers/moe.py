@@ -19,7 +19,7 @@ Shazeer, Switch Transformers, arXiv 2101.03961.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +84,7 @@ class Top1MoE(nn.Module):
             raise ValueError(f"Top1MoE: scaled must be 'output' or 'input', got {scaled!r}")
         self.activation, self.capacity_factor = activation, capacity_factor
         self.score, self.scaled, self.recompute = score, scaled, recompute
+        self.group: Any = None  # that its experts are spread over: fusedmlp.distributed
         self.router = nn.Linear(dim, num_experts, bias=False)
         self.w_gate = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.w_up = nn.Parameter(torch.empty(num_experts, hidden, dim))
@@ -126,12 +127,18 @@ class Top1MoE(nn.Module):
         if self.scaled == "input":
             rows = (flat * routing.prob.unsqueeze(1)).to(flat.dtype)
             used = routing._replace(prob=torch.ones_like(routing.prob))
-        y = moe_mlp(
-            rows, used, self.w_gate, self.w_up, self.w_down,
-            activation=self.activation, recompute=self.recompute,
-        )  # fmt: skip
+        y = self._run(rows, used)
         if self.shared is not None:
             gate, up, down = (self.shared[name].weight for name in ("gate", "up", "down"))
             y = y + gated_mlp(flat, gate, up, down, activation=self.activation)  # type: ignore[arg-type]
         y = y.view(x.shape)
         return (y, routing) if return_routing else y
+
+    def _run(self, x: Tensor, routing: Routing) -> Tensor:
+        weights = (self.w_gate, self.w_up, self.w_down)
+        options: Any = {"activation": self.activation, "recompute": self.recompute}
+        if self.group is None:
+            return moe_mlp(x, routing, *weights, **options)
+        from ..distributed import parallel_moe_mlp  # torch.distributed where it is used
+
+        return parallel_moe_mlp(x, routing, *weights, **options, group=self.group)

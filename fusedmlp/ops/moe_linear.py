@@ -7,8 +7,8 @@
 | w, b | (E, N, K), (E, N) | any strides |
 | y | (..., N) | 0 for a dropped token |
 
-dtype: one floating dtype for all, kept. Saved for backward: x, w and the routing. Backward: dx = dy w
-(moe_down), dw[e] = dy' x over the expert's tokens (moe_wgrad), db[e] the sum of dy over them
+dtype: one floating dtype for all, kept. Saved for backward: x, w and the routing. Backward: dx =
+dy w (moe_down), dw[e] = dy' x over the expert's tokens (moe_wgrad), db[e] the sum of dy over them
 (moe_bias_grad), each only if its gradient is wanted. No copy of a weight for each token.
 """
 
@@ -59,7 +59,8 @@ def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) 
         routing: of x's tokens to E maps, from `top1_route` or `route_to`.
         w, b: (E, N, K), any strides, and (E, N) or None.
 
-    Returns y (..., N) in x's dtype (under autocast: the autocast dtype); a dropped token's row is 0.
+    Returns y (..., N) in x's dtype (under autocast: the autocast dtype); a dropped token's row is
+    0.
 
     Raises ValueError (shape, device) or TypeError (dtype), naming the argument.
     """
