@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..testing import error_of
+from ..testing import doubled, error_of, floating
 from .clock import Call
 from .rivals import Rival
 from .work import Work
@@ -28,6 +28,8 @@ def draw(work: Work, device: str, seed: int) -> dict[str, Tensor]:
     shapes = work.case.shapes(work.M, work.D, work.H)
 
     def one(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name in work.case.draws:
+            return work.case.draws[name](shape, generator)
         t = torch.randn(shape, device=device, dtype=work.torch_dtype, generator=generator)
         return t.div_(math.sqrt(shape[-1])) if name.startswith("w") else t
 
@@ -37,7 +39,7 @@ def draw(work: Work, device: str, seed: int) -> dict[str, Tensor]:
 def refuse_zeros(tensors: Mapping[str, Tensor]) -> None:
     """Zeros make a GEMM up to 13% faster than real data: no speed is taken on them."""
     for name, t in tensors.items():
-        if t.numel() and not t.any():
+        if t.is_floating_point() and t.numel() and not t.any():
             raise ValueError(f"time: {name} is all zero; speeds are taken on random data only")
 
 
@@ -63,14 +65,17 @@ def calls_of(
         arguments = rival.arguments(work, inputs)
         if phase == "forward":
             return lambda: _forward(function, arguments)
-        leaves = {name: t.detach().requires_grad_() for name, t in arguments.items()}
-        device = next(iter(leaves.values())).device
+        leaves = {
+            name: t.detach().requires_grad_(t.is_floating_point()) for name, t in arguments.items()
+        }
+        wanted = list(floating(leaves).values())
+        device = wanted[0].device
         generator = torch.Generator(device).manual_seed(i)
         dy = torch.randn(out.shape, device=device, dtype=work.torch_dtype, generator=generator)
         if phase == "both":
-            return lambda: torch.autograd.grad(function(leaves), list(leaves.values()), dy)
+            return lambda: torch.autograd.grad(function(leaves), wanted, dy)
         made = function(leaves)
-        return lambda: torch.autograd.grad(made, list(leaves.values()), dy, retain_graph=True)
+        return lambda: torch.autograd.grad(made, wanted, dy, retain_graph=True)
 
     return [call_on(i, inputs) for i, inputs in enumerate(sets)]
 
@@ -96,8 +101,7 @@ def disagreement(rival: Rival, work: Work, device: str) -> str | None:
     with torch.no_grad():
         out = rival.function(small)(rival.arguments(small, inputs))
         eager = small.case.run_reference(inputs, **small.options)
-        doubles = {name: t.double() for name, t in inputs.items()}
-        exact = small.case.run_reference(doubles, **small.options)
+        exact = small.case.run_reference(doubled(inputs), **small.options)
     error = error_of(out, exact, eager)
     if error.rms <= RIVAL_SLACK * error.rms_bound:
         return None

@@ -74,7 +74,8 @@ class Work:
         one."""
         shapes = self.case.shapes(self.M, self.D, self.H)
         first = ("w", "w_in", "w_gate", "w_up")
-        rows = sum(s[0] for name, s in shapes.items() if name in first and len(s) == 2)
+        # Experts' weights have one dimension more; a row meets one expert.
+        rows = sum(s[-2] for name, s in shapes.items() if name in first and len(s) > 1)
         return (self.M, rows, self.D) if rows else None
 
     def identity(self) -> dict[str, object]:
