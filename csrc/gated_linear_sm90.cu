@@ -366,21 +366,6 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Argu
 
 // ---- host ------------------------------------------------------------------------------------
 
-struct Variant {
-  bool pingpong;
-  int cluster;
-};
-constexpr Variant kForward[] = {{false, 2}, {false, 1}, {true, 2}, {true, 1}};
-constexpr Variant kBackward[] = {{true, 2}, {true, 1}};
-
-// The variant asked for; by default the first, or the one without clusters where a second block
-// would have nothing to do.
-template <size_t COUNT, class Params>
-const Variant* pick(const Variant (&table)[COUNT], const Params& p) {
-  const int variant = p.variant >= 0 ? p.variant : pairs(p) ? 0 : 1;
-  return variant < static_cast<int>(COUNT) ? &table[variant] : nullptr;
-}
-
 template <class C, class Params>
 const char* launch_gemm(const Arguments& args, const Params& p, void* stream) {
   static_assert(sizeof(Shared<C>) <= kSharedMemory);
@@ -391,7 +376,8 @@ template <class T, class Params>
 const char* enqueue(const Params& p, bool gated, const Variant* table_row, void* stream) {
   constexpr bool BACKWARD = std::is_same_v<Params, GatedLinearBwd>;
   if (table_row == nullptr) return "no such variant";
-  const auto [pingpong, cluster] = *table_row;
+  const bool pingpong = table_row->pingpong;
+  const int cluster = table_row->cluster;
   Arguments args;
   if (const char* error = arguments_of(p, pingpong ? 128 : 256, cluster, kBoxRows, &args)) {
     return error;
@@ -411,13 +397,13 @@ const char* enqueue(const Params& p, bool gated, const Variant* table_row, void*
 const char* gated_linear_fwd_sm90(const GatedLinearFwd& p, void* stream) {
   const auto run = p.dtype == Dtype::bf16 ? enqueue<__nv_bfloat16, GatedLinearFwd>
                                           : enqueue<__half, GatedLinearFwd>;
-  return run(p, p.w_up != nullptr, pick(kForward, p), stream);
+  return run(p, p.w_up != nullptr, pick(kFwdSm90, p), stream);
 }
 
 const char* gated_linear_bwd_sm90(const GatedLinearBwd& p, void* stream) {
   const auto run = p.dtype == Dtype::bf16 ? enqueue<__nv_bfloat16, GatedLinearBwd>
                                           : enqueue<__half, GatedLinearBwd>;
-  return run(p, p.u != nullptr, pick(kBackward, p), stream);
+  return run(p, p.u != nullptr, pick(kBwdSm90, p), stream);
 }
 
 }  // namespace fusedmlp

@@ -209,6 +209,14 @@ bool pairs(const Params& p) {
   return p.M > 128 && p.multiprocessors > 1;
 }
 
+// The variant asked for, or nullptr; by default the first, or the one without clusters where a
+// second block would have nothing to do.
+template <size_t COUNT, class Params>
+const Variant* pick(const Variant (&table)[COUNT], const Params& p) {
+  const int variant = p.variant >= 0 ? p.variant : pairs(p) ? 0 : 1;
+  return variant < static_cast<int>(COUNT) ? &table[variant] : nullptr;
+}
+
 // Persistent: every cluster that fits the GPU at once walks the tiles.
 template <class Params>
 const char* launch_persistent(void (*kernel)(const Arguments), int threads, size_t shared_bytes,

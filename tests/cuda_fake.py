@@ -3,8 +3,10 @@ CPU, from the very addresses, sizes and strides that a kernel would get."""
 
 import contextlib
 import ctypes
+import re
 import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,6 +27,15 @@ _BWD = (
     "activation dtype device multiprocessors variant stream"
 )
 FWD, BWD = _FWD.split(), _BWD.split()
+
+
+HEADER = Path(__file__).parents[1] / "csrc" / "gated_linear.h"
+
+
+def variants(table):
+    """Names in a table of the header, such as kFwdSm90."""
+    body = re.search(rf"{table}\[\] = \{{(.*?)\}};", HEADER.read_text(), re.DOTALL).group(1)
+    return re.findall(r'"([^"]+)"', body)
 
 
 def at(address, rows, columns, stride, dtype):
@@ -123,6 +134,12 @@ def extension(calls, archs=("sm_90a",), kernels=None):
         SUM_ROWS=SUM_ROWS,
         DTYPES=DTYPES,
         ACTIVATIONS={name: i for i, name in enumerate(NAMES)},
+        VARIANTS={
+            (kernel, arch): variants("kSm100" if arch == "sm_100a" else f"k{side}Sm90")
+            for arch in archs
+            for kernel in launchers
+            for side in [kernel[-3:].capitalize()]
+        },
         OPS={
             (kernel, arch): calls.record(kernel, launcher)
             for arch in archs

@@ -50,7 +50,7 @@ def extension(sm: int, seed: int = 0):
         return launch
 
     ops = {key: on_runner(key[0], launcher) for key, launcher in module.OPS.items()}
-    names = ("CUDA", "ARCHS", "SUM_ROWS", "DTYPES", "ACTIVATIONS")
+    names = ("CUDA", "ARCHS", "SUM_ROWS", "DTYPES", "ACTIVATIONS", "VARIANTS")
     return SimpleNamespace(OPS=ops, **{name: getattr(module, name) for name in names})
 
 

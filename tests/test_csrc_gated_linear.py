@@ -7,7 +7,8 @@ import simt_extension
 import torch
 
 import fusedmlp
-from fusedmlp import _cuda_gated_linear as launchers
+from fusedmlp._cuda_gated_linear import variant
+from fusedmlp.bench import ladder
 from fusedmlp.kernels.activations import ACTIVATIONS
 from fusedmlp.testing import CASES, assert_close_to, compare, evaluate, poison
 
@@ -20,8 +21,6 @@ NAMES = [
 # One row; a second row of tiles that is ragged, with ragged K and N; three rows of tiles, which
 # leave a cluster of two half empty, and several tiles for each block.
 SHAPES = [(1, 8, 8), (130, 72, 136), (300, 200, 392)]
-# Of csrc/gated_linear_sm90.cu, in its order.
-FORWARD, BACKWARD = range(4), range(2)
 
 
 @pytest.fixture(params=SMS, ids=lambda sm: f"sm_{sm}")
@@ -60,18 +59,18 @@ def test_every_activation(name, activation, on_host):
     check(CASES[name], inputs, activation=activation)
 
 
-@pytest.mark.parametrize("variant", FORWARD)
+@pytest.mark.parametrize("chosen", ladder.variants_of("gated_linear_fwd"))
 @pytest.mark.parametrize("name", ("gated_linear-bias", "linear_act-bias"))
-def test_forward_variants(name, variant, on_hopper, monkeypatch):
-    monkeypatch.setattr(launchers, "_KERNELS_CHOICE", variant)
-    check(CASES[name], CASES[name].inputs(*SHAPES[2], torch.bfloat16), backward=False)
+def test_forward_variants(name, chosen, on_hopper):
+    with variant(chosen):
+        check(CASES[name], CASES[name].inputs(*SHAPES[2], torch.bfloat16), backward=False)
 
 
-@pytest.mark.parametrize("variant", BACKWARD)
+@pytest.mark.parametrize("chosen", ladder.variants_of("gated_linear_bwd"))
 @pytest.mark.parametrize("name", ("gated_mlp-bias", "mlp-bias"))
-def test_backward_variants(name, variant, on_hopper, monkeypatch):
-    monkeypatch.setattr(launchers, "_KERNELS_CHOICE", variant)
-    check(CASES[name], CASES[name].inputs(*SHAPES[2], torch.float16))
+def test_backward_variants(name, chosen, on_hopper):
+    with variant(chosen):
+        check(CASES[name], CASES[name].inputs(*SHAPES[2], torch.float16))
 
 
 @pytest.mark.parametrize("sm", SMS, ids=lambda sm: f"sm_{sm}")

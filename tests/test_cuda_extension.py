@@ -5,6 +5,7 @@ import torch
 
 import fusedmlp
 from fusedmlp import _cuda
+from fusedmlp.bench import ladder
 from fusedmlp.kernels.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.extension
@@ -28,6 +29,9 @@ def test_tables(extension):
     assert {arch for _, arch in extension.OPS} == archs & {"sm_90a", "sm_100a"}
     for arch in archs & {"sm_90a", "sm_100a"}:
         assert {kernel for kernel, a in extension.OPS if a == arch} == known
+    assert extension.VARIANTS.keys() == extension.OPS.keys()
+    for kernel in ladder.KERNELS if "sm_90a" in archs else ():
+        assert tuple(extension.VARIANTS[kernel, "sm_90a"]) == ladder.variants_of(kernel)
 
 
 def test_explain(extension):
