@@ -1,6 +1,8 @@
 """The handwritten kernels of csrc/gated_linear_sm*.cu, run whole on the host: TMA, mbarriers,
 wgmma, tcgen05, clusters and all. What the host cannot show is in tests/simt/README.md."""
 
+from contextlib import contextmanager
+
 import pytest
 import simt_build
 import simt_extension
@@ -110,6 +112,38 @@ def test_a_bad_row_stays_in_its_row(on_host):
         assert not out[131].isfinite().any()
         rest = torch.arange(140) != 131
         assert torch.equal(out[rest], clean[rest])
+
+
+@contextmanager
+def outputs_guarded():
+    """Memory from new_empty ends at a page that faults; what lies around it must stay."""
+    made = []
+    original = torch.Tensor.new_empty
+
+    def new_empty(self, *args, **kwargs):
+        made.append(simt_build.output(original(self, *args, **kwargs)))
+        return made[-1].tensor
+
+    torch.Tensor.new_empty = new_empty
+    try:
+        yield
+    finally:
+        torch.Tensor.new_empty = original
+    assert not any(buffer.overwritten() for buffer in made)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (130, 72, 136)], ids=str)
+@pytest.mark.parametrize("name", ("gated_mlp-bias", "mlp-bias", "gated_mlp-up_gate-bias"))
+def test_nothing_outside_is_touched(name, shape, on_host):
+    case = CASES[name]
+    inputs = case.inputs(*shape, torch.bfloat16)
+    dy = torch.randn(shape[0], shape[1], dtype=torch.bfloat16)
+    expected = evaluate(case.run, inputs, dy)
+    buffers = {k: simt_build.guarded(t) for k, t in inputs.items()}
+    with outputs_guarded():
+        results = evaluate(case.run, {k: b.tensor for k, b in buffers.items()}, dy)
+    for key, t in results.items():
+        assert torch.equal(t, expected[key]), key
 
 
 def test_wide_rows_and_an_expanded_gradient(on_host):
