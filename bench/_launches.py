@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..kernels.arch import Tile
 from ..kernels.gated_linear import gated_linear_bwd, gated_linear_fwd
 from ..kernels.linear_act import linear_act_bwd, linear_act_fwd
+from . import _launches_moe
 
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
@@ -19,11 +21,15 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Launch:
-    """shapes: operands from (M, D, H). call: with training, everything that training stores."""
+    """shapes: operands from (M, D, H). call: with training, everything that training stores.
+    routing: further operands, which are not drawn. tile_of: the table's choice, if not that of an
+    (M, H) result."""
 
     shapes: Callable[[int, int, int], Shapes]
     call: Callable[[Mapping[str, Tensor], bool], Tensors]
     reference: Callable[[Mapping[str, Tensor]], Tensors]
+    routing: Callable[[tuple[int, int, int], torch.device], Tensors] = lambda shape, device: {}
+    tile_of: Callable[[Tensor, tuple[int, int, int]], Tile] | None = None
 
 
 def draw(
@@ -34,9 +40,9 @@ def draw(
     operands = {}
     for name, dims in launch.shapes(*shape).items():
         t = (2 * torch.rand(dims, generator=generator, device=device) - 1) * 3**0.5
-        depth = dims[0] if name == "w_down" else dims[-1]
+        depth = dims[-2] if name == "w_down" else dims[-1]
         operands[name] = (t / depth**0.5 if name.startswith("w") else t).to(dtype)
-    return operands
+    return operands | launch.routing(shape, device)
 
 
 def _gated_fwd(t: Mapping[str, Tensor], training: bool) -> Tensors:
@@ -89,6 +95,9 @@ def _plain_bwd_reference(t: Mapping[str, Tensor]) -> Tensors:
 
 
 LAUNCHES: dict[str, Launch] = {
+    kernel: Launch(*call, _launches_moe.routing, _launches_moe.TILE_OF[kernel])
+    for kernel, call in _launches_moe.CALLS.items()
+} | {
     "gated_linear_fwd": Launch(
         lambda M, D, H: {
             "x": (M, D), "w_gate": (H, D), "w_up": (H, D), "b_gate": (H,), "b_up": (H,)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ..kernels import arch as arches
+from ..kernels.grouped import most_tiles
 from ..kernels.tiles import aligned
 from . import machine
 from ._options import (
@@ -44,8 +45,17 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "gated_linear": {"forward": ("gated_linear_fwd",)},
     "gated_mlp": {"forward": ("gated_linear_fwd",), "backward": ("gated_linear_bwd",)},
     "linear_act": {"forward": ("linear_act_fwd",)},
+    "moe_linear": {"forward": ("moe_down",), "backward": ("moe_down", "moe_wgrad")},
+    "moe_mlp": {
+        "forward": ("moe_up", "moe_down"),
+        "backward": ("moe_dh", "moe_down", "moe_wgrad"),
+    },
+    "top1_route": {},
     "mlp": {"forward": ("linear_act_fwd",), "backward": ("linear_act_bwd",)},
 }
+GROUPED = ("moe_up", "moe_down", "moe_dh", "moe_wgrad")  # by expert
+# Beside its GEMM a launcher may run these, which sum what the GEMM stored.
+HELPERS = ("_reduce_kernel", "_sums_kernel", "_bias_kernel", "_dprob_kernel")
 # Of each multiprocessor of sm_80 to sm_100.
 REGISTERS = 65536
 THREADS = 2048
@@ -77,12 +87,30 @@ def launches(work: Work, phase: str, roof: Roof) -> list[Launch]:
     made = []
     with arches.pretend(arches.ARCHES[roof.arch], roof.multiprocessors):
         for name in names:
+            if name in GROUPED:
+                made.append(_grouped_launch(name, work, x, aligned(*matrices), roof))
+                continue
             tile = arches.pick_tile(name, x, work.M, work.H, aligned(*matrices))
             count = math.ceil(work.M / tile.block_m) * math.ceil(work.H / tile.block_n)
             splits = arches.pick_splits(tile, x, work.H, work.D) if tile.skinny else 1
             waves = count * splits / roof.multiprocessors
             made.append(Launch(name, tile, count, waves, splits))
     return made
+
+
+def _grouped_launch(name: str, work: Work, x: torch.Tensor, fits: bool, roof: Roof) -> Launch:
+    """Of experts with as many tokens each: the most row tiles that there can be."""
+    shapes = work.case.shapes(work.M, work.D, work.H).values()
+    experts = next(shape[0] for shape in shapes if len(shape) == 3)
+    if name == "moe_wgrad":
+        tile = arches.pick_grouped_tile(name, x, work.H, 1, fits)
+        rows, columns = experts * math.ceil(work.H / tile.block_m), work.D
+    else:
+        tile = arches.pick_grouped_tile(name, x, work.M, experts, fits)
+        rows = most_tiles(work.M, experts, tile.block_m)
+        columns = work.D if name == "moe_down" else work.H
+    count = rows * math.ceil(columns / tile.block_n)
+    return Launch(name, tile, count, count / roof.multiprocessors, 1)
 
 
 def blocks_at_once(arch: arches.Arch, tile: arches.Tile, registers: int, shared: int) -> int:
@@ -184,7 +212,7 @@ def add_compiled(records: Sequence[Record], compiled: Sequence[Mapping[str, Any]
     found = {
         (row["arch"], row["kernel"].partition(":")[0], row["dtype"], row["tile"]): row
         for row in compiled
-        if row["variant"] == "train" and not row["kernel"].endswith("_reduce_kernel")
+        if row["variant"] == "train" and not row["kernel"].endswith(HELPERS)
     }
     for record in records:
         arch = arches.ARCHES[ROOFS[record["gpu"]].arch]

@@ -1,11 +1,11 @@
 """The rivals of moe_mlp, entered in the RIVALS of all.
 
-Its case has these arguments, for M tokens, E experts, width D and hidden width H:
+Its cases have these arguments, for M tokens, E experts, width D and hidden width H:
 
     x (M, D), expert (M,) int64, each token's chosen expert, prob (M,), that expert's probability,
     w_gate (E, H, D), w_up (E, H, D), w_down (E, D, H),
 
-and one result, (M, D): the rows of prob * (act(x w_gate[e]') * (x w_up[e]')) w_down[e]', where e is
+of which our own call makes a Routing and calls the op (fusedmlp/testing/moe.py); and one result, (M, D): the rows of prob * (act(x w_gate[e]') * (x w_up[e]')) w_down[e]', where e is
 the row's expert. Weights are repacked, and indices brought to the type that a rival wants, in
 `arguments`; what depends on the routing, sorting above all, is part of the call.
 """
@@ -37,6 +37,8 @@ class Experts(Rival):
 
     def unfit(self, work: Work) -> str | None:
         """Why it cannot run this work of its own op; None if it can."""
+        if "w_up" not in work.case.shapes(1, 8, 8) and "packed" not in work.case.options:
+            return "has gated experts only"
         return "does not recompute" if recomputes(work) else None
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.arch import Arch, Tile, arch_of, multiprocessors, pick_tile, pretend
-from ..testing import assert_close_to
+from ..testing import assert_close_to, doubled
 from ._launches import LAUNCHES, draw
 from ._options import Emit, Record, _shape, add_json, collecting, subparser, write_json
 from .candidates import neighbours
@@ -85,7 +85,9 @@ def rows_of(
     grouped: dict[Tile, list[Shape]] = {}
     like = torch.empty(0, dtype=dtype, device=device)
     for m, d, h in shapes:
-        grouped.setdefault(pick_tile(kernel, like, m, h, True), []).append((m, d, h))
+        of = LAUNCHES[kernel].tile_of
+        tile = of(like, (m, d, h)) if of else pick_tile(kernel, like, m, h, True)
+        grouped.setdefault(tile, []).append((m, d, h))
     return [Row(kernel, dtype, tile, tuple(group)) for tile, group in grouped.items()]
 
 
@@ -100,7 +102,7 @@ class Bench:
         m, d, h = row.shapes[0]
         few = (min(m, CHECKED_ROWS), d, h)
         self.checked = draw(self.launch, few, row.dtype, device)
-        exact = self.launch.reference({k: t.double() for k, t in self.checked.items()})
+        exact = self.launch.reference(doubled(self.checked))
         eager = self.launch.reference(self.checked)
         self.expected = {name: (exact[name], eager[name]) for name in exact}
 
