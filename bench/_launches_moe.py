@@ -46,10 +46,8 @@ def _route(t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _up(t: Mapping[str, Tensor], training: bool) -> Tensors:
-    biases = (t["b_gate"], t["b_up"]) if training else (None, None)
-    h, gu = moe_up(
-        t["x"], *_route(t), t["w_gate"], t["w_up"], *biases, "silu", True, training
-    )  # fmt: skip
+    b_gate, b_up = (t["b_gate"], t["b_up"]) if training else (None, None)
+    h, gu = moe_up(t["x"], *_route(t), t["w_gate"], t["w_up"], b_gate, b_up, "silu", True, training)
     return {"h": h, "g": gu[0], "u": gu[1]} if training else {"h": h}
 
 

@@ -5,8 +5,9 @@ Its cases have these arguments, for M tokens, E experts, width D and hidden widt
     x (M, D), expert (M,) int64, each token's chosen expert, prob (M,), that expert's probability,
     w_gate (E, H, D), w_up (E, H, D), w_down (E, D, H),
 
-of which our own call makes a Routing and calls the op (fusedmlp/testing/moe.py); and one result, (M, D): the rows of prob * (act(x w_gate[e]') * (x w_up[e]')) w_down[e]', where e is
-the row's expert. Weights are repacked, and indices brought to the type that a rival wants, in
+of which our own call makes a Routing and calls the op (fusedmlp/testing/moe.py); and one result,
+(M, D): rows of prob * (act(x w_gate[e]') * (x w_up[e]')) w_down[e]', e being the row's expert.
+Weights are repacked, and indices brought to the type that a rival wants, in
 `arguments`; what depends on the routing, sorting above all, is part of the call.
 """
 
