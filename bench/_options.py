@@ -11,7 +11,7 @@ from typing import Any
 from ..kernels.activations import ACTIVATIONS
 from ..testing import CASES
 from . import process
-from .shapes import DENSE, Model
+from .shapes import DENSE, TOP1, Model
 from .work import DTYPES
 
 SCHEMA = 1
@@ -46,7 +46,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", nargs="+", metavar="NAME", type=_model, default=[],
-        help=f"widths of these models: {', '.join(DENSE)}",
+        help=f"widths of these models: {', '.join(DENSE | TOP1)}",
     )  # fmt: skip
 
 
@@ -93,9 +93,10 @@ def chosen_activations(args: argparse.Namespace) -> tuple[str, ...] | None:
 
 
 def _model(name: str) -> Model:
-    if name not in DENSE:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(DENSE)}; got {name!r}")
-    return DENSE[name]
+    known = DENSE | TOP1
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}; got {name!r}")
+    return known[name]
 
 
 def _shape(text: str) -> tuple[int, int, int]:

@@ -16,9 +16,9 @@ from .calls import calls_of, checked, disagreement, rotated
 from .check import check_one
 from .clock import Call, Sampler, Timer
 from .rivals import RIVALS, Fusedmlp, Rival
-from .shapes import DEFAULT_TOKENS, DENSE, cases_of
+from .shapes import DEFAULT_TOKENS, MODELS, cases_of
 from .stats import Summary, interleave, summarize
-from .work import DGLU, PHASES, Work, activations_of, case_of
+from .work import ALL_CASES, DGLU, PHASES, Work, activations_of, case_of
 
 # (D, H, model): where fusing gains least, and where most.
 Width = tuple[int, int, "str | None"]
@@ -66,7 +66,7 @@ def plan(options: Options) -> list[Work]:
     ]
     works = []
     for M, D, H, name in sizes:
-        model = DENSE.get(name or "")
+        model = MODELS.get(name or "")
         own = cases_of(model) if model else PLAIN_CASES
         asked = options.activations or ((model.activation,) if model else None)
         works += [
@@ -76,7 +76,7 @@ def plan(options: Options) -> list[Work]:
             for dtype in options.dtypes
         ]
     # --case and --op may name the same one.
-    return sorted(dict.fromkeys(works), key=lambda work: list(CASES).index(work.case.name))
+    return sorted(dict.fromkeys(works), key=lambda work: list(ALL_CASES).index(work.case.name))
 
 
 @dataclasses.dataclass(frozen=True)

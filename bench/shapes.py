@@ -58,12 +58,19 @@ _MODELS = (
 MODELS: dict[str, Model] = {model.name: model for model in _MODELS}
 DENSE: dict[str, Model] = {m.name: m for m in _MODELS if m.experts is None}
 MOE: dict[str, Model] = {m.name: m for m in _MODELS if m.experts is not None}
+# Of these, what moe_mlp serves.
+TOP1: dict[str, Model] = {name: m for name, m in MOE.items() if m.top_k == 1}
+# Tokens at which their rivals are measured.
+TOP1_TOKENS = (8192, 32768)
 # The widths against which rivals are measured: from where fusing pays most to where it hardly can.
 CAMPAIGN = ("narrow", "llama3.2-1b", "llama2-7b", "llama3-8b", "llama3-70b")
 
 
 def cases_of(model: Model) -> tuple[str, ...]:
     """The testing.CASES that such a model calls, its own weights' layout and biases first."""
+    if model.experts:
+        spreads = ("uniform", "skewed", "sparse")
+        return tuple(f"moe_mlp-{model.experts}-{spread}" for spread in spreads)
     if model.gated:
         return ("gated_act", "gated_linear", "gated_mlp")
     suffix = "-bias" if model.bias else ""

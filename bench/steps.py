@@ -12,7 +12,7 @@ from .. import _cuda
 from ..kernels.arch import ARCHES
 from ..testing import CASES
 from .ladder import TIMED, VARIANTS, provider, variants_of
-from .shapes import CAMPAIGN
+from .shapes import CAMPAIGN, TOP1, TOP1_TOKENS
 from .summary import CUDA, DEFAULT
 from .worker import SANITIZERS, SANITIZERS_CUDA
 
@@ -57,6 +57,10 @@ def _cases() -> dict[str, str]:
 
 def _needing(name: str, steps: Sequence[Step]) -> Iterator[Step]:
     return (dataclasses.replace(s, needs=name) for s in steps)
+
+
+# Their widths are those of models with experts.
+_BY_EXPERTS = ("moe_linear", "moe_mlp", "top1_route")
 
 
 def _cuda_first() -> Iterator[Step]:
@@ -107,6 +111,7 @@ def _time(name: str, budget_s: float, op: str, *arguments: str) -> Step:
 def plan() -> list[Step]:
     """All steps, by worth: what the time box cuts off is worth least."""
     cases = _cases()
+    tokens = tuple(map(str, TOP1_TOKENS))
     kernels = dict.fromkeys(name for arch in ARCHES.values() for name, _ in arch.tiles)
     steps = [python_step(f"check:{op}", 240, COMMAND, "check", "--op", op) for op in cases]
     steps += _cuda_first()
@@ -124,10 +129,15 @@ def plan() -> list[Step]:
         )
         for kernel, (op, phase) in TIMED.items()
     ]  # fmt: skip
+    steps += [
+        python_step(f"time:moe_mlp:{model}", 600, COMMAND, "time", "--model", model, "--m", *tokens)
+        for model in TOP1
+    ]
     steps += [python_step(f"tune:{k}", 420, COMMAND, "tune", "--kernel", k) for k in kernels]
     steps += [
         _time(f"time:{op}:{model}", 600, op, "--model", model, "--m", *TOKENS)
         for model in CAMPAIGN
         for op in cases
+        if op not in _BY_EXPERTS
     ]
     return steps

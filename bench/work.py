@@ -23,8 +23,15 @@ from typing import Any
 
 import torch
 
-from ..testing import CASES, Case, Shapes
+from ..testing import CASES, Case, Shapes, moe
+from .shapes import TOP1
 
+# The tests' cases, and the experts' with as many experts as models have.
+ALL_CASES: dict[str, Case] = CASES | {
+    case.name: case
+    for experts in dict.fromkeys(model.experts for model in TOP1.values())
+    for case in moe.sized(experts or 0)
+}
 PHASES = ("forward", "backward", "both")
 DGLU = "dglu"
 DTYPES: dict[str, torch.dtype] = {
@@ -124,6 +131,6 @@ def activations_of(case: Case, asked: tuple[str, ...] | None) -> tuple[str, ...]
 
 
 def case_of(name: str) -> Case:
-    if name not in CASES:
-        raise ValueError(f"case must be one of {', '.join(CASES)}; got {name!r}")
-    return CASES[name]
+    if name not in ALL_CASES:
+        raise ValueError(f"case must be one of {', '.join(ALL_CASES)}; got {name!r}")
+    return ALL_CASES[name]

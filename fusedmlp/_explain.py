@@ -16,6 +16,7 @@ from .ops import (
     gated_mlp,
     linear_act,
     mlp,
+    moe_linear,
     moe_mlp,
     top1_route,
 )
@@ -28,6 +29,7 @@ OPS = (
     mlp.OP,
     top1_route.OP,
     moe_mlp.OP,
+    moe_linear.OP,
 )
 
 

@@ -149,6 +149,24 @@ def test_a_models_cases_exist_and_fit_it(name):
         assert all(case.endswith("-bias") for case in cases)
 
 
+@pytest.mark.parametrize("name", shapes.TOP1)
+def test_a_model_of_experts_is_timed_with_as_many(name):
+    """Evenly, half of all tokens to one expert, and every other expert empty."""
+    model = shapes.TOP1[name]
+    cases = [case_of(case) for case in shapes.cases_of(model)]
+    assert len(cases) == 3
+    generator = torch.Generator().manual_seed(0)
+    counts = []
+    for case in cases:
+        assert case.shapes(8, 4, 2)["w_gate"] == (model.experts, 2, 4)
+        expert = case.draws["expert"]((8192,), generator)
+        counts.append(torch.bincount(expert, minlength=model.experts))
+    even, skewed, sparse = counts
+    assert even.min() > 0 and even.max() < 3 * 8192 / model.experts
+    assert 0.45 < skewed.max() / 8192 < 0.6
+    assert (sparse == 0).sum() == model.experts // 2
+
+
 def test_quantiles_by_hand():
     samples = [5.0, 1.0, 4.0, 2.0, 3.0]
     assert stats.summarize(samples) == stats.Summary(median=3.0, q20=1.8, q80=4.2)

@@ -154,6 +154,8 @@ def test_experts_that_cannot_be_fused(kwargs):
         p[t, e] * own(layer.experts, e, x[0, t : t + 1])[0] for t, e in enumerate(p.argmax(-1))
     ]
     torch.testing.assert_close(layer(x)[0][0], torch.stack(expected), rtol=1e-4, atol=1e-5)
+    how = "in one call, fused as 'silu'" if "dropout" in kwargs else "one by one in PyTorch"
+    assert f"experts (StackedExperts): 3 experts {how}" in fusedmlp.explain(layer)
     y, _ = layer.train()(x)
     y.sum().backward()
     assert all(p.grad is not None for p in layer.parameters())

@@ -1,7 +1,6 @@
 """moe_mlp against the reference: routings of every kind, forward, backward, and bad input."""
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -67,10 +66,10 @@ def assert_routed(inputs, expert, E, device, capacity=None, activation="silu"):
     check(case, {**inputs, "expert": expert.to(device)}, activation=activation)
 
 
-@pytest.mark.parametrize("capacity", (None, 3))
+@pytest.mark.parametrize("capacity", (None, 6))  # of fewer rows eager's error is a matter of luck
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_uneven_routings(routing, capacity, device, on_triton):
-    T, E = 21, EXPERTS
+    T, E = 26, EXPERTS
     inputs = FULL.inputs(T, 16, 16, torch.float32, device)
     assert_routed(inputs, ROUTINGS[routing](T, E), E, device, capacity)
 
@@ -179,18 +178,17 @@ def test_zero_stride_upstream_gradient(device, on_triton):
 
 
 @pytest.mark.parametrize("name", ("moe_mlp-bias", "moe_mlp-up_gate-bias"))
-def test_every_subset_of_gradients(name, device, on_triton):
-    """Singles, and all but one: they take every branch."""
+def test_each_gradient_alone(name, device, on_triton):
+    """And all but that of x: between them they take every branch."""
     case = MOE[name]
     inputs = case.inputs(5, 8, 8, torch.float32, device)
     names = list(floating(inputs))
     dy = torch.randn(5, 8, device=device)
     full = evaluate(case.run, inputs, dy)
-    for size in (1, len(names) - 1):
-        for wanted in itertools.combinations(names, size):
-            part = evaluate(case.run, inputs, dy, wanted)
-            for key in part:
-                torch.testing.assert_close(part[key], full[key], rtol=2e-6, atol=2e-6)
+    for wanted in (*((name,) for name in names), tuple(names[1:])):
+        part = evaluate(case.run, inputs, dy, wanted)
+        for key in part:
+            torch.testing.assert_close(part[key], full[key], rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("case", MOE.values(), ids=MOE)

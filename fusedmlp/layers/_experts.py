@@ -35,6 +35,11 @@ class StackedExperts(nn.Module):
     def __init__(self, num: int, make: Callable[[], FeedForward]) -> None:
         super().__init__()
         made = [make() for _ in range(num)]
+        if next(made[0].buffers(), None) is not None:
+            raise TypeError(
+                "StackedExperts: an expert's activation or norm must have no buffers, which cannot "
+                "be stacked; got one with"
+            )
         self.num_experts = num
         # In a tuple, so that it is no submodule: it holds settings and structure, no parameters.
         self._template = (copy.deepcopy(made[0]).to("meta"),)
@@ -91,6 +96,13 @@ class StackedExperts(nn.Module):
         dropout = template.net[1] if self._gated else template.net[2]
         idle = not self.training or passes_through(dropout)
         return name_of(cast(nn.Module, act)) if idle and template.pre_norm is None else None
+
+    def path(self) -> str:
+        """For explain(): whether the experts run as one call now."""
+        activation = self._fused_activation()
+        if activation is None:
+            return f"{self.num_experts} experts one by one in PyTorch"
+        return f"{self.num_experts} experts in one call, fused as {activation!r}"
 
     def slices(self) -> list[dict[str, Tensor]]:
         """Every expert's parameters by their names in FeedForward, as views with gradients."""

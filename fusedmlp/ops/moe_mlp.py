@@ -303,10 +303,9 @@ def check_routing(op: str, x: Tensor, routing: Routing, E: int, uses_prob: bool 
             f"{op}: routing.prob must have x's dtype {x.dtype} or torch.float32, got "
             f"{routing.prob.dtype}"
         )
-    if routing.tokens.device != x.device:
-        raise ValueError(
-            f"{op}: routing must be on x's device {x.device}, got {routing.tokens.device}"
-        )
+    for device in (routing.tokens.device, routing.prob.device):
+        if device != x.device:
+            raise ValueError(f"{op}: routing must be on x's device {x.device}, got {device}")
 
 
 def moe_mlp(

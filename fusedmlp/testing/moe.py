@@ -78,13 +78,20 @@ def experts_case(
     )
 
 
+def sized(experts: int) -> Iterator[Case]:
+    """moe_mlp with a model's number of experts, for benches; not among `cases`."""
+    for spread in SPREADS:
+        yield experts_case(f"moe_mlp-{experts}-{spread}", experts, spread)
+
+
 def cases() -> Iterator[Case]:
     yield Case(
         "top1_route",
         top1_route,  # type: ignore[arg-type]  # `result` makes a tensor of what it returns
         reference.top1_route,  # type: ignore[arg-type]
-        lambda M, D, H: {"logits": (M, H)},
-        lambda M, D, H: 5 * M * H,
+        # As many experts as hidden columns, up to what models have.
+        lambda M, D, H: {"logits": (M, min(H, 128))},
+        lambda M, D, H: 5 * M * min(H, 128),
         result=lambda routing: routing.prob,
         out_shape=lambda M, D, H: (M,),
     )
