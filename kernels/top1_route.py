@@ -208,6 +208,7 @@ def _blocks(E: int) -> dict[str, Any]:
         "BLOCK_E": block_e,
         "num_warps": 4 if block_e <= 512 else 8,
         "enable_fp_fusion": True,
+        "maxnreg": 255,  # as tiles.compiler_options: without a limit sm_120 spills
     }
 
 
