@@ -30,8 +30,10 @@ from triton.runtime.jit import JITFunction
 
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.arch import ARCHES, pretend
-from .aot_jobs import Job, jobs_of
+from . import aot_jobs, aot_moe
+from .aot_jobs import Job
 
+FAMILIES = (aot_jobs, aot_moe)
 MULTIPROCESSORS = 132
 # sm_86 is left out: it has the tiles of sm_80 and the shared memory of sm_120.
 ARCHES_COMPILED = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -99,6 +101,10 @@ def _tool(name: str, cubin: str, *flags: str) -> str:
 
 # What multiplies 16-bit tiles on each architecture; skinny tiles and sm_80's kin use mma.sync.
 _MATRIX_OPCODE = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+_GEMMS = (
+    "_fwd_kernel", "_bwd_kernel", "_partial_kernel",
+    "_up_kernel", "_down_kernel", "_dh_kernel", "_wgrad_kernel",
+)  # fmt: skip
 _OPCODES = ("HGMMA", "UTCHMMA", "HMMA", "FFMA", "UTMALDG", "UTMASTG")
 
 
@@ -118,9 +124,11 @@ def _inspect(job: Job, name: str, kernel: Any) -> Compiled:
         faults.append(f"spills ({stack} bytes of stack)")
     if shared > job.arch.shared_memory:
         faults.append(f"shared memory {shared} > {job.arch.shared_memory}")
-    is_gemm = name in ("_fwd_kernel", "_bwd_kernel", "_partial_kernel") and job.key is not None
+    is_gemm = name in _GEMMS and job.key is not None
     if is_gemm and job.dtype != torch.float32 and job.tile is not None:
-        wanted = "HMMA" if job.tile.skinny else _MATRIX_OPCODE.get(job.arch.name, "HMMA")
+        # wgmma and tcgen05 multiply no fewer than 64 rows.
+        few = job.tile.block_m < 64
+        wanted = "HMMA" if few else _MATRIX_OPCODE.get(job.arch.name, "HMMA")
         if wanted not in opcodes:
             faults.append(f"no {wanted}")
         if job.tile.tma and "UTMALDG" not in opcodes:
@@ -156,7 +164,7 @@ def gate(
     activations = [a for a in ACTIVATIONS if a != "silu"] if every_activation else ["gelu"]
     for name in arches:
         arch = ARCHES[name]
-        jobs = tuple(jobs_of(arch, activations))
+        jobs = tuple(job for family in FAMILIES for job in family.jobs_of(arch, activations))
         if kernels:
             wanted = [getattr(torch, d) for d in dtypes]
             jobs = tuple(

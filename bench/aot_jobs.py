@@ -16,6 +16,7 @@ from ..kernels.arch import SKINNY_M, Arch, Tile
 # Llama-3-8B's MLP; the ragged sizes keep no 16-byte alignment, so they take masked pointer loads.
 M, D, H = 4096, 4096, 14336
 RAGGED = 4093, 4093, 1021
+KERNELS = ("gated_linear_fwd", "linear_act_fwd", "gated_linear_bwd", "linear_act_bwd")
 THOROUGH = "sm_90"  # compiled in more variants: the GPU that the tiles are made for
 
 
@@ -63,6 +64,8 @@ def _gemm_call(
 def _gemm_jobs(arch: Arch, activations: list[str]) -> Iterator[Job]:
     for key, tiles in arch.tiles.items():
         kernel, size = key
+        if kernel not in KERNELS:
+            continue
         for tile in tiles:
             m, d, h = (M, D, H) if tile.loads != "element" else RAGGED
             m = SKINNY_M if tile.skinny else m
@@ -86,7 +89,7 @@ def _odd_jobs(arch: Arch) -> Iterator[Job]:
     """What only some calls meet: sizes of 1, which Triton compiles in; weights contiguous along
     either dimension; packed gradients; g and u alone."""
     bf16 = torch.bfloat16
-    for kernel in ("gated_linear_fwd", "linear_act_fwd", "gated_linear_bwd", "linear_act_bwd"):
+    for kernel in KERNELS:
         for size in ((1, D, H), (1, 1, H), (M, 1, H), (M, D, 1)):
             call = _gemm_call(kernel, bf16, *size, "silu", True)
             yield Job(arch, bf16, "x".join(map(str, size)), call, (kernel, 2))

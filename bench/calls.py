@@ -7,14 +7,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..testing import error_of
+from ..testing import doubled, error_of, floating
 from .clock import Call
 from .rivals import Rival
-from .work import Work
+from .work import DGLU, Work
 
 # A check needs no more rows than fill the GPU; float64 copies of more would fill its memory.
 CHECKED_ROWS = 2048
@@ -22,31 +23,34 @@ CHECKED_ROWS = 2048
 RIVAL_SLACK = 4.0
 
 
-def draw(work: Work, device: str, seed: int) -> dict[str, Tensor]:
+def draw(work: Work, device: str, seed: int, phase: str = "forward") -> dict[str, Tensor]:
     """Random normal arguments, made on the device; weights scaled so that results stay near 1."""
     generator = torch.Generator(device).manual_seed(seed)
-    shapes = work.case.shapes(work.M, work.D, work.H)
 
     def one(name: str, shape: tuple[int, ...]) -> Tensor:
+        if name in work.case.draws:
+            return work.case.draws[name](shape, generator)
         t = torch.randn(shape, device=device, dtype=work.torch_dtype, generator=generator)
         return t.div_(math.sqrt(shape[-1])) if name.startswith("w") else t
 
-    return {name: one(name, shape) for name, shape in shapes.items()}
+    return {name: one(name, shape) for name, shape in work.shapes(phase).items()}
 
 
 def refuse_zeros(tensors: Mapping[str, Tensor]) -> None:
     """Zeros make a GEMM up to 13% faster than real data: no speed is taken on them."""
     for name, t in tensors.items():
-        if t.numel() and not t.any():
+        if t.is_floating_point() and t.numel() and not t.any():
             raise ValueError(f"time: {name} is all zero; speeds are taken on random data only")
 
 
-def rotated(work: Work, device: str, l2_bytes: int) -> list[dict[str, Tensor]]:
+def rotated(
+    work: Work, device: str, l2_bytes: int, phase: str = "forward"
+) -> list[dict[str, Tensor]]:
     """As many sets of arguments as leave L2 behind: over three times its size together."""
-    first = draw(work, device, 0)
+    first = draw(work, device, 0, phase)
     size = sum(t.numel() * t.element_size() for t in first.values())
     count = 3 * l2_bytes // max(size, 1) + 1
-    sets = [first, *(draw(work, device, seed) for seed in range(1, count))]
+    sets = [first, *(draw(work, device, seed, phase) for seed in range(1, count))]
     for each in sets:
         refuse_zeros(each)
     return sets
@@ -56,29 +60,41 @@ def calls_of(
     rival: Rival, work: Work, phase: str, sets: Sequence[Mapping[str, Tensor]]
 ) -> list[Call]:
     """One call to time for each set of arguments."""
-    function = rival.function(work)
+    function: Any = rival.dglu(work) if phase == DGLU else rival.function(work)
     out = work.case.fake_output(work.M, work.D, work.H)
 
     def call_on(i: int, inputs: Mapping[str, Tensor]) -> Call:
-        arguments = rival.arguments(work, inputs)
-        if phase == "forward":
+        arguments = dict(inputs) if phase == DGLU else rival.arguments(work, inputs)
+        if phase in ("forward", DGLU):
             return lambda: _forward(function, arguments)
-        leaves = {name: t.detach().requires_grad_() for name, t in arguments.items()}
-        device = next(iter(leaves.values())).device
+        leaves = {
+            name: t.detach().requires_grad_(t.is_floating_point()) for name, t in arguments.items()
+        }
+        wanted = list(floating(leaves).values())
+        device = wanted[0].device
         generator = torch.Generator(device).manual_seed(i)
         dy = torch.randn(out.shape, device=device, dtype=work.torch_dtype, generator=generator)
         if phase == "both":
-            return lambda: torch.autograd.grad(function(leaves), list(leaves.values()), dy)
+            return lambda: torch.autograd.grad(function(leaves), wanted, dy)
         made = function(leaves)
-        return lambda: torch.autograd.grad(made, list(leaves.values()), dy, retain_graph=True)
+        return lambda: torch.autograd.grad(made, wanted, dy, retain_graph=True)
 
-    return [call_on(i, inputs) for i, inputs in enumerate(sets)]
+    with rival.in_force():
+        return [_in_force(rival, call_on(i, inputs)) for i, inputs in enumerate(sets)]
+
+
+def _in_force(rival: Rival, call: Call) -> Call:
+    def run() -> object:
+        with rival.in_force():
+            return call()
+
+    return run
 
 
 @torch.no_grad()
 def _forward(
-    function: Callable[[Mapping[str, Tensor]], Tensor], arguments: Mapping[str, Tensor]
-) -> Tensor:
+    function: Callable[[Mapping[str, Tensor]], Any], arguments: Mapping[str, Tensor]
+) -> Any:
     return function(arguments)
 
 
@@ -96,8 +112,7 @@ def disagreement(rival: Rival, work: Work, device: str) -> str | None:
     with torch.no_grad():
         out = rival.function(small)(rival.arguments(small, inputs))
         eager = small.case.run_reference(inputs, **small.options)
-        doubles = {name: t.double() for name, t in inputs.items()}
-        exact = small.case.run_reference(doubles, **small.options)
+        exact = small.case.run_reference(doubled(inputs), **small.options)
     error = error_of(out, exact, eager)
     if error.rms <= RIVAL_SLACK * error.rms_bound:
         return None

@@ -2,20 +2,19 @@
 
     python -m fusedmlp.bench campaign [--minutes N] [--out DIR]
 
-The test suite, check, compute-sanitizer, time, tune: one process per step, so that a crash, a hang
-or a poisoned CUDA context costs its own step and no more. Each record lies in the ledger within a
-moment of being found. The same command with the same --out goes on where the last one stopped.
+check, the CUDA kernels, time, the test suite, compute-sanitizer, tune (steps.py): one process per
+step, so that a crash, a hang or a poisoned CUDA context costs its own step, those that need it, and
+no more. Each record lies in the ledger within a moment of being found. The same command with the
+same --out goes on where the last one stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import hashlib
 import json
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,61 +24,16 @@ from typing import Any
 from . import process
 from ._options import add_json, subparser, write_json
 from .ledger import RESULTS, Ledger, LedgerError, create, load, save
+from .steps import WORKER, Step, plan, python_step
 from .summary import summary
-from .worker import ROOT, SANITIZERS
+from .worker import ROOT
 
 # How the detail of a step begins that did not get its chance; the next run takes it up.
 OUT_OF_TIME = "out of time"
 INTERRUPTED = "interrupted"
+BLOCKED = "left out"
 # With less time left a step would hardly have imported torch.
 LEAST_S = 15
-# Tokens of the curves of speed over size, at the widths of shapes.CAMPAIGN.
-TOKENS = ("1", "16", "64", "256", "1024", "4096", "16384")
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One process. budget_s: how long it may take before it counts as hung."""
-
-    name: str
-    argv: tuple[str, ...]
-    budget_s: float
-
-
-def _step(name: str, budget_s: float, module: str, *arguments: str) -> Step:
-    return Step(name, (sys.executable, "-m", module, *arguments), budget_s)
-
-
-def plan() -> list[Step]:
-    """All steps, by worth: right answers, sound memory, speed, better tiles, more sizes."""
-    from ..kernels.arch import ARCHES
-    from ..testing import CASES
-    from .shapes import CAMPAIGN
-
-    # The fullest call of each op, hence each of its kernels in one small case.
-    fullest = {
-        op: max((c for c in CASES.values() if c.op == op), key=lambda c: len(c.shapes(1, 1, 1)))
-        for op in dict.fromkeys(case.op for case in CASES.values())
-    }
-    kernels = dict.fromkeys(name for arch in ARCHES.values() for name, _ in arch.tiles)
-    command, worker = str(__package__), f"{__package__}.worker"
-    steps = [_step("tests", 600, worker, "tests")]
-    steps += [_step(f"check:{op}", 240, command, "check", "--op", op) for op in fullest]
-    steps += [
-        _step(f"{tool}:{op}", 180, worker, "sanitize", tool, case.name)
-        for tool in SANITIZERS
-        for op, case in fullest.items()
-    ]
-    steps += [_step(f"time:{op}", 420, command, "time", "--op", op) for op in fullest]
-    steps += [_step(f"tune:{k}", 420, command, "tune", "--kernel", k) for k in kernels]
-    steps += [
-        _step(
-            f"time:{op}:{model}", 600, command, "time", "--op", op, "--model", model, "--m", *TOKENS
-        )
-        for model in CAMPAIGN
-        for op in fullest
-    ]
-    return steps
 
 
 def source_hash(root: Path = ROOT) -> str:
@@ -95,11 +49,11 @@ def source_hash(root: Path = ROOT) -> str:
 
 def discover() -> dict[str, Any]:
     """This machine, asked of a child: a CUDA context here would hold memory all along."""
-    step = _step("environment", 180, f"{__package__}.worker", "environment")
+    asking = python_step("environment", 180, WORKER, "environment")
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         found: list[dict[str, Any]] = []
-        outcome = process.run(step.argv, step.budget_s, found.extend, log, cwd=ROOT)
+        outcome = process.run(asking.argv, asking.budget_s, found.extend, log, cwd=ROOT)
     if outcome.status != "ok":
         raise RuntimeError(f"campaign: cannot describe this machine: {outcome.detail}")
     return {**found[0]["machine"], "source": source_hash()}
@@ -121,11 +75,24 @@ def _identity(machine: Mapping[str, Any]) -> tuple[Any, ...]:
     return machine["gpu"], machine.get("commit"), machine.get("source")
 
 
+def _done(ledger: Ledger, name: str) -> dict[str, Any] | None:
+    return next((s for s in ledger.steps if s["name"] == name), None)
+
+
+def _ok(ledger: Ledger, name: str) -> bool:
+    done = _done(ledger, name)
+    return done is not None and done["status"] == "ok"
+
+
 def _unstarted(ledger: Ledger, step: Step) -> bool:
-    for done in ledger.steps:
-        if done["name"] == step.name:
-            return done["detail"].startswith((OUT_OF_TIME, INTERRUPTED))
-    return True
+    done = _done(ledger, step.name)
+    return done is None or done["detail"].startswith((OUT_OF_TIME, INTERRUPTED, BLOCKED))
+
+
+def _blocked(ledger: Ledger, step: Step) -> bool:
+    """Was it left out before, for want of another?"""
+    done = _done(ledger, step.name)
+    return done is not None and done["detail"].startswith(BLOCKED)
 
 
 def _failed(ledger: Ledger, step: Step) -> bool:
@@ -143,9 +110,20 @@ def order(ledger: Ledger, steps: Sequence[Step], others: Iterable[Ledger]) -> li
         for step in other.steps
         if step["status"] == "ok"
     }
-    fresh = [s for s in steps if _unstarted(ledger, s)]
-    fresh.sort(key=lambda s: s.name in done)
-    return fresh + [s for s in steps if _failed(ledger, s)]
+    fresh = [s for s in steps if _unstarted(ledger, s) and not _blocked(ledger, s)]
+    urgent: set[str] = set()
+    for s in reversed(fresh):
+        if s.name not in done or s.name in urgent:
+            urgent |= {s.name, s.needs}
+    fresh.sort(key=lambda s: s.name not in urgent)
+    # Only another try of what failed can free the blocked ones.
+    fresh += [s for s in steps if _failed(ledger, s)]
+    fresh += [s for s in steps if _blocked(ledger, s)]
+    needed = {s.needs for s in fresh}
+    for s in reversed(steps):
+        needed |= {s.needs} if s.name in needed else set()
+    lost = [s for s in steps if s.again and s.name in needed and s not in fresh]
+    return lost + fresh
 
 
 def open_ledger(
@@ -180,11 +158,13 @@ def run_step(ledger: Ledger, step: Step, left_s: float) -> None:
     """Run one step and put it and its records into the ledger, however it ends."""
     assert ledger.path is not None
     limit = min(step.budget_s, left_s)
+    left_out = [name for name, needed in step.without.items() if not _ok(ledger, needed)]
+    argv = (*step.argv, *(("--without", *left_out) if left_out else ()))
     log = ledger.path.parent / "logs" / ledger.path.stem / f"{step.name.replace(':', '-')}.log"
     start = time.monotonic()
     try:
         keep = lambda records: _keep(ledger, records)  # noqa: E731
-        outcome = process.run(step.argv, limit, keep, log, cwd=ROOT)
+        outcome = process.run(argv, limit, keep, log, cwd=ROOT)
     except KeyboardInterrupt:
         ledger.add_step(step.name, "killed", time.monotonic() - start, INTERRUPTED)
         save(ledger)
@@ -216,7 +196,13 @@ def run_campaign(
             if _unstarted(ledger, step):
                 ledger.add_step(step.name, "skipped", 0, OUT_OF_TIME)
             continue
-        run_step(ledger, step, left)
+        if step.needs and not _ok(ledger, step.needs):
+            need = _done(ledger, step.needs)
+            why = "has not run" if need is None else f"is {need['status']}"
+            ledger.add_step(step.name, "skipped", 0, f"{BLOCKED}: {step.needs} {why}")
+            save(ledger)
+        else:
+            run_step(ledger, step, left)
         done = ledger.steps[-1]
         first = (done["detail"].splitlines() or [""])[0]
         say(f"[{i + 1}/{len(todo)}] {step.name}: {done['status']}, {done['seconds']:.0f} s {first}")
@@ -255,12 +241,12 @@ def register(subparsers: Any) -> None:
     parser = subparser(
         subparsers,
         "campaign",
-        "tests, check, compute-sanitizer, time and tune on this GPU, into one ledger",
+        "check, build, time, test, sanitize and tune on this GPU, into one ledger",
         ("campaign", "campaign --minutes 10 --out results   # again with the same --out: goes on"),
         main,
     )
     parser.add_argument(
-        "--minutes", type=float, default=30, metavar="N", help="time box (default: %(default)s)"
+        "--minutes", type=float, default=25, metavar="N", help="time box (default: %(default)s)"
     )
     parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="DIR",

@@ -23,7 +23,7 @@ REGISTERS = 255
 
 def _halves(kernel: str) -> int:
     """Accumulators, and weight tiles, per x tile."""
-    return 2 if kernel == "gated_linear_fwd" else 1
+    return 2 if kernel in ("gated_linear_fwd", "moe_up") else 1
 
 
 def shared_bytes(tile: Tile, kernel: str, size: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import os
 import sys
 import tempfile
@@ -17,10 +18,12 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import fusedmlp
 
 from .. import _backend
+from .._cuda_gated_linear import forced, variant
 from ..testing import CASES, Error, judge
 from . import machine, process
 from ._options import (
@@ -35,37 +38,24 @@ from ._options import (
     write_json,
 )
 from ._render import Progress, number, table
+from .check_sizes import ON_CUDA, ON_GPU, SMALL, Class
+from .ladder import VARIANTS
 from .work import Work, activations_of, case_of
 
-# label, (M, D, H), dtype if none is asked for. Between them the defaults visit every dtype and
-# every way of loading: TMA or vectors, single elements, K cut into parts.
-Class = tuple[str, tuple[int, int, int], str]
-ON_GPU: tuple[Class, ...] = (
-    ("aligned", (512, 1024, 2816), "bfloat16"),
-    ("aligned", (512, 1024, 2816), "float16"),
-    ("ragged", (509, 1021, 1531), "bfloat16"),
-    ("aligned", (128, 256, 384), "float32"),
-    ("ragged", (251, 509, 763), "float32"),
-    ("skinny", (16, 4096, 2048), "bfloat16"),
-    ("one token", (1, 1024, 2048), "float16"),
-)
-SMALL: tuple[Class, ...] = (
-    ("aligned", (33, 40, 40), "bfloat16"),
-    ("ragged", (33, 35, 37), "float32"),
-    ("skinny", (5, 128, 40), "float16"),
-)
 INTERPRETER_LIMIT_S = 3600
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to check. None: the defaults of the device. widths: (D, H, model) of real models."""
+    """What to check. None: the defaults of the device. variants: of the CUDA kernels, each in turn;
+    None: the kernels' own choice."""
 
     cases: tuple[str, ...] = tuple(CASES)
     dtypes: tuple[str, ...] | None = None
     activations: tuple[str, ...] | None = None
     shapes: tuple[tuple[int, int, int], ...] = ()
     backend: str = "auto"
+    variants: tuple[str | None, ...] = (None,)
     backward: bool = True
 
 
@@ -76,6 +66,8 @@ def _device() -> str:
 def plan(options: Options) -> list[Work]:
     """Every (case, activation, size, dtype) that `run` will judge."""
     classes: Sequence[Class] = ON_GPU if _device() == "cuda" else SMALL
+    if options.backend == "cuda":
+        classes = ON_CUDA
     if options.shapes:
         classes = [("given", shape, "bfloat16") for shape in options.shapes]
     if options.dtypes is not None:
@@ -105,6 +97,14 @@ def _backend_name(work: Work) -> str:
     return "triton (interpreter)" if name == "triton" and _device() == "cpu" else name
 
 
+@functools.lru_cache(maxsize=1)
+def _inputs(work: Work) -> dict[str, Tensor]:
+    """Kept for the next provider or variant: at a model's widths drawing takes longest."""
+    return work.case.inputs(
+        work.M, work.D, work.H, work.torch_dtype, _device(), activation=work.activation
+    )
+
+
 def _numbers(error: Error) -> Record:
     fields = dataclasses.asdict(error)
     del fields["worst"]
@@ -115,14 +115,11 @@ def check_one(work: Work, backward: bool = True) -> Record:
     """The check record of one piece of work on the backend in force; one that raises fails."""
     record: Record = {
         "kind": "check", **work.identity(), "label": work.label, "backend": "none",
-        "device": machine.device_name(), "tensors": {}, "passed": False,
+        "variant": forced(), "device": machine.device_name(), "tensors": {}, "passed": False,
     }  # fmt: skip
     try:
         record["backend"] = _backend_name(work)
-        inputs = work.case.inputs(
-            work.M, work.D, work.H, work.torch_dtype, _device(), activation=work.activation
-        )
-        errors = judge(work.case, inputs, backward=backward, **work.options)
+        errors = judge(work.case, _inputs(work), backward=backward, **work.options)
     except Exception as error:  # whatever it is, the next case must still be checked
         return {**record, "error": f"{type(error).__name__}: {error}"}
     tensors = {name: _numbers(error) for name, error in errors.items()}
@@ -131,11 +128,12 @@ def check_one(work: Work, backward: bool = True) -> Record:
 
 def run(options: Options, emit: Emit) -> bool:
     """Judge everything in this process, one record each; True if all passed."""
-    works = plan(options)
+    works = [(name, work) for work in plan(options) for name in options.variants]
     passed = True
     with _in_force(options.backend), Progress("check", len(works)) as progress:
-        for work in works:
-            record = check_one(work, options.backward)
+        for name, work in works:
+            with variant(name):
+                record = check_one(work, options.backward)
             passed = passed and record["passed"]
             emit(record)
             progress.step(f"{work.case.name} {work.dtype}")
@@ -219,6 +217,7 @@ def show(records: Sequence[Record]) -> None:
         verdict = "pass" if r["passed"] else "FAIL"
         shape = f"{r['M']}x{r['D']}x{r['H']}"
         where = f"{r['label']} {shape}" if r.get("label") else shape
+        where += f", {r['variant']}" if r.get("variant") else ""
         rows.append([r["case"], r["activation"], r["dtype"], where, name, *figures, verdict])
     backends = ", ".join(dict.fromkeys(r["backend"] for r in records))
     devices = ", ".join(dict.fromkeys(r["device"] for r in records))
@@ -258,12 +257,15 @@ def options_of(args: argparse.Namespace) -> Options:
         activations=chosen_activations(args),
         shapes=tuple(shapes),
         backend=args.backend,
+        variants=tuple(args.variant or (None,)),
         backward=not args.forward_only,
     )
 
 
 def main(args: argparse.Namespace) -> int:
     options = options_of(args)
+    if args.variant and args.backend != "cuda":
+        raise Refusal("check --variant is of the CUDA kernels: it needs --backend cuda")
     if args.model and _device() == "cpu":
         raise Refusal("check --model needs a GPU for such widths; --shape takes smaller ones")
     records: list[Record] = []
@@ -281,6 +283,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             "check --op gated_linear gated_mlp --activation all",
             "check --case gated_mlp --shape 64x64x96 --dtype float32 bfloat16",
             "check --model llama3-8b --json errors.json",
+            f"check --backend cuda --op gated_linear --variant {VARIANTS[0]}",
         ),
         main,
     )  # fmt: skip
@@ -288,5 +291,9 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--backend", choices=_backend.BACKENDS, default="auto",
         help="default: the GPU's kernels, or without a GPU the kernels in Triton's interpreter",
+    )  # fmt: skip
+    parser.add_argument(
+        "--variant", nargs="+", choices=VARIANTS, metavar="NAME",
+        help=f"of the CUDA kernels; default: their own choice. On sm_90a: {', '.join(VARIANTS)}",
     )  # fmt: skip
     parser.add_argument("--forward-only", action="store_true", help="no gradients")

@@ -30,7 +30,7 @@ from typing import Any
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().parent / "results"
 STATUSES = ("ok", "failed", "killed", "skipped")
-PHASES = ("forward", "backward", "both")
+PHASES = ("forward", "backward", "both", "dglu")
 
 Record = dict[str, Any]
 
@@ -63,11 +63,12 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 }  # fmt: skip
 
 # kind -> the fields that tell two records apart; a later record with the same values replaces.
+# Ledgers from before the CUDA kernels name no variant, and no backend of a sanitizer.
 _IDENTITY: dict[str, tuple[str, ...]] = {
-    "check": ("case", "activation", "dtype", "M", "D", "H", "backend", "device"),
+    "check": ("case", "activation", "dtype", "M", "D", "H", "backend", "device", "variant"),
     "time": ("case", "provider", "phase", "activation", "dtype", "M", "D", "H"),
     "stick": ("name", "dtype", "M", "N", "K", "bytes"),
-    "sanitizer": ("tool", "case"),
+    "sanitizer": ("tool", "case", "backend"),
     "tune": ("arch", "kernel", "dtype", "M", "D", "H"),
 }
 

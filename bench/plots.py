@@ -18,7 +18,7 @@ from typing import Any
 
 from ._options import subparser
 from .ledger import RESULTS, Ledger, Record
-from .summary import is_ours
+from .summary import CUDA, DEFAULT, is_default, is_variant
 from .tables import newest, size
 
 STYLE = 1  # raise it when the drawing changes, so that old plots count as stale
@@ -68,7 +68,7 @@ def _rooflines(ledgers: Sequence[Ledger], ops: Sequence[str]) -> Iterator[Plot]:
             points = [
                 [r["flops"] / r["bytes"], r["tflops"], r["phase"]]
                 for r in _plain(records, op)
-                if is_ours(r) and r["flops"] and r["bytes"] and r["tflops"]
+                if is_default(r) and r["flops"] and r["bytes"] and r["tflops"]
             ]
             if cublas and copy and points:
                 data = by_gpu.setdefault(ledger.gpu, {"roofs": {}, "ops": {}, "sources": []})
@@ -95,7 +95,7 @@ def _curves(ledgers: Sequence[Ledger], ops: Sequence[str]) -> Iterator[Plot]:
     """Of each op, GPU and phase with two token counts or more: one panel per width."""
     for op in ops:
         for ledger, records in newest(ledgers, op, "time"):
-            plain = _plain(records, op)
+            plain = [r for r in _plain(records, op) if not is_variant(r)]
             for phase in dict.fromkeys(r["phase"] for r in plain):
                 panels = _panels([r for r in plain if r["phase"] == phase])
                 if panels:
@@ -134,7 +134,7 @@ def _draw_roofline(figure: Any, title: str, data: dict[str, Any]) -> None:
     middle = (low * peak / rate) ** 0.5
     axes.annotate(f"copy {rate * 1000:.0f} GB/s", (middle, middle * rate), xytext=(-6, 4),
                   ha="right", textcoords="offset points", fontsize=8)  # fmt: skip
-    fills = {"forward": "full", "backward": "none", "both": "left"}
+    fills = {"forward": "full", "backward": "none", "both": "left", "dglu": "bottom"}
     for i, (op, points) in enumerate(data["ops"].items()):
         for phase in dict.fromkeys(p[2] for p in points):
             xs, ys = zip(*[(p[0], p[1]) for p in points if p[2] == phase], strict=True)
@@ -187,14 +187,16 @@ def _draw_curves(figure: Any, title: str, data: dict[str, Any]) -> None:
 
 
 def _ours_first(names: set[str]) -> list[str]:
-    return sorted(names, key=lambda name: (not name.startswith("fusedmlp"), name))
+    return sorted(names, key=lambda name: (not name.startswith(DEFAULT), name))
 
 
 def _look(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Ours in black, the rivals by their place among the rivals."""
-    if name.startswith("fusedmlp"):
-        return {"color": "black", "marker": "o", "linewidth": 2, "markersize": 4, "capsize": 2}
-    i = [n for n in names if not n.startswith("fusedmlp")].index(name)
+    """Ours in black, its CUDA kernels dashed, the rivals by their place among the rivals."""
+    if name.startswith(DEFAULT):
+        line = {"linestyle": "--", "fillstyle": "none"} if name == CUDA else {}
+        look = {"color": "black", "marker": "o", "linewidth": 2, "markersize": 4, "capsize": 2}
+        return look | line
+    i = [n for n in names if not n.startswith(DEFAULT)].index(name)
     return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)],
             "linewidth": 1, "markersize": 4, "capsize": 2}  # fmt: skip
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..testing import CASES
-from . import plots, tables
+from . import ladder_table, plots, tables
 from ._options import subparser
 from .ledger import RESULTS, Ledger, LedgerError, load_all
 
@@ -64,6 +64,7 @@ def markdown(ledgers: Sequence[Ledger], drawn: Sequence[plots.Plot], folder: str
     """The whole of RESULTS.md. folder: where the plots lie, seen from there."""
     parts = [HEAD, "## State\n", tables.state(ledgers, ops()), ""]
     parts += ["## Targets\n", tables.target_table(ledgers), ""]
+    parts += ["## Ladder: gated_linear on sm_90a\n", ladder_table.section(ledgers), ""]
     rooflines = [plot for plot in drawn if plot.name.startswith("roofline-")]
     if rooflines:
         parts += ["## Rooflines\n", *(_image(plot, folder) for plot in rooflines)]

@@ -4,7 +4,8 @@ torch.compile and whatever fused MLP library is installed.
 An adapter declares the ops that it serves. `skip` says why it cannot run some work, `arguments`
 brings the case's arguments into its own layout (not timed), `function` imports it and returns the
 call to time: from those arguments to the case's result. A new family's rival is one more class in
-RIVALS; those of moe_mlp are in rivals_moe.
+RIVALS; Liger's are in rivals_liger, those of moe_mlp in rivals_moe, our own CUDA kernels in
+rivals_cuda.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .. import reference
-from .work import Work
+from ..ops import gated_linear
+from .work import DGLU, PHASES, Work
 
 Arguments = Mapping[str, Tensor]
 Function = Callable[[Arguments], Tensor]
@@ -29,14 +30,17 @@ Function = Callable[[Arguments], Tensor]
 class Rival:
     """ops: the public functions that it can stand in for; () for all. activations: our name -> its
     own; None for all, by our names. plain: takes only weights apart, no biases. trusted: made of
-    the reference, or judged by the tolerance rule: it computes the op."""
+    the reference, or judged by the tolerance rule: it computes the op. by_name: left out unless it
+    is asked for."""
 
     name: str
     ops: tuple[str, ...] = ()
+    phases: tuple[str, ...] = PHASES
     module: str | None = None
     activations: Mapping[str, str] | None = None
     plain: bool = True
     trusted: bool = False
+    by_name: bool = False
 
     def skip(self, work: Work, phase: str) -> str | None:
         """Why this work is not timed here; None if it is."""
@@ -66,8 +70,16 @@ class Rival:
     def function(self, work: Work) -> Function:
         raise NotImplementedError
 
+    def dglu(self, work: Work) -> Callable[[Arguments], object]:
+        """The same for the phase dglu, from dy, w_down and gu."""
+        raise NotImplementedError
+
     def preparing(self, phase: str) -> AbstractContextManager[Any]:
         """What has to be in force while a call is prepared and first made."""
+        return nullcontext()
+
+    def in_force(self) -> AbstractContextManager[Any]:
+        """What has to be in force during every call, and during its check."""
         return nullcontext()
 
     def its(self, activation: str) -> str:
@@ -83,24 +95,42 @@ def recomputes(work: Work) -> bool:
 
 
 class Fusedmlp(Rival):
+    """Whatever auto, or FUSEDMLP_BACKEND, takes."""
+
     name = "fusedmlp"
+    phases: tuple[str, ...] = (*PHASES, DGLU)
     plain = False
     trusted = True
 
     def function(self, work: Work) -> Function:
         return lambda t: work.case.run(t, **work.options)
 
+    def dglu(self, work: Work) -> Callable[[Arguments], object]:
+        return lambda t: gated_linear.bwd(
+            t["dy"], t["w_down"], t["gu"], work.activation, None, True, False
+        )
+
 
 class Eager(Rival):
     """The reference, op by op; under torch.utils.checkpoint where the case recomputes."""
 
     name = "eager"
+    phases: tuple[str, ...] = (*PHASES, DGLU)
     plain = False
     trusted = True
 
     def function(self, work: Work) -> Function:
         run = lambda t: work.case.run_reference(t, **work.options)  # noqa: E731
         return _recomputing(run) if recomputes(work) else run
+
+    def dglu(self, work: Work) -> Callable[[Arguments], object]:
+        def run(t: Arguments) -> object:
+            pair = [half.detach().requires_grad_() for half in t["gu"]]
+            with torch.enable_grad():
+                h = reference.gated_act(pair[0], pair[1], work.activation)
+            return torch.autograd.grad(h, pair, t["dy"] @ t["w_down"]), h.detach()
+
+        return run
 
 
 def _recomputing(run: Function) -> Function:
@@ -118,6 +148,7 @@ class EagerPacked(Eager):
     """Gate and up as one GEMM, as many models store them."""
 
     name = "eager-packed"
+    phases: tuple[str, ...] = PHASES
     ops = ("gated_linear", "gated_mlp")
 
     def skip(self, work: Work, phase: str) -> str | None:
@@ -141,6 +172,8 @@ class EagerPacked(Eager):
 
 class Compiled(Rival):
     """torch.compile of an eager rival; no CUDA graphs of its own, since everyone gets ours."""
+
+    phases: tuple[str, ...] = PHASES
 
     def function(self, work: Work) -> Function:
         run = super().function(work)
@@ -237,70 +270,12 @@ def in_turn(gate: Tensor, up: Tensor, dim: int = 0) -> Tensor:
     return torch.stack((gate, up), dim + 1).flatten(dim, dim + 1)
 
 
-_OVERWRITES = "its backward overwrites what its forward saved, so it cannot be repeated alone"
-
-
-class Liger(Rival):
-    """linkedin/Liger-Kernel's Triton MLP, gate and up in one kernel. It wants (batch, tokens,
-    D)."""
-
-    name = "liger"
-    ops = ("gated_linear", "gated_mlp")
-    module = "liger_kernel.ops.mlp"
-    activations = {"silu": "silu"}
-
-    def skip(self, work: Work, phase: str) -> str | None:
-        if recomputes(work):
-            return "does not recompute"
-        if work.case.op == "gated_linear" and phase != "forward":
-            return "has gradients of the whole block only"
-        return super().skip(work, phase) or (_OVERWRITES if phase == "backward" else None)
-
-    def function(self, work: Work) -> Function:
-        module = importlib.import_module("liger_kernel.ops.mlp")
-        if work.case.op == "gated_linear":
-            return lambda t: module.gemm_swiglu(
-                t["x"].unsqueeze(0), t["w_gate"], t["w_up"], 1.0, False
-            )[0].squeeze(0)
-        block = module.LigerMLPFunction.apply
-        return lambda t: block(t["x"].unsqueeze(0), t["w_gate"], t["w_up"], t["w_down"]).squeeze(0)
-
-
-class LigerElementwise(Rival):
-    """Liger's act(g) * u kernel, behind cuBLAS."""
-
-    name = "liger-elementwise"
-    ops = ("gated_act", "gated_linear", "gated_mlp")
-    module = "liger_kernel.ops"
-    activations = {"silu": "LigerSiLUMulFunction", "gelu_tanh": "LigerGELUMulFunction"}
-
-    def skip(self, work: Work, phase: str) -> str | None:
-        if recomputes(work):
-            return "does not recompute"
-        reason = super().skip(work, phase)
-        if reason is None and phase == "backward":
-            return _OVERWRITES
-        if reason is None and phase == "both" and work.case.op == "gated_act":
-            return "its backward overwrites g and u, here the caller's own"
-        return reason
-
-    def function(self, work: Work) -> Function:
-        act = getattr(importlib.import_module("liger_kernel.ops"), self.its(work.activation)).apply
-        if work.case.op == "gated_act":
-            return lambda t: act(t["g"], t["u"])
-        hidden = lambda t: act(F.linear(t["x"], t["w_gate"]), F.linear(t["x"], t["w_up"]))  # noqa: E731
-        if work.case.op == "gated_linear":
-            return hidden
-        return lambda t: F.linear(hidden(t), t["w_down"])
-
-
 RIVALS: dict[str, Rival] = {
     rival.name: rival
     for rival in (
-        Fusedmlp(), Eager(), EagerPacked(), Compile(), CompilePacked(), Quack(), Liger(),
-        LigerElementwise(),
+        Fusedmlp(), Eager(), EagerPacked(), Compile(), CompilePacked(), Quack(),
     )
 }  # fmt: skip
 
 # Last, since they derive from Rival: importing them enters them above.
-from . import rivals_moe  # noqa: E402, F401
+from . import rivals_cuda, rivals_liger, rivals_moe  # noqa: E402, F401

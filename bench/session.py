@@ -15,10 +15,10 @@ from ._options import Emit, Record
 from .calls import calls_of, checked, disagreement, rotated
 from .check import check_one
 from .clock import Call, Sampler, Timer
-from .rivals import RIVALS, Rival
+from .rivals import RIVALS, Fusedmlp, Rival
 from .shapes import DEFAULT_TOKENS, DENSE, cases_of
 from .stats import Summary, interleave, summarize
-from .work import PHASES, Work, activations_of, case_of
+from .work import DGLU, PHASES, Work, activations_of, case_of
 
 # (D, H, model): where fusing gains least, and where most.
 Width = tuple[int, int, "str | None"]
@@ -42,7 +42,8 @@ class Options:
 
     cases: None for each model's own calls. activations: None for each model's own, or the
     function's default. shapes: whole sizes, in place of widths x tokens. providers: () for all that
-    serve the op. keep_samples: add every sample to a record, as "samples_ms".
+    serve the op, but those that want to be named. without: providers left out. keep_samples: add
+    every sample to a record, as "samples_ms".
     """
 
     cases: tuple[str, ...] | None = PLAIN_CASES
@@ -53,6 +54,7 @@ class Options:
     shapes: tuple[tuple[int, int, int], ...] = ()
     phases: tuple[str, ...] = PHASES
     providers: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
     rounds: int = 20
     keep_samples: bool = False
 
@@ -86,7 +88,7 @@ class Sticks:
 
 
 Key = tuple[str, str]  # provider, phase
-CUBLAS: Key = ("cublas", "")
+CUBLAS = "cublas"  # the provider of a key; its phase is that of _gemm_of
 
 
 @dataclasses.dataclass
@@ -105,7 +107,7 @@ class Session:
         self.options, self.emit, self.timer = options, emit, timer
         self.copy: float | None = None
         self.clocks: list[dict[str, int]] = []
-        self._checks: dict[Work, str | None] = {}
+        self._checks: dict[tuple[str, Work], tuple[str, str | None]] = {}
         self._agreement: dict[tuple[str, Work], str | None] = {}
 
     def note_clocks(self) -> None:
@@ -113,23 +115,29 @@ class Session:
         if now is not None:
             self.clocks.append(now)
 
-    def failed_check(self, work: Work) -> str | None:
-        """Why `work` may have no speed: what its check said on this device."""
-        key = checked(work)
+    def check(self, rival: Rival, work: Work) -> tuple[str, str | None]:
+        """(the backend that a provider of ours runs on, why `work` may have no speed on it)."""
+        key = rival.name, checked(work)
         if key not in self._checks:
-            record = check_one(key)
+            with rival.in_force():
+                record = check_one(checked(work))
             self.emit(record)
             bad = [name for name, t in record["tensors"].items() if not t["passed"]]
             why = record.get("error") or f"wrong: {', '.join(bad)}"
-            self._checks[key] = None if record["passed"] else f"its check failed here ({why})"
+            failed = None if record["passed"] else f"its check failed here ({why})"
             if self.timer.device == "cuda" and record["backend"] == "reference":
-                self._checks[key] = "its kernels are switched off: FUSEDMLP_BACKEND is reference"
+                failed = "its kernels are switched off: FUSEDMLP_BACKEND is reference"
+            self._checks[key] = record["backend"], failed
         return self._checks[key]
 
     def refusal(self, rival: Rival, work: Work, phase: str) -> str | None:
+        if phase == DGLU and work.case.op != "gated_mlp":
+            return f"{work.case.op} has no such GEMM"
+        if phase not in rival.phases:
+            return "has gradients of whole calls only"
         reason = rival.skip(work, phase)
-        if reason is None and rival.name == "fusedmlp":
-            reason = self.failed_check(work)
+        if reason is None and isinstance(rival, Fusedmlp):
+            reason = self.check(rival, work)[1]
         return reason
 
     def time_copy(self) -> None:
@@ -146,9 +154,12 @@ class Session:
 
     def time(self, work: Work) -> None:
         """Every provider and phase of one piece of work, in rounds that interleave them."""
-        op = work.case.op
-        serving = [name for name, rival in RIVALS.items() if not rival.ops or op in rival.ops]
-        names = self.options.providers or serving
+        serving = [
+            name for name, rival in RIVALS.items()
+            if not rival.by_name and (not rival.ops or work.case.op in rival.ops)
+        ]  # fmt: skip
+        asked = self.options.providers or serving
+        names = [name for name in asked if name not in self.options.without]
         keys = [(name, phase) for name in names for phase in self.options.phases]
         prepared = Prepared()
         try:
@@ -160,20 +171,25 @@ class Session:
             for key in keys:
                 prepared.reasons.setdefault(key, _failure(error))
         self.note_clocks()
-        sticks = Sticks(self._cublas(work, samples.pop(CUBLAS, None)), self.copy)
+        rates = {gemm: self._cublas(work, gemm, samples.pop((CUBLAS, gemm), None))
+                 for gemm in dict.fromkeys(map(_gemm_of, self.options.phases))}  # fmt: skip
         for key in keys:
             peak = prepared.peaks.get(key) if key in samples else None
             reason = prepared.reasons.get(key)
+            sticks = Sticks(rates[_gemm_of(key[1])], self.copy)
             record = record_of(work, *key, samples.get(key), peak, sticks, reason)
+            # Of ours: which kernels ran.
+            record["backend"] = self._checks.get((key[0], checked(work)), (None,))[0]
             if self.options.keep_samples:
                 record["samples_ms"] = samples.get(key)
             self.emit(record)
 
     def _prepare_all(self, work: Work, keys: Sequence[Key], prepared: Prepared) -> None:
         """Fill `prepared` with a sampler of each key, or with why there is none; and cuBLAS."""
-        sets = rotated(work, self.timer.device, self.timer.l2_bytes)
+        gemms = list(dict.fromkeys(_gemm_of(phase) for _, phase in keys))
+        every = {g: rotated(work, self.timer.device, self.timer.l2_bytes, g) for g in gemms}
         for key in keys:
-            rival, phase = RIVALS[key[0]], key[1]
+            rival, phase, sets = RIVALS[key[0]], key[1], every[_gemm_of(key[1])]
             try:
                 reason = self.refusal(rival, work, phase) or self._known_to_agree(rival, work)
                 if reason is None:
@@ -183,8 +199,8 @@ class Session:
                 reason = _failure(error)
             if reason is not None:
                 prepared.reasons[key] = reason
-        if work.gemm():
-            prepared.takers[CUBLAS] = self._gemm_sampler(work)
+        for gemm in filter(work.gemm, gemms):
+            prepared.takers[CUBLAS, gemm] = self._gemm_sampler(work, gemm)
 
     def _known_to_agree(self, rival: Rival, work: Work) -> str | None:
         if rival.trusted:
@@ -204,22 +220,24 @@ class Session:
             peak = self.timer.peak_bytes(calls[0])
             return self.timer.sampler(calls, graph), peak
 
-    def _gemm_sampler(self, work: Work) -> Sampler:
-        gemm = work.gemm()
+    def _gemm_sampler(self, work: Work, phase: str) -> Sampler:
+        gemm = work.gemm(phase)
         assert gemm is not None
         M, N, K = gemm
         make = lambda *shape: torch.randn(  # noqa: E731
             shape, device=self.timer.device, dtype=work.torch_dtype
         )
         size = (M + N) * K * work.torch_dtype.itemsize
-        pairs = [(make(M, K), make(N, K)) for _ in range(3 * self.timer.l2_bytes // size + 1)]
-        calls: list[Call] = [lambda a=a, b=b: torch.mm(a, b.t()) for a, b in pairs]  # type: ignore[misc]
+        # Weights as they lie in a model: rows of K, but w_down in the backward has columns of it.
+        weight = lambda: make(K, N) if phase == DGLU else make(N, K).t()  # noqa: E731
+        pairs = [(make(M, K), weight()) for _ in range(3 * self.timer.l2_bytes // size + 1)]
+        calls: list[Call] = [lambda a=a, b=b: torch.mm(a, b) for a, b in pairs]  # type: ignore[misc]
         moved = size + M * N * work.torch_dtype.itemsize
         ms = machine.ROOFS["H100"].milliseconds(2 * M * N * K, moved, work.dtype)
         return self.timer.sampler(calls, ms < GRAPH_BELOW_MS)
 
-    def _cublas(self, work: Work, samples: Sequence[float] | None) -> float | None:
-        gemm = work.gemm()
+    def _cublas(self, work: Work, phase: str, samples: Sequence[float] | None) -> float | None:
+        gemm = work.gemm(phase)
         if gemm is None or samples is None:
             return None
         M, N, K = gemm
@@ -229,6 +247,11 @@ class Session:
             "tflops": tflops, "gbps": None,
         })  # fmt: skip
         return tflops
+
+
+def _gemm_of(phase: str) -> str:
+    """The phases that share arguments and cuBLAS's GEMM are named by one of them."""
+    return DGLU if phase == DGLU else "forward"
 
 
 def _failure(error: Exception) -> str:

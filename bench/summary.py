@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 
 from .ledger import Ledger, Record
 
+# The names of what auto takes and of the CUDA kernels, as they choose their own variants.
+DEFAULT, CUDA = "fusedmlp", "fusedmlp-cuda"
 LIMIT = 60
 WIDTH = 110
 
@@ -20,6 +22,7 @@ def summary(ledger: Ledger) -> list[str]:
         list(_sanitizers(ledger.of_kind("sanitizer"))),
         list(_sticks(ledger.of_kind("stick"))),
         list(_times(ledger.of_kind("time"))),
+        list(_cuda(ledger.of_kind("time"))),
         list(_tunes(ledger.of_kind("tune"))),
     ]
     # Each section keeps its head: a long list of failures must not push the speeds out.
@@ -28,7 +31,7 @@ def summary(ledger: Ledger) -> list[str]:
         lines += section[:10]
         if len(section) > 10:
             lines[-1] = f"  and {len(section) - 9} more lines"
-    assert len(lines) <= LIMIT + 10, "seven sections of ten lines"
+    assert len(lines) <= LIMIT + 20, "eight sections of ten lines"
     return [line[:WIDTH] for line in _fit(lines)]
 
 
@@ -58,7 +61,7 @@ def _checks(records: list[Record]) -> Iterator[str]:
     yield f"check: {len(records) - len(bad)} of {len(records)} passed"
     for r in bad:
         faulty = ", ".join(name for name, t in r["tensors"].items() if not t["passed"])
-        what = f"{r['case']} {r['activation']} {r['dtype']} {_size(r)}"
+        what = f"{r['case']} {r['activation']} {r['dtype']} {_size(r)}{on_backend(r)}"
         yield f"  failed   {what}: {faulty or r.get('error', 'it raised')}"
 
 
@@ -68,7 +71,8 @@ def _sanitizers(records: list[Record]) -> Iterator[str]:
         yield f"compute-sanitizer: {good} of {len(records)} clean"
     for r in records:
         if r["status"] != "ok":
-            yield f"  {r['status']:8} {r['tool']} {r['case']}: {_first_line(r['detail'])}"
+            what = f"{r['tool']} {r['case']}{on_backend(r)}"
+            yield f"  {r['status']:8} {what}: {_first_line(r['detail'])}"
 
 
 def _sticks(records: list[Record]) -> Iterator[str]:
@@ -76,6 +80,12 @@ def _sticks(records: list[Record]) -> Iterator[str]:
         rates = [r[field] for r in records if r["name"] == name]
         if rates:
             yield f"stick: {name} up to {max(rates):.0f} {unit}"
+
+
+def on_backend(r: Record) -> str:
+    """Where a record is about the CUDA kernels: that, and the variant that was forced."""
+    variant = f", {r['variant']}" if r.get("variant") else ""
+    return f" (cuda{variant})" if r.get("backend") == "cuda" else ""
 
 
 def _size(r: Record) -> str:
@@ -102,7 +112,7 @@ def _times(records: list[Record]) -> Iterator[str]:
     if records:
         yield f"time: {timed} measured, {len(records) - timed} skipped"
     for (op, phase), group in groups.items():
-        ours = [r for r in group if is_ours(r) and r["skipped"] is None]
+        ours = [r for r in group if is_default(r) and r["skipped"] is None]
         if not ours:
             yield f"  {op} {phase}: {_first_line(group[0]['skipped'] or 'only rivals measured')}"
             continue
@@ -114,6 +124,24 @@ def _times(records: list[Record]) -> Iterator[str]:
         rate = "" if best["tflops"] is None else f", {best['tflops']:.0f} TFLOP/s"
         speed = f"{best['median_ms']:.4g} ms{rate}{share(best)}{against}"
         yield f"  {op} {phase} {_size(best)}: {speed}"
+
+
+def _cuda(records: list[Record]) -> Iterator[str]:
+    """At each size of theirs: the CUDA kernels, their variants, and what auto takes."""
+    groups: dict[tuple[object, ...], list[Record]] = {}
+    for r in records:
+        if is_ours(r) and r["skipped"] is None:
+            groups.setdefault(place(r), []).append(r)
+    for group in groups.values():
+        if any(not is_default(r) for r in group):
+            group.sort(key=lambda r: r["median_ms"])
+            rates = [f"{r['provider'].removeprefix(f'{DEFAULT}-')} {_rate(r)}" for r in group]
+            first = group[0]
+            yield f"cuda: {first['op']} {first['phase']} {_size(first)}: {', '.join(rates)}"
+
+
+def _rate(r: Record) -> str:
+    return f"{r['median_ms']:.4g} ms" if r["of_cublas"] is None else f"{r['of_cublas']:.1%}"
 
 
 def share(record: Record) -> str:
@@ -130,5 +158,15 @@ def _tunes(records: list[Record]) -> Iterator[str]:
 
 
 def is_ours(record: Record) -> bool:
-    """Providers of this library are named fusedmlp, or fusedmlp-BACKEND."""
-    return str(record["provider"]).startswith("fusedmlp")
+    """Providers of this library: fusedmlp, fusedmlp-BACKEND and fusedmlp-BACKEND-VARIANT."""
+    return str(record["provider"]).startswith(DEFAULT)
+
+
+def is_default(record: Record) -> bool:
+    """Is it what auto takes, hence what a user gets?"""
+    return bool(record["provider"] == DEFAULT)
+
+
+def is_variant(record: Record) -> bool:
+    """Was a variant of a kernel forced? The ladder alone shows such a time."""
+    return str(record["provider"]).startswith(f"{CUDA}-")

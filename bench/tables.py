@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from .ledger import Ledger, Record
-from .summary import is_ours, place, share
+from .summary import CUDA, is_default, is_ours, is_variant, on_backend, place, share
 from .targets import TARGETS, measure, verdict
 
 NOTHING = "Nothing has been measured on a device yet."
@@ -67,23 +67,29 @@ def _percent(value: float | None) -> str:
 
 
 def state(ledgers: Sequence[Ledger], ops: Sequence[str]) -> str:
-    """One row per op and GPU, then the ops that no GPU has checked, by name."""
+    """One row per op, GPU and backend, then the ops that no GPU has checked, by name."""
     rows, missing = [], []
     for op in ops:
         checks, times = newest(ledgers, op, "check"), newest(ledgers, op, "time")
         if not checks:
             missing.append(op)
-        timed = {ledger.gpu: sum(r["skipped"] is None for r in rs) for ledger, rs in times}
+        timed = {
+            ledger.gpu: [str(r["provider"]).startswith(CUDA) for r in rs if r["skipped"] is None]
+            for ledger, rs in times
+        }
         for ledger, records in checks:
-            good = sum(r["passed"] for r in records)
-            says = "all passed" if good == len(records) else f"{len(records) - good} FAILED"
-            found = [f"{len(records)}: {says}", str(timed.get(ledger.gpu, 0))]
-            rows.append([f"`{op}`", ledger.gpu, *found, ledger.date, ledger.commit[:12]])
+            for backend in dict.fromkeys(r["backend"] for r in records):
+                passed = [r["passed"] for r in records if r["backend"] == backend]
+                bad = passed.count(False)
+                says = f"{bad} FAILED" if bad else "all passed"
+                count = timed.get(ledger.gpu, []).count(backend == "cuda")
+                found = [backend, f"{len(passed)}: {says}", str(count)]
+                rows.append([f"`{op}`", ledger.gpu, *found, ledger.date, ledger.commit[:12]])
     parts = []
     if not rows:
         parts.append(NOTHING)
     else:
-        parts.append(table(["op", "GPU", "checks", "times", "date", "commit"], rows))
+        parts.append(table(["op", "GPU", "backend", "checks", "times", "date", "commit"], rows))
     if missing:
         parts.append(f"Without a device record: {', '.join(f'`{op}`' for op in missing)}.")
     return "\n\n".join(parts)
@@ -109,10 +115,10 @@ def target_table(ledgers: Sequence[Ledger]) -> str:
 
 
 def errors(records: Sequence[Record]) -> str:
-    """Per dtype: how many checks, and the one nearest to its bound."""
+    """Per dtype and backend: how many checks, and the one nearest to its bound."""
     rows = []
-    for dtype in dict.fromkeys(r["dtype"] for r in records):
-        group = [r for r in records if r["dtype"] == dtype]
+    for dtype, backend in dict.fromkeys((r["dtype"], r["backend"]) for r in records):
+        group = [r for r in records if (r["dtype"], r["backend"]) == (dtype, backend)]
         tensors = [(_used(t), name, r, t) for r in group for name, t in r["tensors"].items()]
         good = sum(r["passed"] for r in group)
         cells = ["-"] * 5
@@ -120,12 +126,11 @@ def errors(records: Sequence[Record]) -> str:
             used, name, r, t = max(tensors, key=lambda item: item[0])
             cells = [f"{r['case']} {size(r)} {name}", f"{t['max']:.3g}", f"{t['eager_max']:.3g}",
                      f"{t['relative_l2']:.3g}", _percent(used)]  # fmt: skip
-        backends = ", ".join(dict.fromkeys(r["backend"] for r in group))
-        rows.append([dtype, backends, f"{good} of {len(group)}", *cells])
+        rows.append([dtype, backend, f"{good} of {len(group)}", *cells])
     header = ["dtype", "backend", "passed", "nearest to its bound", "max error", "eager's",
               "relative L2", "of the bound"]  # fmt: skip
     bad = [
-        f"- FAILED: {r['case']} {r['activation']} {r['dtype']} {size(r)}: "
+        f"- FAILED: {r['case']} {r['activation']} {r['dtype']} {size(r)}{on_backend(r)}: "
         + (
             ", ".join(n for n, t in r["tensors"].items() if not t["passed"])
             or r.get("error", "raised")
@@ -145,7 +150,9 @@ def _used(tensor: Record) -> float:
 
 
 def times(records: Sequence[Record]) -> str:
-    """A row per size and phase: ours, then each rival's time as a multiple of ours."""
+    """A row per size and phase: ours, then each rival's time as a multiple of ours. Variants of a
+    kernel are the ladder's."""
+    records = [r for r in records if not is_variant(r)]
     rivals = sorted({r["provider"] for r in records if not is_ours(r)})
     header = ["case", "phase", "dtype", "M x D x H", "provider", "ms (20% to 80%)", "TFLOP/s"]
     header += ["GB/s", "of cuBLAS", "of copy", "peak MB", *(f"{r} / ours" for r in rivals)]
@@ -200,9 +207,10 @@ def sticks(ledger: Ledger) -> str:
 
 def sanitizers(ledger: Ledger) -> str:
     rows = [
-        [r["tool"], f"`{r['case']}`", r["status"], (r["detail"].splitlines() or [""])[0]]
+        [r["tool"], f"`{r['case']}`{on_backend(r)}", r["status"],
+         (r["detail"].splitlines() or [""])[0]]
         for r in ledger.of_kind("sanitizer")
-    ]
+    ]  # fmt: skip
     return table(["tool", "case", "status", "detail"], rows)
 
 
@@ -237,7 +245,7 @@ def readme(ledgers: Sequence[Ledger], ops: Sequence[str]) -> str:
             ours = [
                 r
                 for r in records
-                if is_ours(r)
+                if is_default(r)
                 and r["skipped"] is None
                 and (r["phase"], r["case"]) == ("forward", op)
             ]

@@ -36,7 +36,7 @@ from ._render import Progress, number, percent, size, table
 from .clock import CudaTimer, Timer
 from .rivals import RIVALS
 from .session import PLAIN_CASES, Options, Session, plan
-from .work import PHASES
+from .work import DGLU, PHASES
 
 
 class NothingTimed(Refusal):
@@ -145,11 +145,13 @@ def options_of(args: argparse.Namespace) -> Options:
     return Options(**chosen)
 
 
-def add_sizes(parser: argparse.ArgumentParser, phases: Sequence[str]) -> None:
+def add_sizes(
+    parser: argparse.ArgumentParser, phases: Sequence[str], choices: Sequence[str] = PHASES
+) -> None:
     """The arguments that `options_of` reads."""
     add_selection(parser, "the plain case of each of these ops")
     parser.add_argument("--m", nargs="+", type=count, metavar="M", help="tokens in a call")
-    parser.add_argument("--phase", nargs="+", choices=PHASES, default=phases)
+    parser.add_argument("--phase", nargs="+", choices=choices, default=phases)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -158,6 +160,7 @@ def main(args: argparse.Namespace) -> int:
         rounds=args.rounds,
         keep_samples=args.keep_samples,
         providers=tuple(args.provider or ()),
+        without=tuple(args.without),
     )
     records: list[Record] = []
     found = machine.describe()
@@ -185,14 +188,19 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
             "time --op gated_mlp --model llama3-8b qwen3-8b --m 1 16 2048 8192",
             "time --case gated_linear --shape 8192x4096x14336 --provider fusedmlp quack",
             "time --op gated_mlp --base HEAD~1",
+            "time --case gated_mlp --phase dglu --provider fusedmlp fusedmlp-cuda eager",
             "time --json times.json",
         ),
         main,
     )  # fmt: skip
-    add_sizes(parser, PHASES)
+    add_sizes(parser, PHASES, (*PHASES, DGLU))
     parser.add_argument(
         "--provider", nargs="+", choices=RIVALS, metavar="NAME",
         help=f"default: those that serve the op, of {', '.join(RIVALS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--without", nargs="+", choices=RIVALS, default=(), metavar="NAME",
+        help="providers to leave out",
     )  # fmt: skip
     parser.add_argument("--rounds", type=count, default=20, metavar="N", help="default: 20")
     parser.add_argument(

@@ -6,10 +6,12 @@ bytes.
 | forward | the call, no gradient wanted | F | arguments read, result written |
 | backward | every gradient, after a forward | 2 F | arguments and dy read, every gradient written |
 | both | forward that saves what backward needs, then backward | 3 F | the sum of the two |
+| dglu | the GEMM dh = dy w_down of a gated_mlp's backward, alone | 2 M D H | as stated below |
 
 F is the case's own count. FLOPs are useful ones: what a kernel computes a second time is not
 counted. Bytes are the least that any implementation must move between memory and chip; what is
-saved between forward and backward is an implementation's own affair and not counted either.
+saved between forward and backward is an implementation's own affair and not counted either. dglu
+reads dy, w_down, g and u and writes dg, du and h, which are made from dh in the GEMM's epilogue.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from typing import Any
 
 import torch
 
-from ..testing import CASES, Case
+from ..testing import CASES, Case, Shapes
 
 PHASES = ("forward", "backward", "both")
+DGLU = "dglu"
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -58,23 +61,37 @@ class Work:
         """Keywords for case.run and case.run_reference."""
         return {"activation": self.activation} if takes_activation(self.case) else {}
 
+    def shapes(self, phase: str) -> Shapes:
+        """Of the tensors that a call of the phase is handed."""
+        if phase == DGLU:
+            M, D, H = self.M, self.D, self.H
+            return {"dy": (M, D), "w_down": (D, H), "gu": (2, M, H)}
+        return self.case.shapes(self.M, self.D, self.H)
+
     def flops(self, phase: str) -> int:
+        if phase == DGLU:
+            return 2 * self.M * self.D * self.H
         forward = self.case.flops(self.M, self.D, self.H)
         return forward * {"forward": 1, "backward": 2, "both": 3}[phase]
 
     def bytes(self, phase: str) -> int:
-        inputs = sum(math.prod(s) for s in self.case.shapes(self.M, self.D, self.H).values())
+        inputs = sum(math.prod(shape) for shape in self.shapes(phase).values())
+        if phase == DGLU:
+            return (inputs + 3 * self.M * self.H) * self.torch_dtype.itemsize
         forward = self.case.elements(self.M, self.D, self.H)
         backward = 2 * inputs + (forward - inputs)
         elements = {"forward": forward, "backward": backward, "both": forward + backward}[phase]
         return elements * self.torch_dtype.itemsize
 
-    def gemm(self) -> tuple[int, int, int] | None:
-        """(M, N, K) of its first GEMM, the one that cuBLAS is timed on beside it; None without
-        one."""
+    def gemm(self, phase: str = "forward") -> tuple[int, int, int] | None:
+        """(M, N, K) of the GEMM that cuBLAS is timed on beside a phase: of a call its first, of one
+        kernel its own; None without one."""
+        if phase == DGLU:
+            return self.M, self.H, self.D
         shapes = self.case.shapes(self.M, self.D, self.H)
         first = ("w", "w_in", "w_gate", "w_up")
-        rows = sum(s[0] for name, s in shapes.items() if name in first and len(s) == 2)
+        # Experts' weights have one dimension more; a row meets one expert.
+        rows = sum(s[-2] for name, s in shapes.items() if name in first and len(s) > 1)
         return (self.M, rows, self.D) if rows else None
 
     def identity(self) -> dict[str, object]:

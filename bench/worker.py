@@ -4,12 +4,14 @@
 |---|---|---|
 | environment | describes this machine | {"machine": ...} |
 | tests | the test suite on the GPU | its verdict |
-| sanitize TOOL CASE | one small case under compute-sanitizer | one sanitizer record |
-| exercise CASE | that case, forward and backward, on the kernels | nothing |
+| build | the CUDA extension, for this GPU alone, into this checkout | its verdict |
+| sanitize TOOL CASE [BACKEND] | one small case under compute-sanitizer | one sanitizer record |
+| exercise CASE [BACKEND] | that case, forward and backward, on the kernels | nothing |
 """
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import re
@@ -27,8 +29,11 @@ from .process import emitter
 
 ROOT = Path(__file__).resolve().parents[1]
 SANITIZERS = ("memcheck", "racecheck")
+SANITIZERS_CUDA = (*SANITIZERS, "synccheck")
 # Aligned with ragged tiles (TMA or vector loads), off every alignment (element loads), few rows.
 SMALL = ((130, 136, 72), (67, 131, 45), (3, 136, 72))
+# For the CUDA kernels: more tiles than multiprocessors, with tails on every side; one row of tiles.
+SMALL_CUDA = ((1040, 72, 2184), (3, 136, 72))
 
 
 def _verdict(emit: Callable[[dict[str, Any]], None], status: str, detail: str) -> None:
@@ -87,20 +92,72 @@ def _junit(path: Path) -> str:
     return "\n".join([first, *bad])
 
 
-def exercise(name: str) -> None:
-    """One case on the kernels at each of the SMALL sizes; its numbers are check's business."""
+def build() -> int:
+    """Always, even where there is an extension: it may be older than the sources."""
+    import torch
+
+    from .. import _cuda
+    from ..kernels.arch import capability_of
+
+    emit = emitter()
+    capability = capability_of(torch.device("cuda"))
+    if not any((ROOT / "csrc").glob(f"*_sm{capability}.cu")):
+        status = "ok" if _cuda.available() else "skipped"
+        _verdict(emit, status, f"{ROOT} holds no CUDA kernel for sm_{capability}")
+        return 0
+    folder = str(ROOT / "build" / "bench")
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
+    path = os.pathsep.join([os.environ["PATH"], *(f"{home}/bin" for home in homes if home)])
+    for command in (
+        ["cmake", "-S", str(ROOT), "-B", folder, "-G", "Ninja",
+         f"-DPython_EXECUTABLE={sys.executable}", f"-DFUSEDMLP_CUDA_ARCHS={capability}a",
+         "-DFUSEDMLP_CUDA_STRICT=ON"],
+        ["cmake", "--build", folder, "--parallel", str(min(8, os.cpu_count() or 1))],
+        ["cmake", "--install", folder, "--prefix", str(ROOT / "fusedmlp")],
+    ):  # fmt: skip
+        code = subprocess.run(command, env={**os.environ, "PATH": path}).returncode
+        if code:
+            return code
+    importlib.invalidate_caches()
+    extension, why = _cuda.load()
+    says = why if extension is None else f"CUDA {extension.CUDA}, for {extension.ARCHS}"
+    _verdict(emit, "failed" if extension is None else "ok", says)
+    return 0
+
+
+def exercise(name: str, on: str = "triton") -> None:
+    """One case on the kernels at each small size; its numbers are check's business."""
     import torch
 
     from .. import backend
+    from .._cuda_gated_linear import variant
     from ..testing import CASES, evaluate
 
     case = CASES[name]
-    with backend("triton"):
-        for m, d, h in SMALL:
-            inputs = case.inputs(m, d, h, torch.bfloat16, "cuda")
-            dy = torch.ones_like(case.run(inputs))
-            evaluate(case.run, inputs, dy)
-    torch.cuda.synchronize()
+    sizes, variants = (SMALL_CUDA, _variants(case.op)) if on == "cuda" else (SMALL, [None])
+    with backend(on):
+        for chosen in variants:
+            for m, d, h in sizes:
+                # Of a run that hangs this is all that is known.
+                print(f"{name} {m}x{d}x{h} on {on}, {chosen or 'own choice'}", flush=True)
+                inputs = case.inputs(m, d, h, torch.bfloat16, "cuda")
+                with variant(chosen):
+                    dy = torch.ones_like(case.run(inputs))
+                    evaluate(case.run, inputs, dy)
+                torch.cuda.synchronize()
+
+
+def _variants(op: str) -> list[str | None]:
+    """The kernels' own choice, then what all kernels of the op can be asked for here."""
+    import torch
+
+    from .. import _cuda
+    from .._cuda_gated_linear import variants
+    from ..kernels.arch import capability_of
+
+    capability = capability_of(torch.device("cuda"))
+    first, *rest = (variants(kernel, capability) for kernel in _cuda.KERNELS[op])
+    return [None, *(name for name in first if all(name in others for others in rest))]
 
 
 def find_sanitizer() -> str | None:
@@ -113,21 +170,21 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer", path=path)
 
 
-def sanitize(tool: str, case: str) -> None:
+def sanitize(tool: str, case: str, on: str = "triton") -> None:
     emit = emitter()
     program = find_sanitizer()
     if program is None:
         _verdict(emit, "skipped", "compute-sanitizer is not installed here")
         return
     argv = [program, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20"]
-    argv += [sys.executable, "-m", __spec__.name, "exercise", case]
+    argv += [sys.executable, "-m", __spec__.name, "exercise", case, on]
     # torch's cache would hand out neighbours of a freed block, and hide an access past the end.
     env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout, done.stderr, sep="\n", flush=True)
     status, detail = read_sanitizer(done.returncode, done.stdout + done.stderr)
-    record = {"kind": "sanitizer", "tool": tool, "case": case, "status": status, "detail": detail}
-    emit(record)
+    about = {"kind": "sanitizer", "tool": tool, "case": case, "backend": on}
+    emit({**about, "status": status, "detail": detail})
     _verdict(emit, status, detail)
 
 
@@ -147,8 +204,8 @@ def read_sanitizer(code: int, output: str) -> tuple[str, str]:
 
 def main(argv: list[str]) -> int:
     step, *rest = argv
-    if step == "tests":
-        return tests()
+    if step in ("tests", "build"):
+        return tests() if step == "tests" else build()
     steps: dict[str, Callable[..., None]] = {
         "environment": environment,
         "exercise": exercise,

@@ -58,25 +58,35 @@ void gated_linear_bwd(Address dy, Address w_down, Address g, Address u, Address 
           stream);
 }
 
-// (op, architecture) -> launcher.
-py::dict ops() {
-  py::dict table;
-  [[maybe_unused]] const auto add = [&](const char* op, const char* arch, auto launcher) {
-    table[py::make_tuple(op, arch)] = py::cpp_function(launcher, py::name(op));
-  };
+// (op, architecture) -> launcher, and -> names of its variants in the order of their numbers.
+struct Ops {
+  py::dict launchers, variants;
+
+  template <class Launcher, size_t COUNT>
+  void add(const char* op, const char* arch, Launcher launcher, const Variant (&table)[COUNT]) {
+    const py::tuple key = py::make_tuple(op, arch);
+    launchers[key] = py::cpp_function(launcher, py::name(op));
+    py::list names;
+    for (const Variant& variant : table) names.append(variant.name);
+    variants[key] = names;
+  }
+};
+
+Ops ops() {
+  Ops all;
 #ifdef FUSEDMLP_SM90
-  add("gated_linear_fwd", "sm_90a", &gated_linear_fwd<gated_linear_fwd_sm90>);
-  add("gated_linear_bwd", "sm_90a", &gated_linear_bwd<gated_linear_bwd_sm90>);
-  add("linear_act_fwd", "sm_90a", &gated_linear_fwd<gated_linear_fwd_sm90>);
-  add("linear_act_bwd", "sm_90a", &gated_linear_bwd<gated_linear_bwd_sm90>);
+  all.add("gated_linear_fwd", "sm_90a", &gated_linear_fwd<gated_linear_fwd_sm90>, kFwdSm90);
+  all.add("gated_linear_bwd", "sm_90a", &gated_linear_bwd<gated_linear_bwd_sm90>, kBwdSm90);
+  all.add("linear_act_fwd", "sm_90a", &gated_linear_fwd<gated_linear_fwd_sm90>, kFwdSm90);
+  all.add("linear_act_bwd", "sm_90a", &gated_linear_bwd<gated_linear_bwd_sm90>, kBwdSm90);
 #endif
 #ifdef FUSEDMLP_SM100
-  add("gated_linear_fwd", "sm_100a", &gated_linear_fwd<gated_linear_fwd_sm100>);
-  add("gated_linear_bwd", "sm_100a", &gated_linear_bwd<gated_linear_bwd_sm100>);
-  add("linear_act_fwd", "sm_100a", &gated_linear_fwd<gated_linear_fwd_sm100>);
-  add("linear_act_bwd", "sm_100a", &gated_linear_bwd<gated_linear_bwd_sm100>);
+  all.add("gated_linear_fwd", "sm_100a", &gated_linear_fwd<gated_linear_fwd_sm100>, kSm100);
+  all.add("gated_linear_bwd", "sm_100a", &gated_linear_bwd<gated_linear_bwd_sm100>, kSm100);
+  all.add("linear_act_fwd", "sm_100a", &gated_linear_fwd<gated_linear_fwd_sm100>, kSm100);
+  all.add("linear_act_bwd", "sm_100a", &gated_linear_bwd<gated_linear_bwd_sm100>, kSm100);
 #endif
-  return table;
+  return all;
 }
 
 py::dict numbered(std::initializer_list<const char*> names) {
@@ -93,7 +103,9 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The CUDA kernels of fusedmlp: raw addresses in, work enqueued on a stream.";
   m.attr("CUDA") = FUSEDMLP_CUDA_VERSION;
   m.attr("ARCHS") = FUSEDMLP_ARCHS;
-  m.attr("OPS") = ops();
+  const Ops all = ops();
+  m.attr("OPS") = all.launchers;
+  m.attr("VARIANTS") = all.variants;
   m.attr("SUM_ROWS") = py::int_(static_cast<int>(GatedLinearBwd::kSumRows));
   m.attr("DTYPES") = numbered({"bfloat16", "float16"});
   py::dict activations;

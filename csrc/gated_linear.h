@@ -8,6 +8,21 @@ namespace fusedmlp {
 
 enum class Dtype : int { bf16, fp16 };
 
+// A schedule of a kernel; `variant` below is its place in the table of its kernel and architecture.
+// Cooperative: one 128 x 256 tile for both consumers; ping-pong: 128 x 128 tiles, in turn.
+struct Variant {
+  const char* name;
+  bool pingpong;
+  int cluster;  // blocks that share their weight tiles
+};
+inline constexpr Variant kFwdSm90[] = {{"cooperative-cluster2", false, 2},
+                                       {"cooperative-cluster1", false, 1},
+                                       {"pingpong-cluster2", true, 2},
+                                       {"pingpong-cluster1", true, 1}};
+inline constexpr Variant kBwdSm90[] = {{"pingpong-cluster2", true, 2},
+                                       {"pingpong-cluster1", true, 1}};
+inline constexpr Variant kSm100[] = {{"cluster2", false, 2}, {"cluster1", false, 1}};
+
 // h = act(x wg' + bg) * (x wu' + bu); with w_up null, h = act(x wg' + bg). x (M, D), weights (H, D),
 // h, g, u (M, H), biases (H,). Any of h, g, u may be null: not wanted. Strides are of rows, in
 // elements; the other dimension is contiguous.
@@ -19,7 +34,7 @@ struct GatedLinearFwd {
   int activation;  // its number in activations.cuh
   Dtype dtype;
   int device, multiprocessors;
-  int variant;  // which tile of the kernel's table; -1: the kernel's choice
+  int variant;  // a place in its table; -1: the kernel's choice
 };
 
 // With dh = dy w_down: dg = dh u act'(g), du = dh act(g), h = act(g) u; with u null, dg = dh

@@ -377,12 +377,12 @@ const char* launch_gemm(const Arguments& args, const Params& p, void* stream) {
   return launch_persistent(gemm<C>, kThreads, sizeof(Shared<C>), args, p, stream);
 }
 
-// Variants: 0 with clusters of two, 1 without.
 template <class T, class Params>
 const char* enqueue(const Params& p, bool gated, void* stream) {
   constexpr bool BACKWARD = std::is_same_v<Params, GatedLinearBwd>;
-  if (p.variant > 1) return "no such variant";
-  const int cluster = p.variant == 1 || (p.variant < 0 && p.M <= 128) ? 1 : 2;
+  const Variant* variant = pick(kSm100, p);
+  if (variant == nullptr) return "no such variant";
+  const int cluster = variant->cluster;
   Arguments args;
   if (const char* error = arguments_of(p, BACKWARD ? 128 : 256, cluster, kBoxRows, &args)) {
     return error;

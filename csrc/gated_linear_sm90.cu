@@ -43,6 +43,7 @@ struct Shared {
   unsigned char boxes[2][C::BOXES][kBoxBytes];
   uint64_t full[C::STAGES], empty[C::STAGES];
   uint64_t loaded[2][2];  // consumer, set
+  uint64_t turn[2];       // ping-pong: the consumer may start to multiply
 
   FUSEDMLP_DEVICE unsigned char* a(int stage) { return stages[stage]; }
   FUSEDMLP_DEVICE unsigned char* b(int stage) { return stages[stage] + C::A_BYTES; }
@@ -74,13 +75,15 @@ struct Consumer {
   }
 };
 
-// acc = A B over all of K; leaves `ring` behind the tile.
+// acc = A B over all of K; leaves `ring` behind the tile. Ping-pong consumers multiply in turn: one
+// that waited for a stage's next filling but one could not tell it from the last.
 template <class C>
 FUSEDMLP_DEVICE void multiply(const Arguments& args, const Consumer<C>& self, Ring<C::STAGES>& ring,
-                              float (&acc)[C::ROW_BLOCKS][C::BN / 2]) {
+                              uint32_t turn, float (&acc)[C::ROW_BLOCKS][C::BN / 2]) {
   Shared<C>& shared = self.shared;
   const uint32_t cluster = args.schedule.cluster;
   const int first_row = C::PINGPONG ? 0 : 64 * self.group;
+  if (C::PINGPONG) barrier_wait(&shared.turn[self.group], turn);
   int previous = 0;
   for (int k = 0; k < args.k_steps; ++k, ring.next()) {
     barrier_wait(&shared.full[ring.stage], ring.phase);
@@ -104,6 +107,7 @@ FUSEDMLP_DEVICE void multiply(const Arguments& args, const Consumer<C>& self, Ri
     if (k > 0 && self.lane < cluster) barrier_arrive(&shared.empty[previous], self.lane);
     previous = ring.stage;
   }
+  if (C::PINGPONG && self.lane == 0) barrier_arrive(&shared.turn[1 - self.group]);
   wgmma_wait<0>();
   if (self.lane < cluster) barrier_arrive(&shared.empty[previous], self.lane);
 #pragma unroll
@@ -300,9 +304,11 @@ FUSEDMLP_DEVICE void consume(const Arguments& args, Shared<C>& shared, int rank)
   const int blocks = gridDim.x / schedule.cluster;
   int index = blockIdx.x / schedule.cluster;
   Ring<C::STAGES> ring;
+  uint32_t turn = 1;  // the first consumer's first turn needs no other before it
   if (C::PINGPONG && self.group == 1) {
     index += blocks;
     ring.skip(args.k_steps);
+    turn = 0;
   }
   for (; index < schedule.tiles(); index += (C::PINGPONG ? 2 : 1) * blocks) {
     const TileAt tile = schedule.at(index, rank);
@@ -312,13 +318,14 @@ FUSEDMLP_DEVICE void consume(const Arguments& args, Shared<C>& shared, int rank)
         load_pair(args, self, tile, 0);
         load_pair(args, self, tile, 1);
       }
-      multiply(args, self, ring, acc);
+      multiply(args, self, ring, turn, acc);
       finish_backward(args, self, tile, acc);
     } else {
-      multiply(args, self, ring, acc);
+      multiply(args, self, ring, turn, acc);
       finish_forward(args, self, tile, acc);
     }
     if (C::PINGPONG) ring.skip(args.k_steps);
+    turn ^= 1;
   }
   if (self.leads()) tma_store_wait_read<0>();  // shared memory must outlive its readers
 }
@@ -334,6 +341,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Argu
       barrier_init(&shared.empty[stage], 4 * C::CONSUMERS * cluster);  // every warp that reads it
     }
     for (int i = 0; i < 4; ++i) barrier_init(&shared.loaded[i / 2][i % 2], 1);
+    for (uint64_t& turn : shared.turn) barrier_init(&turn, 4);  // every warp of the other consumer
     barrier_init_fence();
     prefetch(&args.a);
     prefetch(&args.b[0]);
@@ -358,21 +366,6 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Argu
 
 // ---- host ------------------------------------------------------------------------------------
 
-struct Variant {
-  bool pingpong;
-  int cluster;
-};
-constexpr Variant kForward[] = {{false, 2}, {false, 1}, {true, 2}, {true, 1}};
-constexpr Variant kBackward[] = {{true, 2}, {true, 1}};
-
-// The variant asked for; by default the first, or the one without clusters where one row of tiles
-// leaves a second block nothing to do.
-template <size_t COUNT>
-const Variant* pick(const Variant (&table)[COUNT], int variant, int64_t M) {
-  if (variant < 0) variant = M <= 128 ? 1 : 0;
-  return variant < static_cast<int>(COUNT) ? &table[variant] : nullptr;
-}
-
 template <class C, class Params>
 const char* launch_gemm(const Arguments& args, const Params& p, void* stream) {
   static_assert(sizeof(Shared<C>) <= kSharedMemory);
@@ -383,7 +376,8 @@ template <class T, class Params>
 const char* enqueue(const Params& p, bool gated, const Variant* table_row, void* stream) {
   constexpr bool BACKWARD = std::is_same_v<Params, GatedLinearBwd>;
   if (table_row == nullptr) return "no such variant";
-  const auto [pingpong, cluster] = *table_row;
+  const bool pingpong = table_row->pingpong;
+  const int cluster = table_row->cluster;
   Arguments args;
   if (const char* error = arguments_of(p, pingpong ? 128 : 256, cluster, kBoxRows, &args)) {
     return error;
@@ -403,13 +397,13 @@ const char* enqueue(const Params& p, bool gated, const Variant* table_row, void*
 const char* gated_linear_fwd_sm90(const GatedLinearFwd& p, void* stream) {
   const auto run = p.dtype == Dtype::bf16 ? enqueue<__nv_bfloat16, GatedLinearFwd>
                                           : enqueue<__half, GatedLinearFwd>;
-  return run(p, p.w_up != nullptr, pick(kForward, p.variant, p.M), stream);
+  return run(p, p.w_up != nullptr, pick(kFwdSm90, p), stream);
 }
 
 const char* gated_linear_bwd_sm90(const GatedLinearBwd& p, void* stream) {
   const auto run = p.dtype == Dtype::bf16 ? enqueue<__nv_bfloat16, GatedLinearBwd>
                                           : enqueue<__half, GatedLinearBwd>;
-  return run(p, p.u != nullptr, pick(kBackward, p.variant, p.M), stream);
+  return run(p, p.u != nullptr, pick(kBwdSm90, p), stream);
 }
 
 }  // namespace fusedmlp

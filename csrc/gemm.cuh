@@ -203,13 +203,27 @@ inline const char* arguments_of(const GatedLinearBwd& p, int tile_n, int cluster
   return maps.error();
 }
 
+// Is there work, and room, for clusters of two?
+template <class Params>
+bool pairs(const Params& p) {
+  return p.M > 128 && p.multiprocessors > 1;
+}
+
+// The variant asked for, or nullptr; by default the first, or the one without clusters where a
+// second block would have nothing to do.
+template <size_t COUNT, class Params>
+const Variant* pick(const Variant (&table)[COUNT], const Params& p) {
+  const int variant = p.variant >= 0 ? p.variant : pairs(p) ? 0 : 1;
+  return variant < static_cast<int>(COUNT) ? &table[variant] : nullptr;
+}
+
 // Persistent: every cluster that fits the GPU at once walks the tiles.
 template <class Params>
 const char* launch_persistent(void (*kernel)(const Arguments), int threads, size_t shared_bytes,
                               const Arguments& args, const Params& p, void* stream) {
   if (const char* error = error_text(use_device(p.device))) return error;
   const int cluster = args.schedule.cluster;
-  const int clusters = std::min(args.schedule.tiles(), p.multiprocessors / cluster);
+  const int clusters = std::min(args.schedule.tiles(), std::max(1, p.multiprocessors / cluster));
   return error_text(launch_clusters(dim3(cluster), kernel, dim3(clusters * cluster), dim3(threads),
                                     shared_bytes, static_cast<cudaStream_t>(stream), args));
 }

@@ -124,6 +124,12 @@ FUSEDMLP_DEVICE uint32_t cluster_rank() {
   return rank;
 }
 
+FUSEDMLP_DEVICE uint32_t cluster_size() {
+  uint32_t size;
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+  return size;
+}
+
 FUSEDMLP_DEVICE void cluster_arrive() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
@@ -134,6 +140,10 @@ FUSEDMLP_DEVICE void cluster_wait() {
 
 FUSEDMLP_DEVICE void named_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+FUSEDMLP_DEVICE void named_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 template <int R>

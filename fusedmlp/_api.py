@@ -12,19 +12,35 @@ from .ops.gated_linear import gated_linear
 from .ops.gated_mlp import gated_mlp
 from .ops.linear_act import linear_act
 from .ops.mlp import mlp
+from .ops.moe_linear import moe_linear
+from .ops.moe_mlp import moe_mlp
+from .ops.top1_route import (
+    load_balancing_loss,
+    route_to,
+    router_z_loss,
+    top1_route,
+)
+from .reference import Routing
 
 __all__ = [
     "GELU",
     "ReLU",
     "SiLU",
     "Sigmoid",
+    "Routing",
     "backend",
     "explain",
     "gated_act",
     "gated_linear",
     "gated_mlp",
     "linear_act",
+    "load_balancing_loss",
     "mlp",
+    "moe_linear",
+    "moe_mlp",
+    "route_to",
+    "router_z_loss",
+    "top1_route",
 ]
 __all__ += activations.__all__
 __all__ += layers.__all__

@@ -7,7 +7,8 @@ multiple of 16 bytes, and D and H are multiples of 8. Other tensors are `Unfit`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -15,12 +16,44 @@ from torch import Tensor
 
 from . import _cuda
 from ._shapes import empty_pair, split_pair
-from .kernels.arch import cdiv, multiprocessors
+from .kernels.arch import capability_of, cdiv, multiprocessors
 from .reference import Packed
 
 Enqueue = Callable[..., None]
 
-_KERNELS_CHOICE = -1  # of its tile
+_variant: str | None = None
+
+
+@contextmanager
+def variant(name: str | None) -> Iterator[None]:
+    """Inside, every kernel here runs as its variant `name`, a name of `_C.VARIANTS`; None: as the
+    kernel itself chooses. Process-wide, for benches; a kernel without it raises ValueError."""
+    global _variant
+    previous, _variant = _variant, name
+    try:
+        yield
+    finally:
+        _variant = previous
+
+
+def forced() -> str | None:
+    """The name in force."""
+    return _variant
+
+
+def variants(kernel: str, capability: int) -> tuple[str, ...]:
+    """Names of what `kernel` can be asked for on such a GPU, its default first; () without it."""
+    launcher, arch = _cuda.find(kernel, capability)
+    return () if launcher is None else tuple(_cuda.load()[0].VARIANTS[kernel, arch])
+
+
+def _number(op: str, device: torch.device) -> int:
+    if _variant is None:
+        return -1
+    names = variants(op, capability_of(device))
+    if _variant not in names:
+        raise ValueError(f"{op}: variant must be one of {', '.join(names)}, got {_variant!r}")
+    return names.index(_variant)
 
 
 class _Names(NamedTuple):
@@ -102,7 +135,7 @@ def _tail(op: str, x: Tensor, activation: str) -> tuple[int, ...]:
         extension.DTYPES[_cuda.DTYPES[x.dtype]],
         x.get_device(),
         multiprocessors(x.device),
-        _KERNELS_CHOICE,
+        _number(op, x.device),
         _stream(x.device),
     )
 

@@ -10,9 +10,25 @@ from torch import nn
 
 from . import _backend, _cuda
 from .kernels.arch import LAST, arch_of, capability_of
-from .ops import gated_act, gated_linear, gated_mlp, linear_act, mlp
+from .ops import (
+    gated_act,
+    gated_linear,
+    gated_mlp,
+    linear_act,
+    mlp,
+    moe_mlp,
+    top1_route,
+)
 
-OPS = (gated_act.OP, gated_linear.OP, gated_mlp.OP, linear_act.OP, mlp.OP)
+OPS = (
+    gated_act.OP,
+    gated_linear.OP,
+    gated_mlp.OP,
+    linear_act.OP,
+    mlp.OP,
+    top1_route.OP,
+    moe_mlp.OP,
+)
 
 
 @runtime_checkable

@@ -8,6 +8,7 @@ been timed.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -74,37 +75,87 @@ _ELEMENT = Tile(64, 32, 16, 4, 2, subtiles=2, loads="element")
 _SKINNY = (Tile(16, 32, 128, 4, 4), Tile(16, 32, 32, 4, 2, loads="element"))
 _FP32_ELEMENT = Tile(32, 32, 16, 4, 2, loads="element")
 _FP32_SKINNY = (Tile(16, 32, 32, 4, 3), Tile(16, 32, 16, 4, 2, loads="element"))
-_FP32 = {  # CUDA cores unless the caller allows TF32; one set of tiles for all
+_MOE_FP32 = {  # moe_up holds two accumulators
+    ("moe_up", 4): (Tile(64, 64, 16, 8, 3, subtiles=2), Tile(16, 64, 16, 4, 3), _FP32_ELEMENT),
+    ("moe_down", 4): (Tile(64, 64, 32, 8, 3), Tile(16, 64, 32, 4, 3), _FP32_ELEMENT),
+    ("moe_dh", 4): (Tile(64, 64, 32, 8, 3, subtiles=4), Tile(16, 64, 32, 4, 3), _FP32_ELEMENT),
+    ("moe_wgrad", 4): (Tile(64, 64, 32, 8, 3), _FP32_ELEMENT),
+}
+_FP32 = _MOE_FP32 | {  # CUDA cores unless the caller allows TF32; one set of tiles for all
     ("gated_linear_fwd", 4): (Tile(64, 64, 16, 8, 3, subtiles=2), _FP32_ELEMENT, *_FP32_SKINNY),
     ("linear_act_fwd", 4): (Tile(64, 64, 16, 8, 3), _FP32_ELEMENT, *_FP32_SKINNY),
     ("gated_linear_bwd", 4): (Tile(64, 64, 32, 8, 3, subtiles=4), _FP32_ELEMENT),
     ("linear_act_bwd", 4): (Tile(64, 64, 32, 8, 3, subtiles=4), _FP32_ELEMENT),
 }
-_MMA = {  # mma.sync, 100 KB of shared memory: sm_80, 86, 89, 120
-    ("gated_linear_fwd", 2): (
-        Tile(128, 64, 32, 8, 4),
-        Tile(64, 64, 32, 4, 4),
-        _ELEMENT,
-        *_SKINNY,
-    ),
-    ("linear_act_fwd", 2): (
-        Tile(128, 128, 32, 8, 4),
-        Tile(64, 64, 32, 4, 4),
-        _ELEMENT,
-        *_SKINNY,
-    ),
-    ("gated_linear_bwd", 2): (
+# Of the experts' GEMMs, the tile is chosen by the rows that an expert has, hence a tile for few.
+_MOE_FEW = (Tile(32, 64, 64, 4, 4), Tile(16, 64, 64, 4, 4))
+_MOE_WGRAD = {("moe_wgrad", 2): (Tile(128, 128, 32, 8, 5), Tile(64, 64, 32, 4, 5), _ELEMENT)}
+_MOE_MMA = {
+    ("moe_up", 2): (Tile(128, 64, 32, 8, 4), Tile(64, 64, 32, 4, 4), *_MOE_FEW, _ELEMENT),
+    ("moe_down", 2): (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4), *_MOE_FEW, _ELEMENT),
+    ("moe_dh", 2): (
         Tile(128, 128, 32, 8, 4, subtiles=4),
         Tile(64, 64, 32, 4, 4, subtiles=2),
-        _ELEMENT,
-    ),
-    ("linear_act_bwd", 2): (
-        Tile(128, 128, 32, 8, 4, subtiles=4),
-        Tile(64, 64, 32, 4, 4, subtiles=2),
+        *_MOE_FEW,
         _ELEMENT,
     ),
 }
-_TMA = {  # wgmma on sm_90, tcgen05 on sm_100
+_MMA = (
+    _MOE_MMA
+    | _MOE_WGRAD
+    | {  # mma.sync, 100 KB of shared memory: sm_80, 86, 89, 120
+        ("gated_linear_fwd", 2): (
+            Tile(128, 64, 32, 8, 4),
+            Tile(64, 64, 32, 4, 4),
+            _ELEMENT,
+            *_SKINNY,
+        ),
+        ("linear_act_fwd", 2): (
+            Tile(128, 128, 32, 8, 4),
+            Tile(64, 64, 32, 4, 4),
+            _ELEMENT,
+            *_SKINNY,
+        ),
+        ("gated_linear_bwd", 2): (
+            Tile(128, 128, 32, 8, 4, subtiles=4),
+            Tile(64, 64, 32, 4, 4, subtiles=2),
+            _ELEMENT,
+        ),
+        ("linear_act_bwd", 2): (
+            Tile(128, 128, 32, 8, 4, subtiles=4),
+            Tile(64, 64, 32, 4, 4, subtiles=2),
+            _ELEMENT,
+        ),
+    }
+)
+_MOE_FEW_TMA = tuple(dataclasses.replace(tile, loads="tma") for tile in _MOE_FEW)
+_MOE_TMA = {  # weights by TMA, and rows in expert order; gathered rows by 16-byte loads
+    ("moe_up", 2): (
+        Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma"),
+        Tile(64, 128, 64, 4, 4, subtiles=2, loads="tma"),
+        *_MOE_FEW_TMA,
+        _ELEMENT,
+    ),
+    ("moe_down", 2): (
+        Tile(128, 256, 64, 8, 3, subtiles=4, loads="tma"),
+        Tile(64, 128, 64, 4, 4, subtiles=2, loads="tma"),
+        *_MOE_FEW_TMA,
+        _ELEMENT,
+    ),
+    ("moe_dh", 2): (
+        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma"),
+        Tile(64, 128, 64, 4, 4, subtiles=4, loads="tma"),
+        *_MOE_FEW_TMA,
+        _ELEMENT,
+    ),
+    # Its depth is an expert's rows: TMA would read those of the next into the sum.
+    ("moe_wgrad", 2): (
+        Tile(128, 256, 64, 8, 3, subtiles=4),
+        Tile(64, 128, 64, 4, 4, subtiles=2),
+        _ELEMENT,
+    ),
+}
+_TMA = _MOE_TMA | {  # wgmma on sm_90, tcgen05 on sm_100
     ("gated_linear_fwd", 2): (
         Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma"),
         Tile(64, 128, 64, 4, 4, subtiles=2, loads="tma"),
@@ -132,20 +183,41 @@ _TMA = {  # wgmma on sm_90, tcgen05 on sm_100
     ),
 }
 _INTERPRETED_SKINNY = (Tile(16, 32, 16, 4, 2), Tile(16, 32, 16, 4, 2, loads="element"))
-_INTERPRETED = {  # small, so that small inputs cross several tiles, K steps and ragged edges
+_MOE_INTERPRETED = {
     (kernel, size): (
-        Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="tma", group_m=2),
-        Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="element", group_m=2),
-        *(_INTERPRETED_SKINNY if kernel.endswith("_fwd") else ()),
+        Tile(
+            32,
+            32,
+            32,
+            4,
+            2,
+            subtiles=2,
+            loads="vector" if kernel == "moe_wgrad" else "tma",
+            group_m=2,
+        ),
+        Tile(16, 32, 32, 4, 2, loads="vector" if kernel == "moe_wgrad" else "tma", group_m=2),
+        Tile(32, 32, 32, 4, 2, subtiles=2, loads="element", group_m=2),
     )
-    for kernel, subtiles in (
-        ("gated_linear_fwd", 2),
-        ("linear_act_fwd", 1),
-        ("gated_linear_bwd", 4),
-        ("linear_act_bwd", 2),
-    )
+    for kernel in ("moe_up", "moe_down", "moe_dh", "moe_wgrad")
     for size in (2, 4)
 }
+_INTERPRETED = (
+    _MOE_INTERPRETED
+    | {  # small, so that small inputs cross several tiles, K steps and ragged edges
+        (kernel, size): (
+            Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="tma", group_m=2),
+            Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="element", group_m=2),
+            *(_INTERPRETED_SKINNY if kernel.endswith("_fwd") else ()),
+        )
+        for kernel, subtiles in (
+            ("gated_linear_fwd", 2),
+            ("linear_act_fwd", 1),
+            ("gated_linear_bwd", 4),
+            ("linear_act_bwd", 2),
+        )
+        for size in (2, 4)
+    }
+)
 
 ARCHES: dict[str, Arch] = {
     arch.name: arch
@@ -255,6 +327,20 @@ def _pick(
         (t for t in fitting if cdiv(M, t.block_m) * cdiv(N, t.block_n) >= multiprocessors),
         fitting[-1],
     )
+
+
+def pick_grouped_tile(kernel: str, x: Any, T: int, groups: int, aligned: bool) -> Tile:
+    """The tile for T rows in groups of their own: the smallest that holds a group's rows if all
+    have as many, else the largest. A larger one multiplies rows that are not there."""
+    rows = cdiv(T, max(groups, 1))
+    return _pick_grouped(arch_of(x.device), kernel, x.element_size(), rows, aligned)
+
+
+@functools.lru_cache(4096)
+def _pick_grouped(arch: Arch, kernel: str, size: int, rows: int, aligned: bool) -> Tile:
+    usable = [t for t in arch.tiles[kernel, size] if (t.loads != "element") == aligned]
+    usable.sort(key=lambda t: t.block_m)
+    return next((t for t in usable if t.block_m >= rows), usable[-1])
 
 
 def pick_splits(tile: Tile, x: Any, N: int, K: int) -> int:

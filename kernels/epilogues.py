@@ -58,7 +58,7 @@ def store_fwd(
 
 
 @triton.jit
-def _store_column_sums(value, sums_ptr, tile_m, n0, H, BLOCK_N: tl.constexpr):
+def store_column_sums(value, sums_ptr, tile_m, n0, H, BLOCK_N: tl.constexpr):
     offs_n = n0 + tl.arange(0, BLOCK_N)
     row = sums_ptr + tl.cast(tile_m, tl.int64) * H
     tl.store(row + offs_n, tl.sum(value, 0), mask=offs_n < H)
@@ -100,11 +100,11 @@ def store_bwd(
         store_tile(du, stride_dgm, m0, n0, M, H, grad_up, BLOCK_M, BLOCK_N, TMA)
         if sums_ptr is not None:
             up_sums_ptr = sums_ptr + tl.cast(tiles_m, tl.int64) * H
-            _store_column_sums(grad_up, up_sums_ptr, tile_m, n0, H, BLOCK_N)
+            store_column_sums(grad_up, up_sums_ptr, tile_m, n0, H, BLOCK_N)
         grad = grad * up
         value = value * up
     store_tile(dg, stride_dgm, m0, n0, M, H, grad, BLOCK_M, BLOCK_N, TMA)
     if sums_ptr is not None:
-        _store_column_sums(grad, sums_ptr, tile_m, n0, H, BLOCK_N)
+        store_column_sums(grad, sums_ptr, tile_m, n0, H, BLOCK_N)
     if h is not None:
         store_tile(h, stride_hm, m0, n0, M, H, value, BLOCK_M, BLOCK_N, TMA)

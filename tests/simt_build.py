@@ -19,7 +19,6 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +28,7 @@ import triton
 ROOT = Path(__file__).resolve().parent.parent
 RUNNER = ROOT / "tests" / "simt"
 FLAGS = (
-    *("-x", "c++", "-std=c++17", "-O2", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing"),
+    *("-x", "c++", "-std=c++17", "-O1", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing"),
     # Two libraries with a template in common must not share its `__shared__` variables.
     *("-Wl,-Bsymbolic", "-fno-semantic-interposition", "-fno-gnu-unique"),
     "-U_FORTIFY_SOURCE",  # it takes a jump out of a signal handler for an attack
@@ -68,7 +67,7 @@ def compile_command() -> list[str]:
 
 
 def cache_folder() -> Path:
-    default = Path(tempfile.gettempdir()) / f"fusedmlp-simt-{os.getuid()}"
+    default = Path.home() / ".cache" / "fusedmlp-simt"
     folder = Path(os.environ.get("FUSEDMLP_SIMT_CACHE", default))
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -84,9 +83,9 @@ def contents(dependencies: Path) -> str:
     return digest(hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files)
 
 
-def build(source: Path, defines: tuple[str, ...] = ()) -> Path:
+def build(source: Path, defines: tuple[str, ...] = (), flags: tuple[str, ...] = ()) -> Path:
     """The shared library of a source, built once for what its files hold."""
-    command = [*compile_command(), *(f"-D{define}" for define in defines)]
+    command = [*compile_command(), *flags, *(f"-D{define}" for define in defines)]
     stem = f"{source.stem}-{digest([source, *command])}"
     folder = cache_folder()
     rule = folder / f"{stem}.d"
@@ -97,10 +96,12 @@ def build(source: Path, defines: tuple[str, ...] = ()) -> Path:
             if library.exists():
                 return library
         built = folder / f"{stem}.so"
-        command += ["-MD", "-MF", str(rule), "-o", str(built), str(source)]
+        command += ["-MD", "-MF", str(rule), "-o", str(built), str(source), "-lrt"]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             raise SimtError(f"{source} does not compile for the host:\n{result.stderr}")
+        for outdated in folder.glob(f"{stem}-*.so"):
+            outdated.unlink()
         library = folder / f"{stem}-{contents(rule)}.so"
         built.rename(library)
         return library
@@ -204,17 +205,28 @@ class Library:
         """Runs an exported function; raises what the runner or the guards found."""
         function = getattr(self._handle, name)
         function.restype = ctypes.c_int
-        self._handle.simt_begin(seed, seconds)
-        status = function(*map(_as_c, arguments))
-        error = self._handle.simt_error().decode()
         buffers = [(i, a) for i, a in enumerate(arguments) if isinstance(a, Guarded)]
-        if error:
-            raise SimtError(f"{name}, seed {seed}: {self._explain(error, buffers)}")
+        with self.running(name, buffers, seed, seconds):
+            status = function(*map(_as_c, arguments))
         if status:
             raise SimtError(f"{name}, seed {seed}: returned error {status}")
         for index, buffer in buffers:
             if buffer.overwritten():
                 raise SimtError(f"{name}, seed {seed}: wrote beside argument {index}'s elements")
+
+    @contextlib.contextmanager
+    def running(self, name: str, buffers=(), seed: int = 0, seconds: float = 300.0):
+        """Around launches of this library's kernels; raises what the runner found."""
+        self._handle.simt_begin(seed, seconds)
+        failure = None
+        try:
+            yield
+        except RuntimeError as error:  # the kernel's own host code, which knows less
+            failure = error
+        if error := self._handle.simt_error().decode(errors="replace"):
+            raise SimtError(f"{name}, seed {seed}: {self._explain(error, buffers)}") from failure
+        if failure is not None:
+            raise failure
 
     def _explain(self, error: str, buffers: list[tuple[int, Guarded]]) -> str:
         if match := re.search(r"address (0x[0-9a-f]+)", error):
@@ -244,7 +256,7 @@ def _as_c(argument):
 
 
 @functools.cache
-def load(source: str, *defines: str) -> Library:
+def load(source: str, *defines: str, flags: tuple[str, ...] = ()) -> Library:
     """The library of a source, its path given from the repository's root."""
     path = ROOT / source
-    return Library(path, build(path, defines))
+    return Library(path, build(path, defines, flags))

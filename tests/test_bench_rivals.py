@@ -16,7 +16,12 @@ ACTS = {"swiglu": F.silu, "reglu": F.relu, "geglu": lambda x: F.gelu(x, approxim
         "glu": torch.sigmoid, "silu": F.silu, "relu": F.relu,
         "gelu_tanh_approx": lambda x: F.gelu(x, approximate="tanh")}  # fmt: skip
 
-DENSE = {name: rival for name, rival in RIVALS.items() if rival.ops != ("moe_mlp",)}
+# Our CUDA kernels need a GPU: tests/test_bench_cuda.py.
+DENSE = {
+    name: rival
+    for name, rival in RIVALS.items()
+    if rival.ops != ("moe_mlp",) and not name.startswith("fusedmlp-")
+}
 
 
 def work(case, activation="silu", dtype="float32", M=4, D=8, H=16):

@@ -76,7 +76,7 @@ def test_one_record_per_provider_and_phase():
     assert set(times[0]) == {
         "kind", "case", "op", "provider", "phase", "activation", "dtype", "M", "D", "H", "model",
         "median_ms", "q20_ms", "q80_ms", "flops", "bytes", "tflops", "gbps", "of_cublas",
-        "of_copy", "peak_memory_bytes", "skipped",
+        "of_copy", "peak_memory_bytes", "skipped", "backend",
     }  # fmt: skip
 
 
@@ -135,7 +135,9 @@ def test_elementwise_work_has_no_cublas():
 
 
 def test_a_failed_check_gives_no_speed(monkeypatch):
-    wrong = {"tensors": {"dx": {"passed": False}}, "passed": False, "kind": "check"}
+    wrong = {
+        "tensors": {"dx": {"passed": False}}, "passed": False, "kind": "check", "backend": "triton",
+    }  # fmt: skip
     monkeypatch.setattr(session, "check_one", lambda work: wrong)
     records, _ = run()
     ours = of(records, kind="time", provider="fusedmlp")
@@ -230,7 +232,7 @@ def test_running_out_of_memory_in_the_rounds_is_on_record(monkeypatch):
 
 
 def test_running_out_of_memory_before_the_rounds_is_on_record(monkeypatch):
-    def rotated(work, device, l2_bytes):
+    def rotated(work, device, l2_bytes, phase):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(session, "rotated", rotated)

@@ -7,9 +7,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from fusedmlp import _cuda
 from fusedmlp.bench import campaign, process, summary, worker
 from fusedmlp.bench import ledger as book
 from fusedmlp.bench.campaign import Step, run_campaign
@@ -28,8 +30,8 @@ def emit(record):
 """
 
 
-def step(name: str, code: str, budget_s: float = 20) -> Step:
-    return Step(name, (sys.executable, "-c", PRELUDE + code), budget_s)
+def step(name: str, code: str, budget_s: float = 20, **more) -> Step:
+    return Step(name, (sys.executable, "-c", PRELUDE + code), budget_s, **more)
 
 
 def emitting(*sizes: int) -> str:
@@ -216,6 +218,66 @@ def test_what_no_gpu_has_done_with_this_code_comes_first(tmp_path):
     assert [s["name"] for s in ran.steps] == ["c", "d", "a", "b"]
 
 
+def marking(folder: Path, name: str, code: str = "", **more) -> Step:
+    """A step that leaves its name in `folder`/order when it runs."""
+    folder.mkdir(exist_ok=True)
+    return step(name, f"open({str(folder)!r} + '/order', 'a').write('{name} ')\n" + code, **more)
+
+
+def test_what_a_step_needs_and_did_not_get_leaves_it_out_with_a_reason(tmp_path):
+    """A hang costs its own budget; what hangs on it costs nothing."""
+    hang = step("check", "time.sleep(60)", budget_s=1, needs="build")
+    time_it = marking(tmp_path, "time", needs="check")
+    last = marking(tmp_path, "last", needs="time")
+    ran = run([marking(tmp_path, "build"), hang, time_it, last, step("free", "")], tmp_path / "out")
+    assert (tmp_path / "order").read_text() == "build "
+    assert statuses(ran) == {
+        "build": "ok", "check": "killed", "time": "skipped", "last": "skipped", "free": "ok",
+    }  # fmt: skip
+    details = {s["name"]: s["detail"] for s in ran.steps}
+    assert details["time"] == "left out: check is killed"
+    assert details["last"] == "left out: time is skipped"
+
+
+def test_what_was_left_out_follows_the_second_try_of_what_it_needs(tmp_path):
+    """The first run's machine cannot build. The second one's can, and a new machine has lost what
+    was built: so the build comes first again."""
+    marks, can = tmp_path / "marks", tmp_path / "can"
+    build = marking(marks, "build", f"sys.exit(not os.path.exists({str(can)!r}))", again=True)
+    check = marking(marks, "check", needs="build")
+    late = marking(marks, "late", needs="check")
+    run([build, check], tmp_path / "out")
+    assert (marks / "order").read_text() == "build "
+    can.touch()
+    ran = run([build, check, marking(marks, "free"), late], tmp_path / "out")
+    # late had no turn before, so it came before the second try.
+    assert (marks / "order").read_text() == "build free build check "
+    assert statuses(ran)["late"] == "skipped"
+    ran = run([build, check, marking(marks, "free"), late], tmp_path / "out")
+    assert (marks / "order").read_text().split()[-2:] == ["build", "late"]
+    assert set(statuses(ran).values()) == {"ok"}
+
+
+def test_needs_come_first_even_where_another_gpu_has_done_them(tmp_path):
+    other = book.Ledger(MACHINE, MACHINE["commit"], "2000-01-01")
+    for name in ("build", "check", "old"):
+        other.add_step(name, "ok", 1, "")
+    ledger = book.Ledger(MACHINE, MACHINE["commit"], "2000-01-01")
+    steps = [
+        step("old", ""), step("build", "", again=True), step("check", "", needs="build"),
+        step("time", "", needs="check"), step("new", ""),
+    ]  # fmt: skip
+    names = [s.name for s in campaign.order(ledger, steps, [other])]
+    assert names == ["build", "check", "time", "new", "old"]
+
+
+def test_a_provider_whose_check_is_not_ok_is_left_out(tmp_path):
+    code = f"open({str(tmp_path / 'argv')!r}, 'w').write(' '.join(sys.argv[1:]))"
+    timing = step("time", code, without={"a": "check:a", "b": "check:b", "c": "none"})
+    run([step("check:a", "sys.exit(1)"), step("check:b", ""), timing], tmp_path / "out")
+    assert (tmp_path / "argv").read_text() == "--without a c"
+
+
 def test_a_broken_ledger_is_named_and_does_not_stop_it(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     said = []
@@ -290,15 +352,99 @@ def test_the_plan_covers_every_op_and_every_command_of_it_parses():
     assert len(names) == len(set(names))
     for op in {case.op for case in CASES.values()}:
         assert {f"check:{op}", f"memcheck:{op}", f"racecheck:{op}", f"time:{op}"} <= set(names)
+    for op in _cuda.KERNELS:
+        assert f"check:cuda:{op}" in names
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        assert {f"{tool}:cuda:gated_mlp", f"{tool}:cuda:mlp"} <= set(names)
     kinds = list(dict.fromkeys(name.partition(":")[0] for name in names))
-    assert kinds == ["tests", "check", "memcheck", "racecheck", "time", "tune"]
+    assert kinds == [
+        "check", "build", "memcheck", "time", "racecheck", "synccheck", "tests", "tune",
+    ]  # fmt: skip
     parser = cli.parser()
     for s in steps:
         module, arguments = s.argv[2], s.argv[3:]
         if module == "fusedmlp.bench":
             parser.parse_args(arguments)  # exits on an argument that the command does not know
+            # What a campaign may add.
+            parser.parse_args([*arguments, *(["--without", *s.without] if s.without else [])])
         elif arguments[0] == "sanitize":
             assert arguments[2] in CASES
+
+
+def test_a_hang_of_a_kernel_under_development_costs_little():
+    """Every CUDA step waits for the first check, which has 90 s; what others time leaves it out."""
+    steps = {s.name: s for s in campaign.plan()}
+    first = steps["check:cuda:gated_linear"]
+    assert first.budget_s <= 90
+    assert first.needs == "build"
+    for s in steps.values():
+        if ":cuda:" in s.name and s is not first:
+            needed = s
+            while needed.needs and needed is not first:
+                assert list(steps).index(needed.needs) < list(steps).index(needed.name)
+                needed = steps[needed.needs]
+            assert needed is first, s.name
+        elif s.name.startswith("time:") and any(op in s.name for op in _cuda.KERNELS):
+            assert s.without == {"fusedmlp-cuda": f"check:cuda:{s.name.split(':')[1]}"}
+        assert all(needed in steps for needed in s.without.values())
+
+
+def test_the_ladder_is_climbed_before_anything_is_compared_or_tuned():
+    names = [s.name for s in campaign.plan()]
+    ladder = names.index("time:cuda:gated_linear_fwd")
+    assert all(names.index(n) < ladder for n in names if n.startswith("check:"))
+    assert ladder < names.index("time:gated_act") < names.index("tests")
+
+
+@pytest.fixture
+def building(tmp_path, monkeypatch):
+    """worker.build() in a made-up checkout for an sm_90; returns (code, verdict, commands)."""
+    from fusedmlp.kernels import arch
+
+    (tmp_path / "csrc").mkdir()
+    records = tmp_path / "records"
+    monkeypatch.setenv(process.RECORDS, str(records))
+    monkeypatch.setattr(worker, "ROOT", tmp_path)
+    monkeypatch.setattr(arch, "capability_of", lambda device: 90)
+
+    def build(kernels=("gated_linear_sm90.cu",), code=0, loaded=(None, "the CUDA extension ...")):
+        for name in kernels:
+            (tmp_path / "csrc" / name).touch()
+        commands = []
+
+        def ran(command, **options):
+            commands.append(command)
+            return subprocess.CompletedProcess(command, code)
+
+        monkeypatch.setattr(worker.subprocess, "run", ran)
+        monkeypatch.setattr(_cuda, "load", lambda: loaded)
+        done = worker.build()
+        verdicts = records.read_text().splitlines() if records.exists() else []
+        return done, [json.loads(line)["step"] for line in verdicts], commands
+
+    return build
+
+
+def test_the_build_is_for_this_gpu_and_into_this_checkout(building, tmp_path):
+    extension = SimpleNamespace(CUDA="13.0", ARCHS="sm_90a")
+    code, verdict, commands = building(loaded=(extension, ""))
+    assert (code, verdict) == (0, [{"status": "ok", "detail": "CUDA 13.0, for sm_90a"}])
+    configure, build, install = commands
+    assert "-DFUSEDMLP_CUDA_ARCHS=90a" in configure
+    assert f"-DPython_EXECUTABLE={sys.executable}" in configure
+    assert "--build" in build
+    assert install[-1] == str(tmp_path / "fusedmlp")
+
+
+def test_a_build_that_fails_says_so(building):
+    assert building(code=2)[:2] == (2, [])
+    assert building()[1] == [{"status": "failed", "detail": "the CUDA extension ..."}]
+
+
+def test_nothing_is_built_where_no_kernel_is_written_for_the_gpu(building):
+    code, (verdict,), commands = building(kernels=("gated_linear_sm100.cu",))
+    assert (code, commands, verdict["status"]) == (0, [], "skipped")
+    assert verdict["detail"].endswith("holds no CUDA kernel for sm_90")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,18 @@
 """What only a GPU can show. Collected everywhere; conftest.py deselects it where there is none."""
 
+import re
+
 import pytest
 import torch
 
 import fusedmlp
+from fusedmlp import _cuda
+from fusedmlp.kernels.arch import capability_of
 from fusedmlp.testing import CASES, assert_close_to, compare, evaluate
 
 pytestmark = pytest.mark.gpu
+
+GEMMS = {name: case for name, case in CASES.items() if case.op in _cuda.KERNELS}
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float32), ids=str)
@@ -16,6 +22,23 @@ pytestmark = pytest.mark.gpu
 def test_model_sizes(case, shape, dtype):
     for name, triple in compare(case, case.inputs(*shape, dtype, "cuda")).items():
         assert_close_to(*triple, name=name)
+
+
+@pytest.mark.extension
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("shape", [(4096, 1024, 2816), (2047, 1000, 1008), (1, 4096, 14336)],
+                         ids=str)  # fmt: skip
+@pytest.mark.parametrize("case", GEMMS.values(), ids=GEMMS)
+def test_model_sizes_in_the_cuda_extension(case, shape, dtype):
+    inputs = case.inputs(*shape, dtype, "cuda")
+    launcher, why = _cuda.find(_cuda.KERNELS[case.op][0], capability_of(inputs["x"].device))
+    with fusedmlp.backend("cuda"):
+        if launcher is None:
+            with pytest.raises(RuntimeError, match=re.escape(why)):
+                case.run(inputs)
+        else:
+            for name, triple in compare(case, inputs).items():
+                assert_close_to(*triple, name=name)
 
 
 @pytest.mark.parametrize("name", ("gated_mlp-bias", "mlp-bias", "gated_mlp-recompute-bias"))

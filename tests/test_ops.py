@@ -11,7 +11,10 @@ import fusedmlp
 from fusedmlp._shapes import split_pair
 from fusedmlp.kernels.activations import ACTIVATIONS
 from fusedmlp.ops import gated_act, gated_linear, linear_act
-from fusedmlp.testing import CASES, assert_close_to, compare, evaluate
+from fusedmlp.testing import assert_close_to, compare, dense, evaluate
+
+# Other families have files of their own, at sizes that the interpreter bears for them.
+CASES = {case.name: case for case in dense.cases()}
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCKS = ("gated_linear", "gated_mlp", "linear_act", "mlp")
@@ -354,7 +357,8 @@ def test_every_registered_op_is_checked():
     names = {n for n in dir(torch.ops.fusedmlp) if not n.startswith("_") and n != "name"}
     checked = {f"{op}_{part}" for op in BLOCKS[::2] for part in ("fwd", "bwd")}
     checked |= {"gated_act_fwd", "gated_act_bwd", "linear_act_dz", "linear_act_h"}
-    assert names == checked
+    elsewhere = ("moe_", "route_", "top1_", "tree_")  # tests/test_moe*.py
+    assert {n for n in names if not n.startswith(elsewhere)} == checked
 
 
 def test_column_sums_come_in_the_packed_order(device, on_triton):

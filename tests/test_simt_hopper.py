@@ -52,6 +52,7 @@ ALWAYS = {
     "OVERWRITTEN_BARRIER": "the mbarrier has been overwritten",
     "UNALIGNED_DESCRIPTOR": "its first row is not at a multiple of 1024 bytes",
     "NO_STORE_FENCE": "with no fence_async_shared since",
+    "PHASE_AHEAD": "passed before its first phase had completed|deadlock",
     "SHORT_EXPECT": r"deadlock\n.*barrier_wait \(",
 }
 # What it says in seed 0's order, where asynchronous operations are late.

@@ -5,13 +5,16 @@ and may be built on the meta device: `layer.to_empty(device=...)`, then `layer.i
 """
 
 from .feedforward import FeedForward
+from .fff import FastFeedForward, PathWeightedFFF
 from .gating import GatingMechanism
 from .glu import GLU, Bilinear, GeGLU, ReGLU, SwiGLU
 from .gmlp import GMLP
 from .mlp import MLP
+from .moe import Top1MoE
 from .ngpt import NGPT, L2Norm
 from .pointwise import PointwiseMLP
 from .residual import ResidualWrapper
+from .switch import SwitchFFN
 from .transformer import GELUMLP, ReluSquaredMLP, SiLUMLP, SwiGLUMLP
 
 __all__ = [
@@ -21,10 +24,12 @@ __all__ = [
     "MLP",
     "NGPT",
     "Bilinear",
+    "FastFeedForward",
     "FeedForward",
     "GatingMechanism",
     "GeGLU",
     "L2Norm",
+    "PathWeightedFFF",
     "PointwiseMLP",
     "ReGLU",
     "ReluSquaredMLP",
@@ -32,4 +37,6 @@ __all__ = [
     "SiLUMLP",
     "SwiGLU",
     "SwiGLUMLP",
+    "SwitchFFN",
+    "Top1MoE",
 ]

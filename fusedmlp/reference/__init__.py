@@ -5,5 +5,31 @@ Any floating dtype, any device, any leading dimensions; gradients are autograd's
 """
 
 from .dense import Packed, gated_act, gated_linear, gated_mlp, halves, linear_act, mlp
+from .moe import (
+    Routing,
+    load_balancing_loss,
+    moe_linear,
+    moe_mlp,
+    route_to,
+    router_z_loss,
+    top1_route,
+    tree_path,
+)
 
-__all__ = ["Packed", "gated_act", "gated_linear", "gated_mlp", "halves", "linear_act", "mlp"]
+__all__ = [
+    "Packed",
+    "Routing",
+    "gated_act",
+    "gated_linear",
+    "gated_mlp",
+    "halves",
+    "linear_act",
+    "load_balancing_loss",
+    "mlp",
+    "moe_linear",
+    "moe_mlp",
+    "route_to",
+    "router_z_loss",
+    "top1_route",
+    "tree_path",
+]

@@ -1,7 +1,7 @@
 """What tests and bench share: the tolerance rule, the cases, NaN-poisoned memory."""
 
-from . import dense
-from .case import Case, Shapes, compare, evaluate, judge
+from . import dense, moe
+from .case import Case, Shapes, compare, doubled, evaluate, floating, judge
 from .memory import poison
 from .rule import Error, assert_close_to, error_of
 
@@ -12,11 +12,13 @@ __all__ = [
     "Shapes",
     "assert_close_to",
     "compare",
+    "doubled",
     "error_of",
     "evaluate",
+    "floating",
     "judge",
     "poison",
 ]
 
-FAMILIES = (dense,)
+FAMILIES = (dense, moe)
 CASES: dict[str, Case] = {case.name: case for family in FAMILIES for case in family.cases()}

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _api, reference
 from ..kernels.activations import ACTIVATIONS
 from .rule import Error, error_of
 
 Shapes = dict[str, tuple[int, ...]]
+Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,11 @@ class Case:
 
     shapes: argument name -> shape, in the order of fn's signature. options: fixed keywords of fn,
     of which the reference takes those in `reference_options`. flops, elements: of one forward, the
-    latter counting each argument read once and each result written once.
+    latter counting each argument read once and each result written once. draws: how arguments that
+    are no floating numbers are drawn, from shape and generator; they get no gradient. adapt: from
+    the drawn arguments to those of fn, by the functions of a module: the public ones or the
+    reference. result: from what fn returns to the tensor to compare.
+    out_shape: where the reference cannot run on the meta device.
     """
 
     name: str
@@ -33,6 +39,10 @@ class Case:
     flops: Callable[[int, int, int], int]
     options: Mapping[str, Any] = field(default_factory=dict)
     reference_options: tuple[str, ...] = ("packed",)
+    draws: Mapping[str, Draw] = field(default_factory=dict)
+    adapt: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda arguments, functions: arguments
+    result: Callable[[Any], Tensor] = lambda out: out
+    out_shape: Callable[[int, int, int], tuple[int, ...]] | None = None
 
     @property
     def op(self) -> str:
@@ -55,26 +65,29 @@ class Case:
         generator = torch.Generator().manual_seed(seed)
         draw = _off_kink if ACTIVATIONS[activation].kink else _uniform
         return {
-            name: draw(name, shape, D, generator).to(device=device, dtype=dtype)
+            name: self.draws[name](shape, generator).to(device)
+            if name in self.draws
+            else draw(name, shape, D, generator).to(device=device, dtype=dtype)
             for name, shape in self.shapes(M, D, H).items()
         }
 
     def run(self, inputs: Mapping[str, Tensor | None], **options: Any) -> Tensor:
-        return self.fn(**self._absent(inputs), **{**self.options, **options})
+        arguments = self._arguments(inputs, _api)
+        return self.result(self.fn(**arguments, **{**self.options, **options}))
 
     def run_reference(self, inputs: Mapping[str, Tensor | None], **options: Any) -> Tensor:
         options = {
             **{k: self.options[k] for k in self.reference_options if k in self.options},
             **options,
         }
-        return self.reference(**self._absent(inputs), **options)
+        return self.result(self.reference(**self._arguments(inputs, reference), **options))
 
-    def _absent(self, inputs: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
+    def _arguments(self, inputs: Mapping[str, Tensor | None], functions: Any) -> dict[str, Any]:
         """A packed call has no second half: pass None where the signature wants a name."""
         if "packed" not in self.options:
-            return dict(inputs)
+            return self.adapt(dict(inputs), functions)
         absent = "u" if "g" in inputs else "w_up"
-        return {**inputs, absent: None}
+        return self.adapt({**inputs, absent: None}, functions)
 
     def elements(self, M: int, D: int, H: int) -> int:
         shapes = self.shapes(M, D, H)
@@ -83,6 +96,8 @@ class Case:
 
     def fake_output(self, M: int, D: int, H: int) -> Tensor:
         """The result on the meta device: its shape, at no cost."""
+        if self.out_shape is not None:
+            return torch.empty(self.out_shape(M, D, H), device="meta")
         inputs = {k: torch.empty(s, device="meta") for k, s in self.shapes(M, D, H).items()}
         return self.run_reference(inputs)
 
@@ -117,6 +132,16 @@ def _off_kink(name: str, shape: tuple[int, ...], D: int, generator: torch.Genera
     return t + 0.05 * t.sign()
 
 
+def floating(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `inputs` that can have a gradient."""
+    return {name: t for name, t in inputs.items() if t.is_floating_point()}
+
+
+def doubled(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`inputs` in float64, but for those that are no floating numbers."""
+    return {name: t.double() if t.is_floating_point() else t for name, t in inputs.items()}
+
+
 def evaluate(
     fn: Callable[[Mapping[str, Tensor]], Tensor],
     inputs: Mapping[str, Tensor],
@@ -124,8 +149,8 @@ def evaluate(
     wanted: tuple[str, ...] | None = None,
 ) -> dict[str, Tensor]:
     """fn's output under "out" and, given its upstream gradient dy, the gradient of each `wanted`
-    input (default: all) under "d" + name."""
-    wanted = tuple(inputs) if wanted is None else wanted
+    input (default: all that can have one) under "d" + name."""
+    wanted = tuple(floating(inputs)) if wanted is None else wanted
     leaves = {
         # Views keep the strides under test; a clone would pack them.
         name: t.detach().requires_grad_(dy is not None and name in wanted)
@@ -165,7 +190,7 @@ def compare(
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """name -> (out, exact, eager) for the output and every gradient."""
     reference = lambda t: case.run_reference(t, **options)  # noqa: E731
-    exact_inputs = {name: t.double() for name, t in inputs.items()}
+    exact_inputs = doubled(inputs)
     if backward and dy is None:
         with torch.no_grad():
             out = reference(inputs)

@@ -16,7 +16,7 @@ struct Fault {
   int signal = 0;
   const char* address = nullptr;
   const char* instruction = nullptr;
-  bool write = false;
+  const char* access = "access";
 };
 
 class Faults {
@@ -82,7 +82,7 @@ class Faults {
 #if defined(__x86_64__)
     const auto& registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
     fault.instruction = reinterpret_cast<const char*>(registers[REG_RIP]);
-    fault.write = registers[REG_ERR] & 2;
+    fault.access = registers[REG_ERR] & 2 ? "write" : "read";
 #endif
     if (number == watchdog_signal()) {
       // Only a kernel's own code is left at any instruction; an allocator holds locks.
@@ -100,7 +100,7 @@ class Faults {
       if (scheduler.stacks.overflowed(last.address)) {
         text = "stack overflow";
       } else {
-        text = format("out-of-bounds %s at address %p", last.write ? "write" : "read",
+        text = format("out-of-bounds %s at address %p", last.access,
                       static_cast<const void*>(last.address));
       }
     } else if (last.signal == SIGILL) {

@@ -56,10 +56,6 @@ class Launch {
     grid.block = threads;
     grid.cluster = cluster;
     grid.static_shared = StaticShared::find();
-    if (shared + grid.static_shared.bytes > MAX_SHARED) {
-      throw Error(format("launch of %zu + %zu bytes of shared memory, a block can have %zu", shared,
-                         grid.static_shared.bytes, MAX_SHARED));
-    }
     for (unsigned i = 0; i < size(cluster); ++i) {
       shared_.push_back(std::make_unique<SharedMemory>(shared));
     }

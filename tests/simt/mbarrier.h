@@ -15,6 +15,8 @@ struct MBarrier {
   uint64_t content = 0;  // what the 64 bits hold, so that a write over them is found
   const Fiber* initialiser = nullptr;
   bool fenced = false;
+  bool counts_bytes = false;
+  Site passed{};           // a wait that no phase had to complete for
   bool committed = false;  // tcgen05_commit arrives at it
   std::vector<Fiber*> waiting;
 };
@@ -64,7 +66,16 @@ inline void complete_phase(MBarrier& barrier) {
   scheduler.wake(barrier.waiting);
 }
 
+// A producer may pass an `empty` barrier before its first phase; nobody may pass a `full` one.
+inline void check_first_phase(const MBarrier& barrier) {
+  if (!barrier.counts_bytes || !barrier.passed.file) return;
+  fail("an mbarrier that counts bytes was passed before its first phase had completed, by the "
+       "barrier_wait for parity 1 at " + name(barrier.passed));
+}
+
 inline void expect_bytes(MBarrier& barrier, int64_t bytes) {
+  barrier.counts_bytes = true;
+  check_first_phase(barrier);
   barrier.bytes += bytes;
   if (barrier.bytes > MBARRIER_LIMIT || barrier.bytes < -MBARRIER_LIMIT) {
     fail(format("an mbarrier with %lld bytes to come", static_cast<long long>(barrier.bytes)));
@@ -103,6 +114,10 @@ inline void wait_mbarrier(uint64_t* bar, uint32_t parity, Site at) {
   if (parity > 1) fail(at, format("barrier_wait for parity %u", parity));
   MBarrier& barrier = mbarrier(*enter(at).block, bar);
   scheduler.perturb();
+  if (barrier.phase == 0 && parity == 1) {
+    barrier.passed = at;
+    check_first_phase(barrier);
+  }
   while ((barrier.phase & 1) == parity) {
     barrier.waiting.push_back(&self());
     scheduler.block({"barrier_wait", at, mbarrier_state, &barrier});

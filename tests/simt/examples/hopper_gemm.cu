@@ -14,6 +14,7 @@ enum Fault : int {
   NO_WGMMA_WAIT,        // accumulators are read while their products run
   NO_WGMMA_FENCE,       //
   WRONG_PARITY,         // the producer's first wait is for the wrong phase
+  PHASE_AHEAD,          // the consumer takes a stage before its first phase
   SHORT_EXPECT,         // fewer bytes are announced than come
   NO_INIT_FENCE,        // TMA meets barriers that were not made visible to it
   DOUBLE_INIT,          //
@@ -64,7 +65,8 @@ __device__ void multiply(const Arguments& args, Shared& shared, float (&acc)[BN 
   const int fault = args.fault;
   for (int k = 0; k < args.k_steps; ++k) {
     const int s = k % STAGES;
-    if (fault != NO_FULL_WAIT) barrier_wait(&shared.full[s], k / STAGES % 2);
+    const uint32_t parity = k / STAGES % 2 ^ (fault == PHASE_AHEAD);
+    if (fault != NO_FULL_WAIT) barrier_wait(&shared.full[s], parity);
     if (fault != NO_WGMMA_FENCE) wgmma_fence();
     for (int kk = 0; kk < BK / 16; ++kk) {
       const unsigned char* a = shared.a[s] + 32 * kk + (fault == UNALIGNED_DESCRIPTOR ? 128 : 0);

@@ -1,0 +1,61 @@
+"""Our own CUDA kernels as providers beside `fusedmlp`, which is what auto takes: `fusedmlp-cuda` by
+their own choice of variant, and one for each variant of bench/ladder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+
+from .. import _cuda, backend
+from .._cuda_gated_linear import variant, variants
+from ..kernels.arch import capability_of
+from .ladder import VARIANTS, provider
+from .rivals import RIVALS, Fusedmlp
+from .summary import CUDA
+from .work import DTYPES, Work
+
+
+@contextmanager
+def cuda(name: str | None) -> Iterator[None]:
+    """Inside, ops run on their CUDA kernels, in the variant `name` or as these choose."""
+    with backend("cuda"), variant(name):
+        yield
+
+
+class Cuda(Fusedmlp):
+    """variant: the one forced, or None."""
+
+    ops = tuple(_cuda.KERNELS)
+
+    def __init__(self, variant: str | None = None) -> None:
+        self.name = CUDA if variant is None else provider(variant)
+        self.variant, self.by_name = variant, variant is not None
+
+    def skip(self, work: Work, phase: str) -> str | None:
+        if reason := super().skip(work, phase):
+            return reason
+        if DTYPES[work.dtype] not in _cuda.DTYPES:
+            return f"takes {' and '.join(_cuda.DTYPES.values())} only"
+        if work.D % 8 or work.H % 8:
+            return "needs widths that are multiples of 8"
+        capability = capability_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if not capability:
+            return "needs a GPU"
+        for kernel in _cuda.KERNELS[work.case.op]:
+            launcher, why = _cuda.find(kernel, capability)
+            if launcher is None:
+                return why
+            if self.variant is not None:
+                names = variants(kernel, capability)
+                if self.variant not in names:
+                    return f"{kernel} on {why} has variants {', '.join(names)}"
+        return None
+
+    def in_force(self) -> AbstractContextManager[None]:
+        return cuda(self.variant)
+
+
+RIVALS |= {rival.name: rival for rival in (Cuda(), *map(Cuda, VARIANTS))}

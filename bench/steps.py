@@ -1,0 +1,133 @@
+"""The steps of a campaign, the most valuable first: right answers, the CUDA kernels proved and
+their variants timed, speed, sound memory, better tiles, more sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+from .. import _cuda
+from ..kernels.arch import ARCHES
+from ..testing import CASES
+from .ladder import TIMED, VARIANTS, provider, variants_of
+from .shapes import CAMPAIGN
+from .summary import CUDA, DEFAULT
+from .worker import SANITIZERS, SANITIZERS_CUDA
+
+# Tokens of the curves of speed over size, at the widths of shapes.CAMPAIGN.
+TOKENS = ("1", "16", "64", "256", "1024", "4096", "16384")
+# Where the ladder is climbed first: many tiles, from long main loops to short ones.
+LADDER_SHAPES = ("8192x4096x14336", "8192x2048x8192", "16384x1536x4096", "4096x8192x28672")
+COMMAND = str(__package__)
+WORKER = f"{__package__}.worker"
+BUILD = "build"
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One process. budget_s: how long it may take before it counts as hung. needs: a step before it
+    that has to end well, or this one is skipped. without: provider -> the step that has to end
+    well, or that provider is left out. again: what it makes may be lost with the machine, so a
+    campaign that goes on does it again for those that need it.
+    """
+
+    name: str
+    argv: tuple[str, ...]
+    budget_s: float
+    needs: str = ""
+    without: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    again: bool = False
+
+
+def python_step(name: str, budget_s: float, module: str, *arguments: str) -> Step:
+    return Step(name, (sys.executable, "-m", module, *arguments), budget_s)
+
+
+def _cases() -> dict[str, str]:
+    """The fullest call of each op, hence each of its kernels in one small case."""
+    ops = dict.fromkeys(case.op for case in CASES.values())
+    fullest = (
+        max((c for c in CASES.values() if c.op == op), key=lambda c: len(c.shapes(1, 1, 1)))
+        for op in ops
+    )
+    return {case.op: case.name for case in fullest}
+
+
+def _needing(name: str, steps: Sequence[Step]) -> Iterator[Step]:
+    return (dataclasses.replace(s, needs=name) for s in steps)
+
+
+def _cuda_first() -> Iterator[Step]:
+    """Build, check, and time the ladder. A kernel under development may hang: the first check has
+    little time, and all that follows needs it."""
+    yield dataclasses.replace(python_step(BUILD, 300, WORKER, BUILD), again=True)
+    first, *others = (
+        python_step(f"check:cuda:{op}", 90, COMMAND, "check", "--backend", "cuda", "--op", op)
+        for op in _cuda.KERNELS
+    )
+    yield from _needing(BUILD, [first])
+    yield from _needing(first.name, others)
+    for name in VARIANTS:
+        ops = [op for kernel, (op, _) in TIMED.items() if name in variants_of(kernel)]
+        argv = ("check", "--backend", "cuda", "--variant", name, "--op", *ops)
+        yield from _needing(first.name, [python_step(f"check:cuda:{name}", 60, COMMAND, *argv)])
+    yield from _sanitizers_cuda(SANITIZERS_CUDA[:1])
+    for kernel, (op, phase) in TIMED.items():
+        argv = ("time", "--case", op, "--phase", phase, "--shape", *LADDER_SHAPES)
+        yield _ladder(f"time:cuda:{kernel}", 240, kernel, *argv)
+    yield from _sanitizers_cuda(SANITIZERS_CUDA[1:])
+
+
+def _ladder(name: str, budget_s: float, kernel: str, *arguments: str) -> Step:
+    """Every variant of a kernel, their own choice and what auto takes, in the same rounds."""
+    checks = {provider(name): f"check:cuda:{name}" for name in variants_of(kernel)}
+    made = python_step(name, budget_s, COMMAND, *arguments, "--provider", DEFAULT, CUDA, *checks)
+    return dataclasses.replace(made, needs=f"check:cuda:{TIMED[kernel][0]}", without=checks)
+
+
+def _sanitizers_cuda(tools: Sequence[str]) -> Iterator[Step]:
+    """Of the ops that launch all kernels there are; each runs every variant."""
+    kernels = _cuda.KERNELS
+    whole = [op for op in kernels if not any(set(kernels[op]) < set(k) for k in kernels.values())]
+    for tool in tools:
+        for op in whole:
+            argv = ("sanitize", tool, _cases()[op], "cuda")
+            made = python_step(f"{tool}:cuda:{op}", 120, WORKER, *argv)
+            yield from _needing(f"check:cuda:{op}", [made])
+
+
+def _time(name: str, budget_s: float, op: str, *arguments: str) -> Step:
+    made = python_step(name, budget_s, COMMAND, "time", "--op", op, *arguments)
+    without = {CUDA: f"check:cuda:{op}"} if op in _cuda.KERNELS else {}
+    return dataclasses.replace(made, without=without)
+
+
+def plan() -> list[Step]:
+    """All steps, by worth: what the time box cuts off is worth least."""
+    cases = _cases()
+    kernels = dict.fromkeys(name for arch in ARCHES.values() for name, _ in arch.tiles)
+    steps = [python_step(f"check:{op}", 240, COMMAND, "check", "--op", op) for op in cases]
+    steps += _cuda_first()
+    steps += [_time(f"time:{op}", 420, op) for op in cases]
+    steps += [python_step("tests", 600, WORKER, "tests")]
+    steps += [
+        python_step(f"{tool}:{op}", 180, WORKER, "sanitize", tool, name)
+        for tool in SANITIZERS
+        for op, name in cases.items()
+    ]
+    steps += [
+        _ladder(
+            f"time:cuda:{kernel}:sizes", 420, kernel, "time", "--case", op, "--phase", phase,
+            "--model", *CAMPAIGN, "--m", *TOKENS[2:],
+        )
+        for kernel, (op, phase) in TIMED.items()
+    ]  # fmt: skip
+    steps += [python_step(f"tune:{k}", 420, COMMAND, "tune", "--kernel", k) for k in kernels]
+    steps += [
+        _time(f"time:{op}:{model}", 600, op, "--model", model, "--m", *TOKENS)
+        for model in CAMPAIGN
+        for op in cases
+    ]
+    return steps

@@ -1,0 +1,144 @@
+"""Top1MoE: a router, E gated experts with stacked weights, and an optional expert for every token.
+
+| tensor | shape | |
+|---|---|---|
+| x, y | (..., dim) | |
+| router.weight | (E, dim) | logits z = x router' |
+| w_gate, w_up | (E, hidden, dim) | expert e: (act(x w_gate[e]') * (x w_up[e]')) w_down[e]' |
+| w_down | (E, dim, hidden) | |
+| shared.* | | a gated MLP of width shared_hidden, added for every token |
+
+| score, scaled | y without the shared expert | as in |
+|---|---|---|
+| "softmax", "output" | softmax(z)_e expert_e(x) | Switch Transformer |
+| "sigmoid", "input" | expert_e(sigmoid(z_e) x) | Llama 4 |
+
+e = argmax z. dtype: x has the parameters' floating dtype, which is kept. Source: Fedus, Zoph,
+Shazeer, Switch Transformers, arXiv 2101.03961.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.activations import ACTIVATIONS
+from ..ops.gated_mlp import gated_mlp
+from ..ops.moe_mlp import moe_mlp
+from ..ops.top1_route import top1_route
+from ..reference import Routing
+from ._block import positive_int
+
+Score = Literal["softmax", "sigmoid"]
+Scaled = Literal["output", "input"]
+
+
+class Top1MoE(nn.Module):
+    """y = score * expert_e(x) (+ shared(x)), e the router's first choice.
+
+    Args:
+        dim, hidden: width of x, and of each expert.
+        num_experts: E.
+        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        capacity_factor: an expert takes up to max(1, floor(T / E * capacity_factor)) of T tokens,
+            later ones get 0; None, the default, drops none.
+        shared_hidden: width of an expert that every token passes; None for none.
+        score, scaled: see the file.
+        recompute: save neither g nor u for backward.
+
+    `layer(x, return_routing=True)` gives (y, routing), for `fusedmlp.load_balancing_loss` and
+    `fusedmlp.router_z_loss`. Parameters are uniform within 1 / sqrt(their columns), as nn.Linear's.
+    Raises ValueError or TypeError for a bad argument.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        num_experts: int,
+        *,
+        activation: str = "silu",
+        capacity_factor: float | None = None,
+        shared_hidden: int | None = None,
+        score: Score = "softmax",
+        scaled: Scaled = "output",
+        recompute: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in (("dim", dim), ("hidden", hidden), ("num_experts", num_experts)):
+            positive_int("Top1MoE", name, value)
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"Top1MoE: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}"
+            )
+        if capacity_factor is not None and not 0 < capacity_factor < float("inf"):
+            raise ValueError(
+                f"Top1MoE: capacity_factor must be positive or None, got {capacity_factor}"
+            )
+        if score not in ("softmax", "sigmoid"):
+            raise ValueError(f"Top1MoE: score must be 'softmax' or 'sigmoid', got {score!r}")
+        if scaled not in ("output", "input"):
+            raise ValueError(f"Top1MoE: scaled must be 'output' or 'input', got {scaled!r}")
+        self.activation, self.capacity_factor = activation, capacity_factor
+        self.score, self.scaled, self.recompute = score, scaled, recompute
+        self.group: Any = None  # that its experts are spread over: fusedmlp.distributed
+        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.w_gate = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.w_up = nn.Parameter(torch.empty(num_experts, hidden, dim))
+        self.w_down = nn.Parameter(torch.empty(num_experts, dim, hidden))
+        self.shared: nn.ModuleDict | None = None
+        if shared_hidden is not None:
+            positive_int("Top1MoE", "shared_hidden", shared_hidden)
+            self.shared = nn.ModuleDict({
+                "gate": nn.Linear(dim, shared_hidden, bias=False),
+                "up": nn.Linear(dim, shared_hidden, bias=False),
+                "down": nn.Linear(shared_hidden, dim, bias=False),
+            })  # fmt: skip
+        self.init_weights_()
+
+    def init_weights_(self) -> None:
+        """Give every parameter its initial value again, or at last on a layer built on meta."""
+        for w in (self.w_gate, self.w_up, self.w_down):
+            nn.init.uniform_(w, -(w.shape[-1] ** -0.5), w.shape[-1] ** -0.5)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+
+    def route(self, x: Tensor) -> Routing:
+        """The routing of x (T, dim)."""
+        capacity = None
+        if self.capacity_factor is not None:
+            capacity = max(1, int(x.shape[0] / self.w_gate.shape[0] * self.capacity_factor))
+        logits = F.linear(x, self.router.weight)
+        routing = top1_route(logits, capacity=capacity)
+        if self.score == "sigmoid":
+            chosen = logits.gather(1, routing.expert.unsqueeze(1)).squeeze(1)
+            routing = routing._replace(prob=chosen.float().sigmoid().to(logits.dtype))
+        return routing
+
+    def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
+        """x (..., dim) -> y (..., dim), and with `return_routing` the routing of its tokens."""
+        flat = x.reshape(-1, x.shape[-1])
+        routing = self.route(flat)
+        rows, used = flat, routing
+        if self.scaled == "input":
+            rows = (flat * routing.prob.unsqueeze(1)).to(flat.dtype)
+            used = routing._replace(prob=torch.ones_like(routing.prob))
+        y = self._run(rows, used)
+        if self.shared is not None:
+            gate, up, down = (self.shared[name].weight for name in ("gate", "up", "down"))
+            y = y + gated_mlp(flat, gate, up, down, activation=self.activation)  # type: ignore[arg-type]
+        y = y.view(x.shape)
+        return (y, routing) if return_routing else y
+
+    def _run(self, x: Tensor, routing: Routing) -> Tensor:
+        weights = (self.w_gate, self.w_up, self.w_down)
+        options: Any = {"activation": self.activation, "recompute": self.recompute}
+        if self.group is None:
+            return moe_mlp(x, routing, *weights, **options)
+        from ..distributed import parallel_moe_mlp  # torch.distributed where it is used
+
+        return parallel_moe_mlp(x, routing, *weights, **options, group=self.group)

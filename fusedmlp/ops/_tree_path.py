@@ -1,0 +1,60 @@
+"""The nodes that each token visits in a binary tree: from node n to 2n + 2 where its logit of n is
+above 0, else (at 0 and at NaN too) to 2n + 1.
+
+| tensor | shape | dtype | |
+|---|---|---|---|
+| logits | (..., N) | floating | of nodes in breadth-first order, N at least 2^depth - 1 |
+| path | (..., depth + 1) | int64 | path[..., 0] = 0, the root; path[..., depth] - (2^depth - 1) is the leaf, from the left |
+
+No gradient. One launch. Source: Belcak and Wattenhofer, Fast Feedforward Networks, arXiv 2308.14711.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _library, reference
+from .._shapes import rows
+from ..kernels import tree_path as _triton
+
+OP = "tree_path"
+
+
+def _fake(logits: Tensor, depth: int) -> Tensor:
+    return logits.new_empty((logits.shape[0], depth + 1), dtype=torch.int64)
+
+
+fwd = _library.define(
+    "tree_path_fwd(Tensor logits, int depth) -> Tensor", _triton.tree_path_fwd, _fake
+)
+
+
+def tree_path(logits: Tensor, *, depth: int) -> Tensor:
+    """The nodes visited from the root, right where a node's logit is above 0.
+
+    Args:
+        logits: (..., N), any strides, of nodes in breadth-first order; N at least 2^depth - 1.
+        depth: how many steps to take, from 0 on.
+
+    Returns path (..., depth + 1) int64, without gradient.
+
+    Raises ValueError (shape, depth) or TypeError (dtype), naming the argument.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{OP}: logits must be a Tensor, got {type(logits).__name__}")
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"{OP}: logits must have a floating dtype, got {logits.dtype}")
+    if depth < 0:
+        raise ValueError(f"{OP}: depth must be at least 0, got {depth}")
+    if logits.dim() < 1 or logits.shape[-1] < 2**depth - 1:
+        raise ValueError(
+            f"{OP}: logits must be (..., N), N at least {2**depth - 1} for depth {depth}, got "
+            f"{tuple(logits.shape)}"
+        )
+    flat = rows(logits.detach())
+    if _backend.pick(OP, logits) == "reference":
+        path = reference.tree_path(flat, depth)
+    else:
+        path = fwd(flat, depth)
+    return path.view(*logits.shape[:-1], depth + 1)

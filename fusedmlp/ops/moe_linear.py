@@ -1,0 +1,83 @@
+"""y[t] = x[t] w[e]' + b[e] with e = expert[t]: one linear map a token, chosen among E.
+
+| tensor | shape | |
+|---|---|---|
+| x | (..., K) | flattened to (T, K) |
+| routing | | of T tokens to E maps; its prob is not used |
+| w, b | (E, N, K), (E, N) | any strides |
+| y | (..., N) | 0 for a dropped token |
+
+dtype: one floating dtype for all, kept. Saved for backward: x, w and the routing. Backward: dx =
+dy w (moe_down), dw[e] = dy' x over the expert's tokens (moe_wgrad), db[e] the sum of dy over them
+(moe_bias_grad), each only if its gradient is wanted. No copy of a weight for each token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import _backend, reference
+from .._shapes import rows
+from ..reference import Routing
+from . import _check, moe_mlp
+
+OP = "moe_linear"
+
+
+def _forward(x: Tensor, w: Tensor, b: Tensor | None, tokens: Tensor, offsets: Tensor) -> Tensor:
+    return moe_mlp.down(x, tokens, offsets, w, None, None, b, None, True)
+
+
+class MoELinearFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, tokens: Tensor, offsets: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, w, tokens, offsets)
+        return _forward(x, w, b, tokens, offsets)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, tokens, offsets = ctx.saved_tensors
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        dx = _forward(dy, w.mT, None, tokens, offsets) if need_x else None
+        dw = moe_mlp.wgrad(dy, x, tokens, offsets, True, True) if need_w else None
+        db = moe_mlp.bias_grad(dy, tokens, offsets) if need_b else None
+        return dx, dw, db, None, None
+
+
+def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """x w[e]' + b[e] with each token's own e; `routing.prob` is not used.
+
+    Args:
+        x: (..., K). Read in place where its leading dimensions merge by strides.
+        routing: of x's tokens to E maps, from `top1_route` or `route_to`.
+        w, b: (E, N, K), any strides, and (E, N) or None.
+
+    Returns y (..., N) in x's dtype (under autocast: the autocast dtype); a dropped token's row is
+    0.
+
+    Raises ValueError (shape, device) or TypeError (dtype), naming the argument.
+    """
+    if dtype := _check.autocast_dtype(OP, x):
+        x, w, b = _check.cast(dtype, x, w, b)  # type: ignore[assignment]
+    _check.like_x(OP, x, w=w, b=b)
+    if w.dim() != 3 or not w.shape[0]:
+        raise ValueError(f"{OP}: w must be (E, N, K), E at least 1, got {tuple(w.shape)}")
+    E, N, K = w.shape
+    _check.columns(OP, "x", x, K, "K of w")
+    if b is not None:
+        _check.shape(OP, "b", b, E, N)
+    moe_mlp.check_routing(OP, x, routing, E, uses_prob=False)
+    flat = rows(x)
+    if _backend.pick(OP, x) == "reference":
+        y = reference.moe_linear(flat, routing, w, b)
+    else:
+        run = MoELinearFunction.apply if _check.wants_grad(x, w, b) else _forward
+        y = run(flat, w, b, routing.tokens, routing.offsets)
+    return y.view(*x.shape[:-1], N)

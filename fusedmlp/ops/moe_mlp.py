@@ -1,0 +1,378 @@
+"""y[t] = prob[t] * MLP_e(x[t]) with e = expert[t]: top-1 experts, forward and backward.
+
+MLP_e is (act(x Wg[e]' + bg[e]) * (x Wu[e]' + bu[e])) Wd[e]' + bd[e], or without an up weight
+act(x Wg[e]' + bg[e]) Wd[e]' + bd[e]. A dropped token's row is 0.
+
+| tensor | shape | |
+|---|---|---|
+| x | (..., D) | flattened to (T, D) |
+| routing | | of T tokens to E experts; prob in x's dtype or float32 |
+| w_gate, w_up | (E, H, D) | or w_gate (E, 2H, D) packed and w_up None; plain: w_up None |
+| w_down | (E, D_out, H) | |
+| b_gate, b_up, b_down | (E, H), (E, H), (E, D_out) | or b_gate (E, 2H) packed |
+| y | (..., D_out) | |
+
+dtype: one floating dtype for all but prob, kept. Memory plan: saves x, the routing, the weights, g
+and u; with recompute=True not g and u. Rows of g, u, h lie in expert order.
+
+| step | computes | by |
+|---|---|---|
+| forward | h (and g, u) from gathered rows of x | moe_up |
+| | y = prob (h Wd' + bd), to token order | moe_down |
+| backward | c = dy Wd in registers -> dg, du, prob h, bias sums, dprob = c . h + dy . bd | moe_dh |
+| | dWd[e] = dy' (prob h), dWg[e] = dg' x, dWu[e] = du' x over the expert's rows | moe_wgrad |
+| | dx = dg Wg + du Wu, to token order | moe_down |
+
+Each is skipped unless its gradient is wanted. Source: Fedus, Zoph, Shazeer, Switch Transformers,
+arXiv 2101.03961.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from .. import _backend, _library, reference
+from .._shapes import empty_pair, rows
+from ..kernels import moe_mlp as _triton
+from ..kernels import moe_mlp_bwd as _triton_bwd
+from ..reference import Packed, Routing, halves
+from . import _check
+
+OP = "moe_mlp"
+
+
+def _up_fake(
+    x: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    activation: str,
+    want_h: bool,
+    want_gu: bool,
+) -> tuple[Tensor, Tensor]:
+    T, H = x.shape[0], w_gate.shape[1]
+    gu = x.new_empty((1 if w_up is None else 2, T if want_gu else 0, H))
+    return x.new_empty((T if want_h else 0, H)), gu
+
+
+def _down_fake(
+    a: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    w: Tensor,
+    a2: Tensor | None,
+    w2: Tensor | None,
+    b: Tensor | None,
+    prob: Tensor | None,
+    gather: bool,
+) -> Tensor:
+    return a.new_empty((a.shape[0], w.shape[1]))
+
+
+def _dh_fake(
+    dy: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    prob: Tensor,
+    w_down: Tensor,
+    gu: Tensor,
+    b_down: Tensor | None,
+    activation: str,
+    packed: Packed | None,
+    want_h: bool,
+    want_dprob: bool,
+    want_db: bool,
+    want_db_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    (T, D), (E, _, H), parts = dy.shape, w_down.shape, gu.shape[0]
+    dgu = empty_pair(dy, T, H, packed) if parts == 2 else dy.new_empty((1, T, H))
+    h, db = dy.new_empty((T if want_h else 0, H)), dy.new_empty((parts, E if want_db else 0, H))
+    return dgu, h, torch.empty_like(prob), db, dy.new_empty((E if want_db_down else 0, D))
+
+
+def _wgrad_fake(
+    a: Tensor, b: Tensor, tokens: Tensor, offsets: Tensor, gather_a: bool, gather_b: bool
+) -> Tensor:
+    return a.new_empty((offsets.shape[0] - 2, a.shape[1], b.shape[1]))
+
+
+def _bias_grad_fake(dy: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
+    return dy.new_empty((offsets.shape[0] - 2, dy.shape[1]))
+
+
+# x (T, D) -> h (T, H), gu (2 or 1, T, H) in expert order, each with no rows if not wanted.
+up = _library.define(
+    "moe_up(Tensor x, Tensor tokens, Tensor offsets, Tensor w_gate, Tensor? w_up, Tensor? b_gate, "
+    "Tensor? b_up, str activation, bool want_h, bool want_gu) -> (Tensor, Tensor)",
+    _triton.moe_up,
+    _up_fake,
+)
+# prob (a w' + a2 w2' + b) in token order.
+down = _library.define(
+    "moe_down(Tensor a, Tensor tokens, Tensor offsets, Tensor w, Tensor? a2, Tensor? w2, Tensor? b,"
+    " Tensor? prob, bool gather) -> Tensor",
+    _triton.moe_down,
+    _down_fake,
+)
+# -> dgu, prob h, dprob, db, db_down
+dh = _library.define(
+    "moe_dh(Tensor dy, Tensor tokens, Tensor offsets, Tensor prob, Tensor w_down, Tensor gu, "
+    "Tensor? b_down, str activation, str? packed, bool want_h, bool want_dprob, bool want_db, "
+    "bool want_db_down) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _triton_bwd.moe_dh,
+    _dh_fake,
+)
+# a (T, N), b (T, K) -> a' b of each expert's rows, (E, N, K)
+wgrad = _library.define(
+    "moe_wgrad(Tensor a, Tensor b, Tensor tokens, Tensor offsets, bool gather_a, bool gather_b) "
+    "-> Tensor",
+    _triton_bwd.moe_wgrad,
+    _wgrad_fake,
+)
+# dy (T, N) in token order -> its sums over each expert's tokens, (E, N)
+bias_grad = _library.define(
+    "moe_bias_grad(Tensor dy, Tensor tokens, Tensor offsets) -> Tensor",
+    _triton_bwd.moe_bias_grad,
+    _bias_grad_fake,
+)
+
+
+def _first(
+    x: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    activation: str,
+    packed: Packed | None,
+    want_h: bool,
+    want_gu: bool,
+) -> tuple[Tensor, Tensor]:
+    """The up op; halves of packed weights are handed over as views."""
+    if packed:
+        w_gate, w_up = halves(w_gate, packed, 1)
+        if b_gate is not None:
+            b_gate, b_up = halves(b_gate, packed, 1)
+    return up(x, tokens, offsets, w_gate, w_up, b_gate, b_up, activation, want_h, want_gu)
+
+
+def _dx(
+    dgu: Tensor, tokens: Tensor, offsets: Tensor, w_gate: Tensor, w_up: Tensor | None
+) -> Tensor:
+    """dgu packed goes with a packed weight, by one product."""
+    if dgu.dim() == 2:
+        return down(dgu, tokens, offsets, w_gate.mT, None, None, None, None, False)
+    du, up_t = (None, None) if w_up is None else (dgu[1], w_up.mT)
+    return down(dgu[0], tokens, offsets, w_gate.mT, du, up_t, None, None, False)
+
+
+class MoEMLPFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        prob: Tensor,
+        w_gate: Tensor,
+        w_up: Tensor | None,
+        w_down: Tensor,
+        b_gate: Tensor | None,
+        b_up: Tensor | None,
+        b_down: Tensor | None,
+        tokens: Tensor,
+        offsets: Tensor,
+        activation: str,
+        packed: Packed | None,
+        recompute: bool,
+    ) -> Tensor:
+        h, gu = _first(
+            x, tokens, offsets, w_gate, w_up, b_gate, b_up, activation, packed, True, not recompute
+        )
+        biases = (b_gate, b_up) if recompute else (None, None)
+        ctx.save_for_backward(
+            x, prob, w_gate, w_up, w_down, None if recompute else gu, *biases, b_down,
+            tokens, offsets,
+        )  # fmt: skip
+        ctx.activation, ctx.packed = activation, packed
+        return down(h, tokens, offsets, w_down, None, None, b_down, prob, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, prob, w_gate, w_up, w_down, gu, b_gate, b_up, b_down, tokens, offsets = ctx.saved_tensors
+        activation, packed = ctx.activation, ctx.packed
+        need_x, need_p, need_wg, need_wu, need_wd, need_bg, need_bu, need_bd = ctx.needs_input_grad[
+            :8
+        ]
+        if gu is None:
+            _, gu = _first(
+                x, tokens, offsets, w_gate, w_up, b_gate, b_up, activation, packed, False, True
+            )
+        dgu, h, dprob, db, db_down = dh(
+            dy, tokens, offsets, prob, w_down, gu, b_down, activation, packed,
+            need_wd, need_p, need_bg or need_bu, need_bd,
+        )  # fmt: skip
+        dw = lambda a: wgrad(a, x, tokens, offsets, False, True)  # noqa: E731
+        dx = _dx(dgu, tokens, offsets, w_gate, w_up) if need_x else None
+        dw_gate = dw_up = db_gate = db_up = None
+        if need_wg:
+            dw_gate = dw(dgu if packed else dgu[0])
+        if need_wu:
+            dw_up = dw(dgu[1])
+        dw_down = wgrad(dy, h, tokens, offsets, True, False) if need_wd else None
+        if packed and need_bg:
+            pair = db.flip(0) if packed == "up_gate" else db
+            db_gate = pair.transpose(0, 1).flatten(1)
+        elif need_bg or need_bu:
+            # Clones: a view would keep both halves alive for one.
+            db_gate = db[0].clone() if need_bg else None
+            db_up = db[1].clone() if need_bu else None
+        return (
+            dx, dprob if need_p else None, dw_gate, dw_up, dw_down, db_gate, db_up,
+            db_down if need_bd else None, None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _check_experts(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    w_down: Tensor,
+    biases: tuple[Tensor | None, Tensor | None, Tensor | None],
+    packed: Packed | None,
+) -> int:
+    """The shape rule of x and the experts' parameters. Returns E."""
+    if packed not in (None, "gate_up", "up_gate"):
+        raise ValueError(f"{OP}: packed must be None, 'gate_up' or 'up_gate', got {packed!r}")
+    for name, w in (("w_gate", w_gate), ("w_down", w_down)):
+        if w.dim() != 3:
+            raise ValueError(f"{OP}: {name} must be (E, rows, columns), got {tuple(w.shape)}")
+    E, N, D = w_gate.shape
+    if E < 1:
+        raise ValueError(f"{OP}: w_gate must hold at least 1 expert, got {tuple(w_gate.shape)}")
+    _check.columns(OP, "x", x, D, "D of w_gate")
+    if packed:
+        if w_up is not None:
+            raise ValueError(f"{OP}: w_up must be None when packed, got a tensor")
+        if N % 2:
+            raise ValueError(f"{OP}: w_gate must be (E, 2H, D) when packed, got {(E, N, D)}")
+    elif w_up is not None:
+        _check.shape(OP, "w_up", w_up, E, N, D)
+    D_out, H = w_down.shape[1], N // 2 if packed else N
+    _check.shape(OP, "w_down", w_down, E, D_out, H)
+    b_gate, b_up, b_down = biases
+    if b_gate is not None:
+        _check.shape(OP, "b_gate", b_gate, E, N)
+    if w_up is None and b_up is not None:
+        raise ValueError(f"{OP}: b_up must be None where w_up is None, got a tensor")
+    if w_up is not None and (b_gate is None) != (b_up is None):
+        raise ValueError(f"{OP}: b_gate and b_up must both be given or both be None, got one")
+    if b_up is not None:
+        _check.shape(OP, "b_up", b_up, E, N)
+    if b_down is not None:
+        _check.shape(OP, "b_down", b_down, E, D_out)
+    return E
+
+
+def check_routing(op: str, x: Tensor, routing: Routing, E: int, uses_prob: bool = True) -> None:
+    """The routing is one of x's tokens to E experts, on x's device."""
+    if not isinstance(routing, Routing):
+        raise TypeError(f"{op}: routing must be a Routing, got {type(routing).__name__}")
+    T = x.shape[:-1].numel()
+    if routing.expert.shape != (T,):
+        raise ValueError(
+            f"{op}: routing must be of x's {T} tokens, got one of {routing.expert.shape[0]}"
+        )
+    if routing.num_experts != E:
+        raise ValueError(
+            f"{op}: routing must be to the {E} experts of the weights, got one to "
+            f"{routing.num_experts}"
+        )
+    if uses_prob and routing.prob.dtype not in (x.dtype, torch.float32):
+        raise TypeError(
+            f"{op}: routing.prob must have x's dtype {x.dtype} or torch.float32, got "
+            f"{routing.prob.dtype}"
+        )
+    if routing.tokens.device != x.device:
+        raise ValueError(
+            f"{op}: routing must be on x's device {x.device}, got {routing.tokens.device}"
+        )
+
+
+def moe_mlp(
+    x: Tensor,
+    routing: Routing,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    w_down: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    packed: Packed | None = None,
+    recompute: bool = False,
+) -> Tensor:
+    """prob * ((act(x w_gate[e]' + b_gate[e]) * (x w_up[e]' + b_up[e])) w_down[e]' + b_down[e]).
+
+    Args:
+        x: (..., D). Read in place where its leading dimensions merge by strides.
+        routing: of x's tokens to E experts, from `top1_route` or `route_to`.
+        w_gate, w_up: (E, H, D) each, any strides; with `packed`, w_gate (E, 2H, D) and w_up None;
+            without, w_up None means plain experts: act(x w_gate[e]' + b_gate[e]) w_down[e]'.
+        w_down: (E, D_out, H), any strides.
+        b_gate, b_up: (E, H) each, both or neither; or b_gate alone where w_up is None, (E, 2H) with
+            `packed`.
+        b_down: (E, D_out).
+        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made.
+        recompute: save neither g nor u for backward and run the first GEMM again there.
+
+    Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype); a dropped token's row
+    is 0.
+
+    Raises ValueError (shape, device, activation, packed) or TypeError (dtype), naming the argument.
+    """
+    if dtype := _check.autocast_dtype(OP, x):
+        x, w_gate, w_up, w_down, b_gate, b_up, b_down = _check.cast(  # type: ignore[assignment]
+            dtype, x, w_gate, w_up, w_down, b_gate, b_up, b_down
+        )
+    _check.like_x(
+        OP, x, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down
+    )
+    _check.activation(OP, activation)
+    E = _check_experts(x, w_gate, w_up, w_down, (b_gate, b_up, b_down), packed)
+    if dtype and isinstance(routing, Routing) and routing.prob.dtype != torch.float32:
+        routing = routing._replace(prob=routing.prob.to(dtype))
+    check_routing(OP, x, routing, E)
+    tensors = (w_gate, w_up, w_down, b_gate, b_up, b_down)
+    wants_grad = _check.wants_grad(x, routing.prob, *tensors)
+    flat = rows(x)
+    if _backend.pick(OP, x) == "reference":
+        arguments = (flat, routing, *tensors, activation, packed)
+        if recompute and wants_grad:
+            y = checkpoint(reference.moe_mlp, *arguments, use_reentrant=False)
+        else:
+            y = reference.moe_mlp(*arguments)
+    elif wants_grad:
+        y = MoEMLPFunction.apply(
+            flat, routing.prob, *tensors, routing.tokens, routing.offsets, activation, packed,
+            recompute,
+        )  # fmt: skip
+    else:
+        tokens, offsets = routing.tokens, routing.offsets
+        h, _ = _first(
+            flat, tokens, offsets, w_gate, w_up, b_gate, b_up, activation, packed, True, False
+        )
+        y = down(h, tokens, offsets, w_down, None, None, b_down, routing.prob, False)
+    return y.view(*x.shape[:-1], y.shape[-1])

@@ -1,0 +1,206 @@
+"""Each token to expert r = argmax(logits), with p = softmax(logits)[r]; tokens grouped by expert.
+
+| tensor | shape | dtype | |
+|---|---|---|---|
+| logits | (..., E) | floating | flattened to (T, E) |
+| expert | (...,) | int64 | given, in route_to |
+| Routing | | | fields in `fusedmlp.Routing` |
+
+The softmax is float32 (float64 for float64 logits); prob has the dtype of the logits. A tie goes to
+the lowest index. With a capacity c, an expert takes the first c of its tokens in their order; the
+others are dropped. NaN logits make that token's prob NaN and send it to the first of them; -inf
+keeps an expert from being chosen. Two launches, no sort, no synchronisation with the host.
+
+Saved for backward: logits and expert. With q the gradient of the probabilities
+(of the chosen one and of their mean): dlogits = p (q - sum p q) + dlog_sum_exp p.
+
+Source: Fedus, Zoph, Shazeer, Switch Transformers, arXiv 2101.03961; the z-loss is that of Zoph et
+al., ST-MoE, arXiv 2202.08906.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import _backend, _library, reference
+from .._shapes import rows
+from ..kernels import top1_route as _triton
+from ..reference import Routing
+from . import _check
+
+OP = "top1_route"
+Groups = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _groups_fake(like: Tensor, T: int, E: int) -> Groups:
+    new = lambda n: like.new_empty(n, dtype=torch.int32)  # noqa: E731
+    return new(T), new(T), new(E + 2), new(E)
+
+
+def _fwd_fake(logits: Tensor, capacity: int | None) -> tuple[Tensor, ...]:
+    T, E = logits.shape
+    expert = logits.new_empty(T, dtype=torch.int64)
+    lse, mean = (logits.new_empty(n, dtype=torch.float32) for n in (T, E))
+    return expert, logits.new_empty(T), *_groups_fake(logits, T, E), mean, lse
+
+
+def _given_fake(expert: Tensor, num_experts: int, capacity: int | None) -> Groups:
+    return _groups_fake(expert, expert.shape[0], num_experts)
+
+
+def _bwd_fake(
+    logits: Tensor,
+    expert: Tensor,
+    dprob: Tensor | None,
+    dmean: Tensor | None,
+    dlse: Tensor | None,
+) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+# logits (T, E) -> expert, prob, tokens, rows, offsets, counts, mean_prob, log_sum_exp
+fwd = _library.define(
+    "top1_route_fwd(Tensor logits, SymInt? capacity) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _triton.top1_route_fwd,
+    _fwd_fake,
+)
+# expert (T,) -> tokens, rows, offsets, counts
+given = _library.define(
+    "route_to_fwd(Tensor expert, SymInt num_experts, SymInt? capacity) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
+    _triton.route_to_fwd,
+    _given_fake,
+)
+bwd = _library.define(
+    "top1_route_bwd(Tensor logits, Tensor expert, Tensor? dprob, Tensor? dmean, Tensor? dlse) "
+    "-> Tensor",
+    _triton.top1_route_bwd,
+    _bwd_fake,
+)
+
+
+class Top1RouteFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, capacity: int | None) -> tuple[Tensor, ...]:
+        expert, prob, *groups, mean, lse = fwd(logits, capacity)
+        ctx.save_for_backward(logits, expert)
+        ctx.mark_non_differentiable(expert, *groups)
+        ctx.set_materialize_grads(False)
+        return expert, prob, *groups, mean, lse
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
+        logits, expert = ctx.saved_tensors
+        return bwd(logits, expert, grads[1], grads[6], grads[7]), None
+
+
+def _check_capacity(op: str, capacity: int | None) -> None:
+    if capacity is None:
+        return
+    if not isinstance(capacity, int | torch.SymInt) or isinstance(capacity, bool):
+        raise TypeError(f"{op}: capacity must be None or an int, got {capacity!r}")
+    if capacity < 1:
+        raise ValueError(f"{op}: capacity must be None or at least 1, got {capacity}")
+
+
+def top1_route(logits: Tensor, *, capacity: int | None = None) -> Routing:
+    """Each token to the expert of its largest logit.
+
+    Args:
+        logits: (..., E), any strides; E at least 1.
+        capacity: the most tokens that an expert takes, or None for no limit. Later tokens are
+            dropped: moe_mlp gives them rows of 0.
+
+    Returns a `Routing` over the flattened tokens; prob, mean_prob and log_sum_exp carry gradients.
+
+    Raises ValueError (shape, capacity) or TypeError (dtype), naming the argument.
+    """
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{OP}: logits must be a Tensor, got {type(logits).__name__}")
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"{OP}: logits must have a floating dtype, got {logits.dtype}")
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{OP}: logits must be (..., E), E at least 1, got {tuple(logits.shape)}")
+    _check_capacity(OP, capacity)
+    flat = rows(logits)
+    if _backend.pick(OP, logits) == "reference":
+        return reference.top1_route(flat, capacity)
+    if _check.wants_grad(logits):
+        return Routing(*Top1RouteFunction.apply(flat, capacity))
+    return Routing(*fwd(flat, capacity))
+
+
+def route_to(
+    expert: Tensor, prob: Tensor, num_experts: int, *, capacity: int | None = None
+) -> Routing:
+    """Each token to an expert that the caller chose, with a factor of the caller's.
+
+    Args:
+        expert: (...,) int64. A token whose index is not in 0 .. num_experts - 1 is dropped, on
+            every backend: checking it here would wait for the GPU.
+        prob: (...,) floating, on the device of `expert`; carries gradients through moe_mlp.
+        num_experts: E, at least 1.
+        capacity: as in top1_route.
+
+    Returns a `Routing` without mean_prob and log_sum_exp.
+
+    Raises ValueError (shape, device, num_experts, capacity) or TypeError (dtype), naming the
+    argument.
+    """
+    op = "route_to"
+    for name, t in (("expert", expert), ("prob", prob)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
+    if expert.dtype != torch.int64:
+        raise TypeError(f"{op}: expert must be int64, got {expert.dtype}")
+    if not prob.dtype.is_floating_point:
+        raise TypeError(f"{op}: prob must have a floating dtype, got {prob.dtype}")
+    _check.shape(op, "prob", prob, *expert.shape)
+    if prob.device != expert.device:
+        raise ValueError(f"{op}: prob must be on {expert.device}, as expert is, got {prob.device}")
+    if num_experts < 1:
+        raise ValueError(f"{op}: num_experts must be at least 1, got {num_experts}")
+    _check_capacity(op, capacity)
+    T = math.prod(expert.shape)
+    expert, prob = expert.reshape(T), prob.reshape(T)
+    if _backend.pick(op, prob) == "reference":
+        return reference.route_to(expert, prob, num_experts, capacity)
+    return Routing(expert, prob, *given(expert, num_experts, capacity))
+
+
+def load_balancing_loss(routing: Routing, *, kept_only: bool = False) -> Tensor:
+    """E sum_e f_e P_e, at least about 1 and 1 when balanced: Switch Transformer's auxiliary loss.
+
+    P_e is the mean router probability of expert e over all tokens; f_e is the fraction of tokens
+    that chose e, before any was dropped, or with `kept_only` of those that e took. f carries no
+    gradient. 0 for no tokens. Float32. Raises ValueError for a routing without mean_prob.
+    """
+    if routing.mean_prob is None:
+        raise ValueError("load_balancing_loss: routing must come from top1_route, got no mean_prob")
+    return reference.load_balancing_loss(routing, kept_only)
+
+
+def router_z_loss(routing: Routing) -> Tensor:
+    """Mean over tokens of log(sum_e exp(logit_e))^2: keeps a router's logits small. Float32.
+
+    0 for no tokens. Raises ValueError for a routing without log_sum_exp.
+    """
+    if routing.log_sum_exp is None:
+        raise ValueError("router_z_loss: routing must come from top1_route, got no log_sum_exp")
+    return reference.router_z_loss(routing)
+
+
+def jitter(x: Tensor, epsilon: float) -> Tensor:
+    """x times a factor drawn uniformly from 1 - epsilon .. 1 + epsilon for each value: what Switch
+    Transformer gives its router in training. Raises ValueError for an epsilon outside 0 .. 1."""
+    if not 0 <= epsilon <= 1:
+        raise ValueError(f"jitter: epsilon must be in [0, 1], got {epsilon}")
+    return x * torch.empty_like(x).uniform_(1 - epsilon, 1 + epsilon) if epsilon else x

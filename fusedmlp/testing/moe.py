@@ -1,0 +1,106 @@
+"""Cases of the mixture of experts. The experts are called with each token's expert and prob, from
+which the call itself makes the Routing: grouping tokens is part of what is tested and timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._api import moe_linear, moe_mlp, top1_route
+from .case import Case, Draw, Shapes
+
+EXPERTS = 3  # of the cases that tests run
+# How tokens fall on experts.
+SPREADS: dict[str, Callable[[int], Draw]] = {
+    "uniform": lambda E: lambda shape, generator: _random(E, shape, generator),
+    # Half of all tokens to one expert.
+    "skewed": lambda E: lambda shape, generator: _random(2 * E, shape, generator).clamp(max=E - 1),
+    # Every other expert has none.
+    "sparse": lambda E: lambda shape, generator: 2 * _random((E + 1) // 2, shape, generator),
+}
+
+
+def _random(below: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(below, shape, generator=generator, device=generator.device)
+
+
+def _shapes(E: int, bias: bool, packed: bool, gated: bool) -> Callable[[int, int, int], Shapes]:
+    def shapes(M: int, D: int, H: int) -> Shapes:
+        N = 2 * H if packed else H
+        named: Shapes = {"x": (M, D), "expert": (M,), "prob": (M,), "w_gate": (E, N, D)}
+        if gated and not packed:
+            named["w_up"] = (E, H, D)
+        named["w_down"] = (E, D, H)
+        if bias:
+            named |= {"b_gate": (E, N), "b_down": (E, D)}
+            if gated and not packed:
+                named["b_up"] = (E, H)
+        return named
+
+    return shapes
+
+
+def _adapt(arguments: dict[str, Any], functions: Any) -> dict[str, Any]:
+    expert, prob = arguments.pop("expert"), arguments.pop("prob")
+    routing = functions.route_to(expert, prob, arguments["w_gate"].shape[0])
+    return {"w_up": None, **arguments, "routing": routing}
+
+
+def _adapt_linear(arguments: dict[str, Any], functions: Any) -> dict[str, Any]:
+    expert = arguments.pop("expert")
+    ones = torch.ones(expert.shape, dtype=torch.float32, device=expert.device)
+    return {**arguments, "routing": functions.route_to(expert, ones, arguments["w"].shape[0])}
+
+
+def experts_case(
+    name: str,
+    experts: int = EXPERTS,
+    spread: str = "uniform",
+    bias: bool = False,
+    gated: bool = True,
+    **options: Any,
+) -> Case:
+    """A case of moe_mlp; options: those of the function."""
+    return Case(
+        name,
+        moe_mlp,
+        reference.moe_mlp,
+        _shapes(experts, bias, "packed" in options, gated),
+        lambda M, D, H: (6 if gated else 4) * M * D * H,
+        options,
+        draws={"expert": SPREADS[spread](experts)},
+        adapt=_adapt,
+        out_shape=lambda M, D, H: (M, D),
+    )
+
+
+def cases() -> Iterator[Case]:
+    yield Case(
+        "top1_route",
+        top1_route,  # type: ignore[arg-type]  # `result` makes a tensor of what it returns
+        reference.top1_route,  # type: ignore[arg-type]
+        lambda M, D, H: {"logits": (M, H)},
+        lambda M, D, H: 5 * M * H,
+        result=lambda routing: routing.prob,
+        out_shape=lambda M, D, H: (M,),
+    )
+    yield experts_case("moe_mlp")
+    yield experts_case("moe_mlp-bias", spread="skewed", bias=True)
+    yield experts_case("moe_mlp-up_gate-bias", spread="sparse", bias=True, packed="up_gate")
+    yield experts_case("moe_mlp-plain-recompute-bias", bias=True, gated=False, recompute=True)
+    yield Case(
+        "moe_linear",
+        moe_linear,
+        reference.moe_linear,
+        lambda M, D, H: {
+            "x": (M, D), "expert": (M,), "w": (EXPERTS, H, D), "b": (EXPERTS, H)
+        },
+        lambda M, D, H: 2 * M * D * H,
+        draws={"expert": SPREADS["sparse"](EXPERTS)},
+        adapt=_adapt_linear,
+        out_shape=lambda M, D, H: (M, H),
+    )  # fmt: skip

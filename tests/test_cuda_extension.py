@@ -1,0 +1,52 @@
+"""The built extension, on a machine that need not have a GPU."""
+
+import pytest
+import torch
+
+import fusedmlp
+from fusedmlp import _cuda
+from fusedmlp.bench import ladder
+from fusedmlp.kernels.activations import ACTIVATIONS
+
+pytestmark = pytest.mark.extension
+
+
+@pytest.fixture
+def extension():
+    loaded, why = _cuda.load()
+    assert loaded is not None, why
+    return loaded
+
+
+def test_tables(extension):
+    # An activation may lack a functor, and is then refused; a functor may not lack its activation.
+    assert extension.ACTIVATIONS.keys() <= ACTIVATIONS.keys()
+    assert sorted(extension.ACTIVATIONS.values()) == list(range(len(extension.ACTIVATIONS)))
+    assert set(extension.DTYPES) == set(_cuda.DTYPES.values())
+    known = {kernel for kernels in _cuda.KERNELS.values() for kernel in kernels}
+    assert {kernel for kernel, _ in extension.OPS} <= known
+    archs = set(extension.ARCHS.split())
+    assert {arch for _, arch in extension.OPS} == archs & {"sm_90a", "sm_100a"}
+    for arch in archs & {"sm_90a", "sm_100a"}:
+        assert {kernel for kernel, a in extension.OPS if a == arch} == known
+    assert extension.VARIANTS.keys() == extension.OPS.keys()
+    for kernel in ladder.KERNELS if "sm_90a" in archs else ():
+        assert tuple(extension.VARIANTS[kernel, "sm_90a"]) == ladder.variants_of(kernel)
+
+
+def test_explain(extension):
+    assert f"cuda backend: built with CUDA {extension.CUDA} for {extension.ARCHS}" in (
+        fusedmlp.explain()
+    )
+
+
+@pytest.mark.interpreter
+def test_a_launch_without_a_gpu_raises_and_does_no_more(extension):
+    """A driver that is not there is an error with a text, every time."""
+    x = torch.ones(64, 64, dtype=torch.bfloat16)
+    for (kernel, _), launch in extension.OPS.items():
+        with pytest.raises(TypeError, match=f"{kernel}.*incompatible function arguments"):
+            launch(1, 2, 3)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"\w"):
+                launch(*[x.data_ptr()] * 8, *[64] * 8, 0, 0, 0, 132, -1, 0)

@@ -1,0 +1,132 @@
+"""Expert parallelism by gloo on CPU, 2 and 4 ranks, against the layer in one process."""
+
+import datetime
+import functools
+import os
+import tempfile
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+
+from fusedmlp import moe_mlp, top1_route
+from fusedmlp.distributed import parallel_moe_mlp, shard_experts
+from fusedmlp.layers import Top1MoE
+
+D, H, E = 8, 12, 4
+TOKENS = (13, 0, 5, 8)  # of each rank
+
+
+def _join(rank, ranks, store, body, timeout):
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks,
+        timeout=datetime.timedelta(seconds=timeout),
+    )  # fmt: skip
+    body(rank, ranks)
+    dist.destroy_process_group()
+
+
+def spawn(ranks, body, timeout=60):
+    with tempfile.TemporaryDirectory() as folder:
+        store = os.path.join(folder, "store")
+        mp.spawn(_join, (ranks, store, body, timeout), nprocs=ranks)
+
+
+def weights():
+    torch.manual_seed(0)
+    t = lambda *shape: torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5  # noqa: E731
+    return {"w_gate": t(E, H, D), "w_up": t(E, H, D), "w_down": t(E, D, H),
+            "b_gate": t(E, H), "b_up": t(E, H), "b_down": t(E, D)}  # fmt: skip
+
+
+def tokens(rank):
+    generator = torch.Generator().manual_seed(rank)
+    draw = lambda *s: torch.randn(s, generator=generator, dtype=torch.float64)  # noqa: E731
+    return draw(TOKENS[rank], D), draw(TOKENS[rank], E), draw(TOKENS[rank], D)
+
+
+def whole(ranks, capacity):
+    """Each rank's y, dx, dlogits and the weights' gradients over all ranks, in one process."""
+    parameters = {k: w.requires_grad_() for k, w in weights().items()}
+    results, total = [], 0
+    for rank in range(ranks):
+        x, logits, dy = tokens(rank)
+        x.requires_grad_(), logits.requires_grad_()
+        y = moe_mlp(x, top1_route(logits, capacity=capacity), **parameters)
+        total = total + (y * dy).sum()
+        results.append((y.detach(), x, logits))
+    total.backward()
+    grads = {k: w.grad for k, w in parameters.items()}
+    return [(y, x.grad, z.grad) for y, x, z in results], grads
+
+
+def _compare(rank, ranks, capacity):
+    results, grads = whole(ranks, capacity)
+    part = slice(rank * E // ranks, (rank + 1) * E // ranks)
+    local = {k: w[part].clone().requires_grad_() for k, w in weights().items()}
+    x, logits, dy = tokens(rank)
+    x.requires_grad_(), logits.requires_grad_()
+    y = parallel_moe_mlp(x, top1_route(logits, capacity=capacity), **local)
+    (y * dy).sum().backward()
+    for ours, expected in zip((y.detach(), x.grad, logits.grad), results[rank], strict=True):
+        torch.testing.assert_close(ours, expected)
+    for name, w in local.items():
+        torch.testing.assert_close(w.grad, grads[name][part])
+
+
+@pytest.mark.parametrize("ranks, capacity", [(2, None), (4, 2)])
+def test_equal_to_one_process(ranks, capacity):
+    spawn(ranks, functools.partial(_compare, capacity=capacity))
+
+
+def _layer(rank, ranks):
+    torch.manual_seed(1)
+    layer = Top1MoE(D, H, E, shared_hidden=6).double()
+    plain = Top1MoE(D, H, E, shared_hidden=6).double()
+    plain.load_state_dict(layer.state_dict())
+    mesh = init_device_mesh("cpu", (ranks,))
+    assert shard_experts(layer, mesh) is layer
+    assert layer.w_gate.to_local().shape == (E // ranks, H, D)
+    x, _, dy = tokens(rank)
+    total = sum((plain(tokens(r)[0]) * tokens(r)[2]).sum() for r in range(ranks))
+    total.backward()
+    y = layer(x)
+    torch.testing.assert_close(y, plain(x))
+    (y * dy).sum().backward()
+    for name in ("w_gate", "w_up", "w_down"):
+        grad = getattr(layer, name).grad.full_tensor()
+        torch.testing.assert_close(grad, getattr(plain, name).grad)
+    with pytest.raises(ValueError, match="3 experts must be a multiple of the mesh's 2 ranks"):
+        shard_experts(Top1MoE(D, H, 3), mesh)
+    with pytest.raises(ValueError, match="layer must hold a Top1MoE, got none"):
+        shard_experts(torch.nn.Linear(2, 2), mesh)
+    routing = top1_route(tokens(rank)[1])
+    with pytest.raises(
+        ValueError, match="w_gate must hold 2 of 4 experts on each of 2 ranks, got 4"
+    ):
+        parallel_moe_mlp(x, routing, **weights())
+    with pytest.raises(ValueError, match="the 3 experts of routing must be a multiple of 2 ranks"):
+        parallel_moe_mlp(x, top1_route(tokens(rank)[1][:, :3]), **weights())
+
+
+def test_a_sharded_layer_is_the_whole_layer():
+    spawn(2, _layer)
+
+
+def _lose_a_rank(rank, ranks):
+    if rank == 1:
+        os._exit(0)
+    start = time.monotonic()
+    x, logits, _ = tokens(0)
+    with pytest.raises(RuntimeError):
+        parallel_moe_mlp(x, top1_route(logits), **{k: w[:2] for k, w in weights().items()})
+    assert time.monotonic() - start < 30
+    os._exit(0)
+
+
+def test_a_lost_rank_ends_in_an_error_not_in_a_hang():
+    spawn(2, _lose_a_rank, timeout=5)
