@@ -248,7 +248,7 @@ def test_kept_orderings_are_the_published_ones(kept, name):
 
 
 def test_kept_trees_beat_the_mean_only_if_hardened(kept):
-    """Eval routes hard: without the hardening loss a tree never learnt to, and the table says so."""
+    """Eval routes hard: without the hardening loss that fails, and the table says so."""
     for record in kept["records"]:
         if record["model"] == "fastfeedforward":
             hardened = "hardening_coef" in record["configuration"]
