@@ -245,3 +245,12 @@ def test_kept_orderings_are_the_published_ones(kept, name):
     assert loss["swiglu"] == pytest.approx(loss["geglu"], rel=0.05)
     ngpt = losses(kept, name, scalar="scalar_alpha=True", vector="scalar_alpha=False")
     assert ngpt["vector"] == pytest.approx(ngpt["scalar"], rel=0.05)
+
+
+def test_kept_trees_beat_the_mean_only_if_hardened(kept):
+    """Eval routes hard: without the hardening loss that fails, and the table says so."""
+    for record in kept["records"]:
+        if record["model"] == "fastfeedforward":
+            hardened = "hardening_coef" in record["configuration"]
+            worse = "worse in eval than predicting the mean" in table.remarks(record, False)
+            assert worse is not hardened, record["configuration"]
