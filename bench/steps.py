@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from .. import _cuda
-from ..kernels.arch import ARCHES
 from ..testing import CASES
+from ._launches import LAUNCHES
 from .ladder import TIMED, VARIANTS, provider, variants_of
 from .shapes import CAMPAIGN
 from .summary import CUDA, DEFAULT
@@ -107,7 +107,6 @@ def _time(name: str, budget_s: float, op: str, *arguments: str) -> Step:
 def plan() -> list[Step]:
     """All steps, by worth: what the time box cuts off is worth least."""
     cases = _cases()
-    kernels = dict.fromkeys(name for arch in ARCHES.values() for name, _ in arch.tiles)
     steps = [python_step(f"check:{op}", 240, COMMAND, "check", "--op", op) for op in cases]
     steps += _cuda_first()
     steps += [_time(f"time:{op}", 420, op) for op in cases]
@@ -124,7 +123,7 @@ def plan() -> list[Step]:
         )
         for kernel, (op, phase) in TIMED.items()
     ]  # fmt: skip
-    steps += [python_step(f"tune:{k}", 420, COMMAND, "tune", "--kernel", k) for k in kernels]
+    steps += [python_step(f"tune:{k}", 420, COMMAND, "tune", "--kernel", k) for k in LAUNCHES]
     steps += [
         _time(f"time:{op}:{model}", 600, op, "--model", model, "--m", *TOKENS)
         for model in CAMPAIGN
