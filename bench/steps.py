@@ -9,8 +9,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from .. import _cuda
-from ..kernels.arch import ARCHES
 from ..testing import CASES
+from ._launches import LAUNCHES
 from .ladder import TIMED, VARIANTS, provider, variants_of
 from .shapes import CAMPAIGN, TOP1, TOP1_TOKENS
 from .summary import CUDA, DEFAULT
@@ -112,7 +112,6 @@ def plan() -> list[Step]:
     """All steps, by worth: what the time box cuts off is worth least."""
     cases = _cases()
     tokens = tuple(map(str, TOP1_TOKENS))
-    kernels = dict.fromkeys(name for arch in ARCHES.values() for name, _ in arch.tiles)
     steps = [python_step(f"check:{op}", 240, COMMAND, "check", "--op", op) for op in cases]
     steps += _cuda_first()
     steps += [_time(f"time:{op}", 420, op) for op in cases]
@@ -133,7 +132,7 @@ def plan() -> list[Step]:
         python_step(f"time:moe_mlp:{model}", 600, COMMAND, "time", "--model", model, "--m", *tokens)
         for model in TOP1
     ]
-    steps += [python_step(f"tune:{k}", 420, COMMAND, "tune", "--kernel", k) for k in kernels]
+    steps += [python_step(f"tune:{k}", 420, COMMAND, "tune", "--kernel", k) for k in LAUNCHES]
     steps += [
         _time(f"time:{op}:{model}", 600, op, "--model", model, "--m", *TOKENS)
         for model in CAMPAIGN

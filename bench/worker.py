@@ -62,7 +62,7 @@ def tests() -> int:
             "-m",
             "pytest",
             "-m",
-            "gpu or not slow",
+            "gpu or not (slow or nvcc)",  # compilers need no GPU, and its time is short
             "-v",
             f"--junitxml={junit}",
         ]
