@@ -103,7 +103,7 @@ def _tool(name: str, cubin: str, *flags: str) -> str:
 _MATRIX_OPCODE = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 _GEMMS = (
     "_fwd_kernel", "_bwd_kernel", "_partial_kernel",
-    "_up_kernel", "_down_kernel", "_dh_kernel", "_wgrad_kernel",
+    "_up_kernel", "_down_kernel", "_dh_kernel", "_wgrad_kernel", "_dx_kernel", "_dw_kernel",
 )  # fmt: skip
 _OPCODES = ("HGMMA", "UTCHMMA", "HMMA", "FFMA", "UTMALDG", "UTMASTG")
 

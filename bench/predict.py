@@ -38,14 +38,22 @@ from .session import DEFAULT_WIDTHS, plan
 from .timing import add_sizes, options_of
 from .work import PHASES, Work
 
+_MASKED = {
+    "forward": ("masked_gated_linear_fwd",),
+    "backward": ("masked_gated_linear_dx", "masked_gated_linear_dw"),
+}
 # op -> phase -> the GEMM kernels of kernels/ that it launches, by their launcher's names.
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "gated_act": {},
     "gated_linear": {"forward": ("gated_linear_fwd",)},
     "gated_mlp": {"forward": ("gated_linear_fwd",), "backward": ("gated_linear_bwd",)},
     "linear_act": {"forward": ("linear_act_fwd",)},
+    "masked_gated_linear": _MASKED,
+    "masked_gated_mlp": _MASKED,
     "mlp": {"forward": ("linear_act_fwd",), "backward": ("linear_act_bwd",)},
 }
+# Sizes of a kernel's result where they are not (M, H).
+RESULTS = {"masked_gated_linear_dx": "MD", "masked_gated_linear_dw": "HD"}
 # Of each multiprocessor of sm_80 to sm_100.
 REGISTERS = 65536
 THREADS = 2048
@@ -64,11 +72,17 @@ class Launch:
     splits: int
 
 
+def _kernel(name: str, work: Work) -> str:
+    """Several masks have tiles of their own."""
+    masks = work.case.shapes(1, 8, 8).get("masks", (1,))
+    return f"{name}_group" if name == "masked_gated_linear_fwd" and masks[0] > 1 else name
+
+
 def launches(work: Work, phase: str, roof: Roof) -> list[Launch]:
     """What `work` would launch on such a GPU. Planned by the launchers' own functions."""
     phases = PHASES[:2] if phase == "both" else (phase,)
     of = KERNELS.get(work.case.op, {})
-    names = [name for p in phases for name in of.get(p, ())]
+    names = [_kernel(name, work) for p in phases for name in of.get(p, ())]
     x = torch.empty(0, dtype=work.torch_dtype)
     matrices = [
         torch.empty(shape, dtype=work.torch_dtype, device="meta")
@@ -77,8 +91,9 @@ def launches(work: Work, phase: str, roof: Roof) -> list[Launch]:
     made = []
     with arches.pretend(arches.ARCHES[roof.arch], roof.multiprocessors):
         for name in names:
-            tile = arches.pick_tile(name, x, work.M, work.H, aligned(*matrices))
-            count = math.ceil(work.M / tile.block_m) * math.ceil(work.H / tile.block_n)
+            rows, columns = (getattr(work, size) for size in RESULTS.get(name, "MH"))
+            tile = arches.pick_tile(name, x, rows, columns, aligned(*matrices))
+            count = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n)
             splits = arches.pick_splits(tile, x, work.H, work.D) if tile.skinny else 1
             waves = count * splits / roof.multiprocessors
             made.append(Launch(name, tile, count, waves, splits))

@@ -107,7 +107,8 @@ def launcher(
         proven = _cuda.proven(kernel, x) if _chosen == "auto" else None
         if proven is not None:
             try:
-                if kernel.endswith("_fwd") and x.shape[0] <= SKINNY_M:
+                skinny = kernel.endswith("_fwd") and x.shape[0] <= SKINNY_M
+                if skinny and kernel not in _cuda.FEW_ROWS:
                     raise _cuda.Unfit(
                         f"{kernel}: at {SKINNY_M} rows or fewer Triton cuts K as well"
                     )
