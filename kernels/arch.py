@@ -96,7 +96,7 @@ _FP32 = _MOE_FP32 | {  # CUDA cores unless the caller allows TF32; one set of ti
         Tile(16, 16, 16, 4, 2, loads="element"),
     ),
     ("masked_gated_linear_dx", 4): (Tile(64, 64, 16, 8, 3), _FP32_ELEMENT),
-    ("masked_gated_linear_dw", 4): (Tile(64, 64, 16, 8, 3, subtiles=4), _FP32_ELEMENT),
+    ("masked_gated_linear_dw", 4): (Tile(64, 32, 16, 8, 3), _FP32_ELEMENT),
 }
 # Of the experts' GEMMs, the tile is chosen by the rows that an expert has, hence a tile for few.
 _MOE_FEW = (Tile(32, 64, 64, 4, 4), Tile(16, 64, 64, 4, 4))
@@ -123,7 +123,7 @@ _MOE_MMA = {
     ),
     ("masked_gated_linear_dx", 2): (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4), _ELEMENT),
     ("masked_gated_linear_dw", 2): (
-        Tile(128, 128, 32, 8, 4, subtiles=4),
+        Tile(128, 64, 32, 8, 4, subtiles=2),
         Tile(64, 64, 32, 4, 4, subtiles=2),
         _ELEMENT,
     ),
@@ -216,7 +216,7 @@ _TMA = _MOE_TMA | {  # wgmma on sm_90, tcgen05 on sm_100
         *_SKINNY,
     ),
     ("masked_gated_linear_fwd_group", 2): (
-        Tile(128, 64, 64, 8, 4, subtiles=2, loads="tma"),
+        Tile(128, 32, 64, 8, 4, loads="tma"),
         _MASKED_ELEMENT,
         *_MASKED_SKINNY,
     ),

@@ -9,8 +9,8 @@
 
 Each K step loads one tile of x and one of w; every mask is laid over the w tile in registers, so a
 step makes 1 + MASKS products with the same x. The complement x ((1 - m_i) * w)' is t - g_i, by
-subtraction in float32. A pass takes two masks, or one where n_m is odd: with more accumulators the
-epilogue has too few registers. t is made in the first pass.
+subtraction in float32. A pass takes up to four masks, by a divisor of n_m: more accumulators would
+not fit the registers beside t and h, which later passes keep. t is made in the first.
 """
 
 from __future__ import annotations
@@ -175,6 +175,10 @@ def grid_of(tile: Tile, x: Tensor, M: int, N: int) -> tuple[int]:
     return (min(tiles, multiprocessors(x.device)) if tile.tma else tiles,)
 
 
+def _masks_of_a_pass(n_m: int) -> int:
+    return 4 if n_m % 4 == 0 else 2 if n_m % 2 == 0 else 1
+
+
 def masked_gated_linear_fwd(
     x: Tensor, w: Tensor, planes: Tensor, activation: str, want_h: bool, want_gt: bool
 ) -> tuple[Tensor, Tensor]:
@@ -198,7 +202,7 @@ def masked_gated_linear_fwd(
         rows_of(outputs[0], tile.block_m, block_out, tile.tma),
         slices_of(outputs[1], tile.block_m, block_out, tile.tma),
         M, H, D, *x.stride(), *w_strides,
-        ACT=ACTIVATIONS[activation].device, MASKS=2 - n_m % 2,
+        ACT=ACTIVATIONS[activation].device, MASKS=_masks_of_a_pass(n_m),
         K_MAJOR=k_major, MASK_K=D % tile.block_k != 0, **gemm_options(tile, x, n_m),
     )  # fmt: skip
     return h, gt
