@@ -12,7 +12,6 @@ import torch
 from ..kernels import gated_act, gated_linear, linear_act
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.arch import SKINNY_M, Arch, Tile
-from . import aot_masked
 
 # Llama-3-8B's MLP; the ragged sizes keep no 16-byte alignment, so they take masked pointer loads.
 M, D, H = 4096, 4096, 14336
@@ -41,8 +40,6 @@ def _gemm_call(
     kernel: str, dtype: torch.dtype, m: int, d: int, h: int, activation: str, full: bool
 ) -> Callable[[], Any]:
     """A launcher's call. full: with biases and everything that training stores; else inference."""
-    if kernel.startswith("masked_"):
-        return aot_masked.gemm_call(kernel, dtype, m, d, h, activation, full)
     x, b = _empty(m, d, dtype=dtype), _empty(h, dtype=dtype)
     w, w_up = _empty(2 * h, d, dtype=dtype).chunk(2)
     down, pair, z = (
@@ -136,5 +133,3 @@ def jobs_of(arch: Arch, activations: list[str]) -> Iterator[Job]:
     yield from _elementwise_jobs(arch)
     if arch.name == THOROUGH:
         yield from _odd_jobs(arch)
-        for variant, dtype, call, odd_key in aot_masked.odd_calls(M, D, H):
-            yield Job(arch, dtype, variant, call, odd_key)

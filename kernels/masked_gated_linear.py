@@ -9,8 +9,8 @@
 
 Each K step loads one tile of x and one of w; every mask is laid over the w tile in registers, so a
 step makes 1 + MASKS products with the same x. The complement x ((1 - m_i) * w)' is t - g_i, by
-subtraction in float32. A pass takes up to four masks, by a divisor of n_m: more accumulators would
-not fit the registers beside t and h, which later passes keep. t is made in the first.
+subtraction in float32. One pass serves 1, 2 or 4 masks; more masks are taken two at a time, odd
+numbers one at a time, because t and h, made in the first pass, then stay in registers.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def grid_of(tile: Tile, x: Tensor, M: int, N: int) -> tuple[int]:
 
 
 def _masks_of_a_pass(n_m: int) -> int:
-    return 4 if n_m % 4 == 0 else 2 if n_m % 2 == 0 else 1
+    return 4 if n_m == 4 else 2 if n_m % 2 == 0 else 1
 
 
 def masked_gated_linear_fwd(

@@ -13,12 +13,16 @@ from fusedmlp import masked_gated_linear, masked_gated_mlp, pack_masks, referenc
 from fusedmlp.kernels.activations import ACTIVATIONS
 from fusedmlp.masks import pack
 from fusedmlp.ops import masked_gated_linear as op
-from fusedmlp.testing import CASES, evaluate
+from fusedmlp.testing import CASES, evaluate, masked
 
 LINEAR, MLP, RECOMPUTE = (
     CASES[f"masked_gated_{n}"] for n in ("linear-1", "mlp-1", "mlp-1-recompute-bias")
 )
+OTHERS = [f"masked_gated_linear-{n}-bits" for n in (1, 2, 8)]
 CASE_NAMES = (LINEAR.name, MLP.name)
+MINE = {case.name: case for case in masked.cases() if case.name not in OTHERS}
+each_case = pytest.mark.parametrize("case", MINE.values(), ids=MINE)
+test_ops.CASES |= MINE  # where its tests, called here, look a case up by name
 
 
 def draw(*shape, dtype=torch.float32, device="cpu"):
@@ -89,6 +93,33 @@ def test_planes_of_strided_logits(dtype, on_triton, device):
     logits = draw(150, 2, 37, dtype=dtype, device=device).permute(1, 2, 0)
     logits[0, :3] = 0
     assert torch.equal(pack_masks(logits).planes, reference.pack_masks(logits))
+
+
+@pytest.mark.parametrize("dtype", test_ops.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(37, 40, 72), (35, 67, 101), (3, 160, 88)], ids=str)
+@each_case
+def test_kernel_matches_reference(case, shape, dtype, device, on_triton):
+    test_ops.check(case, case.inputs(*shape, dtype, device))
+
+
+@each_case
+def test_reference_passes_gradcheck(case):
+    test_ops.test_reference_passes_gradcheck(case)
+
+
+@each_case
+def test_no_rows(case, device, each_backend):
+    test_ops.test_no_rows(case, device, each_backend)
+
+
+@each_case
+def test_second_backward_and_reruns_are_bit_equal(case, device, on_triton):
+    test_ops.test_second_backward_and_reruns_are_bit_equal(case, device, on_triton)
+
+
+@each_case
+def test_results_may_be_modified_in_place(case, device, each_backend):
+    test_ops.test_results_may_be_modified_in_place(case, device, each_backend)
 
 
 def test_complement_by_subtraction():
