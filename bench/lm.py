@@ -244,6 +244,54 @@ def result(plan: Plan, data: Tensor, curve: Sequence[Record]) -> Record:
     }
 
 
+def table(results: Sequence[Record]) -> str:
+    """Held-out loss at the last step, in Markdown: mean over seeds, and each."""
+    lines = [
+        "| MLP | weights | mask logits | held-out loss, nats a byte | by seed |",
+        "|---|---|---|---|---|",
+    ]
+    for mlp, runs in _by_mlp(results).items():
+        losses = [run["held_out_loss"] for run in runs]
+        each = ", ".join(f"{loss:.3f}" for loss in losses)
+        lines.append(
+            f"| {mlp} | {runs[0]['mlp_weights']:,} | {runs[0]['mask_logits']:,} | "
+            f"{sum(losses) / len(losses):.3f} | {each} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Sequence[Record], path: Path) -> None:
+    """Held-out loss over steps: the mean over seeds, and the span between the best and the
+    worst."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for mlp, runs in _by_mlp(results).items():
+        # Not the start, which would hide the rest.
+        curves = [[(p["step"], p["held_out"]) for p in run["curve"][2:]] for run in runs]
+        steps = [step for step, _ in curves[0]]
+        losses = list(zip(*([loss for _, loss in curve] for curve in curves), strict=True))
+        (line,) = axes.plot(steps, [sum(at) / len(at) for at in losses], label=mlp)
+        axes.fill_between(
+            steps,
+            list(map(min, losses)),
+            list(map(max, losses)),
+            color=line.get_color(),
+            alpha=0.15,
+        )
+    axes.set(xlabel="step", ylabel="held-out loss, nats a byte", yscale="log")
+    axes.legend()
+    figure.savefig(path)
+
+
+def _by_mlp(results: Sequence[Record]) -> dict[str, list[Record]]:
+    groups: dict[str, list[Record]] = {}
+    for result in results:
+        groups.setdefault(result["mlp"], []).append(result)
+    return groups
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mlp", nargs="+", choices=MLPS, default=["swiglu", "mswiglu-1"])
@@ -251,6 +299,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=Plan.steps)
     parser.add_argument("--minutes", type=float, default=math.inf, help="of each run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="add results to FILE")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot what --json then holds")
     args = parser.parse_args(argv)
     data = text()
     results = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
@@ -263,7 +312,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print(f"{mlp} seed {seed} {json.dumps(point)}", flush=True)
             results.append(result(plan, data, curve))
             if args.json:
-                args.json.write_text(json.dumps(results, indent=1) + "\n")
+                args.json.write_text(json.dumps(results) + "\n")
+    print(table(results))
+    if args.plot:
+        plot(results, args.plot)
     return 0
 
 
