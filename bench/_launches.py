@@ -39,6 +39,11 @@ def draw(
     generator = torch.Generator(device).manual_seed(0)
     operands = {}
     for name, dims in launch.shapes(*shape).items():
+        if name == "planes":
+            operands[name] = torch.randint(
+                256, dims, generator=generator, device=device, dtype=torch.uint8
+            )
+            continue
         t = (2 * torch.rand(dims, generator=generator, device=device) - 1) * 3**0.5
         depth = dims[-2] if name == "w_down" else dims[-1]
         operands[name] = (t / depth**0.5 if name.startswith("w") else t).to(dtype)
@@ -119,3 +124,6 @@ LAUNCHES: dict[str, Launch] = {
         _plain_bwd_reference,
     ),
 }  # fmt: skip
+
+# Last, since it needs what stands above.
+from . import _launches_masked  # noqa: E402, F401

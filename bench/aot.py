@@ -30,10 +30,10 @@ from triton.runtime.jit import JITFunction
 
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.arch import ARCHES, pretend
-from . import aot_jobs, aot_moe
+from . import aot_jobs, aot_masked, aot_moe
 from .aot_jobs import Job
 
-FAMILIES = (aot_jobs, aot_moe)
+FAMILIES = (aot_jobs, aot_masked, aot_moe)
 MULTIPROCESSORS = 132
 # sm_86 is left out: it has the tiles of sm_80 and the shared memory of sm_120.
 ARCHES_COMPILED = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -103,7 +103,7 @@ def _tool(name: str, cubin: str, *flags: str) -> str:
 _MATRIX_OPCODE = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 _GEMMS = (
     "_fwd_kernel", "_bwd_kernel", "_partial_kernel",
-    "_up_kernel", "_down_kernel", "_dh_kernel", "_wgrad_kernel",
+    "_up_kernel", "_down_kernel", "_dh_kernel", "_wgrad_kernel", "_dx_kernel", "_dw_kernel",
 )  # fmt: skip
 _OPCODES = ("HGMMA", "UTCHMMA", "HMMA", "FFMA", "UTMALDG", "UTMASTG")
 

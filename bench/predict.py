@@ -39,12 +39,18 @@ from .session import DEFAULT_WIDTHS, plan
 from .timing import add_sizes, options_of
 from .work import PHASES, Work
 
+_MASKED = {
+    "forward": ("masked_gated_linear_fwd",),
+    "backward": ("masked_gated_linear_dx", "masked_gated_linear_dw"),
+}
 # op -> phase -> the GEMM kernels of kernels/ that it launches, by their launcher's names.
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "gated_act": {},
     "gated_linear": {"forward": ("gated_linear_fwd",)},
     "gated_mlp": {"forward": ("gated_linear_fwd",), "backward": ("gated_linear_bwd",)},
     "linear_act": {"forward": ("linear_act_fwd",)},
+    "masked_gated_linear": _MASKED,
+    "masked_gated_mlp": _MASKED,
     "moe_linear": {"forward": ("moe_down",), "backward": ("moe_down", "moe_wgrad")},
     "moe_mlp": {
         "forward": ("moe_up", "moe_down"),
@@ -53,6 +59,8 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "top1_route": {},
     "mlp": {"forward": ("linear_act_fwd",), "backward": ("linear_act_bwd",)},
 }
+# Sizes of a kernel's result where they are not (M, H).
+RESULTS = {"masked_gated_linear_dx": "MD", "masked_gated_linear_dw": "HD"}
 GROUPED = ("moe_up", "moe_down", "moe_dh", "moe_wgrad")  # by expert
 # Beside its GEMM a launcher may run these, which sum what the GEMM stored.
 HELPERS = ("_reduce_kernel", "_sums_kernel", "_bias_kernel", "_dprob_kernel")
@@ -74,11 +82,17 @@ class Launch:
     splits: int
 
 
+def _kernel(name: str, work: Work) -> str:
+    """Several masks have tiles of their own."""
+    masks = work.case.shapes(1, 8, 8).get("masks", (1,))
+    return f"{name}_group" if name == "masked_gated_linear_fwd" and masks[0] > 1 else name
+
+
 def launches(work: Work, phase: str, roof: Roof) -> list[Launch]:
     """What `work` would launch on such a GPU. Planned by the launchers' own functions."""
     phases = PHASES[:2] if phase == "both" else (phase,)
     of = KERNELS.get(work.case.op, {})
-    names = [name for p in phases for name in of.get(p, ())]
+    names = [_kernel(name, work) for p in phases for name in of.get(p, ())]
     x = torch.empty(0, dtype=work.torch_dtype)
     matrices = [
         torch.empty(shape, dtype=work.torch_dtype, device="meta")
@@ -90,8 +104,9 @@ def launches(work: Work, phase: str, roof: Roof) -> list[Launch]:
             if name in GROUPED:
                 made.append(_grouped_launch(name, work, x, aligned(*matrices), roof))
                 continue
-            tile = arches.pick_tile(name, x, work.M, work.H, aligned(*matrices))
-            count = math.ceil(work.M / tile.block_m) * math.ceil(work.H / tile.block_n)
+            rows, columns = (getattr(work, size) for size in RESULTS.get(name, "MH"))
+            tile = arches.pick_tile(name, x, rows, columns, aligned(*matrices))
+            count = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n)
             splits = arches.pick_splits(tile, x, work.H, work.D) if tile.skinny else 1
             waves = count * splits / roof.multiprocessors
             made.append(Launch(name, tile, count, waves, splits))

@@ -278,4 +278,4 @@ RIVALS: dict[str, Rival] = {
 }  # fmt: skip
 
 # Last, since they derive from Rival: importing them enters them above.
-from . import rivals_cuda, rivals_liger, rivals_moe  # noqa: E402, F401
+from . import rivals_cuda, rivals_liger, rivals_masked, rivals_moe  # noqa: E402, F401

@@ -88,7 +88,16 @@ class Work:
         forward = self.case.elements(self.M, self.D, self.H)
         backward = 2 * inputs + (forward - inputs)
         elements = {"forward": forward, "backward": backward, "both": forward + backward}[phase]
-        return elements * self.torch_dtype.itemsize
+        return elements * self.torch_dtype.itemsize - self._excess(phase)
+
+    def _excess(self, phase: str) -> int:
+        """What bit planes are counted too much: bytes, not elements of the dtype, and without a
+        gradient."""
+        if "masks" not in self.case.draws:
+            return 0
+        planes = math.prod(self.shapes(phase)["masks"])
+        times = {"forward": (1, 1), "backward": (2, 1), "both": (3, 2)}[phase]
+        return planes * (times[0] * self.torch_dtype.itemsize - times[1])
 
     def gemm(self, phase: str = "forward") -> tuple[int, int, int] | None:
         """(M, N, K) of the GEMM that cuBLAS is timed on beside a phase: of a call its first, of one

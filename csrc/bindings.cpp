@@ -1,5 +1,5 @@
 // fusedmlp._C: integers into params structs, and nothing else. What they may be is checked once, in
-// Python (fusedmlp/_cuda_gated_linear.py).
+// Python (fusedmlp/_cuda_gated_linear.py, _cuda_masked.py).
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -7,6 +7,7 @@
 
 #include "activations.cuh"
 #include "gated_linear.h"
+#include "masked_gated_gemv.h"
 
 namespace py = pybind11;
 
@@ -58,17 +59,34 @@ void gated_linear_bwd(Address dy, Address w_down, Address g, Address u, Address 
           stream);
 }
 
+#ifdef FUSEDMLP_PORTABLE
+void masked_gated_linear_fwd(Address x, Address w, Address planes, Address h, Address parts,
+                             int64_t M, int64_t H, int64_t D, int64_t stride_x, int64_t stride_w,
+                             int n_m, int splits, int activation, int dtype, int device,
+                             Address stream) {
+  enqueue(masked_gated_gemv,
+          {at(x), at(w), at<uint8_t>(planes), at(h), at<float>(parts), M, H, D, stride_x, stride_w,
+           n_m, splits, activation, static_cast<Dtype>(dtype), device},
+          stream);
+}
+#endif
+
 // (op, architecture) -> launcher, and -> names of its variants in the order of their numbers.
 struct Ops {
   py::dict launchers, variants;
 
-  template <class Launcher, size_t COUNT>
-  void add(const char* op, const char* arch, Launcher launcher, const Variant (&table)[COUNT]) {
+  template <class Launcher>
+  void add(const char* op, const char* arch, Launcher launcher) {
     const py::tuple key = py::make_tuple(op, arch);
     launchers[key] = py::cpp_function(launcher, py::name(op));
-    py::list names;
+    variants[key] = py::list();
+  }
+
+  template <class Launcher, size_t COUNT>
+  void add(const char* op, const char* arch, Launcher launcher, const Variant (&table)[COUNT]) {
+    add(op, arch, launcher);
+    py::list names = variants[py::make_tuple(op, arch)];
     for (const Variant& variant : table) names.append(variant.name);
-    variants[key] = names;
   }
 };
 
@@ -85,6 +103,9 @@ Ops ops() {
   all.add("gated_linear_bwd", "sm_100a", &gated_linear_bwd<gated_linear_bwd_sm100>, kSm100);
   all.add("linear_act_fwd", "sm_100a", &gated_linear_fwd<gated_linear_fwd_sm100>, kSm100);
   all.add("linear_act_bwd", "sm_100a", &gated_linear_bwd<gated_linear_bwd_sm100>, kSm100);
+#endif
+#ifdef FUSEDMLP_PORTABLE  // the oldest architecture that every .cu without its own runs on
+  all.add("masked_gated_linear_fwd", FUSEDMLP_PORTABLE, &masked_gated_linear_fwd);
 #endif
   return all;
 }

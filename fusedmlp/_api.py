@@ -7,10 +7,13 @@ from ._backend import backend
 from ._explain import explain
 from .activations import *  # noqa: F403
 from .layers import *  # noqa: F403
+from .masks import PackedMasks, pack_masks
 from .ops.gated_act import gated_act
 from .ops.gated_linear import gated_linear
 from .ops.gated_mlp import gated_mlp
 from .ops.linear_act import linear_act
+from .ops.masked_gated_linear import masked_gated_linear
+from .ops.masked_gated_mlp import masked_gated_mlp
 from .ops.mlp import mlp
 from .ops.moe_linear import moe_linear
 from .ops.moe_mlp import moe_mlp
@@ -28,6 +31,7 @@ __all__ = [
     "SiLU",
     "Sigmoid",
     "Routing",
+    "PackedMasks",
     "backend",
     "explain",
     "gated_act",
@@ -35,9 +39,12 @@ __all__ = [
     "gated_mlp",
     "linear_act",
     "load_balancing_loss",
+    "masked_gated_linear",
+    "masked_gated_mlp",
     "mlp",
     "moe_linear",
     "moe_mlp",
+    "pack_masks",
     "route_to",
     "router_z_loss",
     "top1_route",

@@ -64,7 +64,7 @@ def pick(op: str, x: Tensor) -> str:
         return "reference"
     if _chosen == "cuda":
         if not torch.compiler.is_compiling():
-            for kernel in _cuda.KERNELS.get(op, (None,)):
+            for kernel in _cuda.KERNELS.get(op) or _cuda.DECODE.get(op) or (None,):
                 _cuda.require(op, kernel, x)
         return "cuda"
     if not on_gpu and not INTERPRETED:
@@ -107,7 +107,8 @@ def launcher(
         proven = _cuda.proven(kernel, x) if _chosen == "auto" else None
         if proven is not None:
             try:
-                if kernel.endswith("_fwd") and x.shape[0] <= SKINNY_M:
+                skinny = kernel.endswith("_fwd") and x.shape[0] <= SKINNY_M
+                if skinny and kernel not in _cuda.FEW_ROWS:
                     raise _cuda.Unfit(
                         f"{kernel}: at {SKINNY_M} rows or fewer Triton cuts K as well"
                     )

@@ -25,6 +25,12 @@ KERNELS = {
     "linear_act": ("linear_act_fwd",),
     "mlp": ("linear_act_fwd", "linear_act_bwd"),
 }
+# The same of kernels that serve few rows alone and no training.
+DECODE = {
+    "masked_gated_linear": ("masked_gated_linear_fwd",),
+    "masked_gated_mlp": ("masked_gated_linear_fwd",),
+}
+FEW_ROWS = frozenset(kernel for kernels in DECODE.values() for kernel in kernels)
 # (kernel, architecture) that bench/results/ holds a passing check of, on such a GPU: these `auto`
 # takes. The others are opt-in by backend("cuda").
 PROVEN: frozenset[tuple[str, str]] = frozenset()

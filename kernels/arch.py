@@ -73,6 +73,8 @@ class Arch:
 # Any strides, any size: per-element addresses cost registers, so the K step is short.
 _ELEMENT = Tile(64, 32, 16, 4, 2, subtiles=2, loads="element")
 _SKINNY = (Tile(16, 32, 128, 4, 4), Tile(16, 32, 32, 4, 2, loads="element"))
+_MASKED_SKINNY = (Tile(16, 32, 32, 4, 5), Tile(16, 32, 32, 4, 2, loads="element"))
+_MASKED_ELEMENT = Tile(64, 16, 16, 4, 2, loads="element")
 _FP32_ELEMENT = Tile(32, 32, 16, 4, 2, loads="element")
 _FP32_SKINNY = (Tile(16, 32, 32, 4, 3), Tile(16, 32, 16, 4, 2, loads="element"))
 _MOE_FP32 = {  # moe_up holds two accumulators
@@ -86,6 +88,15 @@ _FP32 = _MOE_FP32 | {  # CUDA cores unless the caller allows TF32; one set of ti
     ("linear_act_fwd", 4): (Tile(64, 64, 16, 8, 3), _FP32_ELEMENT, *_FP32_SKINNY),
     ("gated_linear_bwd", 4): (Tile(64, 64, 32, 8, 3, subtiles=4), _FP32_ELEMENT),
     ("linear_act_bwd", 4): (Tile(64, 64, 32, 8, 3, subtiles=4), _FP32_ELEMENT),
+    ("masked_gated_linear_fwd", 4): (Tile(64, 64, 16, 8, 3), _FP32_ELEMENT, *_FP32_SKINNY),
+    ("masked_gated_linear_fwd_group", 4): (
+        Tile(32, 64, 16, 8, 3),
+        Tile(32, 32, 16, 8, 2, loads="element"),
+        Tile(16, 32, 32, 4, 3),
+        Tile(16, 16, 16, 4, 2, loads="element"),
+    ),
+    ("masked_gated_linear_dx", 4): (Tile(64, 64, 16, 8, 3), _FP32_ELEMENT),
+    ("masked_gated_linear_dw", 4): (Tile(64, 32, 16, 8, 3), _FP32_ELEMENT),
 }
 # Of the experts' GEMMs, the tile is chosen by the rows that an expert has, hence a tile for few.
 _MOE_FEW = (Tile(32, 64, 64, 4, 4), Tile(16, 64, 64, 4, 4))
@@ -97,6 +108,23 @@ _MOE_MMA = {
         Tile(128, 128, 32, 8, 4, subtiles=4),
         Tile(64, 64, 32, 4, 4, subtiles=2),
         *_MOE_FEW,
+        _ELEMENT,
+    ),
+    ("masked_gated_linear_fwd", 2): (
+        Tile(128, 64, 32, 8, 4),
+        Tile(64, 64, 32, 4, 4),
+        _ELEMENT,
+        *_SKINNY,
+    ),
+    ("masked_gated_linear_fwd_group", 2): (
+        Tile(128, 32, 32, 8, 4),
+        _MASKED_ELEMENT,
+        *_MASKED_SKINNY,
+    ),
+    ("masked_gated_linear_dx", 2): (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4), _ELEMENT),
+    ("masked_gated_linear_dw", 2): (
+        Tile(128, 64, 32, 8, 4, subtiles=2),
+        Tile(64, 64, 32, 4, 4, subtiles=2),
         _ELEMENT,
     ),
 }
@@ -181,6 +209,26 @@ _TMA = _MOE_TMA | {  # wgmma on sm_90, tcgen05 on sm_100
         Tile(64, 128, 64, 4, 4, subtiles=4, loads="tma"),
         _ELEMENT,
     ),
+    ("masked_gated_linear_fwd", 2): (
+        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma"),
+        Tile(64, 128, 64, 4, 4, subtiles=4, loads="tma"),
+        _ELEMENT,
+        *_SKINNY,
+    ),
+    ("masked_gated_linear_fwd_group", 2): (
+        Tile(128, 32, 64, 8, 4, loads="tma"),
+        _MASKED_ELEMENT,
+        *_MASKED_SKINNY,
+    ),
+    ("masked_gated_linear_dx", 2): (
+        Tile(128, 128, 64, 8, 4, loads="tma"),
+        Tile(64, 128, 64, 4, 4, loads="tma"),
+        _ELEMENT,
+    ),
+    ("masked_gated_linear_dw", 2): (
+        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma"),
+        _ELEMENT,
+    ),
 }
 _INTERPRETED_SKINNY = (Tile(16, 32, 16, 4, 2), Tile(16, 32, 16, 4, 2, loads="element"))
 _MOE_INTERPRETED = {
@@ -199,6 +247,19 @@ _MOE_INTERPRETED = {
         Tile(32, 32, 32, 4, 2, subtiles=2, loads="element", group_m=2),
     )
     for kernel in ("moe_up", "moe_down", "moe_dh", "moe_wgrad")
+    for size in (2, 4)
+} | {
+    (kernel, size): (
+        Tile(32, 64, 32, 4, 2, subtiles=2, loads="tma", group_m=2),
+        Tile(32, 64, 32, 4, 2, subtiles=2, loads="element", group_m=2),
+        *(_INTERPRETED_SKINNY if "_fwd" in kernel else ()),
+    )
+    for kernel in (
+        "masked_gated_linear_fwd",
+        "masked_gated_linear_fwd_group",
+        "masked_gated_linear_dx",
+        "masked_gated_linear_dw",
+    )
     for size in (2, 4)
 }
 _INTERPRETED = (

@@ -86,6 +86,29 @@ def store_tile(
 
 
 @triton.jit
+def load_slice(t, i, r0, c0, R, C, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TMA: tl.constexpr):
+    """Rows r0.. and columns c0.. of matrix i of a contiguous (n, R, C) stack."""
+    if TMA:
+        tile = tl.reshape(t.load([i, r0, c0]), (BLOCK_R, BLOCK_C))
+    else:
+        first = tl.cast(i, tl.int64) * R * C
+        tile = load_tile(t + first, C, 1, r0, c0, R, C, BLOCK_R, BLOCK_C, False)
+    return tile
+
+
+@triton.jit
+def store_slice(
+    t, i, r0, c0, R, C, value, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, TMA: tl.constexpr
+):
+    """Write `value` to matrix i of a contiguous (n, R, C) stack; cut at the edges."""
+    if TMA:
+        t.store([i, r0, c0], tl.reshape(rounded(value, t.dtype), (1, BLOCK_R, BLOCK_C)))
+    else:
+        first = tl.cast(i, tl.int64) * R * C
+        store_tile(t + first, C, r0, c0, R, C, value, BLOCK_R, BLOCK_C, False)
+
+
+@triton.jit
 def load_weight(
     w,
     stride_n,
@@ -298,6 +321,11 @@ def stacked_of(
 def rows_of(t: Tensor | None, block_r: int, block_c: int, tma: bool) -> Any:
     """A matrix with contiguous columns (x, h, g, ...) as a kernel takes it."""
     return t if t is None or not tma else _descriptor(t, [block_r, block_c])
+
+
+def slices_of(t: Tensor | None, block_r: int, block_c: int, tma: bool) -> Any:
+    """A contiguous (n, R, C) stack of matrices as a kernel takes it."""
+    return t if t is None or not tma else _descriptor(t, [1, block_r, block_c])
 
 
 def weight_of(

@@ -24,11 +24,13 @@ def test_tables(extension):
     assert sorted(extension.ACTIVATIONS.values()) == list(range(len(extension.ACTIVATIONS)))
     assert set(extension.DTYPES) == set(_cuda.DTYPES.values())
     known = {kernel for kernels in _cuda.KERNELS.values() for kernel in kernels}
-    assert {kernel for kernel, _ in extension.OPS} <= known
+    assert {kernel for kernel, _ in extension.OPS} <= known | _cuda.FEW_ROWS
     archs = set(extension.ARCHS.split())
-    assert {arch for _, arch in extension.OPS} == archs & {"sm_90a", "sm_100a"}
-    for arch in archs & {"sm_90a", "sm_100a"}:
+    portable = {arch for arch in archs if not arch.endswith("a")}
+    for arch in archs - portable:
         assert {kernel for kernel, a in extension.OPS if a == arch} == known
+    rest = {kernel for kernel, arch in extension.OPS if arch in portable}
+    assert rest == (_cuda.FEW_ROWS if portable else set())
     assert extension.VARIANTS.keys() == extension.OPS.keys()
     for kernel in ladder.KERNELS if "sm_90a" in archs else ():
         assert tuple(extension.VARIANTS[kernel, "sm_90a"]) == ladder.variants_of(kernel)
@@ -44,9 +46,11 @@ def test_explain(extension):
 def test_a_launch_without_a_gpu_raises_and_does_no_more(extension):
     """A driver that is not there is an error with a text, every time."""
     x = torch.ones(64, 64, dtype=torch.bfloat16)
+    gemm = [*[x.data_ptr()] * 8, *[64] * 8, 0, 0, 0, 132, -1, 0]
+    gemv = [*[x.data_ptr()] * 5, *[64] * 5, 1, 1, 0, 0, 0, 0]
     for (kernel, _), launch in extension.OPS.items():
         with pytest.raises(TypeError, match=f"{kernel}.*incompatible function arguments"):
             launch(1, 2, 3)
         for _ in range(2):
             with pytest.raises(RuntimeError, match=r"\w"):
-                launch(*[x.data_ptr()] * 8, *[64] * 8, 0, 0, 0, 132, -1, 0)
+                launch(*(gemv if kernel in _cuda.FEW_ROWS else gemm))

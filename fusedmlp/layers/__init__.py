@@ -9,6 +9,7 @@ from .fff import FastFeedForward, PathWeightedFFF
 from .gating import GatingMechanism
 from .glu import GLU, Bilinear, GeGLU, ReGLU, SwiGLU
 from .gmlp import GMLP
+from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
 from .mlp import MLP
 from .moe import Top1MoE
 from .ngpt import NGPT, L2Norm
@@ -20,23 +21,29 @@ from .transformer import GELUMLP, ReluSquaredMLP, SiLUMLP, SwiGLUMLP
 __all__ = [
     "GELUMLP",
     "GLU",
+    "Bilinear",
+    "BilinearMGLU",
+    "FastFeedForward",
     "GMLP",
+    "MGLU",
     "MLP",
     "NGPT",
-    "Bilinear",
-    "FastFeedForward",
     "FeedForward",
     "GatingMechanism",
     "GeGLU",
+    "GeMGLU",
     "L2Norm",
+    "MaskedGLU",
     "PathWeightedFFF",
     "PointwiseMLP",
     "ReGLU",
+    "ReMGLU",
     "ReluSquaredMLP",
     "ResidualWrapper",
     "SiLUMLP",
     "SwiGLU",
     "SwiGLUMLP",
+    "SwiMGLU",
     "SwitchFFN",
     "Top1MoE",
 ]

@@ -4,11 +4,12 @@
 |---|---|
 | none | act(x W1' + b1) W2' + b2 |
 | glu, geglu, swiglu, reglu, bilinear | (v * act(g)) W2' + b2, where [v | g] = x W1' + b1 |
+| mglu, mgeglu, mswiglu, mreglu, mbilinear | MGLU(x) W2' + b2 and so on: see masked_glu.py |
 
 | tensor | shape | |
 |---|---|---|
 | x, y | (..., dim) | |
-| W1, b1 | (H, dim), (H,); gated (2 H, dim), (2 H,) | H = floor(dim * mult); value half first |
+| W1, b1 | (H, dim), (H,); in row 2 (2 H, dim), (2 H,), value half first | H = floor(dim * mult) |
 | W2, b2 | (dim, H), (dim,) | |
 
 Dropout acts between the two projections; there is no residual. dtype: x has the parameters'
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from ._activation import build, describe, name_of
 from ._block import gated_block, plain_block, positive_int, reset_others, scaled_width
 from .glu import GLU, Bilinear, GeGLU, GLUBase, ReGLU, SwiGLU
+from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
 
 GLU_VARIANTS: dict[str, Callable[[int, int], GLUBase]] = {
     "glu": GLU,
@@ -36,7 +38,14 @@ GLU_VARIANTS: dict[str, Callable[[int, int], GLUBase]] = {
     "reglu": ReGLU,
     "bilinear": Bilinear,
 }
-_MASKED_VARIANTS = ("mglu", "mgeglu", "mswiglu", "mreglu", "mbilinear")
+MASKED_VARIANTS: dict[str, Callable[..., MaskedGLU]] = {
+    "mglu": MGLU,
+    "mgeglu": GeMGLU,
+    "mswiglu": SwiMGLU,
+    "mreglu": ReMGLU,
+    "mbilinear": BilinearMGLU,
+}
+_VARIANTS = ("none", *GLU_VARIANTS, *MASKED_VARIANTS)
 
 
 class FeedForward(nn.Module):
@@ -53,9 +62,11 @@ class FeedForward(nn.Module):
             `fusedmlp.activations`, ReluSquared, Gelu2, BSiLU); any other module runs in PyTorch
             between nn.Linear calls. The layer's repr says which. A gated variant brings its own;
             another one given is not used, and says so in a UserWarning.
-        glu_variant: "none", "glu", "geglu", "swiglu", "reglu" or "bilinear", in any case.
+        glu_variant: "none", "glu", "geglu", "swiglu", "reglu", "bilinear", or the masked "mglu",
+            "mgeglu", "mswiglu", "mreglu", "mbilinear", in any case.
         pre_norm: normalise x first.
         norm_layer: a callable that makes the norm from dim alone.
+        mask_mode, num_masks: of a masked variant, as in MaskedGLU.
 
     Attributes: `net`, a Sequential of [Linear, activation, Dropout, Linear] or [GLU layer, Dropout,
     Linear]; `proj`, its first Linear; `pre_norm`, the norm or None; `glu_variant`, in lower case.
@@ -78,6 +89,9 @@ class FeedForward(nn.Module):
         glu_variant: str = "none",
         pre_norm: bool = False,
         norm_layer: Callable[[int], nn.Module] = nn.RMSNorm,
+        *,
+        mask_mode: str = "channel",
+        num_masks: int = 1,
     ) -> None:
         super().__init__()
         positive_int("FeedForward", "dim", dim)
@@ -86,10 +100,11 @@ class FeedForward(nn.Module):
             raise ValueError(f"FeedForward: dropout must be in [0, 1], got {dropout}")
         self.glu_variant = _variant(glu_variant)
         self.pre_norm = norm_layer(dim) if pre_norm else None
+        first: list[nn.Module]
         if self.glu_variant == "none":
             first = [nn.Linear(dim, hidden), build("FeedForward: activation", activation, False)]
         else:
-            first = [GLU_VARIANTS[self.glu_variant](dim, hidden)]
+            first = [_gated(self.glu_variant, dim, hidden, mask_mode, num_masks)]
             if activation is not nn.GELU:
                 warnings.warn(
                     f"FeedForward: activation {activation!r} is not used, because glu_variant "
@@ -103,12 +118,13 @@ class FeedForward(nn.Module):
     def proj(self) -> nn.Linear:
         """The first projection, (H, dim) or gated (2 H, dim): a property, so no state_dict key."""
         first = self.net[0]
-        return first.proj if isinstance(first, GLUBase) else first  # type: ignore[return-value]
+        return first.proj if isinstance(first, GLUBase | MaskedGLU) else first  # type: ignore[return-value]
 
     def _init_linears(self) -> None:
         for linear in (self.proj, cast(nn.Linear, self.net[-1])):
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-            nn.init.zeros_(linear.bias)
+            if linear.bias is not None:  # a masked projection over elements has none
+                nn.init.zeros_(linear.bias)
 
     def init_weights_(self) -> None:
         """Give every parameter its initial value again, or at last on a layer built on meta.
@@ -131,6 +147,8 @@ class FeedForward(nn.Module):
             return plain_block(self, x, first, second, dropout, activation=activation)
         glu: Any
         glu, dropout, second = self.net
+        if isinstance(glu, MaskedGLU):
+            return glu.block(x, dropout, second)
         activation = name_of(glu.activation)
         if activation is None:
             return self.net(x)
@@ -151,14 +169,20 @@ def _variant(glu_variant: str) -> str:
     if not isinstance(glu_variant, str):
         raise TypeError(f"FeedForward: glu_variant must be a str, got {glu_variant!r}")
     name = glu_variant.lower()
-    if name == "none" or name in GLU_VARIANTS:
+    if name in _VARIANTS:
         return name
-    available = ", ".join(("none", *GLU_VARIANTS))
-    if name in _MASKED_VARIANTS:
-        raise ValueError(
-            "FeedForward: masked variants are not available in this version; glu_variant must be "
-            f"one of {available}, got {name!r}"
-        )
     raise ValueError(
-        f"FeedForward: Unknown GLU variant: {name}; glu_variant must be one of {available}"
+        f"FeedForward: Unknown GLU variant: {name}; glu_variant must be one of "
+        f"{', '.join(_VARIANTS)}"
     )
+
+
+def _gated(variant: str, dim: int, hidden: int, mask_mode: str, num_masks: int) -> nn.Module:
+    if variant in MASKED_VARIANTS:
+        return MASKED_VARIANTS[variant](dim, hidden, mask_mode=mask_mode, num_masks=num_masks)
+    if (mask_mode, num_masks) != ("channel", 1):
+        raise ValueError(
+            "FeedForward: mask_mode and num_masks must be left alone without a masked glu_variant, "
+            f"got {mask_mode!r} and {num_masks} with {variant!r}"
+        )
+    return GLU_VARIANTS[variant](dim, hidden)

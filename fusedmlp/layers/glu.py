@@ -28,6 +28,22 @@ from torch import Tensor, nn
 from ..ops.gated_linear import gated_linear
 from ._activation import describe, name_of
 from ._block import affine, positive_int, reset_others
+from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
+
+__all__ = [
+    "GLU",
+    "MGLU",
+    "Bilinear",
+    "BilinearMGLU",
+    "GLUBase",
+    "GeGLU",
+    "GeMGLU",
+    "MaskedGLU",
+    "ReGLU",
+    "ReMGLU",
+    "SwiGLU",
+    "SwiMGLU",
+]
 
 
 class GLUBase(nn.Module):

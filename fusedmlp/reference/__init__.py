@@ -5,6 +5,7 @@ Any floating dtype, any device, any leading dimensions; gradients are autograd's
 """
 
 from .dense import Packed, gated_act, gated_linear, gated_mlp, halves, linear_act, mlp
+from .masked import masked_gated_linear, masked_gated_mlp, pack_masks, unpack_masks
 from .moe import (
     Routing,
     load_balancing_loss,
@@ -25,11 +26,15 @@ __all__ = [
     "halves",
     "linear_act",
     "load_balancing_loss",
+    "masked_gated_linear",
+    "masked_gated_mlp",
     "mlp",
     "moe_linear",
     "moe_mlp",
+    "pack_masks",
     "route_to",
     "router_z_loss",
     "top1_route",
     "tree_path",
+    "unpack_masks",
 ]

@@ -29,7 +29,8 @@ class Case:
     are no floating numbers are drawn, from shape and generator; they get no gradient. adapt: from
     the drawn arguments to those of fn, by the functions of a module: the public ones or the
     reference. result: from what fn returns to the tensor to compare.
-    out_shape: where the reference cannot run on the meta device.
+    out_shape: where the reference cannot run on the meta device. straight_through: arguments whose
+    gradient is by definition not the derivative.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     adapt: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda arguments, functions: arguments
     result: Callable[[Any], Tensor] = lambda out: out
     out_shape: Callable[[int, int, int], tuple[int, ...]] | None = None
+    straight_through: tuple[str, ...] = ()
 
     @property
     def op(self) -> str:
@@ -124,6 +126,11 @@ def _off_kink(name: str, shape: tuple[int, ...], D: int, generator: torch.Genera
         return torch.where(t.abs() < 1, t.sign(), 3 * t.sign()) * _off_kink_step(shape[-1])
     if name.startswith("b"):
         return 2 * t.round() * _off_kink_step(D)  # an even number of steps: the sum stays odd
+    if name == "masks":
+        # As with no mask: an odd number of products each, of what x's last column leaves.
+        even = (t[..., : D - 1 + D % 2] > 0).sum(-1) % 2 == 0
+        t[..., 0] = torch.where(even, -t[..., 0], t[..., 0])
+        return t
     if name == "x":
         t = t.sign()
         if D and D % 2 == 0:

@@ -1,0 +1,82 @@
+"""The rivals of masked_gated_linear on fixed masks, entered in the RIVALS of all. The best
+two-matrix GLU of the same widths is in the records of gated_linear.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..kernels.activations import ACTIVATIONS
+from .kernels.flash_mglu import flash_mglu_sums
+from .rivals import RIVALS, Arguments, Function, Rival
+from .work import Work
+
+
+def _masks(inputs: Arguments) -> Tensor:
+    return reference.unpack_masks(inputs["masks"], inputs["w"].shape[1])
+
+
+class FixedMasks(Rival):
+    ops = ("masked_gated_linear",)
+
+    def skip(self, work: Work, phase: str) -> str | None:
+        if work.case.op in self.ops:
+            if "masks" not in work.case.draws:
+                return "is timed on fixed masks"
+            if phase != "forward":
+                return "has no gradient"
+        return super().skip(work, phase)
+
+
+class NaiveMasked(FixedMasks):
+    """Two full products a mask, on weights masked in every call: the paper's Torch MGLU."""
+
+    name = "naive-masked"
+
+    def arguments(self, work: Work, inputs: Arguments) -> dict[str, Tensor]:
+        return {**inputs, "masks": _masks(inputs)}
+
+    def function(self, work: Work) -> Function:
+        act = ACTIVATIONS[work.activation].reference
+
+        def call(t: Arguments) -> Tensor:
+            x, w = t["x"], t["w"]
+            terms = [act(F.linear(x, w * m)) * F.linear(x, w * ~m) for m in t["masks"]]
+            return torch.stack(terms).sum(0)
+
+        return call
+
+
+class FlashMGLU(FixedMasks):
+    """The paper's kernel for one row: a byte of masks a weight, split sums by atomics."""
+
+    name = "flash-mglu"
+
+    def skip(self, work: Work, phase: str) -> str | None:
+        reason = super().skip(work, phase)
+        if reason is None and work.M != 1:
+            return "takes one row"
+        if reason is None and work.case.shapes(1, 8, 8)["masks"][2] > 8:
+            return "has a byte for the masks of a weight"
+        return reason
+
+    def arguments(self, work: Work, inputs: Arguments) -> dict[str, Tensor]:
+        masks = _masks(inputs)
+        bit = 2 ** torch.arange(len(masks), device=masks.device).view(-1, 1, 1)
+        return {**inputs, "masks": (masks * bit).sum(0).to(torch.uint8)}
+
+    def function(self, work: Work) -> Function:
+        act = ACTIVATIONS[work.activation].reference
+        n_m = work.case.shapes(1, 8, 8)["masks"][2]
+
+        def call(t: Arguments) -> Tensor:
+            gates, values = flash_mglu_sums(t["x"], t["w"], t["masks"], n_m)
+            return (act(gates) * values).sum(0, keepdim=True).to(t["x"].dtype)
+
+        return call
+
+
+RIVALS |= {rival.name: rival for rival in (NaiveMasked(), FlashMGLU())}

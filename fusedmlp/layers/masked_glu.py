@@ -1,0 +1,244 @@
+"""Masked gated linear units: one projection is gate and value, told apart by binary masks.
+
+| class | act |
+|---|---|
+| MGLU | sigmoid |
+| BilinearMGLU | identity |
+| ReMGLU | relu |
+| SwiMGLU | silu |
+| GeMGLU | gelu, exact (erf) |
+
+| mask_mode | h | with |
+|---|---|---|
+| "channel" | m * (v * act(v)) + (1 - m) * v | v = x W' + b, m = 1 where mask >= 0 |
+| "element" | sum_i act(x (m_i * W)') * (x ((1 - m_i) * W)') | m_i = 1 where mask[i] > 0 |
+
+| tensor | shape | |
+|---|---|---|
+| x | (..., dim_in) | |
+| proj.weight W | (dim_out, dim_in) | |
+| proj.bias b | (dim_out,) | or None; None in element mode |
+| mask | (dim_out,) | in element mode (num_masks, dim_out, dim_in) |
+| h | (..., dim_out) | |
+
+The two modes are different functions. "channel" is mlp_utils': a channel gates itself or passes
+through; its mask's gradient is that of sigmoid(mask), straight through. "element" is the paper's
+(Tajima et al., Masked Gated Linear Unit, arXiv 2506.23225), by `fusedmlp.masked_gated_linear` and
+its kernels; a logit's gradient is that of its mask. dtype: x has the parameters' floating dtype,
+which is kept (under autocast: the autocast dtype).
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..masks import MAX_MASKS, PackedMasks, pack_masks
+from ..ops.masked_gated_linear import masked_gated_linear
+from ..ops.masked_gated_mlp import masked_gated_mlp
+from ._activation import name_of
+from ._block import affine, passes_through, positive_int, reset_others
+
+MASK_MODES = ("channel", "element")
+
+
+class MaskedGLU(nn.Module):
+    """A masked gated linear unit; see the file for its two modes.
+
+    Args:
+        dim_in: width of x.
+        dim_out: width of the result.
+        activation: an elementwise module, kept as the attribute `activation`. In element mode one
+            that `fusedmlp` has a kernel for.
+        bias: give `proj` a bias. None: in channel mode only; element mode has none.
+        mask_mode: "channel" or "element".
+        num_masks: masks of element mode, from 1 to 16. n masks cost (n + 1) / 2 times the FLOPs of
+            a GLU of the same width; decoding reads 16 + n bits a weight where that reads 32.
+
+    `proj` starts with nn.Linear's own initialisation, `mask` with N(0, 1) in channel mode and with
+    0.01 N(0, 1) in element mode. `freeze_masks()` turns element logits into bits for inference.
+    Raises ValueError or TypeError for a bad argument, and TypeError in forward if `proj` was
+    replaced by something else than an nn.Linear.
+    """
+
+    mask: nn.Parameter
+    packed: PackedMasks | None
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        activation: nn.Module,
+        bias: bool | None = None,
+        *,
+        mask_mode: str = "channel",
+        num_masks: int = 1,
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        positive_int(owner, "dim_in", dim_in)
+        positive_int(owner, "dim_out", dim_out)
+        positive_int(owner, "num_masks", num_masks)
+        if not isinstance(activation, nn.Module):
+            raise TypeError(f"{owner}: activation must be an nn.Module, got {activation!r}")
+        if mask_mode not in MASK_MODES:
+            raise ValueError(
+                f"{owner}: mask_mode must be one of {', '.join(MASK_MODES)}, got {mask_mode!r}"
+            )
+        element = mask_mode == "element"
+        if num_masks > (MAX_MASKS if element else 1):
+            most = f"from 1 to {MAX_MASKS}" if element else "1 in channel mode"
+            raise ValueError(f"{owner}: num_masks must be {most}, got {num_masks}")
+        if element and bias:
+            raise ValueError(f"{owner}: bias must be False or None in element mode, got {bias}")
+        if element and name_of(activation) is None:
+            raise TypeError(
+                f"{owner}: activation must be one with a kernel in element mode, got {activation!r}"
+            )
+        self.mask_mode = mask_mode
+        self.proj = nn.Linear(dim_in, dim_out, not element if bias is None else bias)
+        shape = (num_masks, dim_out, dim_in) if element else (dim_out,)
+        self.mask = nn.Parameter(self.proj.weight.new_empty(shape))
+        self.packed = None
+        self.activation = activation
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the mask again, and nothing else."""
+        nn.init.normal_(self.mask, std=0.01 if self.mask_mode == "element" else 1.0)
+
+    def init_weights_(self) -> None:
+        """Give every parameter its initial value again, or at last on a layer built on meta.
+
+        An activation with parameters is reset by its own `reset_parameters`; raises TypeError if it
+        has none, or if the masks are frozen.
+        """
+        self.proj.reset_parameters()
+        reset_others(self)
+
+    def freeze_masks(self) -> None:
+        """Replace the logits `mask` by bits, `packed`, for good: num_masks bits a weight instead of
+        a parameter each. Numbers stay as they are. A frozen layer's state_dict loads into a layer
+        that was frozen before.
+
+        Raises RuntimeError in channel mode and where they are frozen already, ValueError for a
+        logit that is not finite.
+        """
+        owner = type(self).__name__
+        if self.mask_mode != "element":
+            raise RuntimeError(f"{owner}: freeze_masks() needs mask_mode='element', got 'channel'")
+        if self.packed is not None:
+            raise RuntimeError(f"{owner}: freeze_masks() needs logits, got frozen masks")
+        self.packed = pack_masks(self.mask)
+        del self.mask
+
+    def masks(self) -> Tensor | PackedMasks:
+        """What forward masks with: the logits, or once frozen the bits."""
+        return self.mask if self.packed is None else self.packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim_in) -> (..., dim_out)."""
+        w, b = affine(self, self.proj)
+        if self.mask_mode == "element":
+            return masked_gated_linear(x, w, self.masks(), activation=self._activation())
+        v = F.linear(x, w, b)
+        soft = self.mask.sigmoid()
+        # The difference is 0, and its gradient sigmoid's.
+        m = ((self.mask >= 0).to(soft.dtype) + (soft - soft.detach())).to(v.dtype)
+        return m * (v * self.activation(v)) + (1 - m) * v
+
+    def block(self, x: Tensor, dropout: nn.Module, down: nn.Module) -> Tensor:
+        """down(dropout(self(x))), in one call where nothing stands between the projections."""
+        w_down, b_down = affine(self, down)
+        if self.mask_mode == "channel" or not passes_through(dropout):
+            return F.linear(dropout(self(x)), w_down, b_down)
+        w, _ = affine(self, self.proj)
+        return masked_gated_mlp(x, w, self.masks(), w_down, b_down, activation=self._activation())
+
+    def _activation(self) -> str:
+        name = name_of(self.activation)
+        if name is None:
+            raise TypeError(
+                f"{type(self).__name__}: activation must be one with a kernel in element mode, got "
+                f"{self.activation!r}"
+            )
+        return name
+
+
+class MGLU(MaskedGLU):
+    """A masked GLU with sigmoid. Arguments as in MaskedGLU, activation excepted."""
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        bias: bool | None = None,
+        *,
+        mask_mode: str = "channel",
+        num_masks: int = 1,
+    ) -> None:
+        super().__init__(
+            dim_in, dim_out, nn.Sigmoid(), bias, mask_mode=mask_mode, num_masks=num_masks
+        )
+
+
+class BilinearMGLU(MaskedGLU):
+    """A masked GLU with no activation. Arguments as in MaskedGLU, activation excepted."""
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        bias: bool | None = None,
+        *,
+        mask_mode: str = "channel",
+        num_masks: int = 1,
+    ) -> None:
+        super().__init__(
+            dim_in, dim_out, nn.Identity(), bias, mask_mode=mask_mode, num_masks=num_masks
+        )
+
+
+class ReMGLU(MaskedGLU):
+    """A masked GLU with relu. Arguments as in MaskedGLU, activation excepted."""
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        bias: bool | None = None,
+        *,
+        mask_mode: str = "channel",
+        num_masks: int = 1,
+    ) -> None:
+        super().__init__(dim_in, dim_out, nn.ReLU(), bias, mask_mode=mask_mode, num_masks=num_masks)
+
+
+class SwiMGLU(MaskedGLU):
+    """A masked GLU with silu. Arguments as in MaskedGLU, activation excepted."""
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        bias: bool | None = None,
+        *,
+        mask_mode: str = "channel",
+        num_masks: int = 1,
+    ) -> None:
+        super().__init__(dim_in, dim_out, nn.SiLU(), bias, mask_mode=mask_mode, num_masks=num_masks)
+
+
+class GeMGLU(MaskedGLU):
+    """A masked GLU with exact gelu. Arguments as in MaskedGLU, activation excepted."""
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        bias: bool | None = None,
+        *,
+        mask_mode: str = "channel",
+        num_masks: int = 1,
+    ) -> None:
+        super().__init__(dim_in, dim_out, nn.GELU(), bias, mask_mode=mask_mode, num_masks=num_masks)

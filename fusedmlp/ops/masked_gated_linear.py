@@ -1,0 +1,201 @@
+"""h = sum_i act(x (m_i * w)') * (x ((1 - m_i) * w)'): a gated linear whose gate and value share one
+weight, told apart by binary masks over its elements (MGLU; FlashMGLU).
+
+| tensor | shape | |
+|---|---|---|
+| x | (..., D) | flattened to (M, D) |
+| w | (H, D) | any strides |
+| masks | (n_m, H, D) | logits, n_m from 1 to 16: m_i = 1 where masks[i] > 0; or PackedMasks |
+| h | (..., H) | |
+
+dtype: one floating dtype for x and w, kept; logits may have another, their sign is all that counts.
+Products accumulate in float32; with t = x w' and g_i = x (m_i * w)' the complement is t - g_i,
+there. Forward: the logits become bit planes, n_m bits a weight, then one pass over x and w. Saved
+for backward: x, w, the planes, t and g_i.
+
+| backward | by |
+|---|---|
+| dv_i = dh act(g_i), e_i = dh act'(g_i) (t - g_i) - dv_i, V = sum dv_i | masked_gated_linear_ev |
+| dx = V w + sum e_i (m_i * w) | masked_gated_linear_dx |
+| G_i = e_i' x, dw = V' x + sum m_i * G_i, dmasks_i = w * G_i | masked_gated_linear_dw |
+
+A logit's gradient is that of its mask, straight through. Source: Tajima et al., Masked Gated Linear
+Unit, arXiv 2506.23225, equations 2 and 3 and algorithm 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import _backend, _cuda_masked, _library, reference
+from .._shapes import rows
+from ..kernels import masked_gated_bwd as _triton_bwd
+from ..kernels import masked_gated_linear as _triton
+from ..masks import PackedMasks, check_logits, pack
+from . import _check
+
+OP = "masked_gated_linear"
+
+
+def check_projection(
+    op: str, x: Tensor, w: Tensor, masks: Tensor | PackedMasks, activation: str
+) -> int:
+    """The shape rule of x, w and masks, for this op and for whole blocks. Returns H."""
+    _check.activation(op, activation)
+    H, D = _check.matrix(op, "w", w, "(H, D)")
+    _check.columns(op, "x", x, D, "D of w")
+    if not isinstance(masks, PackedMasks):
+        check_logits(op, "masks", masks)
+    n_m, *size = masks.shape
+    if size != [H, D]:
+        raise ValueError(f"{op}: masks must be {(n_m, H, D)}: of w's shape, got {(n_m, *size)}")
+    if (device := tensor_of(masks).device) != x.device:
+        raise ValueError(f"{op}: masks must be on x's device {x.device}, got {device}")
+    return H
+
+
+def _fwd_fake(
+    x: Tensor, w: Tensor, planes: Tensor, activation: str, want_h: bool, want_gt: bool
+) -> tuple[Tensor, Tensor]:
+    M, H = x.shape[0], w.shape[0]
+    h = x.new_empty((M if want_h else 0, H))
+    return h, x.new_empty((1 + planes.shape[2], M if want_gt else 0, H))
+
+
+def _ev_fake(dh: Tensor, gt: Tensor, activation: str, want_h: bool) -> tuple[Tensor, Tensor]:
+    _, M, H = gt.shape
+    return gt.new_empty(gt.shape), gt.new_empty((M if want_h else 0, H))
+
+
+def _dx_fake(ev: Tensor, w: Tensor, planes: Tensor) -> Tensor:
+    return ev.new_empty((ev.shape[1], w.shape[1]))
+
+
+def _dw_fake(
+    ev: Tensor,
+    x: Tensor,
+    w: Tensor,
+    planes: Tensor,
+    want_dw: bool,
+    want_dmasks: bool,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    (H, D), n_m = w.shape, planes.shape[2]
+    dw = w.new_empty((H if want_dw else 0, D))
+    return dw, w.new_empty((n_m if want_dmasks else 0, H, D), dtype=dtype)
+
+
+# x (M, D), planes (H, ceil(D / 8), n_m) -> h (M, H) and t, g_1, .. as gt (1 + n_m, M, H), each with
+# M = 0 if not wanted.
+fwd = _library.define(
+    "masked_gated_linear_fwd(Tensor x, Tensor w, Tensor planes, str activation, bool want_h, "
+    "bool want_gt) -> (Tensor, Tensor)",
+    _triton.masked_gated_linear_fwd,
+    _fwd_fake,
+    _cuda_masked.masked_gated_linear_fwd,
+)
+# dh (M, H) -> V, e_1, .. as ev (1 + n_m, M, H), and h (M, H) again, with M = 0 if not wanted.
+ev = _library.define(
+    "masked_gated_linear_ev(Tensor dh, Tensor gt, str activation, bool want_h) -> (Tensor, Tensor)",
+    _triton_bwd.masked_gated_linear_ev,
+    _ev_fake,
+)
+dx = _library.define(
+    "masked_gated_linear_dx(Tensor ev, Tensor w, Tensor planes) -> Tensor",
+    _triton_bwd.masked_gated_linear_dx,
+    _dx_fake,
+)
+# -> dw (H, D) and dmasks (n_m, H, D) in `dtype`, each with no rows if not wanted.
+dw = _library.define(
+    "masked_gated_linear_dw(Tensor ev, Tensor x, Tensor w, Tensor planes, bool want_dw, "
+    "bool want_dmasks, ScalarType dtype) -> (Tensor, Tensor)",
+    _triton_bwd.masked_gated_linear_dw,
+    _dw_fake,
+)
+
+
+def tensor_of(masks: Tensor | PackedMasks) -> Tensor:
+    """Logits, or bit planes."""
+    return masks.planes if isinstance(masks, PackedMasks) else masks
+
+
+def unpacked(masks: Tensor | PackedMasks) -> Tensor:
+    """Logits, or bool masks."""
+    return masks.unpack() if isinstance(masks, PackedMasks) else masks
+
+
+def planes_of(masks: Tensor) -> Tensor:
+    """Bit planes of logits; planes as they are."""
+    return pack(masks) if masks.is_floating_point() else masks
+
+
+def projection_grads(
+    evs: Tensor,
+    x: Tensor,
+    w: Tensor,
+    planes: Tensor,
+    masks_dtype: torch.dtype,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dw, dmasks where `needed`, from V and e_i."""
+    need_x, need_w, need_masks = needed
+    grad_x = dx(evs, w, planes) if need_x else None
+    if not (need_w or need_masks):
+        return grad_x, None, None
+    grad_w, grad_masks = dw(evs, x, w, planes, need_w, need_masks, masks_dtype)
+    return grad_x, grad_w if need_w else None, grad_masks if need_masks else None
+
+
+class MaskedGatedLinearFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, masks: Tensor, activation: str) -> Tensor:
+        planes = planes_of(masks)
+        h, gt = fwd(x, w, planes, activation, True, True)
+        ctx.save_for_backward(x, w, planes, gt)
+        ctx.activation, ctx.masks_dtype = activation, masks.dtype
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, planes, gt = ctx.saved_tensors
+        evs, _ = ev(dh, gt, ctx.activation, False)
+        needed = ctx.needs_input_grad[:3]
+        return *projection_grads(evs, x, w, planes, ctx.masks_dtype, needed), None
+
+
+def masked_gated_linear(
+    x: Tensor, w: Tensor, masks: Tensor | PackedMasks, *, activation: str = "silu"
+) -> Tensor:
+    """sum_i act(x (m_i * w)') * (x ((1 - m_i) * w)').
+
+    Args:
+        x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
+        w: (H, D), any strides.
+        masks: logits (n_m, H, D), n_m from 1 to 16, of any floating dtype, which autocast leaves:
+            mask i is 1 where masks[i] > 0, and its gradient is the logit's. Or PackedMasks, which
+            have none and are read as they are; logits are packed in every call.
+        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+
+    Returns h (..., H) in x's dtype (under autocast: the autocast dtype). A logit that is NaN counts
+    as 0 in the kernels and is NaN in the reference; `pack_masks` refuses it.
+
+    Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
+    """
+    if dtype := _check.autocast_dtype(OP, x):
+        x, w = _check.cast(dtype, x, w)  # type: ignore[assignment]
+    _check.like_x(OP, x, w=w)
+    check_projection(OP, x, w, masks, activation)
+    if _backend.pick(OP, x) == "reference":
+        return reference.masked_gated_linear(x, w, unpacked(masks), activation)
+    tensor = tensor_of(masks)
+    if _check.wants_grad(x, w, tensor):
+        h = MaskedGatedLinearFunction.apply(rows(x), w, tensor, activation)
+    else:
+        h, _ = fwd(rows(x), w, planes_of(tensor), activation, True, False)
+    return h.view(*x.shape[:-1], h.shape[-1])

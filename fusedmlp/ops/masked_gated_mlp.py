@@ -1,0 +1,125 @@
+"""y = masked_gated_linear(x) Wd' + bd: a whole masked gated block, forward and backward.
+
+| tensor | shape | |
+|---|---|---|
+| x, y | (..., D) | flattened to (M, D) |
+| w | (H, D) | |
+| masks | (n_m, H, D) | logits, or PackedMasks |
+| w_down, b_down | (D_out, H), (D_out,) | |
+
+dtype: one floating dtype for all, kept; logits may have another. Memory plan: saves x, the weights,
+the bit planes, t and g_i (1 + n_m tensors like h); h is made again beside V and e_i. With
+recompute=True it saves x, the weights and the planes alone.
+
+| step | computes | by |
+|---|---|---|
+| forward | h (and t, g_i) | masked_gated_linear |
+| | y = h Wd' + bd | cuBLAS |
+| backward | dh = dy Wd | cuBLAS |
+| | V, e_i, h | masked_gated_linear_ev |
+| | dWd = dy' h, dbd = sum dy | cuBLAS |
+| | dx; dw and dmasks | masked_gated_linear_dx, masked_gated_linear_dw |
+
+Source: Tajima et al., Masked Gated Linear Unit, arXiv 2506.23225.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from .. import _backend, reference
+from .._shapes import rows
+from ..masks import PackedMasks
+from . import _check, masked_gated_linear
+
+OP = "masked_gated_mlp"
+
+
+class MaskedGatedMLPFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        w: Tensor,
+        masks: Tensor,
+        w_down: Tensor,
+        b_down: Tensor | None,
+        activation: str,
+        recompute: bool,
+    ) -> Tensor:
+        planes = masked_gated_linear.planes_of(masks)
+        h, gt = masked_gated_linear.fwd(x, w, planes, activation, True, not recompute)
+        ctx.save_for_backward(x, w, planes, w_down, None if recompute else gt)
+        ctx.activation, ctx.masks_dtype = activation, masks.dtype
+        return F.linear(h, w_down, b_down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, planes, w_down, gt = ctx.saved_tensors
+        need_x, need_w, need_masks, need_wd, need_bd = ctx.needs_input_grad[:5]
+        grads: tuple[Tensor | None, ...] = (None, None, None)
+        dw_down = None
+        if need_x or need_w or need_masks or need_wd:
+            if gt is None:
+                _, gt = masked_gated_linear.fwd(x, w, planes, ctx.activation, False, True)
+            evs, h = masked_gated_linear.ev(dy @ w_down, gt, ctx.activation, need_wd)
+            dw_down = dy.t() @ h if need_wd else None
+            grads = masked_gated_linear.projection_grads(
+                evs, x, w, planes, ctx.masks_dtype, (need_x, need_w, need_masks)
+            )
+        return *grads, dw_down, dy.sum(0) if need_bd else None, None, None
+
+
+def masked_gated_mlp(
+    x: Tensor,
+    w: Tensor,
+    masks: Tensor | PackedMasks,
+    w_down: Tensor,
+    b_down: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    recompute: bool = False,
+) -> Tensor:
+    """(sum_i act(x (m_i * w)') * (x ((1 - m_i) * w)')) w_down' + b_down.
+
+    Args:
+        x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
+        w: (H, D), any strides.
+        masks: logits (n_m, H, D), n_m from 1 to 16, of any floating dtype, which autocast leaves:
+            mask i is 1 where masks[i] > 0, and its gradient is the logit's. Or PackedMasks, which
+            have none.
+        w_down: (D_out, H), any strides.
+        b_down: (D_out,).
+        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        recompute: save x alone for backward and run the first product again there: (1 + n_m) M H
+            values less, 2 (1 + n_m) M D H FLOPs more.
+
+    Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype).
+
+    Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
+    """
+    if dtype := _check.autocast_dtype(OP, x):
+        x, w, w_down, b_down = _check.cast(dtype, x, w, w_down, b_down)  # type: ignore[assignment]
+    _check.like_x(OP, x, w=w, w_down=w_down, b_down=b_down)
+    H = masked_gated_linear.check_projection(OP, x, w, masks, activation)
+    _check.down(OP, "w_down", w_down, H, "b_down", b_down)
+    if _backend.pick(OP, x) == "reference":
+        plain = (x, w, masked_gated_linear.unpacked(masks), w_down, b_down)
+        if recompute and _check.wants_grad(*plain):
+            return checkpoint(reference.masked_gated_mlp, *plain, activation, use_reentrant=False)
+        return reference.masked_gated_mlp(*plain, activation)
+    tensors = (rows(x), w, masked_gated_linear.tensor_of(masks), w_down, b_down)
+    if _check.wants_grad(*tensors):
+        y = MaskedGatedMLPFunction.apply(*tensors, activation, recompute)
+    else:
+        planes = masked_gated_linear.planes_of(tensors[2])
+        h, _ = masked_gated_linear.fwd(tensors[0], w, planes, activation, True, False)
+        y = F.linear(h, w_down, b_down)
+    return y.view(*x.shape[:-1], y.shape[-1])
