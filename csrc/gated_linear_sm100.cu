@@ -341,6 +341,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Argu
     barrier_init_fence();
     prefetch(&args.a);
     prefetch(&args.b[0]);
+    if (C::GATED && !C::BACKWARD) prefetch(&args.b[1]);
   }
   if (warp == 2) {
     tmem_alloc(&shared.tmem, C::TMEM_COLUMNS);
@@ -383,6 +384,8 @@ const char* enqueue(const Params& p, bool gated, void* stream) {
   const Variant* variant = pick(kSm100, p);
   if (variant == nullptr) return "no such variant";
   const int cluster = variant->cluster;
+  // Before any descriptor is made: the driver makes none on a thread without a context.
+  if (const char* error = error_text(use_device(p.device))) return error;
   Arguments args;
   if (const char* error = arguments_of(p, BACKWARD ? 128 : 256, cluster, kBoxRows, &args)) {
     return error;

@@ -345,6 +345,7 @@ __global__ void __launch_bounds__(kThreads, 1) gemm(const __grid_constant__ Argu
     barrier_init_fence();
     prefetch(&args.a);
     prefetch(&args.b[0]);
+    if (C::GATED && !C::BACKWARD) prefetch(&args.b[1]);
   }
   // No block may reach into another's shared memory before its barriers are there.
   __syncthreads();
@@ -378,6 +379,8 @@ const char* enqueue(const Params& p, bool gated, const Variant* table_row, void*
   if (table_row == nullptr) return "no such variant";
   const bool pingpong = table_row->pingpong;
   const int cluster = table_row->cluster;
+  // Before any descriptor is made: the driver makes none on a thread without a context.
+  if (const char* error = error_text(use_device(p.device))) return error;
   Arguments args;
   if (const char* error = arguments_of(p, pingpong ? 128 : 256, cluster, kBoxRows, &args)) {
     return error;

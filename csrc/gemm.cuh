@@ -100,6 +100,10 @@ FUSEDMLP_DEVICE void produce(const Arguments& args, S& shared, int rank) {
       }
     }
   }
+  // A block must not leave while another's arrivals are on their way to it.
+  for (int i = 0; i < C::STAGES; ++i, ring.next()) {
+    barrier_wait(&shared.empty[ring.stage], ring.phase ^ 1);
+  }
 }
 
 template <class T>
@@ -149,17 +153,20 @@ class Maps {
     const uint64_t size[] = {uint64_t(columns), uint64_t(rows), 1};
     const uint64_t strides[] = {uint64_t(stride), uint64_t(stride)};
     const uint32_t box[] = {64, uint32_t(box_rows), 1};
-    if (!encode_tensor_map(map, base, size, strides, box, true)) refused_ = name;
+    const int error = encode_tensor_map(map, base, size, strides, box, true);
+    if (error != 0) refused_ = name, error_ = error;
   }
   const char* error() const {
     if (refused_ == nullptr) return nullptr;
-    static thread_local char text[64];
-    std::snprintf(text, sizeof text, "the driver made no TMA descriptor of %s", refused_);
+    static thread_local char text[96];
+    std::snprintf(text, sizeof text, "the driver made no TMA descriptor of %s (error %d)", refused_,
+                  error_);
     return text;
   }
 
  private:
   const char* refused_ = nullptr;
+  int error_ = 0;
 };
 
 // What a kernel with B tiles of tile_n and staged boxes of box_rows needs for a call.
@@ -221,7 +228,6 @@ const Variant* pick(const Variant (&table)[COUNT], const Params& p) {
 template <class Params>
 const char* launch_persistent(void (*kernel)(const Arguments), int threads, size_t shared_bytes,
                               const Arguments& args, const Params& p, void* stream) {
-  if (const char* error = error_text(use_device(p.device))) return error;
   const int cluster = args.schedule.cluster;
   const int clusters = std::min(args.schedule.tiles(), std::max(1, p.multiprocessors / cluster));
   return error_text(launch_clusters(dim3(cluster), kernel, dim3(clusters * cluster), dim3(threads),

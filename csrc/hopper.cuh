@@ -42,25 +42,27 @@ FUSEDMLP_DEVICE void barrier_arrive(uint64_t* bar) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
 }
 
-// The same barrier of another block of the cluster.
+// The same barrier of another block of the cluster. Plain: .release.cluster would be a fence of the
+// whole GPU, and what is handed over was read by tensor cores, not by this thread.
 FUSEDMLP_DEVICE void barrier_arrive(uint64_t* bar, uint32_t cta) {
   asm volatile(
       "{\n"
       ".reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
       "}" ::"r"(shared_address(bar)),
       "r"(cta)
       : "memory");
 }
 
-// Until the phase with that parity has completed. Acquires at cluster scope: arrivals may be remote.
+// Until the phase with that parity has completed. At a block's scope: a wider acquire would empty L1
+// every time, and what other blocks bring comes by TMA.
 FUSEDMLP_DEVICE void barrier_wait(uint64_t* bar, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "again:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
       "}" ::"r"(shared_address(bar)),
       "r"(parity)

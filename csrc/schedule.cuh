@@ -12,10 +12,10 @@ struct TileAt {
 };
 
 // Tiles are handed out to whole clusters: `cluster` blocks take adjacent rows of one column and so
-// share its weight tile. `kGroup` cluster rows are walked together, rows fastest, so that the
+// share its weight tile. `kGroupRows` rows of tiles are walked together, rows fastest, so that the
 // weights' and the tokens' tiles of one wave both stay in L2.
 struct Schedule {
-  static constexpr int kGroup = 8;
+  static constexpr int kGroupRows = 16;
 
   int rows = 0, columns = 0;  // cluster rows, columns of tiles
   int cluster = 1;
@@ -33,10 +33,11 @@ struct Schedule {
   FUSEDMLP_FN int tiles() const { return rows * columns; }
 
   FUSEDMLP_FN TileAt at(int index, int rank) const {
-    const int per_group = kGroup * columns;
+    const int in_group = kGroupRows / cluster;
+    const int per_group = in_group * columns;
     const int group = index / per_group;
-    const int first = group * kGroup;
-    const int height = rows - first < kGroup ? rows - first : kGroup;
+    const int first = group * in_group;
+    const int height = rows - first < in_group ? rows - first : in_group;
     const int within = index - group * per_group;
     return {(first + within % height) * cluster + rank, within / height};
   }

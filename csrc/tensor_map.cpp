@@ -23,11 +23,11 @@ Encode find_encode() {
 
 }  // namespace
 
-bool encode_tensor_map(TensorMap* map, const void* base, const uint64_t size[3],
+int encode_tensor_map(TensorMap* map, const void* base, const uint64_t size[3],
                        const uint64_t stride[2], const uint32_t box[3], bool swizzle) {
   static_assert(sizeof(TensorMap) == sizeof(CUtensorMap));
   static const Encode encode = find_encode();
-  if (encode == nullptr) return false;
+  if (encode == nullptr) return -1;
   const cuuint64_t sizes[] = {size[0], size[1], size[2]};
   const cuuint64_t stride_bytes[] = {2 * stride[0], 2 * stride[1]};
   const cuuint32_t boxes[] = {box[0], box[1], box[2]}, steps[] = {1, 1, 1};
@@ -37,7 +37,7 @@ bool encode_tensor_map(TensorMap* map, const void* base, const uint64_t size[3],
                 CU_TENSOR_MAP_INTERLEAVE_NONE,
                 swizzle ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE,
                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
 }
 
 }  // namespace fusedmlp

@@ -11,9 +11,9 @@ struct alignas(64) TensorMap {
 
 // Of 16-bit elements in up to three dimensions, innermost first and contiguous. size, box and
 // stride (of dimensions 1 and 2) in elements. With `swizzle`, 128-byte rows of the box have their
-// 16-byte chunks permuted by the row. Elements outside load as 0 and are not stored. False where
-// the driver refuses, or is not there.
-bool encode_tensor_map(TensorMap* map, const void* base, const uint64_t size[3],
+// 16-byte chunks permuted by the row. Elements outside load as 0 and are not stored. 0, or the
+// driver's error, or -1 where it has no such function.
+int encode_tensor_map(TensorMap* map, const void* base, const uint64_t size[3],
                        const uint64_t stride[2], const uint32_t box[3], bool swizzle);
 
 }  // namespace fusedmlp

@@ -184,7 +184,7 @@ inline void wait_stores(size_t groups, bool written, Site at) {
 namespace fusedmlp {
 
 // The limits of cuTensorMapEncodeTiled.
-inline bool encode_tensor_map(TensorMap* map, const void* base, const uint64_t size[3],
+inline int encode_tensor_map(TensorMap* map, const void* base, const uint64_t size[3],
                               const uint64_t stride[2], const uint32_t box[3], bool swizzle) {
   simt::Tensor tensor{};
   tensor.magic = simt::Tensor::MAGIC;
@@ -201,7 +201,7 @@ inline bool encode_tensor_map(TensorMap* map, const void* base, const uint64_t s
     tensor.stride[i] = stride[i];
   }
   if (valid) std::memcpy(map->bytes, &tensor, sizeof tensor);
-  return valid;
+  return valid ? 0 : 1;
 }
 
 inline void tma_load(void* smem, const TensorMap* map, uint64_t* bar, int c0, int c1, int c2,

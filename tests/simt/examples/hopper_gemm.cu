@@ -151,7 +151,7 @@ extern "C" int run_hopper_gemm(const void* a, const void* b, void* c, int M, int
     const uint64_t size[] = {uint64_t(columns), uint64_t(rows), 1};
     const uint64_t stride[] = {uint64_t(columns), uint64_t(columns)};
     const uint32_t box[] = {64, uint32_t(box_rows), 1};
-    return encode_tensor_map(map, base, size, stride, box, true);
+    return encode_tensor_map(map, base, size, stride, box, true) == 0;
   };
   const bool encoded = encode(&args.a, a, M, K, BM) && encode(&args.c, c, M, N, BM) &&
                        (b_mn_major ? encode(&args.b, b, K, N, BK) : encode(&args.b, b, N, K, 64));

@@ -72,8 +72,8 @@ int run_copy_box(const void* from, void* to, uint16_t* seen, int s0, int s1, int
   const uint64_t stride[] = {uint64_t(s0), uint64_t(s0) * s1};
   const uint32_t box[] = {uint32_t(b0), uint32_t(b1), uint32_t(b2)};
   fusedmlp::TensorMap maps[2];
-  if (!fusedmlp::encode_tensor_map(&maps[0], from, size, stride, box, swizzle) ||
-      !fusedmlp::encode_tensor_map(&maps[1], to, size, stride, box, swizzle)) {
+  if (fusedmlp::encode_tensor_map(&maps[0], from, size, stride, box, swizzle) ||
+      fusedmlp::encode_tensor_map(&maps[1], to, size, stride, box, swizzle)) {
     return cudaErrorInvalidValue;
   }
   const int bytes = 2 * b0 * b1 * b2;
