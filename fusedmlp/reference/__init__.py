@@ -5,6 +5,7 @@ Any floating dtype, any device, any leading dimensions; gradients are autograd's
 """
 
 from .dense import Packed, gated_act, gated_linear, gated_mlp, halves, linear_act, mlp
+from .hyper import hyper_attention
 from .moe import (
     Routing,
     load_balancing_loss,
@@ -23,6 +24,7 @@ __all__ = [
     "gated_linear",
     "gated_mlp",
     "halves",
+    "hyper_attention",
     "linear_act",
     "load_balancing_loss",
     "mlp",
