@@ -10,6 +10,7 @@ from .layers import *  # noqa: F403
 from .ops.gated_act import gated_act
 from .ops.gated_linear import gated_linear
 from .ops.gated_mlp import gated_mlp
+from .ops.hyper_attention import hyper_attention
 from .ops.linear_act import linear_act
 from .ops.mlp import mlp
 from .ops.moe_linear import moe_linear
@@ -33,6 +34,7 @@ __all__ = [
     "gated_act",
     "gated_linear",
     "gated_mlp",
+    "hyper_attention",
     "linear_act",
     "load_balancing_loss",
     "mlp",

@@ -349,3 +349,26 @@ def pick_splits(tile: Tile, x: Any, N: int, K: int) -> int:
     blocks = cdiv(N, tile.block_n)
     wanted = cdiv(4 * multiprocessors(x.device), blocks)
     return max(1, min(wanted, K // (4 * tile.block_k)))
+
+
+def _hyper(rows: int, width: int, warps: int, values: int) -> Tile:
+    """A square tile of scores: block_k columns of q and k at a time, block_n of v in an
+    accumulator."""
+    return Tile(rows, values, width, warps, 1, loads="element")
+
+
+_HYPER_KERNELS = ("h1", "h2", "out", "dz2", "dz1", "dq", "dk", "dv", "dslots")
+# hyper_attention's, (kernel, bytes of an element) -> tile; strides are free everywhere.
+HYPER: Tiles = {
+    **{(f"hyper_attention_{k}", 2): (_hyper(64, 64, 8, 128),) for k in _HYPER_KERNELS},
+    **{(f"hyper_attention_{k}", 4): (_hyper(32, 32, 4, 64),) for k in _HYPER_KERNELS},
+}
+# Small, so that small inputs cross several tiles.
+_INTERPRETED_HYPER = _hyper(32, 16, 4, 16)
+
+
+def hyper_tile(kernel: str, x: Any) -> Tile:
+    """The tile of one of hyper_attention's passes."""
+    if arch_of(x.device) is INTERPRETER:
+        return _INTERPRETED_HYPER
+    return HYPER[kernel, x.element_size()][0]

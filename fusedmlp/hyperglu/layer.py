@@ -25,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _backend
 from ..ops import _check
+from ..ops.hyper_attention import OP, hyper_attention
 from ..reference.hyper import Mixing
 from .cache import HyperGLUCache, decode_step, empty_cache
 from .chunked import chunked_attention
@@ -243,6 +245,9 @@ class HyperGLU(nn.Module):
             "kind": c.attn_kind, "norm": c.attn_norm, "shortcut1": c.op1_shortcut,
             "shortcut2": c.op2_shortcut, "eps": c.norm_eps,
         }  # fmt: skip
+        fused = c.impl_default == "chunked" and not c.not_fused()
+        if c.impl_default == "fused" or (fused and _backend.pick(OP, q) != "reference"):
+            return hyper_attention(*tensors, **options)  # type: ignore[arg-type]
         if dtype := _check.autocast_dtype("HyperGLU", q):
             tensors = _check.cast(dtype, *tensors)
         return chunked_attention(
