@@ -23,7 +23,6 @@ from .hyper_tiles import (
     Call,
     Core,
     clear,
-    conditioned,
     expand,
     gate_of,
     gathered,
@@ -37,6 +36,7 @@ from .hyper_tiles import (
     rows,
     rows_of,
     spread,
+    store_conditioned,
     store_rows,
     visible,
 )
@@ -44,7 +44,7 @@ from .tiles import dot, rounded
 
 
 @triton.jit
-def _h1_kernel(core, scratch_ptr, batch, T, L, P: tl.constexpr):
+def _h1_kernel(core, c, h, scratch_ptr, batch, T, L, P: tl.constexpr):
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r1
@@ -68,26 +68,25 @@ def _h1_kernel(core, scratch_ptr, batch, T, L, P: tl.constexpr):
             side = region + n0 // BLOCK % 2 * REGION
             spread(side, tl.where(visible(m0, n0, BLOCK), S, 0.0), BLOCK)
             tl.debug_barrier()
-            acc = reduce(acc, side, core.first.u, a, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
+            u = core.first.u
+            acc = reduce(acc, side, u, a, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
         tl.debug_barrier()
-        store_rows(core.first.h, b, a, m0, 0, T, acc, RANK, BLOCK, BLOCK_R)
+        store_conditioned(h, c, core.first.z, b, a, m0, T, acc, RANK, BLOCK, BLOCK_R)
 
 
 @triton.jit
 def scores_and_mixed(q0, region, core, b, a, m0, n0, T, L, P: tl.constexpr):
-    """S and P of one sub-head's tile, whose band of low rank lies in `region`."""
+    """S, yet unmasked, and P of one sub-head's tile, whose band of low rank lies in `region`."""
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     WIDTH: tl.constexpr = P.width_qk
     SHORT: tl.constexpr = P.short1
     k0 = rows_of(core.k, b, a, n0, 0, T, WIDTH, BLOCK, BLOCK_D)
     S = products(q0, k0, core.q, core.k, b, a, m0, n0, T, P, WIDTH)
-    S = tl.where(visible(m0, n0, BLOCK), S, 0.0)
     out = S
     if core.first is not None:
         out = out * keep(core.first.d, a, m0, n0, L, SHORT, BLOCK) + gathered(region, BLOCK)
-        out = tl.where(visible(m0, n0, BLOCK), out, 0.0)
-    return S, out
+    return S, tl.where(visible(m0, n0, BLOCK), out, 0.0)
 
 
 @triton.jit
@@ -98,16 +97,28 @@ def mixed_scores(q0, region, core, b, a, m0, n0, T, L, P: tl.constexpr):
 
 @triton.jit
 def first_z(core, b, a, m0, T, P: tl.constexpr):
-    """c1 h1 of a row tile, as an operand; without the first mixing a 0 that nothing reads."""
+    """A row tile of the first mixing's z; without it a 0 that nothing reads."""
     RANK: tl.constexpr = P.rank1
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r1
     if core.first is None:
-        z = 0.0
+        rows = 0.0
     else:
-        made = conditioned(core.first.c, core.first.h, b, a, m0, T, RANK, BLOCK, BLOCK_R)
-        z = rounded(made, core.q.ptr.dtype.element_ty)
-    return z
+        rows = rows_of(core.first.z, b, a, m0, 0, T, RANK, BLOCK, BLOCK_R)
+    return rows
+
+
+@triton.jit
+def second_z(core, b, a, m0, T, P: tl.constexpr):
+    """The same of the second mixing."""
+    RANK: tl.constexpr = P.rank2
+    BLOCK: tl.constexpr = P.block
+    BLOCK_R: tl.constexpr = P.block_r2
+    if core.second is None:
+        rows = 0.0
+    else:
+        rows = rows_of(core.second.z, b, a, m0, 0, T, RANK, BLOCK, BLOCK_R)
+    return rows
 
 
 @triton.jit
@@ -124,7 +135,7 @@ def _store_norm(n_ptr, b, i, m0, T, n, HEADS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _h2_kernel(core, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
+def _h2_kernel(core, c, h, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r2
@@ -168,23 +179,13 @@ def _h2_kernel(core, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
             tl.debug_barrier()
             acc = reduce(acc, side, core.second.u, i, m0, n0, L, RANK2, BLOCK, BLOCK_R, PRECISION)
         tl.debug_barrier()
-        store_rows(core.second.h, b, i, m0, 0, T, acc, RANK2, BLOCK, BLOCK_R)
+        store_rows(h, b, i, m0, 0, T, acc, RANK2, BLOCK, BLOCK_R)
+        z = acc * rows_of(c, b, i, m0, 0, T, RANK2, BLOCK, BLOCK_R).to(tl.float32)
         if P.normed:
-            _store_norm(core.n_ptr, b, i, m0, T, _norm_of(square, eps), HEADS, BLOCK)
-
-
-@triton.jit
-def second_z(core, n, b, i, m0, T, P: tl.constexpr):
-    """n c2 h2 of a row tile, as an operand."""
-    RANK: tl.constexpr = P.rank2
-    BLOCK: tl.constexpr = P.block
-    BLOCK_R: tl.constexpr = P.block_r2
-    if core.second is None:
-        z = 0.0
-    else:
-        made = conditioned(core.second.c, core.second.h, b, i, m0, T, RANK, BLOCK, BLOCK_R)
-        z = rounded(made * n[:, None], core.q.ptr.dtype.element_ty)
-    return z
+            n = _norm_of(square, eps)
+            _store_norm(core.n_ptr, b, i, m0, T, n, HEADS, BLOCK)
+            z = z * n[:, None]
+        store_rows(core.second.z, b, i, m0, 0, T, z, RANK2, BLOCK, BLOCK_R)
 
 
 @triton.jit
@@ -252,7 +253,7 @@ def _out_kernel(core, out, scratch_ptr, batch, T, L, eps, parts, P: tl.constexpr
         if GLU:
             q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
             z2 = first_z(core, b, i + HEADS, m0, T, P)
-        z3 = second_z(core, n, b, i, m0, T, P)
+        z3 = second_z(core, b, i, m0, T, P)
         acc = tl.zeros((BLOCK, BLOCK_V), tl.float32)
         square = tl.zeros((BLOCK,), tl.float32)
         for n0 in tl.range(0, m0 + BLOCK, BLOCK):
@@ -306,17 +307,22 @@ def hyper_attention_fwd(
     n = q.new_empty((B, H, T if normed else 0), dtype=torch.float32)
     if not out.numel():
         return out, h1, h2, n.zero_()
+    z1, z2 = (q.new_empty(h.shape) for h in (h1, h2))
     core = Core(
-        rows(q), rows(k), rows(v), mix_of(c1, u1, vt1, d1, h1), mix_of(c2, u2, vt2, d2, h2), n
-    )
+        rows(q), rows(k), rows(v), mix_of(u1, vt1, d1, z1), mix_of(u2, vt2, d2, z2), n
+    )  # fmt: skip
     call = Call(q, v, ranks, (shortcut1, shortcut2), normed)
     if c1 is not None:
         tiles = cdiv(T, hyper_tile("hyper_attention_h1", q).block_m)
         launch = plan_launch("hyper_attention_h1", call, count=B * Q * tiles)
-        _h1_kernel[launch.programs,](core, launch.scratch(q, 2), B, T, L, **launch.options)
+        _h1_kernel[launch.programs,](
+            core, rows(c1), rows(h1), launch.scratch(q, 2), B, T, L, **launch.options
+        )
     if c2 is not None:
         launch = plan_launch("hyper_attention_h2", call)
-        _h2_kernel[launch.programs,](core, launch.scratch(q, 4), B, T, L, eps, **launch.options)
+        _h2_kernel[launch.programs,](
+            core, rows(c2), rows(h2), launch.scratch(q, 4), B, T, L, eps, **launch.options
+        )
     parts = cdiv(dv, min(hyper_tile("hyper_attention_out", q).block_n, dv))
     launch = plan_launch("hyper_attention_out", call, parts=parts)
     _out_kernel[launch.programs,](

@@ -22,7 +22,6 @@ import triton.language as tl
 from .hyper_attention import expand_values, first_z, mixed_scores, second_z, weights
 from .hyper_tiles import (
     clear,
-    conditioned,
     expand,
     gate_grads,
     gate_of,
@@ -34,6 +33,7 @@ from .hyper_tiles import (
     row_values,
     rows_of,
     spread,
+    store_conditioned,
     store_rows,
     visible,
 )
@@ -85,7 +85,7 @@ def value_grads(do0, n, core, do, b, i, m0, n0, T, P: tl.constexpr):
 
 
 @triton.jit
-def dz2_kernel(core, do, scratch_ptr, batch, T, L, P: tl.constexpr):
+def dz2_kernel(core, do, c, dz, scratch_ptr, batch, T, L, P: tl.constexpr):
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r2
@@ -110,40 +110,38 @@ def dz2_kernel(core, do, scratch_ptr, batch, T, L, P: tl.constexpr):
             vt = core.second.vt
             acc = reduce(acc, side, vt, i, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
         tl.debug_barrier()
-        store_rows(core.second.dz, b, i, m0, 0, T, acc, RANK, BLOCK, BLOCK_R)
+        store_conditioned(dz, c, core.second.dh, b, i, m0, T, acc, RANK, BLOCK, BLOCK_R)
 
 
 @triton.jit
 def first_dh(core, b, a, m0, T, P: tl.constexpr):
-    """dh1 = c1 dz1 of a row tile, as an operand."""
+    """A row tile of the first mixing's dh; without it a 0 that nothing reads."""
     RANK: tl.constexpr = P.rank1
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r1
     if core.first is None:
-        dh = 0.0
+        rows = 0.0
     else:
-        made = conditioned(core.first.c, core.first.dz, b, a, m0, T, RANK, BLOCK, BLOCK_R)
-        dh = rounded(made, core.q.ptr.dtype.element_ty)
-    return dh
+        rows = rows_of(core.first.dh, b, a, m0, 0, T, RANK, BLOCK, BLOCK_R)
+    return rows
 
 
 @triton.jit
-def second_dh(core, b, i, m0, T, P: tl.constexpr):
-    """dh2 = c2 dz2 of a row tile, as an operand."""
+def second_dh(core, b, a, m0, T, P: tl.constexpr):
+    """The same of the second mixing."""
     RANK: tl.constexpr = P.rank2
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r2
     if core.second is None:
-        dh = 0.0
+        rows = 0.0
     else:
-        made = conditioned(core.second.c, core.second.dz, b, i, m0, T, RANK, BLOCK, BLOCK_R)
-        dh = rounded(made, core.q.ptr.dtype.element_ty)
-    return dh
+        rows = rows_of(core.second.dh, b, a, m0, 0, T, RANK, BLOCK, BLOCK_R)
+    return rows
 
 
 @triton.jit
-def expand_grads(low, z1, z2, dh, core, i, m0, n0, L, P: tl.constexpr):
-    """The bands of F1, F2 and dh2 u2', from `low` on. The caller sets the barrier."""
+def expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P: tl.constexpr):
+    """The bands of F1, F2 and dh3 u2', from `low` on. The caller sets the barrier."""
     BLOCK: tl.constexpr = P.block
     BLOCK_R1: tl.constexpr = P.block_r1
     BLOCK_R2: tl.constexpr = P.block_r2
@@ -159,7 +157,7 @@ def expand_grads(low, z1, z2, dh, core, i, m0, n0, L, P: tl.constexpr):
             expand(low + REGION, z2, vt, i + HEADS, m0, n0, L, RANK1, BLOCK, BLOCK_R1, PRECISION)
     if core.second is not None:
         u = core.second.u
-        expand(low + 2 * REGION, dh, u, i, m0, n0, L, RANK2, BLOCK, BLOCK_R2, PRECISION)
+        expand(low + 2 * REGION, dh3, u, i, m0, n0, L, RANK2, BLOCK, BLOCK_R2, PRECISION)
 
 
 @triton.jit
@@ -179,7 +177,7 @@ def mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P: tl.constexp
 
 
 @triton.jit
-def dz1_kernel(core, do, coefficient_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
+def dz1_kernel(core, do, c, dz, coefficient_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r1
@@ -209,11 +207,11 @@ def dz1_kernel(core, do, coefficient_ptr, scratch_ptr, batch, T, L, P: tl.conste
         if GLU:
             q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
             z2 = first_z(core, b, i + HEADS, m0, T, P)
-        dh = second_dh(core, b, i, m0, T, P)
+        dh3 = second_dh(core, b, i, m0, T, P)
         acc1 = tl.zeros((BLOCK, BLOCK_R), tl.float32)
         acc2 = tl.zeros((BLOCK, BLOCK_R), tl.float32)
         for n0 in tl.range(0, m0 + BLOCK, BLOCK):
-            expand_grads(low, z1, z2, dh, core, i, m0, n0, L, P)
+            expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P)
             tl.debug_barrier()
             dY = value_grads(do0, n, core, do, b, i, m0, n0, T, P)
             P1 = mixed_scores(q1, low, core, b, i, m0, n0, T, L, P)
@@ -233,15 +231,35 @@ def dz1_kernel(core, do, coefficient_ptr, scratch_ptr, batch, T, L, P: tl.conste
                     RANK, BLOCK, BLOCK_R, PRECISION,
                 )  # fmt: skip
         tl.debug_barrier()
-        store_rows(core.first.dz, b, i, m0, 0, T, acc1, RANK, BLOCK, BLOCK_R)
+        dh = core.first.dh
+        store_conditioned(dz, c, dh, b, i, m0, T, acc1, RANK, BLOCK, BLOCK_R)
         if GLU:
-            store_rows(core.first.dz, b, i + HEADS, m0, 0, T, acc2, RANK, BLOCK, BLOCK_R)
+            store_conditioned(dz, c, dh, b, i + HEADS, m0, T, acc2, RANK, BLOCK, BLOCK_R)
 
 
 @triton.jit
-def score_grads(q1, q2, do0, low, core, do, coefficient_ptr, b, i, m0, n0, T, L, P: tl.constexpr):
-    """dS of both sub-heads' tile; ends past a barrier that leaves `low` to be read no more than
-    once. Everything of the rows is read here, so that row and column kernels share it."""
+def row_state(core, coefficient_ptr, b, i, m0, T, P: tl.constexpr):
+    """What the gradient of a row tile's scores needs beside q and dO: n, the norm's coefficient, z
+    and dh of every mixing."""
+    BLOCK: tl.constexpr = P.block
+    HEADS: tl.constexpr = P.heads
+    n = row_factor(core.n_ptr, b, i, m0, T, P)
+    coefficient = n
+    if P.normed:
+        coefficient = row_values(coefficient_ptr, b, i, m0, T, HEADS, BLOCK)
+    z1 = first_z(core, b, i, m0, T, P)
+    dh1 = first_dh(core, b, i, m0, T, P)
+    z2 = z1
+    dh2 = dh1
+    if P.glu:
+        z2 = first_z(core, b, i + HEADS, m0, T, P)
+        dh2 = first_dh(core, b, i + HEADS, m0, T, P)
+    return n, coefficient, z1, z2, dh1, dh2, second_dh(core, b, i, m0, T, P)
+
+
+@triton.jit
+def score_grads(q1, q2, do0, state, low, core, do, b, i, m0, n0, T, L, P: tl.constexpr):
+    """dS of both sub-heads' tile. The bands lie in `low`, which the next tile must not use."""
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r1
     RANK: tl.constexpr = P.rank1
@@ -250,22 +268,14 @@ def score_grads(q1, q2, do0, low, core, do, coefficient_ptr, b, i, m0, n0, T, L,
     SHORT: tl.constexpr = P.short1
     PRECISION: tl.constexpr = P.precision
     REGION: tl.constexpr = 2 * BLOCK * BLOCK
-    n = row_factor(core.n_ptr, b, i, m0, T, P)
-    coefficient = n
-    if P.normed:
-        coefficient = row_values(coefficient_ptr, b, i, m0, T, HEADS, BLOCK)
-    z1 = first_z(core, b, i, m0, T, P)
-    z2 = z1
-    if GLU:
-        z2 = first_z(core, b, i + HEADS, m0, T, P)
-    expand_grads(low, z1, z2, second_dh(core, b, i, m0, T, P), core, i, m0, n0, L, P)
+    n, coefficient, z1, z2, dh1, dh2, dh3 = state
+    expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P)
     if core.first is not None:
         u = core.first.u
-        dh = first_dh(core, b, i, m0, T, P)
-        expand(low + 3 * REGION, dh, u, i, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
+        expand(low + 3 * REGION, dh1, u, i, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
         if GLU:
-            dh = first_dh(core, b, i + HEADS, m0, T, P)
-            expand(low + 4 * REGION, dh, u, i + HEADS, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
+            last = low + 4 * REGION
+            expand(last, dh2, u, i + HEADS, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
     if core.first is not None or core.second is not None:
         tl.debug_barrier()
     dY = value_grads(do0, n, core, do, b, i, m0, n0, T, P)
@@ -308,11 +318,10 @@ def dq_kernel(core, do, dq, coefficient_ptr, scratch_ptr, batch, T, L, parts, P:
             q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
         acc1 = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         acc2 = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+        state = row_state(core, coefficient_ptr, b, i, m0, T, P)
         for n0 in tl.range(0, m0 + BLOCK, BLOCK):
             low = region + n0 // BLOCK % 2 * (5 * REGION)
-            dS1, dS2 = score_grads(
-                q1, q2, do0, low, core, do, coefficient_ptr, b, i, m0, n0, T, L, P
-            )
+            dS1, dS2 = score_grads(q1, q2, do0, state, low, core, do, b, i, m0, n0, T, L, P)
             k1 = rows_of(core.k, b, i, n0, d0, T, WIDTH, BLOCK, BLOCK_D)
             acc1 = dot(dS1, k1, acc1, PRECISION)
             if GLU:
@@ -349,9 +358,8 @@ def dk_kernel(core, do, dk, coefficient_ptr, scratch_ptr, batch, T, L, parts, P:
             q2 = q1
             if GLU:
                 q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-            dS1, dS2 = score_grads(
-                q1, q2, do0, low, core, do, coefficient_ptr, b, i, m0, n0, T, L, P
-            )
+            state = row_state(core, coefficient_ptr, b, i, m0, T, P)
+            dS1, dS2 = score_grads(q1, q2, do0, state, low, core, do, b, i, m0, n0, T, L, P)
             q1 = rows_of(core.q, b, i, m0, d0, T, WIDTH, BLOCK, BLOCK_D)
             acc1 = dot(dS1.T, q1, acc1, PRECISION)
             if GLU:
@@ -391,7 +399,7 @@ def dv_kernel(core, do, dv, scratch_ptr, batch, T, L, parts, P: tl.constexpr):
             if GLU:
                 q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
                 z2 = first_z(core, b, i + HEADS, m0, T, P)
-            z3 = second_z(core, n, b, i, m0, T, P)
+            z3 = second_z(core, b, i, m0, T, P)
             expand_values(low, z1, z2, z3, core, i, m0, n0, L, P)
             P1 = mixed_scores(q1, low, core, b, i, m0, n0, T, L, P)
             P2 = P1

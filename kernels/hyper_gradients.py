@@ -58,17 +58,18 @@ class _Backward:
             **launch.options,
         )  # fmt: skip
 
-    def make_dz2(self) -> None:
+    def make_dz2(self, c: Tensor, dz: Tensor) -> None:
         launch = plan_launch("hyper_attention_dz2", self.call)
         dz2_kernel[launch.programs,](
-            self.core, rows(self.do), launch.scratch(self.q, 2), self.B, self.T, self.L,
-            **launch.options,
+            self.core, rows(self.do), rows(c), rows(dz), launch.scratch(self.q, 2),
+            self.B, self.T, self.L, **launch.options,
         )  # fmt: skip
 
-    def make_dz1(self) -> None:
+    def make_dz1(self, c: Tensor, dz: Tensor) -> None:
         launch = plan_launch("hyper_attention_dz1", self.call)
         dz1_kernel[launch.programs,](
-            self.core, rows(self.do), self.coefficient, launch.scratch(self.q, 5), self.B, self.T,
+            self.core, rows(self.do), rows(c), rows(dz), self.coefficient,
+            launch.scratch(self.q, 5), self.B, self.T,
             self.L, **launch.options,
         )  # fmt: skip
 
@@ -96,7 +97,10 @@ class _Backward:
         return grad
 
     def slots(
-        self, first: tuple[Tensor | None, ...] | None, second: tuple[Tensor | None, ...] | None
+        self,
+        z2: Tensor,
+        first: tuple[Tensor | None, ...] | None,
+        second: tuple[Tensor | None, ...] | None,
     ) -> list[Tensor | None]:
         """du, dvt, dd of both mixings, from their (u, d); None for one that is not wanted."""
         name = "hyper_attention_dslots"
@@ -117,8 +121,8 @@ class _Backward:
         made = (bands(first, plan.block_r1), bands(second, plan.block_r2))
         if any(made):
             slots_kernel[launch.programs,](
-                self.core, rows(self.do), *made, self.coefficient, launch.scratch(self.q, 12),
-                self.B, splits, self.T, self.L, **launch.options,
+                self.core, rows(self.do), rows(z2), *made, self.coefficient,
+                launch.scratch(self.q, 12), self.B, splits, self.T, self.L, **launch.options,
             )  # fmt: skip
         grads: list[Tensor | None] = []
         for band, rank in zip(made, (plan.rank1, plan.rank2), strict=True):
@@ -160,9 +164,15 @@ def hyper_attention_bwd(
     need = [w and t is not None for w, t in zip(wanted, tensors, strict=True)]
     if do.numel():
         dz1, dz2 = torch.empty_like(h1), torch.empty_like(h2)
+        dh1, dh2 = (torch.empty_like(h, dtype=q.dtype) for h in (h1, h2))
+        z1 = h1 if c1 is None else (c1 * h1).to(q.dtype)
+        z2 = plain = h2 if c2 is None else c2 * h2
+        if normed:
+            z2 = z2 * n[..., None]
+        z2, plain = z2.to(q.dtype), plain.to(q.dtype)
         core = Core(
             rows(q), rows(k), rows(v),
-            mix_of(c1, u1, vt1, d1, h1, dz1), mix_of(c2, u2, vt2, d2, h2, dz2), n,
+            mix_of(u1, vt1, d1, z1, dh1), mix_of(u2, vt2, d2, z2, dh2), n,
         )  # fmt: skip
         L = next((u.shape[1] for u in (u1, u2) if u is not None), q.shape[2])
         run = _Backward(do, core, tensors, L, (normed, (shortcut1, shortcut2), eps))
@@ -170,9 +180,9 @@ def hyper_attention_bwd(
         if normed and before_gate:
             run.make_coefficient(out)
         if c2 is not None and (before_gate or any(need[7:])):
-            run.make_dz2()
+            run.make_dz2(c2, dz2)
         if c1 is not None and (any(need[:2]) or any(need[3:7])):
-            run.make_dz1()
+            run.make_dz1(c1, dz1)
         if need[0]:
             grads[0] = run.score_grad(dq_kernel, "hyper_attention_dq")
         if need[1]:
@@ -182,7 +192,9 @@ def hyper_attention_bwd(
         grads[3] = (dz1 * h1).to(q.dtype) if need[3] else None
         grads[7] = (dz2 * h2).to(q.dtype) if need[7] else None
         grads[4:7], grads[8:11] = _pairs(
-            run.slots((u1, d1) if any(need[4:7]) else None, (u2, d2) if any(need[8:]) else None)
+            run.slots(
+                plain, (u1, d1) if any(need[4:7]) else None, (u2, d2) if any(need[8:]) else None
+            )
         )
     else:
         grads = [None if t is None else torch.zeros_like(t) for t in tensors]

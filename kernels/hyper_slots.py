@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .hyper_attention import first_z, scores_and_mixed, second_z
+from .hyper_attention import first_z, scores_and_mixed
 from .hyper_backward import (
     expand_grads,
     first_dh,
@@ -21,7 +21,7 @@ from .hyper_backward import (
     second_dh,
     value_grads,
 )
-from .hyper_tiles import banded, clear, gate_of, row_values, rows_of, spread
+from .hyper_tiles import banded, clear, gate_of, row_values, rows_of, spread, visible
 from .tiles import dot
 
 
@@ -66,12 +66,24 @@ def _store_band(bands, du, dvt, dd, at, BLOCK: tl.constexpr, BLOCK_R: tl.constex
 
 @triton.jit
 def slots_kernel(
-    core, do, bands1, bands2, coefficient_ptr, scratch_ptr, batch, splits, T, L, P: tl.constexpr
+    core,
+    do,
+    z3_rows,
+    bands1,
+    bands2,
+    coefficient_ptr,
+    scratch_ptr,
+    batch,
+    splits,
+    T,
+    L,
+    P: tl.constexpr,
 ):
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R1: tl.constexpr = P.block_r1
     BLOCK_R2: tl.constexpr = P.block_r2
+    RANK2: tl.constexpr = P.rank2
     WIDTH: tl.constexpr = P.width_qk
     WIDTH_V: tl.constexpr = P.width_v
     HEADS: tl.constexpr = P.heads
@@ -124,6 +136,9 @@ def slots_kernel(
                 S2 = S1
                 if GLU:
                     S2, P2 = scores_and_mixed(q2, low + REGION, core, b, i + HEADS, m0, n0, T, L, P)
+                seen = visible(m0, n0, BLOCK)
+                S1 = tl.where(seen, S1, 0.0)
+                S2 = tl.where(seen, S2, 0.0)
                 if FIRST:
                     dP1, dP2 = mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P)
                     has_d: tl.constexpr = bands1.dd is not None
@@ -138,7 +153,8 @@ def slots_kernel(
                             PRECISION,
                         )  # fmt: skip
                 if SECOND:
-                    z3 = second_z(core, n * 0 + 1, b, i, m0, T, P)
+                    # second.z has n in it, dY too.
+                    z3 = rows_of(z3_rows, b, i, m0, 0, T, RANK2, BLOCK, BLOCK_R2)
                     du3, dvt3, dd3 = _add_band(
                         du3, dvt3, dd3, region + 6 * REGION, gate_of(P1, P2, GLU), dY, dh3, z3,
                         bands2.dd is not None, BLOCK, PRECISION,

@@ -48,14 +48,14 @@ class Slots(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """One mixing. h = X u before the control; dz: its gradient after the control, in backward."""
+    """One mixing. z: control times h = X u (the second mixing's times n too), the operand that
+    meets vt; dh: the one that meets u in backward, control times dz."""
 
-    c: Rows
     u: Slots
     vt: Slots
     d: Slots | None
-    h: Rows
-    dz: Rows | None
+    z: Rows
+    dh: Rows | None
 
 
 class Core(NamedTuple):
@@ -245,21 +245,24 @@ def keep(d, head, m0, n0, L, SHORT: tl.constexpr, BLOCK: tl.constexpr):
     if d is not None:
         ahead = tl.arange(0, BLOCK)[None, :] - tl.arange(0, BLOCK)[:, None]
         first = L - 1 - (m0 - n0)
-        mask = (first + ahead >= 0) & (first + ahead < L)
+        # What is no slot is not seen either: any value does.
+        ahead = tl.minimum(tl.maximum(ahead, -first), L - 1 - first)
         base = d.ptr + tl.cast(head, tl.int64) * d.stride_h + tl.cast(first, tl.int64) * d.stride_p
         # Within one band 32 bits do, and take half the registers.
-        values = tl.load(base + ahead * d.stride_p, mask=mask, other=0.0)
+        values = tl.load(base + ahead * d.stride_p)
         factor = factor + values.to(tl.float32)
     return factor
 
 
 @triton.jit
-def conditioned(
-    c, h, b, head, m0, T, RANK: tl.constexpr, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr
-):
-    """c * h of a row tile in float32: what comes after, or before, a mixing's control."""
-    control = rows_of(c, b, head, m0, 0, T, RANK, BLOCK, BLOCK_R)
-    return control.to(tl.float32) * rows_of(h, b, head, m0, 0, T, RANK, BLOCK, BLOCK_R)
+def store_conditioned(
+    raw, c, out, b, head, m0, T, value, RANK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Write a row tile of h or dz, and as an operand its product with the control."""
+    store_rows(raw, b, head, m0, 0, T, value, RANK, BLOCK, BLOCK_R)
+    control = rows_of(c, b, head, m0, 0, T, RANK, BLOCK, BLOCK_R).to(tl.float32)
+    store_rows(out, b, head, m0, 0, T, value * control, RANK, BLOCK, BLOCK_R)
 
 
 @triton.jit
@@ -307,16 +310,9 @@ def slots(t: Tensor | None, rank_first: bool = False) -> Any:
 
 
 def mix_of(
-    c: Tensor | None,
-    u: Tensor | None,
-    vt: Tensor | None,
-    d: Tensor | None,
-    h: Tensor,
-    dz: Tensor | None = None,
+    u: Tensor | None, vt: Tensor | None, d: Tensor | None, z: Tensor, dh: Tensor | None = None
 ) -> Mix | None:
-    if c is None:
-        return None
-    return Mix(rows(c), slots(u), slots(vt, True), slots(d), rows(h), rows(dz))
+    return None if u is None else Mix(slots(u), slots(vt, True), slots(d), rows(z), rows(dh))
 
 
 def block_of(width: int, least: int = 16) -> int:
