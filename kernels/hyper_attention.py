@@ -27,6 +27,7 @@ from .hyper_tiles import (
     gate_of,
     gathered,
     keep,
+    load_packed,
     mix_of,
     place,
     plan_launch,
@@ -37,6 +38,7 @@ from .hyper_tiles import (
     rows_of,
     spread,
     store_conditioned,
+    store_packed,
     store_rows,
     visible,
 )
@@ -44,7 +46,7 @@ from .tiles import dot, rounded
 
 
 @triton.jit
-def _h1_kernel(core, c, h, scratch_ptr, batch, T, L, P: tl.constexpr):
+def _h1_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r1
@@ -56,12 +58,14 @@ def _h1_kernel(core, c, h, scratch_ptr, batch, T, L, P: tl.constexpr):
     region = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * REGION)
     clear(region, 2, BLOCK)
     tiles = tl.cdiv(T, BLOCK)
-    for index in tl.range(tl.program_id(0), tiles * batch * HEADS, tl.num_programs(0)):
+    for index in tl.range(
+        tl.program_id(0), tiles * batch * HEADS, tl.num_programs(0), disable_licm=True
+    ):
         order, b, a, _ = place(index, batch, HEADS, 1)
         m0 = (tiles - 1 - order) * BLOCK
         q0 = rows_of(core.q, b, a, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
         acc = tl.zeros((BLOCK, BLOCK_R), tl.float32)
-        for n0 in tl.range(0, m0 + BLOCK, BLOCK):
+        for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
             k0 = rows_of(core.k, b, a, n0, 0, T, WIDTH, BLOCK, BLOCK_D)
             S = products(q0, k0, core.q, core.k, b, a, m0, n0, T, P, WIDTH)
             # Two bands in turn: one barrier a tile.
@@ -71,7 +75,7 @@ def _h1_kernel(core, c, h, scratch_ptr, batch, T, L, P: tl.constexpr):
             u = core.first.u
             acc = reduce(acc, side, u, a, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
         tl.debug_barrier()
-        store_conditioned(h, c, core.first.z, b, a, m0, T, acc, RANK, BLOCK, BLOCK_R)
+        store_conditioned(h_ptr, c, core.first.z_ptr, b, a, m0, T, acc, HEADS, RANK, BLOCK, BLOCK_R)
 
 
 @triton.jit
@@ -98,26 +102,28 @@ def mixed_scores(q0, region, core, b, a, m0, n0, T, L, P: tl.constexpr):
 @triton.jit
 def first_z(core, b, a, m0, T, P: tl.constexpr):
     """A row tile of the first mixing's z; without it a 0 that nothing reads."""
+    HEADS: tl.constexpr = P.sub_heads
     RANK: tl.constexpr = P.rank1
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r1
     if core.first is None:
         rows = 0.0
     else:
-        rows = rows_of(core.first.z, b, a, m0, 0, T, RANK, BLOCK, BLOCK_R)
+        rows = load_packed(core.first.z_ptr, b, a, m0, T, HEADS, RANK, BLOCK, BLOCK_R)
     return rows
 
 
 @triton.jit
 def second_z(core, b, a, m0, T, P: tl.constexpr):
     """The same of the second mixing."""
+    HEADS: tl.constexpr = P.heads
     RANK: tl.constexpr = P.rank2
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r2
     if core.second is None:
         rows = 0.0
     else:
-        rows = rows_of(core.second.z, b, a, m0, 0, T, RANK, BLOCK, BLOCK_R)
+        rows = load_packed(core.second.z_ptr, b, a, m0, T, HEADS, RANK, BLOCK, BLOCK_R)
     return rows
 
 
@@ -135,7 +141,7 @@ def _store_norm(n_ptr, b, i, m0, T, n, HEADS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _h2_kernel(core, c, h, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
+def _h2_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r2
@@ -152,7 +158,9 @@ def _h2_kernel(core, c, h, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
     low2 = region + 3 * REGION
     clear(region, 2, BLOCK)
     tiles = tl.cdiv(T, BLOCK)
-    for index in tl.range(tl.program_id(0), tiles * batch * HEADS, tl.num_programs(0)):
+    for index in tl.range(
+        tl.program_id(0), tiles * batch * HEADS, tl.num_programs(0), disable_licm=True
+    ):
         order, b, i, _ = place(index, batch, HEADS, 1)
         m0 = (tiles - 1 - order) * BLOCK
         q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
@@ -162,7 +170,7 @@ def _h2_kernel(core, c, h, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
             z2 = first_z(core, b, i + HEADS, m0, T, P)
         acc = tl.zeros((BLOCK, BLOCK_R), tl.float32)
         square = tl.zeros((BLOCK,), tl.float32)
-        for n0 in tl.range(0, m0 + BLOCK, BLOCK):
+        for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
             if RANK1 > 0:
                 vt = core.first.vt
                 expand(low1, z1, vt, i, m0, n0, L, RANK1, BLOCK, BLOCK_R1, PRECISION)
@@ -179,13 +187,13 @@ def _h2_kernel(core, c, h, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
             tl.debug_barrier()
             acc = reduce(acc, side, core.second.u, i, m0, n0, L, RANK2, BLOCK, BLOCK_R, PRECISION)
         tl.debug_barrier()
-        store_rows(h, b, i, m0, 0, T, acc, RANK2, BLOCK, BLOCK_R)
+        store_packed(h_ptr, b, i, m0, T, acc, HEADS, RANK2, BLOCK, BLOCK_R)
         z = acc * rows_of(c, b, i, m0, 0, T, RANK2, BLOCK, BLOCK_R).to(tl.float32)
         if P.normed:
             n = _norm_of(square, eps)
             _store_norm(core.n_ptr, b, i, m0, T, n, HEADS, BLOCK)
             z = z * n[:, None]
-        store_rows(core.second.z, b, i, m0, 0, T, z, RANK2, BLOCK, BLOCK_R)
+        store_packed(core.second.z_ptr, b, i, m0, T, z, HEADS, RANK2, BLOCK, BLOCK_R)
 
 
 @triton.jit
@@ -240,7 +248,9 @@ def _out_kernel(core, out, scratch_ptr, batch, T, L, eps, parts, P: tl.constexpr
     REGION: tl.constexpr = 2 * BLOCK * BLOCK
     region = scratch_ptr + tl.program_id(0).to(tl.int64) * (6 * REGION)
     tiles = tl.cdiv(T, BLOCK)
-    for index in tl.range(tl.program_id(0), tiles * batch * HEADS * parts, tl.num_programs(0)):
+    for index in tl.range(
+        tl.program_id(0), tiles * batch * HEADS * parts, tl.num_programs(0), disable_licm=True
+    ):
         order, b, i, part = place(index, batch, HEADS, parts)
         m0 = (tiles - 1 - order) * BLOCK
         n = tl.full((BLOCK,), 1.0, tl.float32)
@@ -256,7 +266,7 @@ def _out_kernel(core, out, scratch_ptr, batch, T, L, eps, parts, P: tl.constexpr
         z3 = second_z(core, b, i, m0, T, P)
         acc = tl.zeros((BLOCK, BLOCK_V), tl.float32)
         square = tl.zeros((BLOCK,), tl.float32)
-        for n0 in tl.range(0, m0 + BLOCK, BLOCK):
+        for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
             low = region + n0 // BLOCK % 2 * (3 * REGION)
             expand_values(low, z1, z2, z3, core, i, m0, n0, L, P)
             P1 = mixed_scores(q1, low, core, b, i, m0, n0, T, L, P)
@@ -316,12 +326,12 @@ def hyper_attention_fwd(
         tiles = cdiv(T, hyper_tile("hyper_attention_h1", q).block_m)
         launch = plan_launch("hyper_attention_h1", call, count=B * Q * tiles)
         _h1_kernel[launch.programs,](
-            core, rows(c1), rows(h1), launch.scratch(q, 2), B, T, L, **launch.options
+            core, rows(c1), h1, launch.scratch(q, 2), B, T, L, **launch.options
         )
     if c2 is not None:
         launch = plan_launch("hyper_attention_h2", call)
         _h2_kernel[launch.programs,](
-            core, rows(c2), rows(h2), launch.scratch(q, 4), B, T, L, eps, **launch.options
+            core, rows(c2), h2, launch.scratch(q, 4), B, T, L, eps, **launch.options
         )
     parts = cdiv(dv, min(hyper_tile("hyper_attention_out", q).block_n, dv))
     launch = plan_launch("hyper_attention_out", call, parts=parts)

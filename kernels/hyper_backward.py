@@ -27,6 +27,7 @@ from .hyper_tiles import (
     gate_of,
     gathered,
     keep,
+    load_packed,
     place,
     products,
     reduce,
@@ -85,7 +86,7 @@ def value_grads(do0, n, core, do, b, i, m0, n0, T, P: tl.constexpr):
 
 
 @triton.jit
-def dz2_kernel(core, do, c, dz, scratch_ptr, batch, T, L, P: tl.constexpr):
+def dz2_kernel(core, do, c, dz_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r2
@@ -97,45 +98,51 @@ def dz2_kernel(core, do, c, dz, scratch_ptr, batch, T, L, P: tl.constexpr):
     region = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * REGION)
     clear(region, 2, BLOCK)
     tiles = tl.cdiv(T, BLOCK)
-    for index in tl.range(tl.program_id(0), tiles * batch * HEADS, tl.num_programs(0)):
+    for index in tl.range(
+        tl.program_id(0), tiles * batch * HEADS, tl.num_programs(0), disable_licm=True
+    ):
         order, b, i, _ = place(index, batch, HEADS, 1)
         m0 = (tiles - 1 - order) * BLOCK
         n = row_factor(core.n_ptr, b, i, m0, T, P)
         do0 = rows_of(do, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
         acc = tl.zeros((BLOCK, BLOCK_R), tl.float32)
-        for n0 in tl.range(0, m0 + BLOCK, BLOCK):
+        for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
             side = region + n0 // BLOCK % 2 * REGION
             spread(side, value_grads(do0, n, core, do, b, i, m0, n0, T, P), BLOCK)
             tl.debug_barrier()
             vt = core.second.vt
             acc = reduce(acc, side, vt, i, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
         tl.debug_barrier()
-        store_conditioned(dz, c, core.second.dh, b, i, m0, T, acc, RANK, BLOCK, BLOCK_R)
+        store_conditioned(
+            dz_ptr, c, core.second.dh_ptr, b, i, m0, T, acc, HEADS, RANK, BLOCK, BLOCK_R
+        )
 
 
 @triton.jit
 def first_dh(core, b, a, m0, T, P: tl.constexpr):
     """A row tile of the first mixing's dh; without it a 0 that nothing reads."""
+    HEADS: tl.constexpr = P.sub_heads
     RANK: tl.constexpr = P.rank1
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r1
     if core.first is None:
         rows = 0.0
     else:
-        rows = rows_of(core.first.dh, b, a, m0, 0, T, RANK, BLOCK, BLOCK_R)
+        rows = load_packed(core.first.dh_ptr, b, a, m0, T, HEADS, RANK, BLOCK, BLOCK_R)
     return rows
 
 
 @triton.jit
 def second_dh(core, b, a, m0, T, P: tl.constexpr):
     """The same of the second mixing."""
+    HEADS: tl.constexpr = P.heads
     RANK: tl.constexpr = P.rank2
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r2
     if core.second is None:
         rows = 0.0
     else:
-        rows = rows_of(core.second.dh, b, a, m0, 0, T, RANK, BLOCK, BLOCK_R)
+        rows = load_packed(core.second.dh_ptr, b, a, m0, T, HEADS, RANK, BLOCK, BLOCK_R)
     return rows
 
 
@@ -177,7 +184,7 @@ def mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P: tl.constexp
 
 
 @triton.jit
-def dz1_kernel(core, do, c, dz, coefficient_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
+def dz1_kernel(core, do, c, dz_ptr, coefficient_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r1
@@ -185,6 +192,7 @@ def dz1_kernel(core, do, c, dz, coefficient_ptr, scratch_ptr, batch, T, L, P: tl
     WIDTH_V: tl.constexpr = P.width_v
     RANK: tl.constexpr = P.rank1
     HEADS: tl.constexpr = P.heads
+    SUB_HEADS: tl.constexpr = P.sub_heads
     GLU: tl.constexpr = P.glu
     PRECISION: tl.constexpr = P.precision
     REGION: tl.constexpr = 2 * BLOCK * BLOCK
@@ -192,7 +200,9 @@ def dz1_kernel(core, do, c, dz, coefficient_ptr, scratch_ptr, batch, T, L, P: tl
     low = region + 2 * REGION
     clear(region, 2, BLOCK)
     tiles = tl.cdiv(T, BLOCK)
-    for index in tl.range(tl.program_id(0), tiles * batch * HEADS, tl.num_programs(0)):
+    for index in tl.range(
+        tl.program_id(0), tiles * batch * HEADS, tl.num_programs(0), disable_licm=True
+    ):
         order, b, i, _ = place(index, batch, HEADS, 1)
         m0 = (tiles - 1 - order) * BLOCK
         n = row_factor(core.n_ptr, b, i, m0, T, P)
@@ -210,7 +220,7 @@ def dz1_kernel(core, do, c, dz, coefficient_ptr, scratch_ptr, batch, T, L, P: tl
         dh3 = second_dh(core, b, i, m0, T, P)
         acc1 = tl.zeros((BLOCK, BLOCK_R), tl.float32)
         acc2 = tl.zeros((BLOCK, BLOCK_R), tl.float32)
-        for n0 in tl.range(0, m0 + BLOCK, BLOCK):
+        for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
             expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P)
             tl.debug_barrier()
             dY = value_grads(do0, n, core, do, b, i, m0, n0, T, P)
@@ -231,10 +241,12 @@ def dz1_kernel(core, do, c, dz, coefficient_ptr, scratch_ptr, batch, T, L, P: tl
                     RANK, BLOCK, BLOCK_R, PRECISION,
                 )  # fmt: skip
         tl.debug_barrier()
-        dh = core.first.dh
-        store_conditioned(dz, c, dh, b, i, m0, T, acc1, RANK, BLOCK, BLOCK_R)
+        dh = core.first.dh_ptr
+        store_conditioned(dz_ptr, c, dh, b, i, m0, T, acc1, SUB_HEADS, RANK, BLOCK, BLOCK_R)
         if GLU:
-            store_conditioned(dz, c, dh, b, i + HEADS, m0, T, acc2, RANK, BLOCK, BLOCK_R)
+            store_conditioned(
+                dz_ptr, c, dh, b, i + HEADS, m0, T, acc2, SUB_HEADS, RANK, BLOCK, BLOCK_R
+            )
 
 
 @triton.jit
@@ -307,20 +319,23 @@ def dq_kernel(core, do, dq, coefficient_ptr, scratch_ptr, batch, T, L, parts, P:
     REGION: tl.constexpr = 2 * BLOCK * BLOCK
     region = scratch_ptr + tl.program_id(0).to(tl.int64) * (10 * REGION)
     tiles = tl.cdiv(T, BLOCK)
-    for index in tl.range(tl.program_id(0), tiles * batch * HEADS * parts, tl.num_programs(0)):
+    for index in tl.range(
+        tl.program_id(0), tiles * batch * HEADS * parts, tl.num_programs(0), disable_licm=True
+    ):
         order, b, i, part = place(index, batch, HEADS, parts)
         m0 = (tiles - 1 - order) * BLOCK
         d0 = part * BLOCK_D
-        do0 = rows_of(do, b, i, m0, 0, T, WIDTH_V, BLOCK, BLOCK_D)
-        q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-        q2 = q1
-        if GLU:
-            q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
         acc1 = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         acc2 = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-        state = row_state(core, coefficient_ptr, b, i, m0, T, P)
-        for n0 in tl.range(0, m0 + BLOCK, BLOCK):
+        for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
             low = region + n0 // BLOCK % 2 * (5 * REGION)
+            # Loaded again for every tile: kept, they would spill.
+            do0 = rows_of(do, b, i, m0, 0, T, WIDTH_V, BLOCK, BLOCK_D)
+            q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
+            q2 = q1
+            if GLU:
+                q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
+            state = row_state(core, coefficient_ptr, b, i, m0, T, P)
             dS1, dS2 = score_grads(q1, q2, do0, state, low, core, do, b, i, m0, n0, T, L, P)
             k1 = rows_of(core.k, b, i, n0, d0, T, WIDTH, BLOCK, BLOCK_D)
             acc1 = dot(dS1, k1, acc1, PRECISION)
@@ -345,13 +360,15 @@ def dk_kernel(core, do, dk, coefficient_ptr, scratch_ptr, batch, T, L, parts, P:
     REGION: tl.constexpr = 2 * BLOCK * BLOCK
     region = scratch_ptr + tl.program_id(0).to(tl.int64) * (10 * REGION)
     tiles = tl.cdiv(T, BLOCK)
-    for index in tl.range(tl.program_id(0), tiles * batch * HEADS * parts, tl.num_programs(0)):
+    for index in tl.range(
+        tl.program_id(0), tiles * batch * HEADS * parts, tl.num_programs(0), disable_licm=True
+    ):
         order, b, i, part = place(index, batch, HEADS, parts)
         n0 = order * BLOCK
         d0 = part * BLOCK_D
         acc1 = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         acc2 = tl.zeros((BLOCK, BLOCK_D), tl.float32)
-        for m0 in tl.range(n0, T, BLOCK):
+        for m0 in tl.range(n0, T, BLOCK, disable_licm=True):
             low = region + m0 // BLOCK % 2 * (5 * REGION)
             do0 = rows_of(do, b, i, m0, 0, T, WIDTH_V, BLOCK, BLOCK_D)
             q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
@@ -384,12 +401,14 @@ def dv_kernel(core, do, dv, scratch_ptr, batch, T, L, parts, P: tl.constexpr):
     REGION: tl.constexpr = 2 * BLOCK * BLOCK
     region = scratch_ptr + tl.program_id(0).to(tl.int64) * (6 * REGION)
     tiles = tl.cdiv(T, BLOCK)
-    for index in tl.range(tl.program_id(0), tiles * batch * HEADS * parts, tl.num_programs(0)):
+    for index in tl.range(
+        tl.program_id(0), tiles * batch * HEADS * parts, tl.num_programs(0), disable_licm=True
+    ):
         order, b, i, part = place(index, batch, HEADS, parts)
         n0 = order * BLOCK
         d0 = part * BLOCK_V
         acc = tl.zeros((BLOCK, BLOCK_V), tl.float32)
-        for m0 in tl.range(n0, T, BLOCK):
+        for m0 in tl.range(n0, T, BLOCK, disable_licm=True):
             low = region + m0 // BLOCK % 2 * (3 * REGION)
             n = row_factor(core.n_ptr, b, i, m0, T, P)
             q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)

@@ -61,14 +61,14 @@ class _Backward:
     def make_dz2(self, c: Tensor, dz: Tensor) -> None:
         launch = plan_launch("hyper_attention_dz2", self.call)
         dz2_kernel[launch.programs,](
-            self.core, rows(self.do), rows(c), rows(dz), launch.scratch(self.q, 2),
+            self.core, rows(self.do), rows(c), dz, launch.scratch(self.q, 2),
             self.B, self.T, self.L, **launch.options,
         )  # fmt: skip
 
     def make_dz1(self, c: Tensor, dz: Tensor) -> None:
         launch = plan_launch("hyper_attention_dz1", self.call)
         dz1_kernel[launch.programs,](
-            self.core, rows(self.do), rows(c), rows(dz), self.coefficient,
+            self.core, rows(self.do), rows(c), dz, self.coefficient,
             launch.scratch(self.q, 5), self.B, self.T,
             self.L, **launch.options,
         )  # fmt: skip
@@ -119,11 +119,13 @@ class _Backward:
             return Bands(du, dvt, dd)
 
         made = (bands(first, plan.block_r1), bands(second, plan.block_r2))
-        if any(made):
-            slots_kernel[launch.programs,](
-                self.core, rows(self.do), rows(z2), *made, self.coefficient,
-                launch.scratch(self.q, 12), self.B, splits, self.T, self.L, **launch.options,
-            )  # fmt: skip
+        for which, band in ((1, made[0]), (2, made[0] if plan.glu else None), (3, made[1])):
+            if band is not None:
+                slots_kernel[launch.programs,](
+                    self.core, rows(self.do), z2, band, self.coefficient,
+                    launch.scratch(self.q, 6), self.B, splits, self.T, self.L, WHICH=which,
+                    **launch.options,
+                )  # fmt: skip
         grads: list[Tensor | None] = []
         for band, rank in zip(made, (plan.rank1, plan.rank2), strict=True):
             if band is None:
@@ -165,11 +167,12 @@ def hyper_attention_bwd(
     if do.numel():
         dz1, dz2 = torch.empty_like(h1), torch.empty_like(h2)
         dh1, dh2 = (torch.empty_like(h, dtype=q.dtype) for h in (h1, h2))
-        z1 = h1 if c1 is None else (c1 * h1).to(q.dtype)
-        z2 = plain = h2 if c2 is None else c2 * h2
-        if normed:
-            z2 = z2 * n[..., None]
-        z2, plain = z2.to(q.dtype), plain.to(q.dtype)
+        z1, z2, plain = (torch.empty_like(h, dtype=q.dtype) for h in (h1, h2, h2))
+        if c1 is not None:
+            torch.mul(h1, c1, out=z1)
+        if c2 is not None:
+            torch.mul(h2, c2, out=plain)
+            torch.mul(h2 * n[..., None] if normed else h2, c2, out=z2)
         core = Core(
             rows(q), rows(k), rows(v),
             mix_of(u1, vt1, d1, z1, dh1), mix_of(u2, vt2, d2, z2, dh2), n,

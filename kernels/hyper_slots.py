@@ -21,7 +21,7 @@ from .hyper_backward import (
     second_dh,
     value_grads,
 )
-from .hyper_tiles import banded, clear, gate_of, row_values, rows_of, spread, visible
+from .hyper_tiles import banded, clear, gate_of, load_packed, row_values, rows_of, spread, visible
 from .tiles import dot
 
 
@@ -66,59 +66,40 @@ def _store_band(bands, du, dvt, dd, at, BLOCK: tl.constexpr, BLOCK_R: tl.constex
 
 @triton.jit
 def slots_kernel(
-    core,
-    do,
-    z3_rows,
-    bands1,
-    bands2,
-    coefficient_ptr,
-    scratch_ptr,
-    batch,
-    splits,
-    T,
-    L,
-    P: tl.constexpr,
-):
+    core, do, z3_ptr, bands, coefficient_ptr, scratch_ptr, batch, splits, T, L,
+    WHICH: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
+    """WHICH: 1 and 2, the first mixing of sub-heads i and i + H; 3, the second mixing. One a
+    launch: the bands of more would spill."""
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
-    BLOCK_R1: tl.constexpr = P.block_r1
-    BLOCK_R2: tl.constexpr = P.block_r2
+    BLOCK_R: tl.constexpr = P.block_r2 if WHICH == 3 else P.block_r1
     RANK2: tl.constexpr = P.rank2
     WIDTH: tl.constexpr = P.width_qk
     WIDTH_V: tl.constexpr = P.width_v
     HEADS: tl.constexpr = P.heads
-    SUB_HEADS: tl.constexpr = P.sub_heads
+    OUT_HEADS: tl.constexpr = P.heads if WHICH == 3 else P.sub_heads
     GLU: tl.constexpr = P.glu
     PRECISION: tl.constexpr = P.precision
+    HAS_D: tl.constexpr = bands.dd is not None
     REGION: tl.constexpr = 2 * BLOCK * BLOCK
-    FIRST: tl.constexpr = bands1 is not None
-    SECOND: tl.constexpr = bands2 is not None
-    region = scratch_ptr + tl.program_id(0).to(tl.int64) * (12 * REGION)
-    low = region + 9 * REGION
-    clear(region, 9, BLOCK)
+    region = scratch_ptr + tl.program_id(0).to(tl.int64) * (6 * REGION)
+    low = region + 3 * REGION
+    clear(region, 3, BLOCK)
     tiles = tl.cdiv(T, BLOCK)
-    for index in tl.range(tl.program_id(0), tiles * splits * HEADS, tl.num_programs(0)):
+    for index in tl.range(
+        tl.program_id(0), tiles * splits * HEADS, tl.num_programs(0), disable_licm=True
+    ):
         split = index % splits
         i = index // splits % HEADS
         diagonal = index // splits // HEADS
-        if FIRST:
-            du1 = tl.zeros((2 * BLOCK, BLOCK_R1), tl.float32)
-            dvt1 = tl.zeros((2 * BLOCK, BLOCK_R1), tl.float32)
-            dd1 = tl.zeros((2 * BLOCK,), tl.float32)
-            du2 = tl.zeros((2 * BLOCK, BLOCK_R1), tl.float32)
-            dvt2 = tl.zeros((2 * BLOCK, BLOCK_R1), tl.float32)
-            dd2 = tl.zeros((2 * BLOCK,), tl.float32)
-        if SECOND:
-            du3 = tl.zeros((2 * BLOCK, BLOCK_R2), tl.float32)
-            dvt3 = tl.zeros((2 * BLOCK, BLOCK_R2), tl.float32)
-            dd3 = tl.zeros((2 * BLOCK,), tl.float32)
-        for b in tl.range(split, batch, splits):
-            for m0 in tl.range(diagonal * BLOCK, T, BLOCK):
+        du = tl.zeros((2 * BLOCK, BLOCK_R), tl.float32)
+        dvt = tl.zeros((2 * BLOCK, BLOCK_R), tl.float32)
+        dd = tl.zeros((2 * BLOCK,), tl.float32)
+        for b in tl.range(split, batch, splits, disable_licm=True):
+            for m0 in tl.range(diagonal * BLOCK, T, BLOCK, disable_licm=True):
                 n0 = m0 - diagonal * BLOCK
                 n = row_factor(core.n_ptr, b, i, m0, T, P)
-                coefficient = n
-                if P.normed and FIRST:
-                    coefficient = row_values(coefficient_ptr, b, i, m0, T, HEADS, BLOCK)
                 do0 = rows_of(do, b, i, m0, 0, T, WIDTH_V, BLOCK, BLOCK_D)
                 q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
                 z1 = first_z(core, b, i, m0, T, P)
@@ -132,39 +113,31 @@ def slots_kernel(
                 tl.debug_barrier()
                 dY = value_grads(do0, n, core, do, b, i, m0, n0, T, P)
                 S1, P1 = scores_and_mixed(q1, low, core, b, i, m0, n0, T, L, P)
-                P2 = P1
                 S2 = S1
+                P2 = P1
                 if GLU:
                     S2, P2 = scores_and_mixed(q2, low + REGION, core, b, i + HEADS, m0, n0, T, L, P)
-                seen = visible(m0, n0, BLOCK)
-                S1 = tl.where(seen, S1, 0.0)
-                S2 = tl.where(seen, S2, 0.0)
-                if FIRST:
-                    dP1, dP2 = mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P)
-                    has_d: tl.constexpr = bands1.dd is not None
-                    dh1 = first_dh(core, b, i, m0, T, P)
-                    du1, dvt1, dd1 = _add_band(
-                        du1, dvt1, dd1, region, S1, dP1, dh1, z1, has_d, BLOCK, PRECISION
-                    )
-                    if GLU:
-                        dh2 = first_dh(core, b, i + HEADS, m0, T, P)
-                        du2, dvt2, dd2 = _add_band(
-                            du2, dvt2, dd2, region + 3 * REGION, S2, dP2, dh2, z2, has_d, BLOCK,
-                            PRECISION,
-                        )  # fmt: skip
-                if SECOND:
-                    # second.z has n in it, dY too.
-                    z3 = rows_of(z3_rows, b, i, m0, 0, T, RANK2, BLOCK, BLOCK_R2)
-                    du3, dvt3, dd3 = _add_band(
-                        du3, dvt3, dd3, region + 6 * REGION, gate_of(P1, P2, GLU), dY, dh3, z3,
-                        bands2.dd is not None, BLOCK, PRECISION,
+                if WHICH == 3:
+                    # dY holds n; second.z would bring it in once more.
+                    z = load_packed(z3_ptr, b, i, m0, T, HEADS, RANK2, BLOCK, BLOCK_R)
+                    du, dvt, dd = _add_band(
+                        du, dvt, dd, region, gate_of(P1, P2, GLU), dY, dh3, z, HAS_D, BLOCK,
+                        PRECISION,
                     )  # fmt: skip
+                else:
+                    coefficient = n
+                    if P.normed:
+                        coefficient = row_values(coefficient_ptr, b, i, m0, T, HEADS, BLOCK)
+                    dP1, dP2 = mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P)
+                    S = S1 if WHICH == 1 else S2
+                    dP = dP1 if WHICH == 1 else dP2
+                    z = z1 if WHICH == 1 else z2
+                    dh = first_dh(core, b, i + (WHICH - 1) * HEADS, m0, T, P)
+                    S = tl.where(visible(m0, n0, BLOCK), S, 0.0)
+                    du, dvt, dd = _add_band(
+                        du, dvt, dd, region, S, dP, dh, z, HAS_D, BLOCK, PRECISION
+                    )
         tl.debug_barrier()
-        if FIRST:
-            at = (split * SUB_HEADS + i) * tiles + diagonal
-            _store_band(bands1, du1, dvt1, dd1, at, BLOCK, BLOCK_R1)
-            if GLU:
-                _store_band(bands1, du2, dvt2, dd2, at + HEADS * tiles, BLOCK, BLOCK_R1)
-        if SECOND:
-            at = (split * HEADS + i) * tiles + diagonal
-            _store_band(bands2, du3, dvt3, dd3, at, BLOCK, BLOCK_R2)
+        head = i + (HEADS if WHICH == 2 else 0)
+        at = (split * OUT_HEADS + head) * tiles + diagonal
+        _store_band(bands, du, dvt, dd, at, BLOCK, BLOCK_R)

@@ -49,13 +49,14 @@ class Slots(NamedTuple):
 
 class Mix(NamedTuple):
     """One mixing. z: control times h = X u (the second mixing's times n too), the operand that
-    meets vt; dh: the one that meets u in backward, control times dz."""
+    meets vt; dh: the one that meets u in backward, control times dz. Both are contiguous
+    (B, heads, T, rank): strides would cost registers."""
 
     u: Slots
     vt: Slots
     d: Slots | None
-    z: Rows
-    dh: Rows | None
+    z_ptr: Any
+    dh_ptr: Any
 
 
 class Core(NamedTuple):
@@ -125,6 +126,37 @@ def row_values(ptr, b, h, t0, T, HEADS: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _packed(
+    ptr, b, h, t0, T, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Pointers and mask of a row tile of a contiguous (B, HEADS, T, RANK)."""
+    offs_t = tl.arange(0, BLOCK)
+    offs_r = tl.arange(0, BLOCK_R)
+    base = ptr + ((tl.cast(b, tl.int64) * HEADS + h) * T + t0) * RANK
+    mask = (offs_t[:, None] < T - t0) & (offs_r[None, :] < RANK)
+    return base + offs_t[:, None] * RANK + offs_r[None, :], mask
+
+
+@triton.jit
+def load_packed(
+    ptr, b, h, t0, T, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pointers, mask = _packed(ptr, b, h, t0, T, HEADS, RANK, BLOCK, BLOCK_R)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_packed(
+    ptr, b, h, t0, T, value, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pointers, mask = _packed(ptr, b, h, t0, T, HEADS, RANK, BLOCK, BLOCK_R)
+    tl.store(pointers, rounded(value, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def place(index, batch, HEADS: tl.constexpr, parts):
     """(order, b, head, part) of the index-th piece of work; order counts row or column tiles."""
     part = index % parts
@@ -140,7 +172,7 @@ def products(a0, b0, a, b, batch, head, m0, n0, T, P: tl.constexpr, WIDTH: tl.co
     BLOCK_D: tl.constexpr = P.block_d
     PRECISION: tl.constexpr = P.precision
     acc = dot(a0, b0.T, tl.zeros((BLOCK, BLOCK), tl.float32), PRECISION)
-    for d in tl.range(BLOCK_D, WIDTH, BLOCK_D):
+    for d in tl.range(BLOCK_D, WIDTH, BLOCK_D, disable_licm=True):
         ad = rows_of(a, batch, head, m0, d, T, WIDTH, BLOCK, BLOCK_D)
         bd = rows_of(b, batch, head, n0, d, T, WIDTH, BLOCK, BLOCK_D)
         acc = dot(ad, bd.T, acc, PRECISION)
@@ -256,13 +288,13 @@ def keep(d, head, m0, n0, L, SHORT: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def store_conditioned(
-    raw, c, out, b, head, m0, T, value, RANK: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    raw_ptr, c, out_ptr, b, head, m0, T, value, HEADS: tl.constexpr, RANK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """Write a row tile of h or dz, and as an operand its product with the control."""
-    store_rows(raw, b, head, m0, 0, T, value, RANK, BLOCK, BLOCK_R)
-    control = rows_of(c, b, head, m0, 0, T, RANK, BLOCK, BLOCK_R).to(tl.float32)
-    store_rows(out, b, head, m0, 0, T, value * control, RANK, BLOCK, BLOCK_R)
+    store_packed(raw_ptr, b, head, m0, T, value, HEADS, RANK, BLOCK, BLOCK_R)
+    value = value * rows_of(c, b, head, m0, 0, T, RANK, BLOCK, BLOCK_R).to(tl.float32)
+    store_packed(out_ptr, b, head, m0, T, value, HEADS, RANK, BLOCK, BLOCK_R)
 
 
 @triton.jit
@@ -312,7 +344,7 @@ def slots(t: Tensor | None, rank_first: bool = False) -> Any:
 def mix_of(
     u: Tensor | None, vt: Tensor | None, d: Tensor | None, z: Tensor, dh: Tensor | None = None
 ) -> Mix | None:
-    return None if u is None else Mix(slots(u), slots(vt, True), slots(d), rows(z), rows(dh))
+    return None if u is None else Mix(slots(u), slots(vt, True), slots(d), z, dh)
 
 
 def block_of(width: int, least: int = 16) -> int:
