@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from ..kernels import hyper_attention, hyper_gradients
 from ..kernels.arch import Arch
-from .aot_job import Job
+from .aot_jobs import THOROUGH, Job
 
 B, T, D, RANK = 4, 4096, 1024, 16
 OPTIONS = (True, True, True, 1e-12)
@@ -32,16 +33,15 @@ def _jobs(arch: Arch, dtype: torch.dtype, variant: str, H: int, Q: int) -> Itera
     h1, h2 = empty(B, Q, T, rank, wide=True), empty(B, H, T, rank, wide=True)
     left = (h1, h2, empty(B, H, T, wide=True))
     fwd = functools.partial(hyper_attention.hyper_attention_fwd, *tensors, *OPTIONS)
-    bwd = functools.partial(
-        hyper_gradients.hyper_attention_bwd, v, v, *tensors, *left, *OPTIONS, [True] * 11
-    )
+    arguments: tuple[Any, ...] = (v, v, *tensors, *left, *OPTIONS, [True] * 11)
+    bwd = functools.partial(hyper_gradients.hyper_attention_bwd, *arguments)
     yield Job(arch, dtype, variant, fwd)
     yield Job(arch, dtype, variant, bwd)
 
 
-def jobs(arch: Arch, activations: list[str]) -> Iterator[Job]:
+def jobs_of(arch: Arch, activations: list[str]) -> Iterator[Job]:
     yield from _jobs(arch, torch.bfloat16, "glu, H 2", 2, 4)
-    if arch.name != "sm_90":
+    if arch.name != THOROUGH:
         return
     yield from _jobs(arch, torch.bfloat16, "glu, H 16", 16, 32)
     yield from _jobs(arch, torch.bfloat16, "relu, H 2", 2, 2)

@@ -25,6 +25,7 @@ def reference(inputs, options):
 def check(inputs, dy=None, wanted=None, **options):
     """Output and gradients by the tolerance rule; None arguments left out."""
     inputs = {k: t for k, t in inputs.items() if t is not None}
+    torch.manual_seed(1)
     dy = torch.randn_like(inputs["v"]) if dy is None else dy
     ours = evaluate(lambda t: hyper_attention(**t, **options), inputs, dy, wanted)
     eager = evaluate(lambda t: reference(t, options), inputs, dy, wanted)
@@ -222,7 +223,68 @@ def test_rare_options_run_in_pytorch_and_say_so(device, on_triton):
     with fusedmlp.backend("reference"):
         expected = layer(x)
     assert torch.equal(layer(x), expected)
-    assert "every other option runs in PyTorch, chunk_T rows at a time" in fusedmlp.explain()
+    line = "the layer (HyperGLU): chunked, in PyTorch: no kernel has aligner_kind='identity'"
+    assert line in fusedmlp.explain(layer)
+    assert "(HyperGLU): hyper_attention;" in fusedmlp.explain(perturbed())
+    assert "(HyperGLU): dense, in PyTorch" in fusedmlp.explain(perturbed(impl_default="dense"))
+
+
+@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
+def test_compiles_to_one_graph(dynamic, device, each_backend):
+    torch._dynamo.reset()
+    inputs = core_inputs(B=1, H=1, T=6, L=9, dtype=torch.float32)
+    dy = torch.randn_like(inputs["v"])
+
+    def run(leaves):
+        return hyper_attention(**leaves)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    eager = evaluate(run, inputs, dy)
+    for key, t in evaluate(compiled, inputs, dy).items():
+        torch.testing.assert_close(t, eager[key])
+
+
+def test_autocast(device, each_backend):
+    """Results in the autocast dtype, gradients in the parameters' own."""
+    inputs = core_inputs(B=1, H=1, T=6, L=9, dtype=torch.float32)
+    half = {k: t.bfloat16() for k, t in inputs.items()}
+    dy = torch.randn_like(half["v"])
+
+    def run(leaves):
+        with torch.autocast(device, torch.bfloat16):
+            return hyper_attention(**leaves)
+
+    plain = evaluate(lambda t: hyper_attention(**t), half, dy)
+    for key, t in evaluate(run, inputs, dy).items():
+        assert t.dtype == (torch.bfloat16 if key == "out" else torch.float32)
+        torch.testing.assert_close(t.bfloat16(), plain[key], rtol=0, atol=0)
+
+
+def test_runs_are_bit_equal(device, on_triton):
+    inputs = core_inputs(**SMALL, dtype=torch.bfloat16)
+    leaves = {k: t.to(device).requires_grad_() for k, t in inputs.items()}
+    out = hyper_attention(**leaves)
+    dy = torch.randn_like(out)
+    first = torch.autograd.grad(out, list(leaves.values()), dy, retain_graph=True)
+    second = torch.autograd.grad(out, list(leaves.values()), dy)
+    assert torch.equal(out, hyper_attention(**leaves))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_the_comparison_can_fail(device, on_triton, monkeypatch):
+    """A wrong order of lags, and a dropped gradient term, are seen."""
+    inputs = core_inputs(**{**SMALL, "T": 9}, dtype=torch.float32)
+    flipped = {**inputs, "u2": inputs["u2"].flip(1)}
+    fwd = op.fwd
+    with monkeypatch.context() as patch:
+        patch.setattr(op, "fwd", lambda *a: fwd(*a[:8], flipped["u2"], *a[9:]))
+        with pytest.raises(AssertionError, match="out: max error"):
+            check(inputs)
+    bwd = op.bwd
+    with monkeypatch.context() as patch:
+        patch.setattr(op, "bwd", lambda do, out, *a: bwd(do, torch.zeros_like(out), *a))
+        with pytest.raises(AssertionError, match="dq: max error"):
+            check(inputs)
 
 
 def test_bands_of_neighbouring_diagonals_add_up():

@@ -115,6 +115,15 @@ class HyperGLU(nn.Module):
             if isinstance(module, nn.Linear | nn.Conv1d | _Mix | _CausalConv):
                 module.reset_parameters()
 
+    def path(self) -> str:
+        """Which of its paths the layer takes."""
+        c, reason = self.config, self.config.not_fused()
+        if c.impl_default == "dense":
+            return "dense, in PyTorch: impl_default='dense'"
+        if reason:
+            return f"chunked, in PyTorch: no kernel has {reason}"
+        return "hyper_attention; in PyTorch, chunked, where that runs its reference"
+
     def extra_repr(self) -> str:
         c = self.config
         return f"{c.attn_kind}, n_embd={c.n_embd}, n_head={c.n_head}, block_size={c.block_size}"
