@@ -67,7 +67,7 @@ def _h1_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
         acc = tl.zeros((BLOCK, BLOCK_R), tl.float32)
         for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
             k0 = rows_of(core.k, b, a, n0, 0, T, WIDTH, BLOCK, BLOCK_D)
-            S = products(q0, k0, core.q, core.k, b, a, m0, n0, T, P, WIDTH)
+            S = products(q0, k0, core.q, core.k, b, a, m0, n0, T, core.width_qk, P, WIDTH)
             # Two bands in turn: one barrier a tile.
             side = region + n0 // BLOCK % 2 * REGION
             spread(side, tl.where(visible(m0, n0, BLOCK), S, 0.0), BLOCK)
@@ -86,7 +86,7 @@ def scores_and_mixed(q0, region, core, b, a, m0, n0, T, L, P: tl.constexpr):
     WIDTH: tl.constexpr = P.width_qk
     SHORT: tl.constexpr = P.short1
     k0 = rows_of(core.k, b, a, n0, 0, T, WIDTH, BLOCK, BLOCK_D)
-    S = products(q0, k0, core.q, core.k, b, a, m0, n0, T, P, WIDTH)
+    S = products(q0, k0, core.q, core.k, b, a, m0, n0, T, core.width_qk, P, WIDTH)
     out = S
     if core.first is not None:
         out = out * keep(core.first.d, a, m0, n0, L, SHORT, BLOCK) + gathered(region, BLOCK)
@@ -319,7 +319,8 @@ def hyper_attention_fwd(
         return out, h1, h2, n.zero_()
     z1, z2 = (q.new_empty(h.shape) for h in (h1, h2))
     core = Core(
-        rows(q), rows(k), rows(v), mix_of(u1, vt1, d1, z1), mix_of(u2, vt2, d2, z2), n
+        rows(q), rows(k), rows(v), mix_of(u1, vt1, d1, z1), mix_of(u2, vt2, d2, z2), n,
+        q.shape[-1], dv,
     )  # fmt: skip
     call = Call(q, v, ranks, (shortcut1, shortcut2), normed)
     if c1 is not None:

@@ -81,7 +81,7 @@ def value_grads(do0, n, core, do, b, i, m0, n0, T, P: tl.constexpr):
     BLOCK_D: tl.constexpr = P.block_d
     WIDTH: tl.constexpr = P.width_v
     v0 = rows_of(core.v, b, i, n0, 0, T, WIDTH, BLOCK, BLOCK_D)
-    dY = products(do0, v0, do, core.v, b, i, m0, n0, T, P, WIDTH)
+    dY = products(do0, v0, do, core.v, b, i, m0, n0, T, core.width_v, P, WIDTH)
     return tl.where(visible(m0, n0, BLOCK), dY * n[:, None], 0.0)
 
 

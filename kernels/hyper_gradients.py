@@ -176,6 +176,7 @@ def hyper_attention_bwd(
         core = Core(
             rows(q), rows(k), rows(v),
             mix_of(u1, vt1, d1, z1, dh1), mix_of(u2, vt2, d2, z2, dh2), n,
+            q.shape[-1], v.shape[-1],
         )  # fmt: skip
         L = next((u.shape[1] for u in (u1, u2) if u is not None), q.shape[2])
         run = _Backward(do, core, tensors, L, (normed, (shortcut1, shortcut2), eps))

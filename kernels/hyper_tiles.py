@@ -60,7 +60,8 @@ class Mix(NamedTuple):
 
 
 class Core(NamedTuple):
-    """What every pass reads. n (B, H, T): 1 / |P1| of each row."""
+    """What every pass reads. n (B, H, T): 1 / |P1| of each row. The widths again, as values: of a
+    constant the compiler would unroll loops, and spill."""
 
     q: Rows
     k: Rows
@@ -68,6 +69,8 @@ class Core(NamedTuple):
     first: Mix | None
     second: Mix | None
     n_ptr: Any
+    width_qk: int
+    width_v: int
 
 
 @dataclass(frozen=True)
@@ -166,16 +169,17 @@ def place(index, batch, HEADS: tl.constexpr, parts):
 
 
 @triton.jit
-def products(a0, b0, a, b, batch, head, m0, n0, T, P: tl.constexpr, WIDTH: tl.constexpr):
+def products(a0, b0, a, b, batch, head, m0, n0, T, width, P: tl.constexpr, WIDTH: tl.constexpr):
     """One tile of a b' over WIDTH columns, of which the first of a and b are at hand."""
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     PRECISION: tl.constexpr = P.precision
     acc = dot(a0, b0.T, tl.zeros((BLOCK, BLOCK), tl.float32), PRECISION)
-    for d in tl.range(BLOCK_D, WIDTH, BLOCK_D, disable_licm=True):
-        ad = rows_of(a, batch, head, m0, d, T, WIDTH, BLOCK, BLOCK_D)
-        bd = rows_of(b, batch, head, n0, d, T, WIDTH, BLOCK, BLOCK_D)
-        acc = dot(ad, bd.T, acc, PRECISION)
+    if WIDTH > BLOCK_D:
+        for d in tl.range(BLOCK_D, width, BLOCK_D, disable_licm=True):
+            ad = rows_of(a, batch, head, m0, d, T, WIDTH, BLOCK, BLOCK_D)
+            bd = rows_of(b, batch, head, n0, d, T, WIDTH, BLOCK, BLOCK_D)
+            acc = dot(ad, bd.T, acc, PRECISION)
     return acc
 
 
