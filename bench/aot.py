@@ -30,10 +30,10 @@ from triton.runtime.jit import JITFunction
 
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.arch import ARCHES, pretend
-from . import aot_jobs, aot_masked, aot_moe
+from . import aot_hyper, aot_jobs, aot_masked, aot_moe
 from .aot_jobs import Job
 
-FAMILIES = (aot_jobs, aot_masked, aot_moe)
+FAMILIES = (aot_jobs, aot_masked, aot_moe, aot_hyper)
 MULTIPROCESSORS = 132
 # sm_86 is left out: it has the tiles of sm_80 and the shared memory of sm_120.
 ARCHES_COMPILED = ("sm_80", "sm_90", "sm_100", "sm_120")

@@ -48,6 +48,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "gated_act": {},
     "gated_linear": {"forward": ("gated_linear_fwd",)},
     "gated_mlp": {"forward": ("gated_linear_fwd",), "backward": ("gated_linear_bwd",)},
+    "hyper_attention": {},
     "linear_act": {"forward": ("linear_act_fwd",)},
     "masked_gated_linear": _MASKED,
     "masked_gated_mlp": _MASKED,

@@ -11,6 +11,7 @@ from .masks import PackedMasks, pack_masks
 from .ops.gated_act import gated_act
 from .ops.gated_linear import gated_linear
 from .ops.gated_mlp import gated_mlp
+from .ops.hyper_attention import hyper_attention
 from .ops.linear_act import linear_act
 from .ops.masked_gated_linear import masked_gated_linear
 from .ops.masked_gated_mlp import masked_gated_mlp
@@ -37,6 +38,7 @@ __all__ = [
     "gated_act",
     "gated_linear",
     "gated_mlp",
+    "hyper_attention",
     "linear_act",
     "load_balancing_loss",
     "masked_gated_linear",

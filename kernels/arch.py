@@ -410,3 +410,46 @@ def pick_splits(tile: Tile, x: Any, N: int, K: int) -> int:
     blocks = cdiv(N, tile.block_n)
     wanted = cdiv(4 * multiprocessors(x.device), blocks)
     return max(1, min(wanted, K // (4 * tile.block_k)))
+
+
+def _hyper(rows: int, width: int, warps: int, values: int) -> Tile:
+    """A square tile of scores: block_k columns of q and k at a time, block_n of v in an
+    accumulator."""
+    return Tile(rows, values, width, warps, 1, loads="element")
+
+
+# (kernel, bytes of an element) -> tile of hyper_attention's passes; strides are free everywhere.
+# Half the rows where 64 would spill. No GPU has timed them.
+_HYPER_FP32 = {
+    (f"hyper_attention_{k}", 4): (_hyper(16, 32, 4, 64),)
+    for k in ("h1", "h2", "out", "dz2", "dz1", "dq", "dk", "dv", "dslots")
+}
+_HYPER_MMA = {
+    **{
+        (f"hyper_attention_{k}", 2): (_hyper(32, 64, 8, 128),)
+        for k in ("h2", "out", "dq", "dk", "dv")
+    },
+    **{(f"hyper_attention_{k}", 2): (_hyper(64, 64, 8, 128),) for k in ("h1", "dz2")},
+    ("hyper_attention_dz1", 2): (_hyper(32, 32, 4, 128),),
+    ("hyper_attention_dslots", 2): (_hyper(16, 64, 4, 128),),
+}
+_HYPER_TMA = {
+    **{
+        (f"hyper_attention_{k}", 2): (_hyper(64, 64, 8, 128),)
+        for k in ("h1", "h2", "dz2", "dz1", "dv")
+    },
+    **{(f"hyper_attention_{k}", 2): (_hyper(32, 64, 4, 128),) for k in ("out", "dq")},
+    ("hyper_attention_dk", 2): (_hyper(32, 64, 8, 128),),
+    ("hyper_attention_dslots", 2): (_hyper(16, 64, 4, 128),),
+}
+# Small, so that small inputs cross several tiles.
+_INTERPRETED_HYPER = _hyper(32, 16, 4, 16)
+
+
+def hyper_tile(kernel: str, x: Any) -> Tile:
+    """The tile of one of hyper_attention's passes."""
+    arch = arch_of(x.device)
+    if arch is INTERPRETER:
+        return _INTERPRETED_HYPER
+    table = _HYPER_FP32 | (_HYPER_TMA if arch.tma else _HYPER_MMA)
+    return table[kernel, x.element_size()][0]

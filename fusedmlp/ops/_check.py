@@ -81,10 +81,10 @@ def packed(op: str, first: str, second: str, is_packed: bool, order: Packed | No
         )
 
 
-def autocast_dtype(op: str, x: Tensor) -> torch.dtype | None:
+def autocast_dtype(op: str, x: Tensor, name: str = "x") -> torch.dtype | None:
     """The dtype that autocast wants, or None outside autocast."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x must be a Tensor, got {type(x).__name__}")
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
     # Not x.device.type: making that string costs a microsecond.
     device = "cuda" if x.is_cuda else "cpu"
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

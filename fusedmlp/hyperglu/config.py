@@ -1,0 +1,155 @@
+"""Every option of HyperGLU, with its default and its check."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal, get_args, get_type_hints
+
+from ..reference.hyper import Aligner, Kind, Norm
+
+_POSITIVE = ("n_embd", "n_head", "block_size", "n_layer", "op1_rank", "op2_rank", "chunk_T",
+             "conv_kernel_size")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class HyperGLUConfig:
+    """Options of `HyperGLU`; D = n_embd, H = n_head, L = block_size.
+
+    attn_kind: "glu" has Q = 2H sub-heads, routing and magnitude, and A = softplus(P2) relu(P1);
+        "relu" has Q = H and A = relu(P1).
+    attn_norm: "out_scale" divides the result's row by |P1|, "l2" P1 itself: equal but for rounding.
+    qk_rank, vo_rank: width of queries and keys together (None: D // 4) and of values (None: D).
+    do_masking, aligner_kind: see fusedmlp/reference/hyper.py. "offset" is causal in any case.
+    use_kv_conv: depthwise causal convolutions of x in front of keys and values.
+    use_rope: turn q and k by position. rope_kind "official" is what published checkpoints were
+        trained with: the two members of a pair turn by different angles, so it is no rotation;
+        "rotary" is one.
+    gate_act: of both gates and both controls.
+    use_qk_gate, use_vo_gate: multiply queries, and the result, by gates made from x.
+    opN_*: the mixings before and after the nonlinearity. opN_per_head must be True.
+    impl_default: "dense", "chunked" (query blocks of chunk_T rows, recomputed for backward; on a
+        GPU the fused kernels where they serve the options) or "fused" (those kernels or an error).
+    norm_eps: least |P1| that is divided by, in float32.
+    n_layer, aligner_impl_train, aligner_impl_eval: kept for published configurations, unused.
+
+    Raises TypeError or ValueError naming the field.
+    """
+
+    n_embd: int
+    n_head: int
+    block_size: int = 2048
+    bias: bool = False
+    attn_kind: Kind = "glu"
+    attn_norm: Norm = "out_scale"
+    qk_rank: int | None = None
+    vo_rank: int | None = None
+    do_masking: bool = True
+    aligner_kind: Aligner = "offset"
+    use_kv_conv: bool = True
+    conv_kernel_size: int = 4
+    use_rope: bool = False
+    rope_base: float = 10000.0
+    rope_kind: Literal["official", "rotary"] = "official"
+    gate_act: Literal["sigmoid", "none"] = "sigmoid"
+    use_qk_gate: bool = True
+    use_vo_gate: bool = True
+    use_op1: bool = True
+    op1_rank: int = 16
+    op1_per_head: bool = True
+    op1_use_diag: bool = True
+    op1_shortcut: bool = True
+    op1_do_masking: bool = True
+    op1_init_std: float = 0.02
+    use_op2: bool = True
+    op2_rank: int = 16
+    op2_per_head: bool = True
+    op2_use_diag: bool = True
+    op2_shortcut: bool = True
+    op2_do_masking: bool = True
+    op2_init_std: float = 0.02
+    impl_default: Literal["dense", "chunked", "fused"] = "chunked"
+    chunk_T: int = 1024
+    norm_eps: float = 1e-12
+    n_layer: int = 24
+    aligner_impl_train: Literal["padview"] = "padview"
+    aligner_impl_eval: Literal["padview"] = "padview"
+
+    @property
+    def sub_heads(self) -> int:
+        """Q."""
+        return 2 * self.n_head if self.attn_kind == "glu" else self.n_head
+
+    @property
+    def qk_width(self) -> int:
+        return self.n_embd // 4 if self.qk_rank is None else self.qk_rank
+
+    @property
+    def vo_width(self) -> int:
+        return self.n_embd if self.vo_rank is None else self.vo_rank
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        for name in _POSITIVE:
+            self._require(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("norm_eps", "rope_base"):
+            self._require(getattr(self, name) > 0, name, "above 0")
+        for name in ("op1_init_std", "op2_init_std"):
+            self._require(getattr(self, name) >= 0, name, "at least 0")
+        for name in ("op1_per_head", "op2_per_head"):
+            self._require(getattr(self, name), name, "True: there is no other mixing")
+        heads, what = (self.sub_heads, "2 n_head" if self.attn_kind == "glu" else "n_head")
+        for name, width, parts, of in (
+            ("qk_rank", self.qk_width, heads, what),
+            ("vo_rank", self.vo_width, self.n_head, "n_head"),
+        ):
+            if width < 1 or width % parts:
+                raise ValueError(
+                    f"HyperGLUConfig: {name} must be a positive multiple of {of} = {parts}, "
+                    f"got {width}"
+                )
+        if self.use_rope:
+            dq = self.qk_width // heads
+            self._require(dq % 2 == 0, "qk_rank", f"an even multiple of {heads} with use_rope")
+        if not self.do_masking and self.aligner_kind == "offset":
+            warnings.warn(
+                "HyperGLUConfig: do_masking=False with aligner_kind='offset' is causal all the "
+                "same, and depends on the length; for a bidirectional layer use 'identity'",
+                stacklevel=3,
+            )
+        if self.impl_default == "fused" and (reason := self.not_fused()):
+            raise ValueError(f"HyperGLUConfig: impl_default must not be 'fused' with {reason}")
+
+    def _check_types(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if choices := [c for c in get_args(hint) if isinstance(c, str)]:
+                self._require(value in choices, field.name, f"one of {', '.join(choices)}")
+                continue
+            wanted = get_args(hint) or ((int, float) if hint is float else (hint,))
+            good = isinstance(value, wanted) and (bool in wanted or not isinstance(value, bool))
+            if not good:
+                names = " or ".join("None" if w is type(None) else w.__name__ for w in wanted)
+                raise TypeError(f"HyperGLUConfig: {field.name} must be {names}, got {value!r}")
+
+    def _require(self, good: Any, name: str, what: str) -> None:
+        if not good:
+            raise ValueError(f"HyperGLUConfig: {name} must be {what}, got {getattr(self, name)!r}")
+
+    def not_fused(self) -> str | None:
+        """Which option the fused kernels do not serve; None if they serve all."""
+        if self.aligner_kind != "offset":
+            return "aligner_kind='identity'"
+        if not self.prefix_consistent:
+            name = "op1_do_masking" if self.do_masking else "do_masking"
+            return f"{name}=False and use_op1=True"
+        return None
+
+    @property
+    def prefix_consistent(self) -> bool:
+        """Whether a longer input leaves earlier results as they were, as decoding needs."""
+        if self.aligner_kind == "offset":
+            return not self.use_op1 or (self.do_masking and self.op1_do_masking)
+        return self.do_masking and not (self.use_op1 or self.use_op2)

@@ -1,0 +1,287 @@
+"""HyperGLU: attention without softmax, whose scores are mixed along the sequence by low-rank,
+input-conditioned matrices before and after a gated relu.
+
+| step | computes |
+|---|---|
+| controls, gates | c1, c2, gq, gv = phi(x W' + b), of the raw x |
+| projections | q = (x Wq') gq; k = conv1(x) Wk'; v = conv2(x) Wv' |
+| core | fusedmlp/reference/hyper.py |
+| result | (core gv) Wc' |
+
+| tensor | shape | |
+|---|---|---|
+| x, y | (B, T, D), T <= L | |
+| attention_mask | (B, T), 1 keeps | multiplies k and v, nothing else |
+
+Parameters have the names, shapes and initial values of the published code, so its checkpoints load.
+Source: Lu and Yang, HyperMLP, arXiv 2602.12601, and its published code.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _backend
+from ..ops import _check
+from ..ops.hyper_attention import OP, hyper_attention
+from ..reference.hyper import Mixing
+from .cache import HyperGLUCache, decode_step, empty_cache
+from .chunked import chunked_attention
+from .config import HyperGLUConfig
+from .rope import rope
+
+
+class _Mix(nn.Module):
+    """U (heads, L, r), Vt (heads, r, L) and d (heads, L) of one mixing."""
+
+    def __init__(self, heads: int, length: int, rank: int, diag: bool, std: float) -> None:
+        super().__init__()
+        self.std = std
+        self.U = nn.Parameter(torch.empty(heads, length, rank))
+        self.Vt = nn.Parameter(torch.empty(heads, rank, length))
+        self.d = nn.Parameter(torch.empty(heads, length)) if diag else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.U, std=self.std)
+        nn.init.normal_(self.Vt, std=self.std)
+        if self.d is not None:
+            nn.init.zeros_(self.d)
+
+
+class _Mixing(nn.Module):
+    """Holds `mix`: published checkpoints have the parameters one level down."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__()
+        self.mix = _Mix(*args)
+
+
+def _mix(op: _Mixing | None) -> Mixing:
+    return (None, None, None) if op is None else (op.mix.U, op.mix.Vt, op.mix.d)
+
+
+class _CausalConv(nn.Module):
+    """Depthwise convolution of x with its own past; tap K - 1 multiplies the current token."""
+
+    def __init__(self, channels: int, size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(channels, channels, size, groups=channels, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.conv.weight, std=0.02)
+
+    def forward(self, padded: Tensor) -> Tensor:
+        """(B, K - 1 + T, D) with the past in front -> (B, T, D)."""
+        return self.conv(padded.transpose(1, 2)).transpose(1, 2)
+
+
+class HyperGLU(nn.Module):
+    """One sequence-mixing layer; see the module for what it computes, `HyperGLUConfig` for options.
+
+    `init_cache`, `prefill` and `step` decode one token at a time with the same results.
+    """
+
+    def __init__(self, config: HyperGLUConfig) -> None:
+        super().__init__()
+        if not isinstance(config, HyperGLUConfig):
+            raise TypeError(f"HyperGLU: config must be a HyperGLUConfig, got {config!r}")
+        self.config = config
+        D, H, L, Q = config.n_embd, config.n_head, config.block_size, config.sub_heads
+        Rq, Rv, r1, r2 = config.qk_width, config.vo_width, config.op1_rank, config.op2_rank
+        self.q = nn.Linear(D, Rq, config.bias)
+        self.k = nn.Linear(D, Rq, config.bias)
+        self.v = nn.Linear(D, Rv, config.bias)
+        self.c_proj = nn.Linear(Rv, D, config.bias)
+        self.left_gate = nn.Linear(D, Rq) if config.use_qk_gate else None
+        self.right_gate = nn.Linear(D, Rv) if config.use_vo_gate else None
+        self.control1 = nn.Linear(D, Q * r1) if config.use_op1 else None
+        self.control2 = nn.Linear(D, H * r2) if config.use_op2 else None
+        kernel = config.conv_kernel_size
+        self.conv1 = _CausalConv(D, kernel) if config.use_kv_conv else None
+        self.conv2 = _CausalConv(D, kernel) if config.use_kv_conv else None
+        diag1, diag2 = config.op1_use_diag, config.op2_use_diag
+        self.op = _Mixing(Q, L, r1, diag1, config.op1_init_std) if config.use_op1 else None
+        self.op2 = _Mixing(H, L, r2, diag2, config.op2_init_std) if config.use_op2 else None
+
+    def init_weights_(self) -> None:
+        """Give every parameter its initial value again, or at last on a layer built on meta."""
+        for module in reversed(list(self.modules())):  # what holds a Conv1d after the Conv1d
+            if isinstance(module, nn.Linear | nn.Conv1d | _Mix | _CausalConv):
+                module.reset_parameters()
+
+    def path(self) -> str:
+        """Which of its paths the layer takes."""
+        c, reason = self.config, self.config.not_fused()
+        if c.impl_default == "dense":
+            return "dense, in PyTorch: impl_default='dense'"
+        if reason:
+            return f"chunked, in PyTorch: no kernel has {reason}"
+        return "hyper_attention; in PyTorch, chunked, where that runs its reference"
+
+    def extra_repr(self) -> str:
+        c = self.config
+        return f"{c.attn_kind}, n_embd={c.n_embd}, n_head={c.n_head}, block_size={c.block_size}"
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """x (B, T, D) -> y (B, T, D). ValueError for T > block_size or another width."""
+        self._check(x, attention_mask)
+        y, _, _ = self._forward(x, attention_mask)
+        return y
+
+    def init_cache(
+        self,
+        batch: int,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> HyperGLUCache:
+        """An empty cache of block_size tokens for `step`; dtype and device default to the
+        parameters'. ValueError where earlier results depend on later tokens."""
+        if not self.config.prefix_consistent:
+            raise ValueError(
+                "HyperGLU: decoding needs results that later tokens leave alone: aligner_kind="
+                "'offset' with do_masking and op1_do_masking (or without use_op1), got "
+                f"{self.config}"
+            )
+        weight = self.q.weight
+        return empty_cache(self.config, batch, dtype or weight.dtype, device or weight.device)
+
+    def prefill(
+        self, x: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, HyperGLUCache]:
+        """y of a prompt x (B, T, D), and a cache that holds it."""
+        self._check(x, attention_mask)
+        cache = self.init_cache(x.shape[0], device=x.device, dtype=_working_dtype(x))
+        y, k, v = self._forward(x, attention_mask)
+        T = x.shape[1]
+        with torch.no_grad():
+            cache.k[:, :, :T], cache.v[:, :, :T] = k, v
+            if keep := min(T, cache.x.shape[1]):
+                cache.x[:, -keep:] = x[:, T - keep :]
+            cache.length.fill_(T)
+        return y, cache
+
+    @torch.no_grad()
+    def step(self, x: Tensor, cache: HyperGLUCache) -> tuple[Tensor, HyperGLUCache]:
+        """y of the next token x, (B, D) or (B, 1, D), as the full forward would give it; the cache
+        is written in place and returned. RuntimeError once it holds block_size tokens."""
+        token = x[:, None] if x.dim() == 2 else x
+        if token.shape != (cache.k.shape[0], 1, self.config.n_embd):
+            raise ValueError(
+                f"HyperGLU: x must be ({cache.k.shape[0]}, {self.config.n_embd}) or "
+                f"({cache.k.shape[0]}, 1, {self.config.n_embd}) for this cache, "
+                f"got {tuple(x.shape)}"
+            )
+        window = torch.cat((cache.x, token), 1)
+        q, k, v, c1, c2 = self._project(token, window, cache.length)
+        cache.append(window[:, 1:], k, v)
+        core = decode_step(q, cache, c1, _mix(self.op), c2, _mix(self.op2), self.config)
+        cache.length += 1
+        y = self._out(token, core)
+        return y.view(x.shape), cache
+
+    def flops(self, batch: int, T: int) -> int:
+        """FLOPs of one forward: 2 for each multiply-add, scores and values of visible pairs only;
+        training takes three times that."""
+        c = self.config
+        D, Rq, Rv = c.n_embd, c.qk_width, c.vo_width
+        rank1, rank2 = (c.sub_heads * c.op1_rank * c.use_op1, c.n_head * c.op2_rank * c.use_op2)
+        weights = D * (2 * Rq + Rv) + Rv * D + D * (rank1 + rank2)
+        weights += D * (Rq * c.use_qk_gate + Rv * c.use_vo_gate)
+        weights += 2 * c.conv_kernel_size * D * c.use_kv_conv
+        sees_all = c.aligner_kind == "identity" and not c.do_masking
+        pairs = T * T if sees_all else T * (T + 1) // 2
+        return 2 * batch * (T * weights + pairs * (Rq + 2 * rank1 + 2 * rank2 + Rv))
+
+    def _check(self, x: Tensor, attention_mask: Tensor | None) -> None:
+        D, L = self.config.n_embd, self.config.block_size
+        if x.dim() != 3 or x.shape[-1] != D:
+            raise ValueError(f"HyperGLU: x must be (B, T, {D}), got {tuple(x.shape)}")
+        if x.shape[1] > L:
+            raise ValueError(f"HyperGLU: T must be at most block_size = {L}, got {x.shape[1]}")
+        if attention_mask is not None and attention_mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"HyperGLU: attention_mask must be {tuple(x.shape[:2])}, "
+                f"got {tuple(attention_mask.shape)}"
+            )
+
+    def _forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(y, k, v)."""
+        padded = F.pad(x, (0, 0, self.config.conv_kernel_size - 1, 0))
+        q, k, v, c1, c2 = self._project(x, padded, 0)
+        if mask is not None:
+            keep = mask.to(k.dtype)[:, None, :, None]
+            k, v = k * keep, v * keep
+        core = self._core(q, k, v, c1, *_mix(self.op), c2, *_mix(self.op2))
+        return self._out(x, core), k, v
+
+    def _phi(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        z: Tensor = layer(x)
+        return z.sigmoid() if self.config.gate_act == "sigmoid" else z
+
+    def _project(self, x: Tensor, padded: Tensor, start: int | Tensor) -> tuple[Any, ...]:
+        """q, k, v, c1, c2 as (B, heads, T, width). `padded` is x behind its K - 1 predecessors;
+        `start` is x's first position."""
+        c = self.config
+        xk, xv = x, x
+        if self.conv1 is not None and self.conv2 is not None:
+            xk, xv = self.conv1(padded), self.conv2(padded)
+        q, k = _heads(self.q(x), c.sub_heads), _heads(self.k(xk), c.sub_heads)
+        if c.use_rope:
+            q, k = (rope(t, c.rope_base, c.rope_kind, start) for t in (q, k))
+        if self.left_gate is not None:
+            q = q * _heads(self._phi(self.left_gate, x), c.sub_heads)
+        c1 = None if self.control1 is None else _heads(self._phi(self.control1, x), c.sub_heads)
+        c2 = None if self.control2 is None else _heads(self._phi(self.control2, x), c.n_head)
+        return q, k, _heads(self.v(xv), c.n_head), c1, c2
+
+    def _out(self, x: Tensor, core: Tensor) -> Tensor:
+        merged = core.transpose(1, 2).flatten(2)
+        if self.right_gate is not None:
+            merged = merged * self._phi(self.right_gate, x)
+        return self.c_proj(merged)
+
+    def _core(self, *tensors: Tensor | None) -> Tensor:
+        c, q = self.config, tensors[0]
+        assert q is not None
+        options: dict[str, Any] = {
+            "kind": c.attn_kind, "norm": c.attn_norm, "shortcut1": c.op1_shortcut,
+            "shortcut2": c.op2_shortcut, "eps": c.norm_eps,
+        }  # fmt: skip
+        fused = c.impl_default == "chunked" and not c.not_fused()
+        if c.impl_default == "fused" or (fused and _backend.pick(OP, q) != "reference"):
+            return hyper_attention(*tensors, **options)  # type: ignore[arg-type]
+        if dtype := _check.autocast_dtype("HyperGLU", q):
+            tensors = _check.cast(dtype, *tensors)
+        return chunked_attention(
+            *tensors,  # type: ignore[arg-type]
+            chunk=None if c.impl_default == "dense" else c.chunk_T,
+            aligner=c.aligner_kind, causal=c.do_masking,
+            mask1=c.op1_do_masking, mask2=c.op2_do_masking, **options,
+        )  # fmt: skip
+
+
+class HyperMLP(HyperGLU):
+    """HyperGLU of the "relu" kind with the settings of its paper: two heads, ranks of 16, queries
+    and keys of D // 4, values of D. `options` are further fields of HyperGLUConfig."""
+
+    def __init__(
+        self, n_embd: int, n_head: int = 2, block_size: int = 2048, **options: Any
+    ) -> None:
+        super().__init__(HyperGLUConfig(n_embd, n_head, block_size, attn_kind="relu", **options))
+
+
+def _heads(t: Tensor, heads: int) -> Tensor:
+    """(B, T, heads * width) as (B, heads, T, width), a view."""
+    return t.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _working_dtype(x: Tensor) -> torch.dtype:
+    """What projections of x come out in."""
+    return _check.autocast_dtype("HyperGLU", x) or x.dtype

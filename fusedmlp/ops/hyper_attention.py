@@ -1,0 +1,230 @@
+"""The T x T core of HyperGLU and HyperMLP in tiles: scores, mixing, gated relu, mixing, values.
+
+With S = q k' over the visible sources s <= t, slots by lag p = L-1-(t-s), and per row t
+
+    P = (shortcut1 + d1[p]) S + sum_k c1[t, k] h1[t, k] vt1[k, p],   h1 = S u1
+    A = softplus(P2) relu(P1)  (kind "glu": sub-heads i and H + i),  or relu(P1)  (kind "relu")
+    Y = (shortcut2 + d2[p]) A + sum_k c2[t, k] h2[t, k] vt2[k, p],   h2 = A u2
+    out = Y v / |P1|
+
+| tensor | shape | |
+|---|---|---|
+| q, k | (..., Q, T, dq) | any strides; Q = 2H for "glu", H for "relu" |
+| v, out | (..., H, T, dv) | out has its heads side by side, as the next projection reads them |
+| c1, u1, vt1, d1 | (..., Q, T, r1), (Q, L, r1), (Q, r1, L), (Q, L) | T <= L; d1 may be None |
+| c2, u2, vt2, d2 | (..., H, T, r2), (H, L, r2), (H, r2, L), (H, L) | d2 may be None |
+
+dtype: one floating dtype for all, kept; products, norms and gates in float32. Saved for backward:
+the arguments, out, h1, h2 and n = 1 / |P1|, nothing of T x T; backward makes the scores again. As
+out is saved, autograd refuses a backward through a result that was changed in place.
+Source: Lu and Yang, HyperMLP, arXiv 2602.12601.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import _backend, _library, reference
+from ..kernels import hyper_attention as _triton
+from ..kernels import hyper_gradients as _triton_bwd
+from ..reference.hyper import Kind, Norm
+from . import _check
+
+OP = "hyper_attention"
+NAMES = ("q", "k", "v", "c1", "u1", "vt1", "d1", "c2", "u2", "vt2", "d2")
+Optional = Tensor | None
+
+
+def _check_like_q(q: Tensor, *others: Optional) -> None:
+    if not q.dtype.is_floating_point:
+        raise TypeError(f"{OP}: q must have a floating dtype, got {q.dtype}")
+    for name, t in zip(NAMES[1:], others, strict=True):
+        if t is None and name not in ("k", "v"):
+            continue
+        if not isinstance(t, Tensor) or t.dtype is not q.dtype:
+            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
+            raise TypeError(f"{OP}: {name} must have q's dtype {q.dtype}, got {got}")
+        if t.device != q.device:
+            raise ValueError(f"{OP}: {name} must be on q's device {q.device}, got {t.device}")
+
+
+def _check_mixing(
+    n: int, lead: torch.Size, heads: int, T: int, mixing: Sequence[Optional]
+) -> int | None:
+    """The shape rule of c, u, vt and d. Returns L."""
+    c, u, vt, d = mixing
+    if c is None:
+        given = [f"{x}{n}" for x, t in zip(("u", "vt", "d"), mixing[1:], strict=True)
+                 if t is not None]  # fmt: skip
+        if given:
+            raise ValueError(f"{OP}: {given[0]} must be None without c{n}, got a tensor")
+        return None
+    if u is None or vt is None:
+        raise ValueError(f"{OP}: u{n} and vt{n} must be tensors with c{n}, got None")
+    if u.dim() != 3 or u.shape[0] != heads or u.shape[1] < T or u.shape[2] < 1:
+        raise ValueError(
+            f"{OP}: u{n} must be ({heads}, L, r) with L >= T = {T}, got {tuple(u.shape)}"
+        )
+    L, r = u.shape[1:]
+    _check.shape(OP, f"c{n}", c, *lead, heads, T, r)
+    _check.shape(OP, f"vt{n}", vt, heads, r, L)
+    if d is not None:
+        _check.shape(OP, f"d{n}", d, heads, L)
+    return L
+
+
+def _check_all(tensors: Sequence[Optional], kind: str, norm: str) -> None:
+    q, k, v = tensors[:3]
+    assert q is not None and k is not None and v is not None
+    if kind not in ("glu", "relu"):
+        raise ValueError(f"{OP}: kind must be 'glu' or 'relu', got {kind!r}")
+    if norm not in ("out_scale", "l2", "none"):
+        raise ValueError(f"{OP}: norm must be 'out_scale', 'l2' or 'none', got {norm!r}")
+    if q.dim() < 3:
+        raise ValueError(f"{OP}: q must be (..., Q, T, dq), got {tuple(q.shape)}")
+    lead, (Q, T) = q.shape[:-3], q.shape[-3:-1]
+    _check.shape(OP, "k", k, *q.shape)
+    if kind == "glu" and Q % 2:
+        raise ValueError(f"{OP}: q must have an even number of sub-heads for 'glu', got {Q}")
+    H = Q // 2 if kind == "glu" else Q
+    if v.dim() < 3 or v.shape[:-1] != (*lead, H, T):
+        raise ValueError(f"{OP}: v must be {(*lead, H, T)} + (dv,), got {tuple(v.shape)}")
+    L1 = _check_mixing(1, lead, Q, T, tensors[3:7])
+    L2 = _check_mixing(2, lead, H, T, tensors[7:11])
+    if L1 is not None and L2 is not None and L1 != L2:
+        raise ValueError(f"{OP}: u1 and u2 must have one length L, got {L1} and {L2}")
+
+
+def _heads_last(t: Tensor) -> Tensor:
+    """Empty memory for (B, heads, T, width) with a token's heads side by side."""
+    B, heads, T, width = t.shape
+    return t.new_empty((B, T, heads, width)).transpose(1, 2)
+
+
+def _fwd_fake(
+    q: Tensor, k: Tensor, v: Tensor, c1: Optional, u1: Optional, vt1: Optional, d1: Optional,
+    c2: Optional, u2: Optional, vt2: Optional, d2: Optional, normed: bool, shortcut1: bool,
+    shortcut2: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    (B, Q, T, _), H = q.shape, v.shape[1]
+    wide = torch.float32
+    return (
+        _heads_last(v),
+        q.new_empty((B, Q, T, 0 if c1 is None else c1.shape[-1]), dtype=wide),
+        q.new_empty((B, H, T, 0 if c2 is None else c2.shape[-1]), dtype=wide),
+        q.new_empty((B, H, T if normed else 0), dtype=wide),
+    )
+
+
+def _bwd_fake(
+    do: Tensor, out: Tensor, q: Tensor, k: Tensor, v: Tensor, c1: Optional, u1: Optional,
+    vt1: Optional, d1: Optional, c2: Optional, u2: Optional, vt2: Optional, d2: Optional,
+    h1: Tensor, h2: Tensor, n: Tensor, normed: bool, shortcut1: bool, shortcut2: bool, eps: float,
+    wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    tensors = (q, k, v, c1, u1, vt1, d1, c2, u2, vt2, d2)
+    empty = lambda i, t: _heads_last(t) if i < 3 else t.new_empty(t.shape)  # noqa: E731
+    return [
+        empty(i, t) if w and t is not None else q.new_empty(0)
+        for i, (t, w) in enumerate(zip(tensors, wanted, strict=True))
+    ]
+
+
+_TENSORS = "Tensor q, Tensor k, Tensor v, " + ", ".join(f"Tensor? {n}" for n in NAMES[3:])
+_OPTIONS = "bool normed, bool shortcut1, bool shortcut2, float eps"
+# -> out (B, H, T, dv); h1 (B, Q, T, r1), h2 (B, H, T, r2), n (B, H, T) in float32.
+fwd = _library.define(
+    f"hyper_attention_fwd({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _triton.hyper_attention_fwd,
+    _fwd_fake,
+)
+# -> the gradients of NAMES, empty where not wanted.
+bwd = _library.define(
+    f"hyper_attention_bwd(Tensor do, Tensor out, {_TENSORS}, Tensor h1, Tensor h2, Tensor n, "
+    f"{_OPTIONS}, bool[] wanted) -> Tensor[]",
+    _triton_bwd.hyper_attention_bwd,
+    _bwd_fake,
+)
+
+
+class HyperAttentionFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, normed: bool, shortcut1: bool, shortcut2: bool, eps: float, *tensors: Optional
+    ) -> Tensor:
+        ctx.options = (normed, shortcut1, shortcut2, eps)
+        out, h1, h2, n = fwd(*tensors, *ctx.options)
+        ctx.save_for_backward(*tensors, h1, h2, n, out)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor) -> tuple[Optional, ...]:
+        *tensors, h1, h2, n, out = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[4:]
+        grads = bwd(do, out, *tensors, h1, h2, n, *ctx.options, wanted)
+        return (None,) * 4 + tuple(g if w else None for g, w in zip(grads, wanted, strict=True))
+
+
+def hyper_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    c1: Tensor | None = None,
+    u1: Tensor | None = None,
+    vt1: Tensor | None = None,
+    d1: Tensor | None = None,
+    c2: Tensor | None = None,
+    u2: Tensor | None = None,
+    vt2: Tensor | None = None,
+    d2: Tensor | None = None,
+    *,
+    kind: Kind = "glu",
+    norm: Norm = "out_scale",
+    shortcut1: bool = True,
+    shortcut2: bool = True,
+    eps: float = 1e-12,
+) -> Tensor:
+    """Causal mixing of values by gated, norm-scaled scores, mixed by lag before and after.
+
+    Args:
+        q, k: (..., Q, T, dq), any strides, read in place.
+        v: (..., H, T, dv), any strides; H = Q / 2 for kind "glu", Q for "relu".
+        c1, u1, vt1, d1: the first mixing's control (..., Q, T, r1) and parameters (Q, L, r1),
+            (Q, r1, L), (Q, L), L >= T; slot L-1 is lag 0. All None: none; d1 None: no diagonal.
+        c2, u2, vt2, d2: the second's, with H for Q.
+        kind: "glu" or "relu". norm: "out_scale" and "l2" divide rows by |P1|, "none" does not.
+        shortcut1, shortcut2: whether a mixing adds its own input.
+        eps: least |P1|.
+
+    Returns out (..., H, T, dv) in q's dtype (under autocast: the autocast dtype).
+
+    Raises ValueError (shape, device, kind, norm) or TypeError (dtype), naming the argument.
+    """
+    tensors: tuple[Any, ...] = (q, k, v, c1, u1, vt1, d1, c2, u2, vt2, d2)
+    if dtype := _check.autocast_dtype(OP, q, "q"):
+        tensors = _check.cast(dtype, *tensors)
+    _check_like_q(*tensors)
+    _check_all(tensors, kind, norm)
+    if _backend.pick(OP, tensors[0]) == "reference":
+        rest = ("offset", True, shortcut1, shortcut2, True, True, eps)
+        return reference.hyper_attention(*tensors, kind, norm, *rest)  # type: ignore[call-arg]
+    lead = q.shape[:-3]
+    B = math.prod(lead)
+    flat = tuple(
+        t if t is None or i not in (0, 1, 2, 3, 7) else t.reshape(B, *t.shape[len(lead) :])
+        for i, t in enumerate(tensors)
+    )
+    options = (norm != "none", shortcut1, shortcut2, eps)
+    if _check.wants_grad(*tensors):
+        out = HyperAttentionFunction.apply(*options, *flat)
+    else:
+        out, *_ = fwd(*flat, *options)
+    return out.view(*lead, *out.shape[1:])
