@@ -92,7 +92,7 @@ _FP32 = _MOE_FP32 | {  # CUDA cores unless the caller allows TF32; one set of ti
     ("masked_gated_linear_fwd_group", 4): (
         Tile(32, 64, 16, 8, 3),
         Tile(32, 32, 16, 8, 2, loads="element"),
-        Tile(16, 32, 32, 4, 3),
+        Tile(16, 32, 16, 4, 3),
         Tile(16, 16, 16, 4, 2, loads="element"),
     ),
     ("masked_gated_linear_dx", 4): (Tile(64, 64, 16, 8, 3), _FP32_ELEMENT),

@@ -20,7 +20,8 @@ ACTS = {"swiglu": F.silu, "reglu": F.relu, "geglu": lambda x: F.gelu(x, approxim
 DENSE = {
     name: rival
     for name, rival in RIVALS.items()
-    if rival.ops != ("moe_mlp",) and not name.startswith("fusedmlp-")
+    if rival.ops not in (("moe_mlp",), ("masked_gated_linear",))
+    and not name.startswith("fusedmlp-")
 }
 
 
