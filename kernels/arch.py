@@ -427,20 +427,16 @@ _HYPER_FP32 = {
 _HYPER_MMA = {
     **{
         (f"hyper_attention_{k}", 2): (_hyper(32, 64, 8, 128),)
-        for k in ("h2", "out", "dq", "dk", "dv")
+        for k in ("h2", "out", "dz1", "dq", "dk", "dv", "dslots")
     },
     **{(f"hyper_attention_{k}", 2): (_hyper(64, 64, 8, 128),) for k in ("h1", "dz2")},
-    ("hyper_attention_dz1", 2): (_hyper(32, 32, 4, 128),),
-    ("hyper_attention_dslots", 2): (_hyper(16, 64, 4, 128),),
 }
 _HYPER_TMA = {
     **{
         (f"hyper_attention_{k}", 2): (_hyper(64, 64, 8, 128),)
-        for k in ("h1", "h2", "dz2", "dz1", "dv")
+        for k in ("h1", "h2", "dz2", "dz1", "dslots")
     },
-    **{(f"hyper_attention_{k}", 2): (_hyper(32, 64, 4, 128),) for k in ("out", "dq")},
-    ("hyper_attention_dk", 2): (_hyper(32, 64, 8, 128),),
-    ("hyper_attention_dslots", 2): (_hyper(16, 64, 4, 128),),
+    **{(f"hyper_attention_{k}", 2): (_hyper(32, 64, 8, 128),) for k in ("out", "dq", "dk", "dv")},
 }
 # Small, so that small inputs cross several tiles.
 _INTERPRETED_HYPER = _hyper(32, 16, 4, 16)

@@ -24,6 +24,7 @@ from .hyper_tiles import (
     Core,
     clear,
     expand,
+    fresh,
     gate_of,
     gathered,
     keep,
@@ -47,6 +48,8 @@ from .tiles import dot, rounded
 
 @triton.jit
 def _h1_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
+    core = fresh(core)
+    c = fresh(c)
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r1
@@ -88,7 +91,7 @@ def scores_and_mixed(q0, region, core, b, a, m0, n0, T, L, P: tl.constexpr):
     k0 = rows_of(core.k, b, a, n0, 0, T, WIDTH, BLOCK, BLOCK_D)
     S = products(q0, k0, core.q, core.k, b, a, m0, n0, T, core.width_qk, P, WIDTH)
     out = S
-    if core.first is not None:
+    if P.rank1 > 0:
         out = out * keep(core.first.d, a, m0, n0, L, SHORT, BLOCK) + gathered(region, BLOCK)
     return S, tl.where(visible(m0, n0, BLOCK), out, 0.0)
 
@@ -106,7 +109,7 @@ def first_z(core, b, a, m0, T, P: tl.constexpr):
     RANK: tl.constexpr = P.rank1
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r1
-    if core.first is None:
+    if P.rank1 == 0:
         rows = 0.0
     else:
         rows = load_packed(core.first.z_ptr, b, a, m0, T, HEADS, RANK, BLOCK, BLOCK_R)
@@ -120,7 +123,7 @@ def second_z(core, b, a, m0, T, P: tl.constexpr):
     RANK: tl.constexpr = P.rank2
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r2
-    if core.second is None:
+    if P.rank2 == 0:
         rows = 0.0
     else:
         rows = load_packed(core.second.z_ptr, b, a, m0, T, HEADS, RANK, BLOCK, BLOCK_R)
@@ -142,6 +145,8 @@ def _store_norm(n_ptr, b, i, m0, T, n, HEADS: tl.constexpr, BLOCK: tl.constexpr)
 
 @triton.jit
 def _h2_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
+    core = fresh(core)
+    c = fresh(c)
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r2
@@ -207,15 +212,15 @@ def expand_values(low, z1, z2, z3, core, i, m0, n0, L, P: tl.constexpr):
     RANK2: tl.constexpr = P.rank2
     BLOCK_R1: tl.constexpr = P.block_r1
     BLOCK_R2: tl.constexpr = P.block_r2
-    if core.first is not None:
+    if P.rank1 > 0:
         vt = core.first.vt
         expand(low, z1, vt, i, m0, n0, L, RANK1, BLOCK, BLOCK_R1, PRECISION)
         if P.glu:
             expand(low + REGION, z2, vt, i + HEADS, m0, n0, L, RANK1, BLOCK, BLOCK_R1, PRECISION)
-    if core.second is not None:
+    if P.rank2 > 0:
         third = low + 2 * REGION
         expand(third, z3, core.second.vt, i, m0, n0, L, RANK2, BLOCK, BLOCK_R2, PRECISION)
-    if core.first is not None or core.second is not None:
+    if P.rank1 > 0 or P.rank2 > 0:
         tl.debug_barrier()
 
 
@@ -224,7 +229,7 @@ def weights(A, third, core, i, m0, n0, L, P: tl.constexpr):
     """Y of a tile, whose band of low rank lies in `third`."""
     BLOCK: tl.constexpr = P.block
     SHORT: tl.constexpr = P.short2
-    if core.second is None:
+    if P.rank2 == 0:
         Y = A
     else:
         Y = A * keep(core.second.d, i, m0, n0, L, SHORT, BLOCK) + gathered(third, BLOCK)
@@ -234,6 +239,8 @@ def weights(A, third, core, i, m0, n0, L, P: tl.constexpr):
 
 @triton.jit
 def _out_kernel(core, out, scratch_ptr, batch, T, L, eps, parts, P: tl.constexpr):
+    core = fresh(core)
+    out = fresh(out)
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_V: tl.constexpr = P.block_v

@@ -23,6 +23,7 @@ from .hyper_attention import expand_values, first_z, mixed_scores, second_z, wei
 from .hyper_tiles import (
     clear,
     expand,
+    fresh,
     gate_grads,
     gate_of,
     gathered,
@@ -43,6 +44,8 @@ from .tiles import dot, rounded
 
 @triton.jit
 def coefficient_kernel(do, out, n_ptr, coefficient_ptr, T, eps, P: tl.constexpr):
+    do = fresh(do)
+    out = fresh(out)
     BLOCK: tl.constexpr = P.block
     BLOCK_V: tl.constexpr = P.block_v
     WIDTH: tl.constexpr = P.width_v
@@ -87,6 +90,9 @@ def value_grads(do0, n, core, do, b, i, m0, n0, T, P: tl.constexpr):
 
 @triton.jit
 def dz2_kernel(core, do, c, dz_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
+    core = fresh(core)
+    do = fresh(do)
+    c = fresh(c)
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r2
@@ -125,7 +131,7 @@ def first_dh(core, b, a, m0, T, P: tl.constexpr):
     RANK: tl.constexpr = P.rank1
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r1
-    if core.first is None:
+    if P.rank1 == 0:
         rows = 0.0
     else:
         rows = load_packed(core.first.dh_ptr, b, a, m0, T, HEADS, RANK, BLOCK, BLOCK_R)
@@ -139,7 +145,7 @@ def second_dh(core, b, a, m0, T, P: tl.constexpr):
     RANK: tl.constexpr = P.rank2
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r2
-    if core.second is None:
+    if P.rank2 == 0:
         rows = 0.0
     else:
         rows = load_packed(core.second.dh_ptr, b, a, m0, T, HEADS, RANK, BLOCK, BLOCK_R)
@@ -157,12 +163,12 @@ def expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P: tl.constexpr):
     REGION: tl.constexpr = 2 * BLOCK * BLOCK
     PRECISION: tl.constexpr = P.precision
     HEADS: tl.constexpr = P.heads
-    if core.first is not None:
+    if P.rank1 > 0:
         vt = core.first.vt
         expand(low, z1, vt, i, m0, n0, L, RANK1, BLOCK, BLOCK_R1, PRECISION)
         if P.glu:
             expand(low + REGION, z2, vt, i + HEADS, m0, n0, L, RANK1, BLOCK, BLOCK_R1, PRECISION)
-    if core.second is not None:
+    if P.rank2 > 0:
         u = core.second.u
         expand(low + 2 * REGION, dh3, u, i, m0, n0, L, RANK2, BLOCK, BLOCK_R2, PRECISION)
 
@@ -176,7 +182,7 @@ def mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P: tl.constexp
     NORMED: tl.constexpr = P.normed
     SHORT: tl.constexpr = P.short2
     dA = dY
-    if core.second is not None:
+    if P.rank2 > 0:
         dA = dA * keep(core.second.d, i, m0, n0, L, SHORT, BLOCK)
         dA = dA + gathered(low + 2 * REGION, BLOCK)
     # P1 is 0 where nothing is seen, so both gradients are.
@@ -185,6 +191,9 @@ def mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P: tl.constexp
 
 @triton.jit
 def dz1_kernel(core, do, c, dz_ptr, coefficient_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
+    core = fresh(core)
+    do = fresh(do)
+    c = fresh(c)
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r1
@@ -282,13 +291,13 @@ def score_grads(q1, q2, do0, state, low, core, do, b, i, m0, n0, T, L, P: tl.con
     REGION: tl.constexpr = 2 * BLOCK * BLOCK
     n, coefficient, z1, z2, dh1, dh2, dh3 = state
     expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P)
-    if core.first is not None:
+    if P.rank1 > 0:
         u = core.first.u
         expand(low + 3 * REGION, dh1, u, i, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
         if GLU:
             last = low + 4 * REGION
             expand(last, dh2, u, i + HEADS, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
-    if core.first is not None or core.second is not None:
+    if P.rank1 > 0 or P.rank2 > 0:
         tl.debug_barrier()
     dY = value_grads(do0, n, core, do, b, i, m0, n0, T, P)
     P1 = mixed_scores(q1, low, core, b, i, m0, n0, T, L, P)
@@ -296,7 +305,7 @@ def score_grads(q1, q2, do0, state, low, core, do, b, i, m0, n0, T, L, P: tl.con
     if GLU:
         P2 = mixed_scores(q2, low + REGION, core, b, i + HEADS, m0, n0, T, L, P)
     dS1, dS2 = mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P)
-    if core.first is not None:
+    if P.rank1 > 0:
         seen = visible(m0, n0, BLOCK)
         dS1 = dS1 * keep(core.first.d, i, m0, n0, L, SHORT, BLOCK)
         dS1 = tl.where(seen, dS1 + gathered(low + 3 * REGION, BLOCK), 0.0)
@@ -309,6 +318,9 @@ def score_grads(q1, q2, do0, state, low, core, do, b, i, m0, n0, T, L, P: tl.con
 
 @triton.jit
 def dq_kernel(core, do, dq, coefficient_ptr, scratch_ptr, batch, T, L, parts, P: tl.constexpr):
+    core = fresh(core)
+    do = fresh(do)
+    dq = fresh(dq)
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     WIDTH: tl.constexpr = P.width_qk
@@ -350,6 +362,9 @@ def dq_kernel(core, do, dq, coefficient_ptr, scratch_ptr, batch, T, L, parts, P:
 
 @triton.jit
 def dk_kernel(core, do, dk, coefficient_ptr, scratch_ptr, batch, T, L, parts, P: tl.constexpr):
+    core = fresh(core)
+    do = fresh(do)
+    dk = fresh(dk)
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     WIDTH: tl.constexpr = P.width_qk
@@ -390,6 +405,9 @@ def dk_kernel(core, do, dk, coefficient_ptr, scratch_ptr, batch, T, L, parts, P:
 
 @triton.jit
 def dv_kernel(core, do, dv, scratch_ptr, batch, T, L, parts, P: tl.constexpr):
+    core = fresh(core)
+    do = fresh(do)
+    dv = fresh(dv)
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_V: tl.constexpr = P.block_v

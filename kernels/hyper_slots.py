@@ -21,7 +21,17 @@ from .hyper_backward import (
     second_dh,
     value_grads,
 )
-from .hyper_tiles import banded, clear, gate_of, load_packed, row_values, rows_of, spread, visible
+from .hyper_tiles import (
+    banded,
+    clear,
+    fresh,
+    gate_of,
+    load_packed,
+    row_values,
+    rows_of,
+    spread,
+    visible,
+)
 from .tiles import dot
 
 
@@ -71,6 +81,9 @@ def slots_kernel(
 ):  # fmt: skip
     """WHICH: 1 and 2, the first mixing of sub-heads i and i + H; 3, the second mixing. One a
     launch: the bands of more would spill."""
+    core = fresh(core)
+    do = fresh(do)
+    bands = fresh(bands)
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r2 if WHICH == 3 else P.block_r1

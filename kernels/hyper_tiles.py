@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .activations import _exp2, _sigmoids
 from .arch import LAST, Tile, cdiv, hyper_tile, multiprocessors
-from .tiles import compiler_options, dot, load_tile, precision, rounded
+from .tiles import INTERPRETED, compiler_options, dot, load_tile, precision, rounded
 
 
 class Rows(NamedTuple):
@@ -54,7 +54,7 @@ class Mix(NamedTuple):
 
     u: Slots
     vt: Slots
-    d: Slots | None
+    d: Slots
     z_ptr: Any
     dh_ptr: Any
 
@@ -98,6 +98,25 @@ class Plan:
     def region(self) -> int:
         """Elements of one band."""
         return 2 * self.block * self.block
+
+
+def _fresh(operands: Any, _semantic: Any = None) -> Any:
+    """`operands` with the types of its values. Triton 3.6 copies a tuple by its type when a loop
+    begins, and the type of a kernel's argument has lost the sizes that were compiled in."""
+    if not isinstance(operands, tl.tuple):
+        return operands
+    values = [_fresh(value) for value in operands.values]
+    return tl.tuple(values, tl.tuple_type([v.type for v in values], operands.type.fields))
+
+
+if INTERPRETED:
+
+    @triton.jit
+    def fresh(operands):
+        return operands
+
+else:
+    fresh = tl.core.builtin(_fresh)
 
 
 @triton.jit
@@ -278,7 +297,7 @@ def reduce(
 def keep(d, head, m0, n0, L, SHORT: tl.constexpr, BLOCK: tl.constexpr):
     """What a mixing multiplies each entry by: shortcut + d[p]."""
     factor = 1.0 if SHORT else 0.0
-    if d is not None:
+    if d.ptr is not None:
         ahead = tl.arange(0, BLOCK)[None, :] - tl.arange(0, BLOCK)[:, None]
         first = L - 1 - (m0 - n0)
         # What is no slot is not seen either: any value does.
@@ -338,7 +357,7 @@ def rows(t: Tensor | None) -> Any:
 def slots(t: Tensor | None, rank_first: bool = False) -> Any:
     """u (heads, L, rank), vt (heads, rank, L) with `rank_first`, or d (heads, L)."""
     if t is None:
-        return None
+        return Slots(None, 0, 0, 0)
     if t.dim() == 2:
         return Slots(t, t.stride(0), t.stride(1), 0)
     head, a, b = t.stride()
