@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import triton
 
 from ..kernels import hyper_attention, hyper_gradients
 from ..kernels.arch import Arch
@@ -40,14 +39,7 @@ def _jobs(arch: Arch, dtype: torch.dtype, variant: str, H: int, Q: int) -> Itera
     yield Job(arch, dtype, variant, bwd)
 
 
-# Triton 3.6 spills 8 to 72 bytes in 8 of the 52 kernels for sm_90 (2026-11).
-TUNED_FOR = (3, 9)
-
-
 def jobs_of(arch: Arch, activations: list[str]) -> Iterator[Job]:
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < TUNED_FOR:
-        print("hyper_attention is left out: its tiles are for Triton 3.9 and newer, and spill here")
-        return
     yield from _jobs(arch, torch.bfloat16, "glu, H 2", 2, 4)
     if arch.name != THOROUGH:
         return
