@@ -16,7 +16,7 @@ class HyperGLUCache:
     """Memory for block_size = L tokens, whose shapes never change.
 
     x (B, K - 1, D): the last inputs, for the convolution. k (B, Q, L, dq), v (B, H, L, dv): of the
-    first `length` tokens. length (1,): int64, on the device, so that a captured graph counts on.
+    first `length` tokens. length (1,): int64, on the device; `step` reads it on the host.
     """
 
     x: Tensor
