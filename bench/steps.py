@@ -59,6 +59,18 @@ def _needing(name: str, steps: Sequence[Step]) -> Iterator[Step]:
     return (dataclasses.replace(s, needs=name) for s in steps)
 
 
+# What checks and exercises the kernels of every architecture: masks as bits are what is decoded.
+_DECODED = "masked_gated_linear"
+_PORTABLE = {
+    _DECODED: (
+        "--case", *(name for name in CASES if name.startswith(_DECODED) and "-bits" in name),
+        "--shape", "1x4096x14336", "16x2048x8192", "3x136x72", "--dtype", "bfloat16", "float16",
+        "--forward-only",
+    ),
+    "top1_route": ("--op", "top1_route"),
+}  # fmt: skip
+
+
 # Their widths are those of models with experts.
 _BY_EXPERTS = ("moe_linear", "moe_mlp", "top1_route")
 
@@ -73,6 +85,9 @@ def _cuda_first() -> Iterator[Step]:
     )
     yield from _needing(BUILD, [first])
     yield from _needing(first.name, others)
+    for op, argv in _PORTABLE.items():
+        made = python_step(f"check:cuda:{op}", 90, COMMAND, "check", "--backend", "cuda", *argv)
+        yield from _needing(first.name, [made])
     for name in VARIANTS:
         ops = [op for kernel, (op, _) in TIMED.items() if name in variants_of(kernel)]
         argv = ("check", "--backend", "cuda", "--variant", name, "--op", *ops)
@@ -94,17 +109,18 @@ def _ladder(name: str, budget_s: float, kernel: str, *arguments: str) -> Step:
 def _sanitizers_cuda(tools: Sequence[str]) -> Iterator[Step]:
     """Of the ops that launch all kernels there are; each runs every variant."""
     kernels = _cuda.KERNELS
+    cases = _cases() | {_DECODED: _PORTABLE[_DECODED][1]}
     whole = [op for op in kernels if not any(set(kernels[op]) < set(k) for k in kernels.values())]
     for tool in tools:
-        for op in whole:
-            argv = ("sanitize", tool, _cases()[op], "cuda")
+        for op in (*whole, *_PORTABLE):
+            argv = ("sanitize", tool, cases[op], "cuda")
             made = python_step(f"{tool}:cuda:{op}", 120, WORKER, *argv)
             yield from _needing(f"check:cuda:{op}", [made])
 
 
 def _time(name: str, budget_s: float, op: str, *arguments: str) -> Step:
     made = python_step(name, budget_s, COMMAND, "time", "--op", op, *arguments)
-    without = {CUDA: f"check:cuda:{op}"} if op in _cuda.KERNELS else {}
+    without = {CUDA: f"check:cuda:{op}"} if op in (*_cuda.KERNELS, *_PORTABLE) else {}
     return dataclasses.replace(made, without=without)
 
 
