@@ -54,6 +54,15 @@ MODELS = {
     "llama4": (hf.Llama4ForCausalLM, hf.Llama4TextConfig, _LLAMA4, {"gated_mlp", "moe_mlp"}, "silu"),
 }  # fmt: skip
 
+# One model of each kind of block: gated, packed, plain, Conv1D, spread, experts.
+_ONE = {"num_hidden_layers": 1}
+KINDS = {
+    "llama": _ONE, "phi3": _ONE, "gpt2": {"n_layer": 1}, "bert": _ONE,
+    "switch": {"num_layers": 1, "num_decoder_layers": 1, "num_experts": 2, "d_ff": 32},
+    "llama4": _ONE
+    | {"interleave_moe_layer_step": 1, "num_local_experts": 2, "intermediate_size": 32},
+}  # fmt: skip
+
 
 def build(name: str, **changes) -> nn.Module:
     """The model, weights of variance 1 / width instead of the library's 0.02: gradients count."""

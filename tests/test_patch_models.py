@@ -4,21 +4,13 @@ import copy
 
 import pytest
 import torch
-from patch_models import MODELS, batch, build
+from patch_models import KINDS, MODELS, batch, build
 
 import fusedmlp
 from fusedmlp.patching.swap import Patched
 from fusedmlp.testing import assert_close_to
 
 GENERATES = [n for n in MODELS if n not in ("bert", "vit")]
-# One model of each kind of block: gated, packed, plain, Conv1D, spread, experts.
-_ONE = {"num_hidden_layers": 1}
-KINDS = {
-    "llama": _ONE, "phi3": _ONE, "gpt2": {"n_layer": 1}, "bert": _ONE,
-    "switch": {"num_layers": 1, "num_decoder_layers": 1, "num_experts": 2, "d_ff": 32},
-    "llama4": _ONE
-    | {"interleave_moe_layer_step": 1, "num_local_experts": 2, "intermediate_size": 32},
-}  # fmt: skip
 
 
 def to_dtype(inputs, dtype):
