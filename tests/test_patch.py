@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from patch_blocks import MLP, GatedMLP, Model
 from patch_models import batch, build
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -17,34 +18,6 @@ from transformers.activations import ACT2FN
 import fusedmlp
 from fusedmlp.patching import Plan
 from fusedmlp.patching.activation import name_by_values
-
-
-class GatedMLP(nn.Module):
-    """An MLP of the user's own, under names of its own."""
-
-    def __init__(self, act=None, bias=True):
-        super().__init__()
-        self.w1, self.w3 = nn.Linear(8, 12, bias), nn.Linear(8, 12, bias)
-        self.w2, self.act = nn.Linear(12, 8, bias), act or nn.SiLU()
-
-    def forward(self, t):
-        return self.w2(self.w3(t) * self.act(self.w1(t)))
-
-
-class MLP(nn.Sequential):
-    def __init__(self, *between):
-        super().__init__(nn.Linear(8, 12), *(between or (nn.GELU(),)), nn.Linear(12, 8))
-
-
-class Model(nn.Module):
-    def __init__(self, *blocks):
-        super().__init__()
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x):
-        for block in self.blocks:
-            x = x + block(x)
-        return x
 
 
 def reason(model):

@@ -53,12 +53,11 @@ def affine(owner: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
             "by; hook or wrap the MLP as a whole, or unpatch(model) first"
         )
     weight, bias = local(linear.weight), local(linear.bias)
-    assert weight is not None
     return weight.t() if transposed(linear) else weight, bias
 
 
-def local(t: Any) -> Tensor | None:
-    """A DTensor's part on this rank."""
+def local(t: Any) -> Any:
+    """A DTensor's part on this rank; anything else as it is."""
     return t.to_local() if hasattr(t, "to_local") else t
 
 

@@ -57,7 +57,6 @@ class Llama4(Plan):
         expert = logits.argmax(1)
         score = scores.gather(1, expert.unsqueeze(1))
         w, w_down = local(module.experts.gate_up_proj), local(module.experts.down_proj)
-        assert w is not None and w_down is not None
         ones = torch.ones_like(expert, dtype=torch.float32)
         call = moe_mlp if module._split is None else module._split
         y = call(
@@ -102,7 +101,7 @@ class Switch(Plan):
         E = module.router.num_experts
         expert = torch.where(one_hot.sum(-1) > 0, one_hot.argmax(-1), E)
         routing = route_to(expert.flatten(), prob.flatten(), E)
-        w, w_down = (stacked([getattr(e, n).weight for e in experts]) for n in ("wi", "wo"))
+        w, w_down = (stacked([local(getattr(e, n).weight) for e in experts]) for n in ("wi", "wo"))
         call = moe_mlp if module._split is None else module._split
         x = hidden_states.reshape(-1, hidden_states.shape[-1])
         y = call(x, routing, w, None, w_down, activation=self.activation)
