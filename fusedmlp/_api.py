@@ -24,6 +24,7 @@ from .ops.top1_route import (
     router_z_loss,
     top1_route,
 )
+from .patching import patch, patched, register_patch, unpatch
 from .reference import Routing
 
 __all__ = [
@@ -47,9 +48,13 @@ __all__ = [
     "moe_linear",
     "moe_mlp",
     "pack_masks",
+    "patch",
+    "patched",
+    "register_patch",
     "route_to",
     "router_z_loss",
     "top1_route",
+    "unpatch",
 ]
 __all__ += activations.__all__
 __all__ += layers.__all__
