@@ -21,7 +21,7 @@ import fusedmlp
 from fusedmlp.layers import FastFeedForward, FeedForward, PathWeightedFFF, SwitchFFN, Top1MoE
 
 DIM = 16
-VARIANTS = ("none", "swiglu", "geglu", "reglu")
+VARIANTS = ("none", "swiglu", "geglu", "reglu", "mswiglu")
 
 
 def settle(layer, scale=1.0):
@@ -142,8 +142,9 @@ def test_an_expert_is_a_view():
 
 
 @pytest.mark.parametrize(
-    "kwargs", ({"pre_norm": True}, {"dropout": 0.5}, {"activation": nn.Mish, "glu_variant": "none"}),
-    ids=("norm", "dropout", "activation"),
+    "kwargs", ({"pre_norm": True}, {"dropout": 0.5}, {"activation": nn.Mish, "glu_variant": "none"},
+               {"glu_variant": "mgeglu"}, {"glu_variant": "mreglu", "mask_mode": "element"}),
+    ids=("norm", "dropout", "activation", "channel-masks", "element-masks"),
 )  # fmt: skip
 def test_experts_that_cannot_be_fused(kwargs):
     """They run one by one; in eval, dropout is no reason to."""
