@@ -203,6 +203,7 @@ def test_worse_than_the_mean_is_said():
         [toy.Run(0, 0.1, 0.6, 0.55, 1.0)],
         None,
         argparse.Namespace(compile=1, steps=1),
+        "0123456789abcdef",
     )
     assert "worse in eval than predicting the mean (0.550)" in table.remarks(record, False)
     record["runs"][0]["eval_loss"] = 0.5
