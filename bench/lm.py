@@ -1,11 +1,13 @@
-"""A language model over bytes, small enough for a CPU: how well MLPs learn at equal widths.
+"""A language model over bytes, small enough for a CPU: how well MLPs learn at equal widths, and
+HyperGLU beside softmax attention at equal parameters.
 
 The text is the source of Python's own standard library, which is on every machine. The model is a
-pre-norm transformer with rotary attention; only its MLP changes. Every run of a comparison has the
-same seed, hence the same batches in the same order, and the same initial weights wherever shapes
-agree.
+pre-norm transformer; only its MLP changes, or what mixes its sequence (lm_attention.py). Every run
+of a comparison has the same seed, hence the same batches in the same order, and the same initial
+weights wherever shapes agree.
 
-    python -m fusedmlp.bench.lm [--mlp swiglu mswiglu-1 ...] [--minutes N] [--json FILE]
+    python -m fusedmlp.bench.lm [--mlp swiglu mswiglu-1 ...] [--attention softmax hyperglu ...]
+        [--minutes N] [--json FILE]
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -26,7 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..hyperglu import HyperGLU
 from ..layers import FeedForward
+from .lm_attention import ATTENTIONS
 
 Record = dict[str, Any]
 VOCABULARY = 256
@@ -51,6 +56,7 @@ class Plan:
     every: int = 100
     held_out: int = 16
     seed: int = 0
+    attention: str = "softmax"
 
 
 # name -> the MLP from (dim, hidden).
@@ -97,48 +103,35 @@ class Block(nn.Module):
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
-        self.heads = plan.heads
         self.norms = nn.ModuleList(nn.RMSNorm(plan.dim) for _ in range(2))
-        self.qkv = nn.Linear(plan.dim, 3 * plan.dim, bias=False)
-        self.out = nn.Linear(plan.dim, plan.dim, bias=False)
+        self.attention = ATTENTIONS[plan.attention](plan.dim, plan.heads, plan.context)
         self.mlp = MLPS[plan.mlp](plan.dim, plan.hidden)
 
-    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
-        qkv = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
-        q, k = (_rotate(t, turn) for t in (q, k))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norms[0](x))
         return x + self.mlp(self.norms[1](x))
-
-
-def _rotate(t: Tensor, turn: Tensor) -> Tensor:
-    first, second = t.chunk(2, -1)
-    cos, sin = turn[0, : t.shape[2]], turn[1, : t.shape[2]]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 class Model(nn.Module):
     """Logits of the next byte; the embedding is also the last projection."""
-
-    turn: Tensor
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, plan.dim)
         self.blocks = nn.ModuleList(Block(plan) for _ in range(plan.layers))
         self.norm = nn.RMSNorm(plan.dim)
-        half = plan.dim // plan.heads // 2
-        angles = torch.outer(torch.arange(plan.context), 10000.0 ** (-torch.arange(half) / half))
-        self.register_buffer("turn", torch.stack((angles.cos(), angles.sin())), persistent=False)
         self._initialise(plan)
 
     def _initialise(self, plan: Plan) -> None:
         """Linear weights and the embedding from a normal, by their own seeds: two models with
-        different MLPs agree in everything else."""
+        different MLPs agree in everything else. HyperGLU keeps the initial values of its own."""
+        hyper = [m for m in self.modules() if isinstance(m, HyperGLU)]
+        own = {id(p) for m in hyper for p in m.parameters()}
         for name, p in self.named_parameters():
-            if p.dim() != 2:
+            if p.dim() != 2 or id(p) in own:
                 continue
+            # Its name before attention was a choice: earlier runs repeat.
+            name = name.replace("attention.", "")
             seed = int.from_bytes(
                 hashlib.sha256(f"{plan.seed} {name}".encode()).digest()[:4], "big"
             )
@@ -149,7 +142,7 @@ class Model(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         x = self.embedding(tokens)
         for block in self.blocks:
-            x = block(x, self.turn)
+            x = block(x)
         return F.linear(self.norm(x), self.embedding.weight)
 
 
@@ -223,9 +216,15 @@ def parameters_of(plan: Plan) -> dict[str, int]:
     """Weights and mask logits of one model."""
     with torch.device("meta"):
         mlp = MLPS[plan.mlp](plan.dim, plan.hidden)
+        attention = ATTENTIONS[plan.attention](plan.dim, plan.heads, plan.context)
     logits = sum(p.numel() for name, p in mlp.named_parameters() if p.dim() == 3)
     weights = sum(p.numel() for p in mlp.parameters()) - logits
-    return {"mlp_weights": plan.layers * weights, "mask_logits": plan.layers * logits}
+    mixing = sum(p.numel() for p in attention.parameters())
+    return {
+        "mlp_weights": plan.layers * weights,
+        "mask_logits": plan.layers * logits,
+        "attention_weights": plan.layers * mixing,
+    }
 
 
 def result(plan: Plan, data: Tensor, curve: Sequence[Record]) -> Record:
@@ -250,11 +249,11 @@ def table(results: Sequence[Record]) -> str:
         "| MLP | weights | mask logits | held-out loss, nats a byte | by seed |",
         "|---|---|---|---|---|",
     ]
-    for mlp, runs in _by_mlp(results).items():
+    for name, runs in _by_model(results).items():
         losses = [run["held_out_loss"] for run in runs]
         each = ", ".join(f"{loss:.3f}" for loss in losses)
         lines.append(
-            f"| {mlp} | {runs[0]['mlp_weights']:,} | {runs[0]['mask_logits']:,} | "
+            f"| {name} | {runs[0]['mlp_weights']:,} | {runs[0]['mask_logits']:,} | "
             f"{sum(losses) / len(losses):.3f} | {each} |"
         )
     return "\n".join(lines) + "\n"
@@ -267,12 +266,12 @@ def plot(results: Sequence[Record], path: Path) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
-    for mlp, runs in _by_mlp(results).items():
+    for name, runs in _by_model(results).items():
         # Not the start, which would hide the rest.
         curves = [[(p["step"], p["held_out"]) for p in run["curve"][2:]] for run in runs]
         steps = [step for step, _ in curves[0]]
         losses = list(zip(*([loss for _, loss in curve] for curve in curves), strict=True))
-        (line,) = axes.plot(steps, [sum(at) / len(at) for at in losses], label=mlp)
+        (line,) = axes.plot(steps, [sum(at) / len(at) for at in losses], label=name)
         axes.fill_between(
             steps,
             list(map(min, losses)),
@@ -285,16 +284,19 @@ def plot(results: Sequence[Record], path: Path) -> None:
     figure.savefig(path)
 
 
-def _by_mlp(results: Sequence[Record]) -> dict[str, list[Record]]:
+def _by_model(results: Sequence[Record]) -> dict[str, list[Record]]:
+    """Runs of one model, named by its MLP, and by what stands in the place of attention."""
     groups: dict[str, list[Record]] = {}
     for result in results:
-        groups.setdefault(result["mlp"], []).append(result)
+        other = result.get("attention", "softmax").replace("softmax", "")
+        groups.setdefault(" + ".join(filter(None, (result["mlp"], other))), []).append(result)
     return groups
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mlp", nargs="+", choices=MLPS, default=["swiglu", "mswiglu-1"])
+    parser.add_argument("--attention", nargs="+", choices=ATTENTIONS, default=["softmax"])
     parser.add_argument("--seed", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=Plan.steps)
     parser.add_argument("--minutes", type=float, default=math.inf, help="of each run")
@@ -303,16 +305,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     data = text()
     results = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
-    for seed in args.seed:
-        for mlp in args.mlp:
-            plan = Plan(mlp, steps=args.steps, seed=seed)
-            curve = []
-            for point in train(plan, data, 60 * args.minutes):
-                curve.append(point)
-                print(f"{mlp} seed {seed} {json.dumps(point)}", flush=True)
-            results.append(result(plan, data, curve))
-            if args.json:
-                args.json.write_text(json.dumps(results) + "\n")
+    for seed, attention, mlp in itertools.product(args.seed, args.attention, args.mlp):
+        plan = Plan(mlp, steps=args.steps, seed=seed, attention=attention)
+        curve = []
+        for point in train(plan, data, 60 * args.minutes):
+            curve.append(point)
+            print(f"{mlp} {attention} seed {seed} {json.dumps(point)}", flush=True)
+        results.append(result(plan, data, curve))
+        if args.json:
+            args.json.write_text(json.dumps(results) + "\n")
     print(table(results))
     if args.plot:
         plot(results, args.plot)

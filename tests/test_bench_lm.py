@@ -26,9 +26,12 @@ def test_held_out_text_is_not_trained_on():
     assert 0.04 < len(held) / 40_000 < 0.06
 
 
-@pytest.mark.parametrize("mlp", lm.MLPS)
-def test_runs_repeat_and_learn(mlp):
-    plan = dataclasses.replace(TINY, mlp=mlp)
+@pytest.mark.parametrize(
+    "mlp, attention",
+    [*((m, "softmax") for m in lm.MLPS), ("gelu", "hyperglu"), ("gelu", "hypermlp")],
+)
+def test_runs_repeat_and_learn(mlp, attention):
+    plan = dataclasses.replace(TINY, mlp=mlp, attention=attention)
     curves = [list(lm.train(plan, TEXT)) for _ in range(2)]
     losses = [[point["held_out"] for point in curve] for curve in curves]
     assert losses[0] == losses[1]
@@ -42,6 +45,14 @@ def test_models_agree_but_for_their_mlp():
                   for m in ("mswiglu-1", "mswiglu-4"))  # fmt: skip
     for name, p in one.items():
         assert name.endswith("mask") or torch.equal(p, other[name]), name
+
+
+@pytest.mark.parametrize("attention", ("hyperglu", "hypermlp"))
+def test_equal_parameters_in_place_of_attention(attention):
+    ours, softmax = (
+        lm.parameters_of(lm.Plan("swiglu", attention=a)) for a in (attention, "softmax")
+    )
+    assert ours["attention_weights"] == pytest.approx(softmax["attention_weights"], rel=0.02)
 
 
 def test_no_time_ends_a_run():
