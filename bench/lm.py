@@ -22,7 +22,8 @@ import torch
 from . import _render, lm_page, machine, plots
 from ._options import SCHEMA, Refusal, count, subparser
 from .ledger import RESULTS
-from .lm_models import MIXERS, MLPS, Plan, names
+from .lm_attention import MIXERS
+from .lm_models import MLPS, Plan, names
 from .lm_train import Record, Run, digest, text
 
 TITLE = "Held-out loss"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import layers
 from ..ops.top1_route import load_balancing_loss
+from .lm_attention import MIXERS
 
 VOCABULARY = 256
 
@@ -46,33 +47,6 @@ class Plan:
     def model(self) -> str:
         """The name that tables and files have for it."""
         return self.mlp if self.mixer == "attention" else f"{self.mixer}+{self.mlp}"
-
-
-class Attention(nn.Module):
-    """Causal softmax attention with rotary positions."""
-
-    turn: Tensor
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__()
-        self.heads = plan.heads
-        self.qkv = nn.Linear(plan.dim, 3 * plan.dim, bias=False)
-        self.out = nn.Linear(plan.dim, plan.dim, bias=False)
-        half = plan.dim // plan.heads // 2
-        angles = torch.outer(torch.arange(plan.context), 10000.0 ** (-torch.arange(half) / half))
-        self.register_buffer("turn", torch.stack((angles.cos(), angles.sin())), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
-        q, k = (self._rotate(t) for t in (q, k))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(attended.transpose(1, 2).flatten(2))
-
-    def _rotate(self, t: Tensor) -> Tensor:
-        first, second = t.chunk(2, -1)
-        cos, sin = self.turn[:, : t.shape[2]].to(t.dtype)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
 
 
 class Balanced(nn.Module):
@@ -122,11 +96,6 @@ MLPS: list[tuple[str, Build]] = [
     ("path-7", lambda dim, hidden: layers.PathWeightedFFF(dim, 2, dim)),
 ]  # fmt: skip
 
-# (name, what mixes the tokens of (batch, context, dim), from the plan).
-MIXERS: list[tuple[str, Callable[[Plan], nn.Module]]] = [
-    ("attention", Attention),
-]
-
 
 def names(table: list[tuple[str, Callable[..., nn.Module]]]) -> list[str]:
     return [name for name, _ in table]
@@ -158,7 +127,7 @@ class Block(nn.Module):
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.RMSNorm(plan.dim) for _ in range(2))
-        self.mixer = dict(MIXERS)[plan.mixer](plan)
+        self.mixer = dict(MIXERS)[plan.mixer](plan.dim, plan.heads, plan.context)
         self.mlp = build_mlp(plan.mlp, plan.dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,8 @@ from torch import nn
 
 from fusedmlp.bench import cli, lm, lm_page, lm_train, plots
 from fusedmlp.bench._options import Refusal
-from fusedmlp.bench.lm_models import MLPS, Attention, Model, Plan, build_mlp, names, weights_of
+from fusedmlp.bench.lm_attention import MIXERS
+from fusedmlp.bench.lm_models import MLPS, Model, Plan, build_mlp, names, weights_of
 from fusedmlp.bench.lm_train import Run
 
 TINY = Plan("swiglu", layers=1, dim=16, heads=2, context=8, batch=2, steps=4, every=2, held_out=2,
@@ -42,13 +43,16 @@ def test_held_out_text_is_not_trained_on():
     assert 0.04 < len(held) / 40_000 < 0.06
 
 
-def test_attention_is_causal():
+@pytest.mark.parametrize("name, build", MIXERS)
+def test_mixers_are_causal_and_of_equal_weights(name, build):
     torch.manual_seed(0)
-    attention, x = Attention(TINY), torch.randn(1, 8, 16)
-    y = attention(x)
+    mixer, x = build(16, 2, 8).eval(), torch.randn(1, 8, 16)
+    y = mixer(x)
     x[:, 5:] += 1
-    torch.testing.assert_close(attention(x)[:, :5], y[:, :5])
-    assert not torch.allclose(attention(x)[:, 5:], y[:, 5:])
+    torch.testing.assert_close(mixer(x)[:, :5], y[:, :5])
+    assert not torch.allclose(mixer(x)[:, 5:], y[:, 5:])
+    with torch.device("meta"):
+        assert weights_of(build(96, 3, 128)) == pytest.approx(4 * 96**2, rel=0.02)
 
 
 @pytest.mark.parametrize("mlp", names(MLPS))
@@ -61,9 +65,12 @@ def test_equal_weights(mlp):
         assert got == pytest.approx(8 * dim**2, rel=near, abs=0), dim
 
 
-@pytest.mark.parametrize("mlp", names(MLPS))
-def test_runs_repeat_and_learn(mlp):
-    plan = dataclasses.replace(TINY, mlp=mlp)
+@pytest.mark.parametrize(
+    "mlp, mixer",
+    [*((mlp, "attention") for mlp in names(MLPS)), ("swiglu", "hyperglu"), ("gelu", "hypermlp")],
+)
+def test_runs_repeat_and_learn(mlp, mixer):
+    plan = dataclasses.replace(TINY, mlp=mlp, mixer=mixer)
     for block in Model(plan).blocks:
         y = block.mlp(torch.randn(2, 8, 16))
         assert not (y[0] if isinstance(y, tuple) else y).any(), "an MLP begins at 0"
