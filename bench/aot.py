@@ -1,7 +1,7 @@
 """The ahead-of-time gate: compile every Triton kernel for every architecture, with no GPU, and look
 inside.
 
-    python -m fusedmlp.bench.aot [--arch sm_90 ...] [--every-activation] [--json FILE]
+    python -m fusedmlp.bench.aot [--arch sm_90 ...] [--brief | --every-activation] [--json FILE]
 
 The real launchers run on CPU tensors of real model sizes under a driver that only compiles, so each
 kernel is specialised just as it would be on the GPU. Of each machine-code file the gate reads
@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -152,19 +152,38 @@ def _inspect(job: Job, name: str, kernel: Any) -> Compiled:
     )
 
 
+def brief_of(jobs: Iterable[Job]) -> Iterator[Job]:
+    """The bfloat16 jobs, one of each kind: of a kernel's tiles the first that loads in one way,
+    and of calls without a tile a launcher's first."""
+    seen = set()
+    for job in jobs:
+        if job.dtype != torch.bfloat16 or (job.key and not job.tile):
+            continue
+        tile = job.tile
+        # Calls without a tile are told apart by their launcher, those with one by its key.
+        launcher = job.key or getattr(job.call, "func", None)
+        kind = (launcher, *((tile.loads, tile.skinny, job.variant) if tile else ()))
+        if kind not in seen:
+            seen.add(kind)
+            yield job
+
+
 def gate(
     arches: Sequence[str],
     every_activation: bool = False,
     kernels: Sequence[str] = (),
     dtypes: Sequence[str] = (),
+    brief: bool = False,
 ) -> Iterator[Compiled]:
-    """Compile and inspect kernels for `arches`, one result at a time: all, or the training launches
-    of some GEMM `kernels` in some `dtypes`."""
+    """Compile and inspect kernels for `arches`, one result at a time: all, `brief_of` all, or the
+    training launches of some GEMM `kernels` in some `dtypes`."""
     # Silu is in every job; gelu's erf needs the most registers.
     activations = [a for a in ACTIVATIONS if a != "silu"] if every_activation else ["gelu"]
     for name in arches:
         arch = ARCHES[name]
         jobs = tuple(job for family in FAMILIES for job in family.jobs_of(arch, activations))
+        if brief:
+            jobs = tuple(brief_of(jobs))
         if kernels:
             wanted = [getattr(torch, d) for d in dtypes]
             jobs = tuple(
@@ -188,9 +207,11 @@ def _row(c: Compiled) -> str:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", nargs="+", choices=ARCHES, default=ARCHES_COMPILED)
-    parser.add_argument(
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument(
         "--every-activation", action="store_true", help="compile matrix kernels with each of them"
     )
+    extent.add_argument("--brief", action="store_true", help="one job of each kind of launch")
     parser.add_argument(
         "--kernel", nargs="+", default=(), help="only the training launches of these GEMM kernels"
     )
@@ -205,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
         f"{'regs':>4} {'stack':>5} {'shared':>7}  {'opcodes':30} faults"
     )
     rows = []
-    for compiled in gate(args.arch, args.every_activation, args.kernel, args.dtype):
+    for compiled in gate(args.arch, args.every_activation, args.kernel, args.dtype, args.brief):
         rows.append(compiled)
         print(_row(compiled), flush=True)
     faulty = [c for c in rows if c.faults]

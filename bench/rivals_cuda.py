@@ -37,8 +37,8 @@ class Cuda(Fusedmlp):
     def skip(self, work: Work, phase: str) -> str | None:
         if reason := super().skip(work, phase):
             return reason
-        if DTYPES[work.dtype] not in _cuda.DTYPES:
-            return f"takes {' and '.join(_cuda.DTYPES.values())} only"
+        if DTYPES[work.dtype] not in _cuda.GEMM_DTYPES:
+            return f"takes {' and '.join(_cuda.DTYPES[d] for d in _cuda.GEMM_DTYPES)} only"
         if work.D % 8 or work.H % 8:
             return "needs widths that are multiples of 8"
         capability = capability_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

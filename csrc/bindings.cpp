@@ -1,5 +1,5 @@
 // fusedmlp._C: integers into params structs, and nothing else. What they may be is checked once, in
-// Python (fusedmlp/_cuda_gated_linear.py, _cuda_masked.py).
+// Python (fusedmlp/_cuda_gated_linear.py, _cuda_masked.py, _cuda_route.py).
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
@@ -8,6 +8,7 @@
 #include "activations.cuh"
 #include "gated_linear.h"
 #include "masked_gated_gemv.h"
+#include "moe_route.h"
 
 namespace py = pybind11;
 
@@ -69,6 +70,23 @@ void masked_gated_linear_fwd(Address x, Address w, Address planes, Address h, Ad
            n_m, splits, activation, static_cast<Dtype>(dtype), device},
           stream);
 }
+
+using RouteDtype = MoeRoute::Dtype;
+static_assert(static_cast<int>(RouteDtype::bf16) == static_cast<int>(Dtype::bf16) &&
+              static_cast<int>(RouteDtype::fp16) == static_cast<int>(Dtype::fp16));
+
+void top1_route_fwd(Address logits, Address expert, Address prob, Address log_sum_exp,
+                    Address mean_prob, Address tokens, Address rows, Address offsets,
+                    Address counts, Address rank, Address histograms, Address sums, int64_t T,
+                    int64_t E, int64_t stride_t, int64_t stride_e, int64_t chunk, int64_t capacity,
+                    int dtype, int device, Address stream) {
+  enqueue(moe_route,
+          {at(logits), at<int64_t>(expert), at(prob), at<float>(log_sum_exp), at<float>(mean_prob),
+           at<int32_t>(tokens), at<int32_t>(rows), at<int32_t>(offsets), at<int32_t>(counts),
+           at<int32_t>(rank), at<int32_t>(histograms), at<float>(sums), T, E, stride_t, stride_e,
+           chunk, capacity, static_cast<RouteDtype>(dtype), device},
+          stream);
+}
 #endif
 
 // (op, architecture) -> launcher, and -> names of its variants in the order of their numbers.
@@ -106,6 +124,8 @@ Ops ops() {
 #endif
 #ifdef FUSEDMLP_PORTABLE  // the oldest architecture that every .cu without its own runs on
   all.add("masked_gated_linear_fwd", FUSEDMLP_PORTABLE, &masked_gated_linear_fwd);
+  all.add("top1_route_fwd", FUSEDMLP_PORTABLE, &top1_route_fwd);
+  all.add("route_to_fwd", FUSEDMLP_PORTABLE, &top1_route_fwd);  // without logits
 #endif
   return all;
 }
@@ -128,7 +148,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("OPS") = all.launchers;
   m.attr("VARIANTS") = all.variants;
   m.attr("SUM_ROWS") = py::int_(static_cast<int>(GatedLinearBwd::kSumRows));
-  m.attr("DTYPES") = numbered({"bfloat16", "float16"});
+  m.attr("DTYPES") = numbered({"bfloat16", "float16", "float32"});  // as MoeRoute has them
+  m.attr("MAX_EXPERTS") = py::int_(static_cast<int>(MoeRoute::kMaxExperts));
+  m.attr("MAX_CHUNK") = py::int_(static_cast<int>(MoeRoute::kMaxChunk));
   py::dict activations;
   for (const char* name : kActivationNames) activations[name] = activations.size();
   m.attr("ACTIVATIONS") = activations;

@@ -64,7 +64,7 @@ def pick(op: str, x: Tensor) -> str:
         return "reference"
     if _chosen == "cuda":
         if not torch.compiler.is_compiling():
-            for kernel in _cuda.KERNELS.get(op) or _cuda.DECODE.get(op) or (None,):
+            for kernel in _cuda.KERNELS.get(op) or _cuda.PORTABLE.get(op) or (None,):
                 _cuda.require(op, kernel, x)
         return "cuda"
     if not on_gpu and not INTERPRETED:
@@ -83,6 +83,9 @@ def pick(op: str, x: Tensor) -> str:
             return "cuda"
     return "triton"
 
+
+# Kernels whose Triton twins cut K for few rows, and which do not.
+CUT_BY_TRITON = ("gated_linear_fwd", "linear_act_fwd")
 
 # kernel -> which of its launchers ran last, and where it was not the one preferred, why.
 SERVED: dict[str, str] = {}
@@ -107,8 +110,7 @@ def launcher(
         proven = _cuda.proven(kernel, x) if _chosen == "auto" else None
         if proven is not None:
             try:
-                skinny = kernel.endswith("_fwd") and x.shape[0] <= SKINNY_M
-                if skinny and kernel not in _cuda.FEW_ROWS:
+                if kernel in CUT_BY_TRITON and x.shape[0] <= SKINNY_M:
                     raise _cuda.Unfit(
                         f"{kernel}: at {SKINNY_M} rows or fewer Triton cuts K as well"
                     )

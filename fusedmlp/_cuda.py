@@ -25,16 +25,20 @@ KERNELS = {
     "linear_act": ("linear_act_fwd",),
     "mlp": ("linear_act_fwd", "linear_act_bwd"),
 }
-# The same of kernels that serve few rows alone and no training.
-DECODE = {
+# The same of kernels without an architecture's own instructions, built for the oldest. Of
+# masked_gated_linear they serve few rows alone and no training.
+PORTABLE = {
     "masked_gated_linear": ("masked_gated_linear_fwd",),
     "masked_gated_mlp": ("masked_gated_linear_fwd",),
+    "top1_route": ("top1_route_fwd",),
+    "route_to": ("route_to_fwd",),
 }
-FEW_ROWS = frozenset(kernel for kernels in DECODE.values() for kernel in kernels)
 # (kernel, architecture) that bench/results/ holds a passing check of, on such a GPU: these `auto`
 # takes. The others are opt-in by backend("cuda").
 PROVEN: frozenset[tuple[str, str]] = frozenset()
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}  # as the extension calls them
+# As the extension calls them.
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+GEMM_DTYPES = (torch.bfloat16, torch.float16)
 
 _REMEDY = "reinstall fusedmlp with nvcc on PATH and FUSEDMLP_CUDA=1"
 
@@ -57,6 +61,14 @@ def load() -> tuple[Any, str]:
 def available() -> bool:
     """Is the extension there? It may still hold nothing for the GPU at hand."""
     return load()[0] is not None
+
+
+def dtypes_of(kernel: str) -> tuple[torch.dtype, ...]:
+    """What the first tensor of a call may be: of a GEMM 16 bits, of a router's logits float32 too,
+    and of the experts that `route_to` is given an index."""
+    if kernel == "route_to_fwd":
+        return (torch.int64, *DTYPES)
+    return tuple(DTYPES) if kernel == "top1_route_fwd" else GEMM_DTYPES
 
 
 def _serves(arch: str, capability: int) -> bool:
@@ -98,22 +110,24 @@ def require(op: str, kernel: str | None, x: Tensor) -> Callable[..., None]:
         launcher, why = None, f"it needs CUDA tensors, got {x.device.type}"
     else:
         launcher, why = find(kernel, capability)
-    if launcher is None:
+    if launcher is None or kernel is None:
         raise RuntimeError(
             f"{op}: backend 'cuda' was asked for, but {why}; or use backend('auto') or "
             "backend('triton')"
         )
-    if x.dtype not in DTYPES:
+    taken = dtypes_of(kernel)
+    if x.dtype not in taken:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in taken)
         raise TypeError(
-            f"{op}: x must be bfloat16 or float16 on backend 'cuda', got {x.dtype}; "
-            "backend('triton') takes float32 too"
+            f"{op}: x must be {names} on backend 'cuda', got {x.dtype}; backend('triton') takes "
+            "float32 too, backend('reference') any floating dtype"
         )
     return launcher
 
 
 def proven(kernel: str, x: Tensor) -> Callable[..., None] | None:
     """The launcher of `kernel` for tensors like x if `auto` may take it."""
-    if not PROVEN or x.dtype not in DTYPES:
+    if not PROVEN or x.dtype not in dtypes_of(kernel):
         return None
     launcher, arch = find(kernel, capability_of(x.device))
     return launcher if (kernel, arch) in PROVEN else None

@@ -11,7 +11,8 @@ Sums run in a fixed order and counts are integers: two runs give the same bits.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -212,6 +213,32 @@ def _blocks(E: int) -> dict[str, Any]:
     }
 
 
+class Call(NamedTuple):
+    """What both kernels are given, in Triton and in CUDA. Without logits, `expert` is an input, and
+    prob, lse, mean and sums are None."""
+
+    logits: Tensor | None
+    expert: Tensor
+    prob: Tensor | None
+    lse: Tensor | None
+    mean: Tensor | None
+    tokens: Tensor
+    rows: Tensor
+    offsets: Tensor
+    counts: Tensor
+    rank: Tensor
+    histograms: Tensor
+    sums: Tensor | None
+    E: int
+    chunk: int
+    capacity: int
+
+
+Launch = Callable[[Call], None]
+Groups = tuple[Tensor, Tensor, Tensor, Tensor]
+Routed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 def _group(
     logits: Tensor | None,
     expert: Tensor,
@@ -220,49 +247,74 @@ def _group(
     mean: Tensor | None,
     E: int,
     capacity: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """tokens, rows, offsets and counts; fills whatever else it is given."""
+    chunk: int,
+    launch: Launch,
+) -> Groups:
+    """tokens, rows, offsets and counts; `launch` fills them and whatever else it is given."""
     T = expert.shape[0]
     new = lambda *shape: torch.empty(shape, dtype=torch.int32, device=expert.device)  # noqa: E731
-    tokens, rows, offsets, counts = new(T), new(T), new(E + 2), new(E)
+    groups = new(T), new(T), new(E + 2), new(E)
     if T == 0:
-        if mean is not None:
-            mean.zero_()
-        return tokens, rows, offsets.zero_(), counts.zero_()
-    options = _blocks(E)
-    most = min(multiprocessors(expert.device), max(1, HISTOGRAMS // options["BLOCK_E"]))
-    block = options["BLOCK_T"]
-    chunk = cdiv(cdiv(T, most), block) * block
+        for t in (*groups, *(() if mean is None else (mean,))):
+            t.zero_()
+        return groups
     chunks = cdiv(T, chunk)
-    rank, histograms = new(T), new(chunks, E)
     sums = None if mean is None else mean.new_empty((chunks, E))
-    _count_kernel[chunks,](
-        logits, expert, prob, lse, rank, histograms, sums, T, E, chunk,
-        *((0, 0) if logits is None else logits.stride()), **options,
-    )  # fmt: skip
-    _place_kernel[chunks,](
-        expert, rank, histograms, sums, tokens, rows, offsets, counts, mean,
-        T, E, chunk, chunks, T if capacity is None else min(capacity, T),
-        BLOCK_C=block, **options,
-    )  # fmt: skip
-    return tokens, rows, offsets, counts
+    kept = T if capacity is None else min(capacity, T)
+    launch(Call(logits, expert, prob, lse, mean, *groups, new(T), new(chunks, E), sums, E, chunk,
+                kept))  # fmt: skip
+    return groups
 
 
-def top1_route_fwd(
-    logits: Tensor, capacity: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def route_logits(logits: Tensor, capacity: int | None, chunk: int, launch: Launch) -> Routed:
+    """expert, prob, groups, mean_prob and log_sum_exp, by chunks of so many tokens."""
     T, E = logits.shape
     expert = torch.empty(T, dtype=torch.int64, device=logits.device)
     prob = logits.new_empty(T)
     lse, mean = (logits.new_empty(n, dtype=torch.float32) for n in (T, E))
-    groups = _group(logits, expert, prob, lse, mean, E, capacity)
+    groups = _group(logits, expert, prob, lse, mean, E, capacity, chunk, launch)
     return expert, prob, *groups, mean, lse
 
 
-def route_to_fwd(
-    expert: Tensor, num_experts: int, capacity: int | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _group(None, expert.contiguous(), None, None, None, num_experts, capacity)
+def route_experts(
+    expert: Tensor, num_experts: int, capacity: int | None, chunk: int, launch: Launch
+) -> Groups:
+    """The groups of given experts."""
+    expert = expert.contiguous()
+    return _group(None, expert, None, None, None, num_experts, capacity, chunk, launch)
+
+
+def chunk_of(like: Tensor, T: int, E: int, block: int) -> int:
+    """Tokens of a program, a multiple of `block`: one program a multiprocessor, unless all would
+    read too many histograms."""
+    most = min(multiprocessors(like.device), max(1, HISTOGRAMS // triton.next_power_of_2(E)))
+    return max(1, cdiv(cdiv(T, most), block)) * block
+
+
+def _launch(call: Call) -> None:
+    T, chunks = call.expert.shape[0], call.histograms.shape[0]
+    options = _blocks(call.E)
+    _count_kernel[chunks,](
+        call.logits, call.expert, call.prob, call.lse, call.rank, call.histograms, call.sums,
+        T, call.E, call.chunk, *((0, 0) if call.logits is None else call.logits.stride()),
+        **options,
+    )  # fmt: skip
+    _place_kernel[chunks,](
+        call.expert, call.rank, call.histograms, call.sums, call.tokens, call.rows, call.offsets,
+        call.counts, call.mean, T, call.E, call.chunk, chunks, call.capacity,
+        BLOCK_C=options["BLOCK_T"], **options,
+    )  # fmt: skip
+
+
+def top1_route_fwd(logits: Tensor, capacity: int | None) -> Routed:
+    T, E = logits.shape
+    return route_logits(logits, capacity, chunk_of(logits, T, E, _blocks(E)["BLOCK_T"]), _launch)
+
+
+def route_to_fwd(expert: Tensor, num_experts: int, capacity: int | None) -> Groups:
+    block = _blocks(num_experts)["BLOCK_T"]
+    chunk = chunk_of(expert, expert.shape[0], num_experts, block)
+    return route_experts(expert, num_experts, capacity, chunk, _launch)
 
 
 def top1_route_bwd(

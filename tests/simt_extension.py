@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pybind11
 import simt_build
 
-from fusedmlp import _cuda, _cuda_gated_linear
+from fusedmlp import _cuda, _cuda_gated_linear, _cuda_masked, _cuda_route
 from fusedmlp.kernels.arch import ARCHES, pretend
 
 FLAGS = (
@@ -23,44 +23,62 @@ FLAGS = (
 MULTIPROCESSORS = 3  # an odd number, so that a cluster of two leaves one out; loops do loop
 
 
+# Of every build: where each kernel is, and what else CMake would define.
+SOURCES = {
+    **{f"sm_{sm}a": dict.fromkeys(
+        ("gated_linear_fwd", "gated_linear_bwd", "linear_act_fwd", "linear_act_bwd"),
+        f"csrc/gated_linear_sm{sm}.cu") for sm in (90, 100)},
+    "sm_80": {
+        "masked_gated_linear_fwd": "csrc/masked_gated_gemv.cu",
+        "top1_route_fwd": "csrc/moe_route.cu",
+        "route_to_fwd": "csrc/moe_route.cu",
+    },
+}  # fmt: skip
+DEFINES = {
+    "sm_90a": "FUSEDMLP_SM90", "sm_100a": "FUSEDMLP_SM100", "sm_80": 'FUSEDMLP_PORTABLE="sm_80"',
+}  # fmt: skip
+
+
 @functools.cache
-def _built(sm: int):
-    """The kernels' library and the module; apart, for the runner keeps a library's thread-local
+def _built(arch: str):
+    """The module and its kernels' libraries; apart, for the runner keeps a library's thread-local
     memory for __shared__."""
-    library = simt_build.load(f"csrc/gated_linear_sm{sm}.cu")
-    defines = (f"FUSEDMLP_SM{sm}", f'FUSEDMLP_ARCHS="sm_{sm}a"', 'FUSEDMLP_CUDA_VERSION="host"')
-    flags = (*FLAGS, f"-Wl,--no-as-needed,{library.path}")
+    libraries = {kernel: simt_build.load(source) for kernel, source in SOURCES[arch].items()}
+    defines = (DEFINES[arch], f'FUSEDMLP_ARCHS="{arch}"', 'FUSEDMLP_CUDA_VERSION="host"')
+    paths = {str(library.path) for library in libraries.values()}
+    flags = (*FLAGS, f"-Wl,--no-as-needed,{','.join(sorted(paths))}")
     path = simt_build.load("csrc/bindings.cpp", *defines, flags=flags).path
-    name = f"sm_{sm}._C"  # pybind11 hands out one module for each name
+    name = f"{arch}._C"  # pybind11 hands out one module for each name
     loader = importlib.machinery.ExtensionFileLoader(name, str(path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
     loader.exec_module(module)
-    return module, library
+    return module, libraries
 
 
-def extension(sm: int, seed: int = 0):
+def extension(arch: str, seed: int = 0):
     """What `_cuda.load` finds: the module, its launchers run with `seed`; runner errors raise."""
-    module, library = _built(sm)
+    module, libraries = _built(arch)
 
     def on_runner(kernel, launcher):
         def launch(*arguments):
-            with library.running(kernel, seed=seed):
+            with libraries[kernel].running(kernel, seed=seed):
                 launcher(*arguments)
 
         return launch
 
     ops = {key: on_runner(key[0], launcher) for key, launcher in module.OPS.items()}
-    names = ("CUDA", "ARCHS", "SUM_ROWS", "DTYPES", "ACTIVATIONS", "VARIANTS")
+    names = set(vars(module)) - {"OPS"}
     return SimpleNamespace(OPS=ops, **{name: getattr(module, name) for name in names})
 
 
 @contextmanager
-def installed(monkeypatch, sm: int, seed: int = 0, multiprocessors: int = MULTIPROCESSORS):
-    monkeypatch.setattr(_cuda, "load", lambda: (extension(sm, seed), ""))
-    monkeypatch.setattr(_cuda_gated_linear, "_stream", lambda device: 0)
+def installed(monkeypatch, arch: str, seed: int = 0, multiprocessors: int = MULTIPROCESSORS):
+    monkeypatch.setattr(_cuda, "load", lambda: (extension(arch, seed), ""))
+    for launchers in (_cuda_gated_linear, _cuda_masked, _cuda_route):
+        monkeypatch.setattr(launchers, "_stream", lambda device: 0)
     _cuda.find.cache_clear()
     try:
-        with pretend(ARCHES[f"sm_{sm}"], multiprocessors):
+        with pretend(ARCHES[arch.removesuffix("a")], multiprocessors):
             yield
     finally:
         _cuda.find.cache_clear()

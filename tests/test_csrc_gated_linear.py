@@ -14,7 +14,7 @@ from fusedmlp.bench import ladder
 from fusedmlp.kernels.activations import ACTIVATIONS
 from fusedmlp.testing import CASES, assert_close_to, compare, evaluate, poison
 
-SMS = (90, 100)
+ARCHS = ("sm_90a", "sm_100a")
 NAMES = [
     name
     for name, case in CASES.items()
@@ -25,7 +25,7 @@ NAMES = [
 SHAPES = [(1, 8, 8), (130, 72, 136), (300, 200, 392)]
 
 
-@pytest.fixture(params=SMS, ids=lambda sm: f"sm_{sm}")
+@pytest.fixture(params=ARCHS)
 def on_host(request, monkeypatch):
     with simt_extension.installed(monkeypatch, request.param), fusedmlp.backend("cuda"), poison():
         yield request.param
@@ -33,7 +33,7 @@ def on_host(request, monkeypatch):
 
 @pytest.fixture
 def on_hopper(monkeypatch):
-    with simt_extension.installed(monkeypatch, 90), fusedmlp.backend("cuda"), poison():
+    with simt_extension.installed(monkeypatch, "sm_90a"), fusedmlp.backend("cuda"), poison():
         yield
 
 
@@ -75,8 +75,8 @@ def test_backward_variants(name, chosen, on_hopper):
         check(CASES[name], CASES[name].inputs(*SHAPES[2], torch.float16))
 
 
-@pytest.mark.parametrize("sm", SMS, ids=lambda sm: f"sm_{sm}")
-def test_no_order_of_threads_changes_a_bit(sm, monkeypatch):
+@pytest.mark.parametrize("arch", ARCHS)
+def test_no_order_of_threads_changes_a_bit(arch, monkeypatch):
     """Every barrier that the kernel needs is there: each seed is another order of execution, with
     copies and products done early or late."""
     case = CASES["gated_mlp-bias"]
@@ -84,7 +84,7 @@ def test_no_order_of_threads_changes_a_bit(sm, monkeypatch):
     dy = torch.randn(260, 136, dtype=torch.bfloat16)
     results = []
     for seed in simt_build.SEEDS:
-        with simt_extension.installed(monkeypatch, sm, seed), fusedmlp.backend("cuda"), poison():
+        with simt_extension.installed(monkeypatch, arch, seed), fusedmlp.backend("cuda"), poison():
             results.append(evaluate(case.run, inputs, dy))
     for other in results[1:]:
         for name, t in results[0].items():
@@ -95,8 +95,8 @@ def test_no_order_of_threads_changes_a_bit(sm, monkeypatch):
 def test_any_number_of_multiprocessors(blocks, monkeypatch):
     case = CASES["gated_mlp"]
     inputs = case.inputs(140, 72, 264, torch.bfloat16)
-    for sm in SMS:
-        here = simt_extension.installed(monkeypatch, sm, multiprocessors=blocks)
+    for arch in ARCHS:
+        here = simt_extension.installed(monkeypatch, arch, multiprocessors=blocks)
         with here, fusedmlp.backend("cuda"), poison():
             check(case, inputs)
 

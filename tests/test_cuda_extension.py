@@ -24,13 +24,14 @@ def test_tables(extension):
     assert sorted(extension.ACTIVATIONS.values()) == list(range(len(extension.ACTIVATIONS)))
     assert set(extension.DTYPES) == set(_cuda.DTYPES.values())
     known = {kernel for kernels in _cuda.KERNELS.values() for kernel in kernels}
-    assert {kernel for kernel, _ in extension.OPS} <= known | _cuda.FEW_ROWS
+    plain = {kernel for kernels in _cuda.PORTABLE.values() for kernel in kernels}
+    assert {kernel for kernel, _ in extension.OPS} <= known | plain
     archs = set(extension.ARCHS.split())
     portable = {arch for arch in archs if not arch.endswith("a")}
     for arch in archs - portable:
         assert {kernel for kernel, a in extension.OPS if a == arch} == known
     rest = {kernel for kernel, arch in extension.OPS if arch in portable}
-    assert rest == (_cuda.FEW_ROWS if portable else set())
+    assert rest == (plain if portable else set())
     assert extension.VARIANTS.keys() == extension.OPS.keys()
     for kernel in ladder.KERNELS if "sm_90a" in archs else ():
         assert tuple(extension.VARIANTS[kernel, "sm_90a"]) == ladder.variants_of(kernel)
@@ -48,9 +49,12 @@ def test_a_launch_without_a_gpu_raises_and_does_no_more(extension):
     x = torch.ones(64, 64, dtype=torch.bfloat16)
     gemm = [*[x.data_ptr()] * 8, *[64] * 8, 0, 0, 0, 132, -1, 0]
     gemv = [*[x.data_ptr()] * 5, *[64] * 5, 1, 1, 0, 0, 0, 0]
+    route = [*[x.data_ptr()] * 12, 64, 1, 1, 1, 64, 64, 0, 0, 0]
+    others = dict.fromkeys(("top1_route_fwd", "route_to_fwd"), route)
+    others["masked_gated_linear_fwd"] = gemv
     for (kernel, _), launch in extension.OPS.items():
         with pytest.raises(TypeError, match=f"{kernel}.*incompatible function arguments"):
             launch(1, 2, 3)
         for _ in range(2):
             with pytest.raises(RuntimeError, match=r"\w"):
-                launch(*(gemv if kernel in _cuda.FEW_ROWS else gemm))
+                launch(*others.get(kernel, gemm))

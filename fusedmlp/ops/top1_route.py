@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .. import _backend, _library, reference
+from .. import _backend, _cuda_route, _library, reference
 from .._shapes import rows
 from ..kernels import top1_route as _triton
 from ..reference import Routing
@@ -70,6 +70,7 @@ fwd = _library.define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _triton.top1_route_fwd,
     _fwd_fake,
+    _cuda_route.top1_route_fwd,
 )
 # expert (T,) -> tokens, rows, offsets, counts
 given = _library.define(
@@ -77,6 +78,7 @@ given = _library.define(
     "(Tensor, Tensor, Tensor, Tensor)",
     _triton.route_to_fwd,
     _given_fake,
+    _cuda_route.route_to_fwd,
 )
 bwd = _library.define(
     "top1_route_bwd(Tensor logits, Tensor expert, Tensor? dprob, Tensor? dmean, Tensor? dlse) "
