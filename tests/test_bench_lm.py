@@ -98,16 +98,28 @@ class Dropping(nn.Module):
     def __init__(self, dim, hidden):
         super().__init__()
         self.inner = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.5))
+        self.pulled = nn.Parameter(torch.ones(1))
 
     def forward(self, x):
-        return self.inner(x), x.square().mean()
+        return self.inner(x), self.pulled.square().sum()
+
+
+@pytest.fixture
+def dropping(monkeypatch):
+    monkeypatch.setattr("fusedmlp.bench.lm_models.MLPS", [*MLPS, ("dropping", Dropping)])
+    return dataclasses.replace(TINY, mlp="dropping")
+
+
+def test_auxiliary_loss_in_training_and_held_out_text_in_eval_mode(dropping):
+    run = trained(dropping)
+    assert run.model.blocks[0].mlp.pulled.item() < 1
+    assert run.held_out_loss() == run.held_out_loss() and run.model.training
 
 
 @pytest.mark.parametrize("stop", (0, 2, 3))
 @pytest.mark.parametrize("mlp", ("mswiglu-2", "switch-4", "dropping"))
-def test_a_resumed_run_equals_one_that_never_stopped(mlp, stop, tmp_path, monkeypatch):
+def test_a_resumed_run_equals_one_that_never_stopped(mlp, stop, tmp_path, dropping):
     """Bit for bit, whether it stopped at a point of the curve or between two."""
-    monkeypatch.setattr("fusedmlp.bench.lm_models.MLPS", [*MLPS, ("dropping", Dropping)])
     plan, path = dataclasses.replace(TINY, mlp=mlp, steps=5), tmp_path / "run.safetensors"
     whole, first = trained(plan), Run(plan, TEXT)
 
@@ -206,3 +218,13 @@ def test_kept_page_and_plots_are_generated():
     for plot in (made := lm_page.plots(records)):
         assert plots.fault(plot, KEPT / f"{plot.name}.svg") is None
     assert not plots.stale(made, KEPT)
+
+
+@pytest.mark.gpu
+def test_a_gpu_learns_and_goes_on(tmp_path):
+    run = Run(dataclasses.replace(TINY, mlp="switch-4", dtype="bfloat16"), TEXT, "cuda")
+    run.go_on(deadline=-1)
+    run.save(tmp_path / "run.safetensors")
+    again = Run.load(tmp_path / "run.safetensors", TEXT, "cuda")
+    again.go_on()
+    assert again.finished and again.curve[-1]["held_out"] < again.curve[0]["held_out"]

@@ -89,7 +89,7 @@ MAKERS = {
 
 # Their forward is that of another one here, all but the activation's name.
 TWINS = ("Bilinear", "ReGLU", "SwiGLU", "GeGLU", "BilinearMGLU", "ReMGLU", "GeMGLU", "MaskedGLU",
-         "GELUMLP", "SiLUMLP", "SwitchFFN masked")  # fmt: skip
+         "GELUMLP", "SiLUMLP", "SwitchFFN masked", "FastFeedForward")  # fmt: skip
 
 
 @pytest.fixture(params=MAKERS)
