@@ -18,7 +18,7 @@ from . import overview
 from ._options import Refusal
 
 # Modules with a subcommand, in the order of --help.
-COMMANDS = ("check", "timing", "predict", "campaign", "tune", "report", "plots", "table")
+COMMANDS = ("check", "timing", "predict", "campaign", "tune", "report", "plots", "table", "lm")
 
 EPILOG = """\
 examples:

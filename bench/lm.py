@@ -1,323 +1,152 @@
-"""A language model over bytes, small enough for a CPU: how well MLPs learn at equal widths.
+"""`lm`: how well MLPs learn, at equal weights and equal tokens, in a language model over bytes.
 
-The text is the source of Python's own standard library, which is on every machine. The model is a
-pre-norm transformer with rotary attention; only its MLP changes. Every run of a comparison has the
-same seed, hence the same batches in the same order, and the same initial weights wherever shapes
-agree.
-
-    python -m fusedmlp.bench.lm [--mlp swiglu mswiglu-1 ...] [--minutes N] [--json FILE]
+The text is the source of Python's own standard library, which is on every machine. `--out` holds
+results.json, its page and plots, and in checkpoints/ a file a run: what was stopped, by --minutes
+or otherwise, goes on from its file when the same command is given again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import math
-import platform
-import sysconfig
+import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
-from ..layers import FeedForward
+from . import _render, lm_page, machine, plots
+from ._options import SCHEMA, Refusal, count, subparser
+from .ledger import RESULTS
+from .lm_attention import MIXERS
+from .lm_models import MLPS, Plan, names
+from .lm_train import Record, Run, digest, text
 
-Record = dict[str, Any]
-VOCABULARY = 256
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What one run does. lr falls from `lr` to a tenth along a cosine, after `warmup` steps; the
-    loss on held-out text is taken every `every` steps over the same `held_out` batches."""
-
-    mlp: str
-    layers: int = 2
-    dim: int = 64
-    heads: int = 2
-    hidden: int = 256
-    context: int = 64
-    batch: int = 16
-    steps: int = 2000
-    lr: float = 3e-3
-    warmup: int = 50
-    weight_decay: float = 0.1
-    every: int = 100
-    held_out: int = 16
-    seed: int = 0
+TITLE = "Held-out loss"
 
 
-# name -> the MLP from (dim, hidden).
-MLPS: dict[str, Callable[[int, int], nn.Module]] = {
-    "gelu": lambda dim, hidden: FeedForward(dim, hidden / dim),
-    "swiglu": lambda dim, hidden: FeedForward(dim, hidden / dim, glu_variant="swiglu"),
-    **{
-        f"mswiglu-{n}": lambda dim, hidden, n=n: FeedForward(  # type: ignore[misc]
-            dim, hidden / dim, glu_variant="mswiglu", mask_mode="element", num_masks=n
-        )
-        for n in (1, 2, 4, 8)
-    },
-}
+def read(folder: Path) -> list[Record]:
+    path = folder / "results.json"
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["records"]
+        if all(record["kind"] == "lm" for record in found):
+            return list(found)
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refusal(f"{path}: {error!r}") from error
+    raise Refusal(f"{path}: expected a file that `lm` wrote")
 
 
-def text() -> Tensor:
-    """Every byte of the standard library's own .py files, tests left out, in order of their path.
-
-    Files are joined by a zero byte.
-    """
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [p for p in sorted(root.rglob("*.py")) if not skipped & set(p.relative_to(root).parts)]
-    joined = b"\0".join(p.read_bytes() for p in files)
-    return torch.frombuffer(bytearray(joined), dtype=torch.uint8)
+def _identity(record: Record) -> tuple[Any, ...]:
+    plan = tuple(record.get(field.name) for field in dataclasses.fields(Plan))
+    return (*plan, record.get("hidden"), record["text"], record["device"] == "cpu")
 
 
-def split(data: Tensor, context: int) -> tuple[Tensor, Tensor]:
-    """(training text, held-out text): of twenty equal stretches every twentieth is held out."""
-    chunk = max(len(data) // 400, context + 2)
-    chunks = data.split(chunk)
-    held = torch.cat([c for i, c in enumerate(chunks) if i % 20 == 10])
-    return torch.cat([c for i, c in enumerate(chunks) if i % 20 != 10]), held
+def add(folder: Path, record: Record) -> None:
+    """Into results.json, in place of an earlier record of the same run; ordered by model."""
+    kept = [r for r in read(folder) if _identity(r) != _identity(record)]
+    order = names(MLPS)
+    place = lambda r: order.index(r["mlp"]) if r["mlp"] in order else len(order)  # noqa: E731
+    records = sorted([*kept, record], key=lambda r: (place(r), r["mixer"], r["seed"]))
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = folder / "results.json.part"
+    lines = ",\n".join(json.dumps(r) for r in records)
+    unfinished.write_text(f'{{"schema": {SCHEMA}, "records": [\n{lines}\n]}}\n', encoding="utf-8")
+    os.replace(unfinished, folder / "results.json")
 
 
-def batch(data: Tensor, plan: Plan, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    starts = torch.randint(len(data) - plan.context - 1, (plan.batch, 1), generator=generator)
-    tokens = data[starts + torch.arange(plan.context + 1)].long()
-    return tokens[:, :-1], tokens[:, 1:]
+def checkpoint(folder: Path, plan: Plan) -> Path:
+    """The file of one run: its name tells the plan's other fields by a digest."""
+    fields = json.dumps(dataclasses.asdict(plan), sort_keys=True)
+    number = digest(torch.frombuffer(bytearray(fields.encode()), dtype=torch.uint8))[:8]
+    return folder / "checkpoints" / f"{plan.model}-{plan.seed}-{number}.safetensors"
 
 
-class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__()
-        self.heads = plan.heads
-        self.norms = nn.ModuleList(nn.RMSNorm(plan.dim) for _ in range(2))
-        self.qkv = nn.Linear(plan.dim, 3 * plan.dim, bias=False)
-        self.out = nn.Linear(plan.dim, plan.dim, bias=False)
-        self.mlp = MLPS[plan.mlp](plan.dim, plan.hidden)
-
-    def forward(self, x: Tensor, turn: Tensor) -> Tensor:
-        qkv = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = (t.transpose(1, 2) for t in qkv.unbind(2))
-        q, k = (_rotate(t, turn) for t in (q, k))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norms[1](x))
+def plans(args: argparse.Namespace) -> list[Plan]:
+    fields = {f.name for f in dataclasses.fields(Plan)} & vars(args).keys()
+    shared = {name: getattr(args, name) for name in fields - {"mlp"}}
+    if args.dim % (2 * args.heads):
+        raise Refusal(f"--dim must be a multiple of 2 * --heads, got {args.dim} and {args.heads}")
+    return [Plan(mlp=mlp, seed=s, **shared) for s in range(args.seeds) for mlp in args.mlp]
 
 
-def _rotate(t: Tensor, turn: Tensor) -> Tensor:
-    first, second = t.chunk(2, -1)
-    cos, sin = turn[0, : t.shape[2]], turn[1, : t.shape[2]]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-
-class Model(nn.Module):
-    """Logits of the next byte; the embedding is also the last projection."""
-
-    turn: Tensor
-
-    def __init__(self, plan: Plan) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, plan.dim)
-        self.blocks = nn.ModuleList(Block(plan) for _ in range(plan.layers))
-        self.norm = nn.RMSNorm(plan.dim)
-        half = plan.dim // plan.heads // 2
-        angles = torch.outer(torch.arange(plan.context), 10000.0 ** (-torch.arange(half) / half))
-        self.register_buffer("turn", torch.stack((angles.cos(), angles.sin())), persistent=False)
-        self._initialise(plan)
-
-    def _initialise(self, plan: Plan) -> None:
-        """Linear weights and the embedding from a normal, by their own seeds: two models with
-        different MLPs agree in everything else."""
-        for name, p in self.named_parameters():
-            if p.dim() != 2:
-                continue
-            seed = int.from_bytes(
-                hashlib.sha256(f"{plan.seed} {name}".encode()).digest()[:4], "big"
-            )
-            std = 0.02 / math.sqrt(2 * plan.layers) if name.endswith(_RESIDUAL) else 0.02
-            generator = torch.Generator().manual_seed(seed)
-            nn.init.normal_(p, std=std, generator=generator)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, self.turn)
-        return F.linear(self.norm(x), self.embedding.weight)
-
-
-# Projections into the residual stream: smaller, by their number.
-_RESIDUAL = ("out.weight", "net.2.weight")
-
-
-def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Nats a byte."""
-    return F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
-
-
-@torch.no_grad()
-def held_out_loss(model: nn.Module, data: Tensor, plan: Plan) -> float:
-    generator = torch.Generator().manual_seed(plan.seed + 1)
-    losses = [loss_of(model, *batch(data, plan, generator)) for _ in range(plan.held_out)]
-    return torch.stack(losses).mean().item()
-
-
-def _lr(plan: Plan, step: int) -> float:
-    if step < plan.warmup:
-        return plan.lr * (step + 1) / plan.warmup
-    done = (step - plan.warmup) / max(plan.steps - plan.warmup, 1)
-    return plan.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
-
-
-def _optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices alone, so not on mask logits, whose size means nothing."""
-    decayed = [p for p in model.parameters() if p.dim() == 2]
-    rest = [p for p in model.parameters() if p.dim() != 2]
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": plan.weight_decay},
-        {"params": rest},
-    ]
-    return torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.99), weight_decay=0.0)
-
-
-def train(plan: Plan, data: Tensor, seconds: float = math.inf) -> Iterator[Record]:
-    """Points of the curve, one every `plan.every` steps and one at the end; ends early when the
-    time is over, which the last point's `step` then shows."""
-    torch.manual_seed(plan.seed)
-    training, held = split(data, plan.context)
-    model = Model(plan)
-    optimizer = _optimizer(model, plan)
-    generator = torch.Generator().manual_seed(plan.seed)
-    start = time.monotonic()
-    recent: list[float] = []
-    for step in range(plan.steps + 1):
-        over = step == plan.steps or time.monotonic() - start > seconds
-        if over or step % plan.every == 0:
-            yield {
-                "step": step,
-                "seconds": round(time.monotonic() - start, 1),
-                "training": sum(recent) / len(recent) if recent else None,
-                "held_out": held_out_loss(model, held, plan),
-            }
-            recent = []
-        if over:
-            return
-        for group in optimizer.param_groups:
-            group["lr"] = _lr(plan, step)
-        loss = loss_of(model, *batch(training, plan, generator))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        recent.append(loss.item())
-
-
-def parameters_of(plan: Plan) -> dict[str, int]:
-    """Weights and mask logits of one model."""
-    with torch.device("meta"):
-        mlp = MLPS[plan.mlp](plan.dim, plan.hidden)
-    logits = sum(p.numel() for name, p in mlp.named_parameters() if p.dim() == 3)
-    weights = sum(p.numel() for p in mlp.parameters()) - logits
-    return {"mlp_weights": plan.layers * weights, "mask_logits": plan.layers * logits}
-
-
-def result(plan: Plan, data: Tensor, curve: Sequence[Record]) -> Record:
-    digest = hashlib.sha256(data.numpy().tobytes()).hexdigest()[:12]
-    return {
-        "kind": "lm",
-        **dataclasses.asdict(plan),
-        **parameters_of(plan),
-        "bytes": len(data),
-        "text": digest,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "curve": list(curve),
-        "held_out_loss": curve[-1]["held_out"],
-    }
-
-
-def table(results: Sequence[Record]) -> str:
-    """Held-out loss at the last step, in Markdown: mean over seeds, and each."""
-    lines = [
-        "| MLP | weights | mask logits | held-out loss, nats a byte | by seed |",
-        "|---|---|---|---|---|",
-    ]
-    for mlp, runs in _by_mlp(results).items():
-        losses = [run["held_out_loss"] for run in runs]
-        each = ", ".join(f"{loss:.3f}" for loss in losses)
-        lines.append(
-            f"| {mlp} | {runs[0]['mlp_weights']:,} | {runs[0]['mask_logits']:,} | "
-            f"{sum(losses) / len(losses):.3f} | {each} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def plot(results: Sequence[Record], path: Path) -> None:
-    """Held-out loss over steps: the mean over seeds, and the span between the best and the
-    worst."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for mlp, runs in _by_mlp(results).items():
-        # Not the start, which would hide the rest.
-        curves = [[(p["step"], p["held_out"]) for p in run["curve"][2:]] for run in runs]
-        steps = [step for step, _ in curves[0]]
-        losses = list(zip(*([loss for _, loss in curve] for curve in curves), strict=True))
-        (line,) = axes.plot(steps, [sum(at) / len(at) for at in losses], label=mlp)
-        axes.fill_between(
-            steps,
-            list(map(min, losses)),
-            list(map(max, losses)),
-            color=line.get_color(),
-            alpha=0.15,
-        )
-    axes.set(xlabel="step", ylabel="held-out loss, nats a byte", yscale="log")
-    axes.legend()
-    figure.savefig(path)
-
-
-def _by_mlp(results: Sequence[Record]) -> dict[str, list[Record]]:
-    groups: dict[str, list[Record]] = {}
-    for result in results:
-        groups.setdefault(result["mlp"], []).append(result)
-    return groups
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mlp", nargs="+", choices=MLPS, default=["swiglu", "mswiglu-1"])
-    parser.add_argument("--seed", nargs="+", type=int, default=[0])
-    parser.add_argument("--steps", type=int, default=Plan.steps)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="of each run")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="add results to FILE")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="plot what --json then holds")
-    args = parser.parse_args(argv)
+def train(wanted: Sequence[Plan], args: argparse.Namespace) -> int:
+    """Run what results.json does not have; how many runs the deadline left unfinished."""
+    commit = machine.commit()  # before results are written, which would make the checkout dirty
     data = text()
-    results = json.loads(args.json.read_text()) if args.json and args.json.exists() else []
-    for seed in args.seed:
-        for mlp in args.mlp:
-            plan = Plan(mlp, steps=args.steps, seed=seed)
-            curve = []
-            for point in train(plan, data, 60 * args.minutes):
-                curve.append(point)
-                print(f"{mlp} seed {seed} {json.dumps(point)}", flush=True)
-            results.append(result(plan, data, curve))
-            if args.json:
-                args.json.write_text(json.dumps(results) + "\n")
-    print(table(results))
-    if args.plot:
-        plot(results, args.plot)
+    about = {"text": digest(data), "device": args.device}
+    done = {_identity(record) for record in read(args.out)}
+    left = [p for p in wanted if _identity(dataclasses.asdict(p) | about) not in done]
+    deadline = time.monotonic() + 60 * args.minutes
+    with _render.Progress("lm", sum(plan.steps for plan in left)) as progress:
+        for i, plan in enumerate(left):
+            path = checkpoint(args.out, plan)
+            resumed = path.exists()
+            run = Run.load(path, data, args.device) if resumed else Run(plan, data, args.device)
+            name = f"{plan.model}, seed {plan.seed}"
+            for _ in range(run.step):
+                progress.step(name)
+            run.go_on(deadline, lambda run, path=path: run.save(path),  # type: ignore[misc]
+                      lambda name=name: progress.step(name))  # type: ignore[misc]  # fmt: skip
+            if not run.finished:
+                return len(left) - i
+            add(args.out, run.record(commit))
     return 0
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def report(folder: Path) -> None:
+    records = read(folder)
+    for _, models in lm_page.comparisons(records):
+        _render.table(TITLE, *lm_page.cells(models))
+    if not records:
+        return
+    (folder / "table.md").write_text(lm_page.markdown(records), encoding="utf-8")
+    try:
+        plots.write(lm_page.plots(records), folder)
+    except ImportError as error:
+        raise Refusal(f"plots need pip install 'fusedmlp[bench]': {error}") from error
+
+
+def main(args: argparse.Namespace) -> int:
+    wanted = plans(args)
+    unfinished = 0 if args.report else train(wanted, args)
+    report(args.out)
+    if unfinished:
+        print(f"{unfinished} of {len(wanted)} runs unfinished: the same command goes on with them")
+    return 0
+
+
+def register(subparsers: Any) -> None:
+    parser = subparser(
+        subparsers,
+        "lm",
+        "train a small language model with one MLP after another, at equal weights",
+        (
+            "lm --minutes 30   # seed 004's four; again to go on",
+            "lm --mlp swiglu mswiglu-1 switch-4 --seeds 1 --steps 500 --out /tmp/lm",
+            "lm --device cuda --dim 384 --heads 6 --layers 6 --batch 64 --dtype bfloat16",
+            "lm --report   # no training",
+        ),
+        main,
+    )
+    parser.add_argument(
+        "--mlp", nargs="+", choices=names(MLPS), default=names(MLPS)[:4], metavar="NAME",
+        help=f"of {', '.join(names(MLPS))}; default: the first four",
+    )  # fmt: skip
+    parser.add_argument("--mixer", choices=names(MIXERS), default=Plan.mixer)
+    parser.add_argument("--seeds", type=count, default=3, help="runs of each; default: 3")
+    for name in ("layers", "dim", "heads", "context", "batch", "steps"):
+        value = getattr(Plan, name)
+        parser.add_argument(f"--{name}", type=count, default=value, help=f"default: {value}")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=Plan.dtype,
+                        help="bfloat16: by autocast")  # fmt: skip
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
+    parser.add_argument("--out", type=Path, default=RESULTS / "lm", metavar="DIR")
+    parser.add_argument("--report", action="store_true", help="train nothing: page and plots")

@@ -28,7 +28,11 @@ Record = dict[str, Any]
 
 
 def record_of(
-    row: Row, runs: Sequence[toy.Run], failure: str | None, args: argparse.Namespace
+    row: Row,
+    runs: Sequence[toy.Run],
+    failure: str | None,
+    args: argparse.Namespace,
+    commit: str | None,
 ) -> Record:
     published = row.published
     return {
@@ -39,7 +43,7 @@ def record_of(
         "compile": args.compile,
         "steps": args.steps,
         "threads": torch.get_num_threads(),
-        "commit": machine.commit(),
+        "commit": commit,
         "note": row.note,
         "runs": [dataclasses.asdict(run) for run in runs],
         "failure": failure,
@@ -71,6 +75,7 @@ def run(
 
     `keep` gets all records, in the order of mlp_utils' table, whenever there are new ones.
     """
+    commit = machine.commit()  # before results are written, which would make the checkout dirty
     done = {_key(record): record for record in earlier if _serves(record, args)}
     builds: list[Build] = []
     for row in chosen:
@@ -82,7 +87,7 @@ def run(
             outcome = _trained(build, args, step)
             for row in chosen:
                 if row.build == build:
-                    done[_key_of(row)] = record_of(row, *outcome, args)
+                    done[_key_of(row)] = record_of(row, *outcome, args, commit)
             keep(_in_order(done, chosen))
     return _in_order(done, chosen)
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .. import activations, layers
-from ..layers.feedforward import GLU_VARIANTS
+from ..layers.feedforward import VARIANTS
 
 DIM, SEQ_LEN = 64, 64
 # What every row has alike; a label leaves it out.
@@ -46,9 +46,9 @@ class Build:
         cls = getattr(layers, self.layer, None)
         if cls is None or not self.arguments.keys() <= inspect.signature(cls).parameters.keys():
             return False
-        variant = self.arguments.get("glu_variant", "none")
         nested = (v for v in self.arguments.values() if isinstance(v, Build))
-        return variant in ("none", *GLU_VARIANTS) and all(build.available() for build in nested)
+        variant = self.arguments.get("glu_variant", "none")
+        return variant in VARIANTS and all(build.available() for build in nested)
 
     def label(self) -> str:
         shown = {k: v for k, v in self.arguments.items() if k not in _WIDTHS}
@@ -99,7 +99,7 @@ def _feedforward(variant: str, params: int, text: str, loss: float) -> Row:
 _SOFT = "trained without a hardening loss; eval routes hard"
 
 
-def _fff(variant: str, params: int | None, loss: float, note: str = "", **more: Any) -> Row:
+def _fff(variant: str, params: int, loss: float, note: str = "", **more: Any) -> Row:
     arguments = {"dim": DIM, "depth": 3, "mult": 4, "glu_variant": variant, **more}
     if more:
         published = None
@@ -195,7 +195,7 @@ EXTRA: tuple[Row, ...] = (
         return_aux=True,
     ),
     _fff("swiglu", 398_279, 0.0, load_balancing_alpha=1.0, return_aux=True),
-    _fff("swiglu", None, 0.0, has_master_leaf=True),
+    _fff("swiglu", 399_896, 0.0, has_master_leaf=True),
 )
 
 

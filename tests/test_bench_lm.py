@@ -1,57 +1,230 @@
-"""The language model bench: its text, its repeatability, its records."""
+"""The language model bench: its text, equal weights, runs that repeat and go on, its page."""
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from fusedmlp.bench import lm
+from fusedmlp.bench import cli, lm, lm_page, lm_train, plots
+from fusedmlp.bench._options import Refusal
+from fusedmlp.bench.lm_attention import MIXERS
+from fusedmlp.bench.lm_models import MLPS, Model, Plan, build_mlp, names, weights_of
+from fusedmlp.bench.lm_train import Run
 
-TINY = lm.Plan("swiglu", layers=1, dim=16, hidden=32, context=8, batch=2, steps=4, every=2,
-               held_out=2, warmup=2)  # fmt: skip
+TINY = Plan("swiglu", layers=1, dim=16, heads=2, context=8, batch=2, steps=4, every=2, held_out=2,
+            warmup=2)  # fmt: skip
 TEXT = torch.arange(40_000).mul(7919).remainder(251).to(torch.uint8)
+KEPT = Path(__file__).parents[1] / "bench" / "results" / "lm"
+
+
+def trained(plan):
+    run = Run(plan, TEXT)
+    run.go_on()
+    return run
+
+
+def losses(run):
+    return [{k: v for k, v in point.items() if k != "seconds"} for point in run.curve]
 
 
 def test_text_is_the_standard_library():
-    data = lm.text()
+    data = lm_train.text()
     assert data.dtype == torch.uint8 and len(data) > 1_000_000
     assert b"def " in data.numpy().tobytes()
 
 
 def test_held_out_text_is_not_trained_on():
-    training, held = lm.split(torch.arange(40_000), 8)
+    training, held = lm_train.split(torch.arange(40_000), 8)
     assert len(training) + len(held) == 40_000
     assert not set(training.tolist()) & set(held.tolist())
     assert 0.04 < len(held) / 40_000 < 0.06
 
 
-@pytest.mark.parametrize("mlp", lm.MLPS)
-def test_runs_repeat_and_learn(mlp):
-    plan = dataclasses.replace(TINY, mlp=mlp)
-    curves = [list(lm.train(plan, TEXT)) for _ in range(2)]
-    losses = [[point["held_out"] for point in curve] for curve in curves]
-    assert losses[0] == losses[1]
-    assert [point["step"] for point in curves[0]] == [0, 2, 4]
-    record = json.loads(json.dumps(lm.result(plan, TEXT, curves[0])))
-    assert record["held_out_loss"] == losses[0][-1] < losses[0][0]
+@pytest.mark.parametrize("name, build", MIXERS)
+def test_mixers_are_causal_and_of_equal_weights(name, build):
+    torch.manual_seed(0)
+    mixer, x = build(16, 2, 8).eval(), torch.randn(1, 8, 16)
+    y = mixer(x)
+    x[:, 5:] += 1
+    torch.testing.assert_close(mixer(x)[:, :5], y[:, :5])
+    assert not torch.allclose(mixer(x)[:, 5:], y[:, 5:])
+    with torch.device("meta"):
+        assert weights_of(build(96, 3, 128)) == pytest.approx(4 * 96**2, rel=0.02)
+
+
+@pytest.mark.parametrize("mlp", names(MLPS))
+def test_equal_weights(mlp):
+    """Of seed 004's four exactly; PathWeightedFFF's widths are what they are."""
+    for dim in (96, 384):
+        with torch.device("meta"):
+            got = weights_of(build_mlp(mlp, dim))
+        near = {"path-7": 1.0}.get(mlp, 0.0 if mlp in names(MLPS)[:4] else 0.01)
+        assert got == pytest.approx(8 * dim**2, rel=near, abs=0), dim
+
+
+@pytest.mark.parametrize(
+    "mlp, mixer",
+    [*((mlp, "attention") for mlp in names(MLPS)), ("swiglu", "hyperglu"), ("gelu", "hypermlp")],
+)
+def test_runs_repeat_and_learn(mlp, mixer):
+    plan = dataclasses.replace(TINY, mlp=mlp, mixer=mixer)
+    for block in Model(plan).blocks:
+        y = block.mlp(torch.randn(2, 8, 16))
+        assert not (y[0] if isinstance(y, tuple) else y).any(), "an MLP begins at 0"
+    once, again = trained(plan), trained(plan)
+    assert losses(once) == losses(again)
+    assert [point["step"] for point in once.curve] == [0, 2, 4]
+    record = json.loads(json.dumps(once.record()))
+    assert record["held_out_loss"] == once.curve[-1]["held_out"] < once.curve[0]["held_out"]
+    assert all(p.isfinite().all() for p in once.model.parameters())
 
 
 def test_models_agree_but_for_their_mlp():
-    one, other = (dict(lm.Model(dataclasses.replace(TINY, mlp=m)).named_parameters())
-                  for m in ("mswiglu-1", "mswiglu-4"))  # fmt: skip
+    one, other = (
+        dict(Model(dataclasses.replace(TINY, mlp=mlp)).named_parameters())
+        for mlp in ("relu_sq", "switch-4")
+    )
+    assert {n for n in one if ".mlp." not in n} == {n for n in other if ".mlp." not in n}
     for name, p in one.items():
-        assert name.endswith("mask") or torch.equal(p, other[name]), name
+        assert ".mlp." in name or torch.equal(p, other[name]), name
 
 
-def test_no_time_ends_a_run():
-    (point,) = lm.train(TINY, TEXT, seconds=-1)
-    assert point["step"] == 0
+class Dropping(nn.Module):
+    """Draws from torch's own generator in training, has a loss of its own."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.5))
+        self.pulled = nn.Parameter(torch.ones(1))
+
+    def forward(self, x):
+        return self.inner(x), self.pulled.square().sum()
 
 
-def test_table_and_plot(tmp_path):
-    results = [lm.result(dataclasses.replace(TINY, seed=s), TEXT, list(lm.train(TINY, TEXT)))
-               for s in (0, 1)]  # fmt: skip
-    assert "| swiglu | " in lm.table(results)
-    lm.plot(results, tmp_path / "curves.svg")
-    assert (tmp_path / "curves.svg").stat().st_size > 1000
+@pytest.fixture
+def dropping(monkeypatch):
+    monkeypatch.setattr("fusedmlp.bench.lm_models.MLPS", [*MLPS, ("dropping", Dropping)])
+    return dataclasses.replace(TINY, mlp="dropping")
+
+
+def test_auxiliary_loss_in_training_and_held_out_text_in_eval_mode(dropping):
+    run = trained(dropping)
+    assert run.model.blocks[0].mlp.pulled.item() < 1
+    assert run.held_out_loss() == run.held_out_loss() and run.model.training
+
+
+@pytest.mark.parametrize("stop", (0, 2, 3))
+@pytest.mark.parametrize("mlp", ("mswiglu-2", "switch-4", "dropping"))
+def test_a_resumed_run_equals_one_that_never_stopped(mlp, stop, tmp_path, dropping):
+    """Bit for bit, whether it stopped at a point of the curve or between two."""
+    plan, path = dataclasses.replace(TINY, mlp=mlp, steps=5), tmp_path / "run.safetensors"
+    whole, first = trained(plan), Run(plan, TEXT)
+
+    def tick():
+        if first.step == stop:
+            first.save(path)
+            raise KeyboardInterrupt
+
+    if stop:
+        with pytest.raises(KeyboardInterrupt):
+            first.go_on(tick=tick)
+    else:
+        first.go_on(deadline=-1, keep=lambda run: run.save(path))
+    torch.manual_seed(99)
+    second = Run.load(path, TEXT)
+    assert second.step == stop and not second.finished
+    second.go_on()
+    assert losses(second) == losses(whole)
+    for (name, p), q in zip(whole.model.named_parameters(), second.model.parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_a_run_on_another_text_is_refused(tmp_path):
+    Run(TINY, TEXT).save(tmp_path / "run.safetensors")
+    with pytest.raises(Refusal, match=r"run\.safetensors: expected a run on this Python's"):
+        Run.load(tmp_path / "run.safetensors", TEXT + 1)
+
+
+def test_bfloat16_by_autocast():
+    run = trained(dataclasses.replace(TINY, dtype="bfloat16"))
+    assert run.curve[-1]["held_out"] < run.curve[0]["held_out"]
+    assert run.curve != trained(TINY).curve
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+
+
+def test_command(tmp_path, monkeypatch, capsys):
+    """Time over, then the rest, then nothing left to do; a page and a plot."""
+    monkeypatch.setattr(lm, "text", lambda: TEXT)
+    command = ["lm", "--mlp", "relu_sq", "swiglu", "--seeds", "2", "--dim", "16", "--heads", "2",
+               "--layers", "1", "--context", "8", "--batch", "2", "--steps", "4", "--device",
+               "cpu", "--out", str(tmp_path)]  # fmt: skip
+    assert cli.main([*command, "--minutes", "0"]) == 0
+    assert "4 of 4 runs unfinished" in capsys.readouterr().out
+    assert lm.read(tmp_path) == [] and len(list(tmp_path.glob("checkpoints/*"))) == 1
+
+    assert cli.main(command) == 0
+    records = lm.read(tmp_path)
+    assert [(r["model"], r["seed"]) for r in records] == [
+        ("relu_sq", 0), ("relu_sq", 1), ("swiglu", 0), ("swiglu", 1),
+    ]  # fmt: skip
+    assert capsys.readouterr().out.count("relu_sq") > 1
+    page = (tmp_path / "table.md").read_text()
+    assert page == lm_page.markdown(records) and "* 3A, swiglu for relu_sq: " in page
+    (plot,) = lm_page.plots(records)
+    assert plots.fault(plot, tmp_path / f"{plot.name}.svg") is None
+
+    monkeypatch.setattr(Run, "go_on", lambda *a: pytest.fail("a finished run was trained again"))
+    assert cli.main(command) == 0
+    assert lm.read(tmp_path) == records
+    assert cli.main(["lm", "--dim", "20", "--heads", "3"]) == 2
+    assert "--dim must be a multiple of 2 * --heads" in capsys.readouterr().err
+    (tmp_path / "results.json").write_text('{"records": [{"kind": "toy"}]}')
+    assert cli.main(["lm", "--report", "--out", str(tmp_path)]) == 2
+    assert "expected a file that `lm` wrote" in capsys.readouterr().err
+
+
+def record(model, seed, loss, **more):
+    return trained(dataclasses.replace(TINY, seed=seed, steps=1)).record() | {
+        "model": model, "held_out_loss": loss, **more,
+    }  # fmt: skip
+
+
+def test_verdicts():
+    records = [record(m, s, loss) for m, pair in (("relu_sq", (1.0, 1.1)), ("swiglu", (0.9, 1.0)),
+               ("gelu", (0.9, 1.2))) for s, loss in enumerate(pair)]  # fmt: skip
+    ((_, models),) = lm_page.comparisons(records)
+    three_a, three_b = lm_page.verdicts(models)
+    assert three_a.startswith("* 3A, swiglu for relu_sq: 0.1443 bits a byte fewer, in every seed")
+    assert (
+        three_b.startswith("* 3B, gelu for relu_sq: 0.0000 bits a byte") and "disagree" in three_b
+    )
+    _, rows = lm_page.cells(models)
+    assert rows[1][-2:] == ["-0.1443", "2 of 2 seeds"] and rows[2][-1] == "1 of 2 seeds"
+
+
+def test_what_differs_is_not_compared():
+    records = [record("relu_sq", 0, 1.0), record("swiglu", 0, 1.0, hidden=256)]
+    (_, fitted), (_, of_one_width) = lm_page.comparisons(records)
+    assert list(fitted) == ["relu_sq"] and list(of_one_width) == ["swiglu"]
+
+
+def test_kept_page_and_plots_are_generated():
+    records = lm.read(KEPT)
+    assert (KEPT / "table.md").read_text() == lm_page.markdown(records)
+    for plot in (made := lm_page.plots(records)):
+        assert plots.fault(plot, KEPT / f"{plot.name}.svg") is None
+    assert not plots.stale(made, KEPT)
+
+
+@pytest.mark.gpu
+def test_a_gpu_learns_and_goes_on(tmp_path):
+    run = Run(dataclasses.replace(TINY, mlp="switch-4", dtype="bfloat16"), TEXT, "cuda")
+    run.go_on(deadline=-1)
+    run.save(tmp_path / "run.safetensors")
+    again = Run.load(tmp_path / "run.safetensors", TEXT, "cuda")
+    again.go_on()
+    assert again.finished and again.curve[-1]["held_out"] < again.curve[0]["held_out"]

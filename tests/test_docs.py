@@ -43,6 +43,7 @@ def test_names_in_the_index_exist():
     table = [line for line in (DOCS / "README.md").read_text().splitlines() if "](" in line]
     names = {name for line in table for name in re.findall(r"`(\w+)`", line)}
     elsewhere = {"NormLinear", "Scale", "GMLPBlock", "SpatialGatingUnit"}
+    elsewhere |= {"HyperGLU", "HyperMLP", "HyperGLUConfig"}
     assert names >= {"FeedForward", "NGPT", "GMLP", "ReluNelu"} | elsewhere
     for name in names - elsewhere:
         assert hasattr(fusedmlp, name), name

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from layer_checks import (
     DTYPES,
     assert_cheap,
-    assert_compiles,
     assert_initialises_from_meta,
     assert_matches,
     assert_round_trips,
@@ -332,15 +331,6 @@ def test_a_norm_that_cannot_be_initialised_says_so():
     assert layer(draw(3, 8)).shape == (3, 8)
     with pytest.raises(TypeError, match="FeedForward: Scale must have reset_parameters"):
         layer.init_weights_()
-
-
-@pytest.mark.parametrize("variant", ("none", "swiglu"))
-def test_compiles(variant):
-    assert_compiles(FeedForward(8, dropout=0.5, glu_variant=variant, pre_norm=True), draw(5, 8))
-
-
-def test_compiles_around_an_unknown_activation():
-    assert_compiles(FeedForward(8, activation=nn.Mish), draw(5, 8))
 
 
 @pytest.mark.parametrize("variant", ("none", "swiglu"))

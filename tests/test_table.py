@@ -203,6 +203,7 @@ def test_worse_than_the_mean_is_said():
         [toy.Run(0, 0.1, 0.6, 0.55, 1.0)],
         None,
         argparse.Namespace(compile=1, steps=1),
+        "0123456789abcdef",
     )
     assert "worse in eval than predicting the mean (0.550)" in table.remarks(record, False)
     record["runs"][0]["eval_loss"] = 0.5
@@ -214,12 +215,14 @@ def kept():
     return table.read(str(KEPT))
 
 
-def losses(kept, name, **labels):
-    """Mean loss of each row that was kept, by a word in its configuration."""
+def losses(kept, model, name, **labels):
+    """Mean loss of each published row of a model that was kept, by a word in its configuration."""
     found = {}
     for key, word in labels.items():
         (record,) = [
-            r for r in kept["records"] if word in r["configuration"].split(", ") and r["published"]
+            r
+            for r in kept["records"]
+            if r["model"] == model and word in r["configuration"].split(", ") and r["published"]
         ]
         found[key] = table.mean(record, name)
     return found
@@ -240,10 +243,10 @@ def test_kept_rows_are_whole(kept):
 @pytest.mark.parametrize("name", ("train_loss", "eval_loss"))
 def test_kept_orderings_are_the_published_ones(kept, name):
     variants = {k: f"glu_variant={k}" for k in ("none", "glu", "swiglu", "geglu")}
-    loss = losses(kept, name, **variants)
+    loss = losses(kept, "feedforward", name, **variants)
     assert loss["glu"] < loss["none"] < min(loss["swiglu"], loss["geglu"])
     assert loss["swiglu"] == pytest.approx(loss["geglu"], rel=0.05)
-    ngpt = losses(kept, name, scalar="scalar_alpha=True", vector="scalar_alpha=False")
+    ngpt = losses(kept, "ngpt", name, scalar="scalar_alpha=True", vector="scalar_alpha=False")
     assert ngpt["vector"] == pytest.approx(ngpt["scalar"], rel=0.05)
 
 

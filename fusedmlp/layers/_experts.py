@@ -21,15 +21,16 @@ from ._activation import name_of
 from ._block import passes_through
 from .feedforward import FeedForward
 from .glu import GLUBase
+from .masked_glu import MaskedGLU
 
 
 class StackedExperts(nn.Module):
     """num FeedForwards, each made by `make()`; see the file.
 
     forward(x, routing) is moe_mlp in one fused call as long as nothing stands between an expert's
-    two projections: no active dropout, no norm before, an activation with a kernel. Otherwise each
-    expert runs on its own tokens in PyTorch, for which the host waits for the routing; under
-    torch.compile every expert then runs on every token.
+    two projections: no active dropout, no norm before, no masks, an activation with a kernel.
+    Otherwise each expert runs on its own tokens in PyTorch, for which the host waits for the
+    routing; under torch.compile every expert then runs on every token.
     """
 
     def __init__(self, num: int, make: Callable[[], FeedForward]) -> None:
@@ -92,6 +93,8 @@ class StackedExperts(nn.Module):
     def _fused_activation(self) -> str | None:
         """The kernel's name of the experts' activation if all of an expert can be fused."""
         template = self._template[0]
+        if isinstance(template.net[0], MaskedGLU):
+            return None
         act = cast(GLUBase, template.net[0]).activation if self._gated else template.net[1]
         dropout = template.net[1] if self._gated else template.net[2]
         idle = not self.training or passes_through(dropout)

@@ -45,7 +45,7 @@ MASKED_VARIANTS: dict[str, Callable[..., MaskedGLU]] = {
     "mreglu": ReMGLU,
     "mbilinear": BilinearMGLU,
 }
-_VARIANTS = ("none", *GLU_VARIANTS, *MASKED_VARIANTS)
+VARIANTS = ("none", *GLU_VARIANTS, *MASKED_VARIANTS)
 
 
 class FeedForward(nn.Module):
@@ -169,11 +169,11 @@ def _variant(glu_variant: str) -> str:
     if not isinstance(glu_variant, str):
         raise TypeError(f"FeedForward: glu_variant must be a str, got {glu_variant!r}")
     name = glu_variant.lower()
-    if name in _VARIANTS:
+    if name in VARIANTS:
         return name
     raise ValueError(
         f"FeedForward: Unknown GLU variant: {name}; glu_variant must be one of "
-        f"{', '.join(_VARIANTS)}"
+        f"{', '.join(VARIANTS)}"
     )
 
 

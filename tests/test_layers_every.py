@@ -1,0 +1,221 @@
+"""What holds for every layer of `fusedmlp.layers`, whatever it computes; the names of mlp_utils.
+
+A layer without a line in MAKERS fails here.
+"""
+
+import importlib
+import inspect
+import pickle
+import re
+
+import pytest
+import torch
+from layer_checks import (
+    DTYPES,
+    assert_compiles,
+    assert_initialises_from_meta,
+    assert_round_trips,
+    draw,
+    one,
+    randomise_,
+)
+from torch import nn
+
+import fusedmlp
+from fusedmlp import layers
+from fusedmlp.layers.glu import GLUBase
+
+D = 32
+GATED = {"glu_variant": "swiglu"}
+
+
+def all_of_ngpt():
+    return layers.NGPT(D, paper=True, scalar_alpha=True, norm_eps=0.1)
+
+
+def all_of_gmlp():
+    return layers.GMLP(D, 16, 4, 1, nn.RMSNorm, canonical_gate=True, gate_activation=nn.PReLU,
+                       drop_path=0.5)  # fmt: skip
+
+
+def all_of_a_tree():
+    return layers.FastFeedForward(D, 2, 16, mult=1, has_master_leaf=True, hardening_coef=1.0,
+                                  load_balancing_alpha=1.0, return_aux=True, **GATED)  # fmt: skip
+
+
+# The name up to a space is that of the layer.
+MAKERS = {
+    "GLU": lambda: layers.GLU(D, D),
+    "Bilinear": lambda: layers.Bilinear(D, D),
+    "ReGLU": lambda: layers.ReGLU(D, D),
+    "SwiGLU": lambda: layers.SwiGLU(D, D),
+    "GeGLU": lambda: layers.GeGLU(D, D),
+    "MGLU": lambda: layers.MGLU(D, D),
+    "BilinearMGLU": lambda: layers.BilinearMGLU(D, D),
+    "ReMGLU": lambda: layers.ReMGLU(D, D),
+    "SwiMGLU": lambda: layers.SwiMGLU(D, D, mask_mode="element", num_masks=2),
+    "GeMGLU": lambda: layers.GeMGLU(D, D, bias=False),
+    "MaskedGLU": lambda: layers.MaskedGLU(D, D, nn.Tanh()),
+    "FeedForward": lambda: layers.FeedForward(D),
+    "FeedForward gated": lambda: layers.FeedForward(D, 2, 0.5, pre_norm=True, **GATED),
+    "FeedForward masked": lambda: layers.FeedForward(
+        D, 2, glu_variant="mswiglu", mask_mode="element"
+    ),
+    "FeedForward unknown": lambda: layers.FeedForward(D, 2, activation=nn.Mish),
+    "MLP": lambda: layers.MLP(D, residual=True),
+    "MLP pre": lambda: layers.MLP(D, hidden_factor=1, pre_norm=True, act_fn=nn.PReLU),
+    "GatingMechanism": lambda: layers.GatingMechanism(D, bottleneck_factor=0.5),
+    "ResidualWrapper": lambda: layers.ResidualWrapper(layers.FeedForward(D, 1)),
+    "NGPT": lambda: layers.NGPT(D),
+    "NGPT all": all_of_ngpt,
+    "L2Norm": lambda: layers.L2Norm(),
+    "GMLP": lambda: layers.GMLP(D, 16, seq_len=4, depth=2),
+    "GMLP all": all_of_gmlp,
+    "PointwiseMLP": lambda: layers.PointwiseMLP(D, "swiglu", bias=True),
+    "SwiGLUMLP": lambda: layers.SwiGLUMLP(D),
+    "ReluSquaredMLP": lambda: layers.ReluSquaredMLP(D),
+    "GELUMLP": lambda: layers.GELUMLP(D),
+    "SiLUMLP": lambda: layers.SiLUMLP(D),
+    "SwitchFFN": lambda: layers.SwitchFFN(D, 2, ff_kwargs={"mult": 1, **GATED}),
+    "SwitchFFN masked": lambda: layers.SwitchFFN(
+        D, 2, ff_kwargs={"mult": 1, "glu_variant": "mglu"}
+    ),
+    "FastFeedForward": lambda: layers.FastFeedForward(D, 1, mult=1),
+    "FastFeedForward all": all_of_a_tree,
+    "PathWeightedFFF": lambda: layers.PathWeightedFFF(D, 1, D),
+    "Top1MoE": lambda: layers.Top1MoE(D, 16, 2, shared_hidden=8),
+}
+
+
+# Their forward is that of another one here, all but the activation's name.
+TWINS = ("Bilinear", "ReGLU", "SwiGLU", "GeGLU", "BilinearMGLU", "ReMGLU", "GeMGLU", "MaskedGLU",
+         "GELUMLP", "SiLUMLP", "SwitchFFN masked", "FastFeedForward")  # fmt: skip
+
+
+@pytest.fixture(params=MAKERS)
+def make(request):
+    return MAKERS[request.param]
+
+
+def x_of(dtype=torch.float32):
+    return draw(2, 4, D, dtype=dtype)
+
+
+def test_no_layer_is_left_out():
+    assert {name.split()[0] for name in MAKERS} == set(layers.__all__)
+    for name, built in MAKERS.items():
+        layer = built()
+        assert type(layer).__name__ == name.split()[0]
+        assert next(iter(inspect.signature(layer.forward).parameters)) == "x"
+
+
+def test_round_trips(make):
+    layer = randomise_(make())
+    if next(layer.parameters(), None) is not None:
+        assert_round_trips(layer, make(), x_of())
+    else:  # L2Norm
+        assert not layer.state_dict()
+        assert torch.equal(pickle.loads(pickle.dumps(layer))(x_of()), layer(x_of()))
+
+
+def test_no_parameter_is_left_uninitialised(make, monkeypatch):
+    """torch.empty is filled with NaN here."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        layer = make()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for name, p in (*layer.named_parameters(), *layer.named_buffers()):
+        assert p.isfinite().all(), name
+
+
+def test_initialises_from_meta(make):
+    if next(make().parameters(), None) is not None:
+        assert_initialises_from_meta(make)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow if n in TWINS else ()) for n in MAKERS]
+)
+def test_compiles_to_one_graph(name):
+    assert_compiles(MAKERS[name](), x_of())
+
+
+@pytest.mark.parametrize("training", (True, False))
+def test_dtype_is_kept(make, training):
+    for dtype in DTYPES:
+        layer = make().to(dtype).train(training)
+        out = layer(x_of(dtype))
+        y = out[0] if isinstance(out, tuple) else out
+        assert y.dtype == dtype and y.shape[:2] == (2, 4) and y.isfinite().all()
+        if y.requires_grad:
+            y.sum().backward()
+
+
+# --- explain()
+
+
+class Unknown(nn.Module):
+    def forward(self, x):
+        return x.sin()
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda a: layers.FeedForward(8, activation=a),
+        lambda a: layers.MLP(8, act_fn=a, use_norm=False),
+        lambda a: layers.GatingMechanism(8, bottleneck_dim=4, act_fn=a, use_norm=False),
+        lambda a: GLUBase(8, 8, a()),
+        lambda a: layers.SwitchFFN(8, 2, ff_kwargs={"activation": a}),
+    ],
+    ids=("FeedForward", "MLP", "GatingMechanism", "GLUBase", "SwitchFFN"),
+)
+@pytest.mark.parametrize(
+    "activation, name", [(nn.SiLU, "silu"), (fusedmlp.Gelu2, "gelu2"), (fusedmlp.ReluNelu, None),
+                         (Unknown, None)],
+)  # fmt: skip
+def test_explain_says_where_an_activation_runs(layer, activation, name):
+    made, kind = layer(activation).eval(), activation.__name__
+    (line,) = [s for s in fusedmlp.explain(made).splitlines() if re.search(EXPLAINED, s)]
+    alone = rf"{kind} in PyTorch|, {kind},|one by one in PyTorch"
+    fused = rf"fused as '{name}'|Linear \+ {kind}"
+    assert re.search(alone if name is None else fused, line), line
+    assert one(made(draw(2, 3, 8))).shape == (2, 3, 8)
+
+
+EXPLAINED = r"^(the layer|model|gate|experts) \("
+
+
+# --- names
+
+
+NAMES = {
+    "activations": "ReluSquared Gelu2 BSiLU NeLU Sugar StraightThroughEstimator ReluNelu SugarReLU",
+    "layers": "FastFeedForward FeedForward GatingMechanism GLU MGLU Bilinear BilinearMGLU GeGLU "
+    "GeMGLU ReGLU ReMGLU SwiGLU SwiMGLU GMLP MLP NGPT PathWeightedFFF ResidualWrapper SwitchFFN",
+    "layers.feedforward": "FeedForward",
+    "layers.gating": "GatingMechanism",
+    "layers.glu": "GLU Bilinear ReGLU SwiGLU GeGLU MGLU BilinearMGLU ReMGLU SwiMGLU GeMGLU",
+    "layers.mlp": "MLP",
+    "layers.gmlp": "GMLP GMLPBlock SpatialGatingUnit",
+    "layers.ngpt": "NGPT Scale SwiGLU L2Norm NormLinear",
+    "layers.residual": "ResidualWrapper",
+    "layers.init_weights": "initialize_weights apply_initialization create_initializer",
+    "layers.pointwise": "PointwiseMLP MLP",
+    "layers.transformer": "SwiGLUMLP ReluSquaredMLP GELUMLP SiLUMLP",
+}
+TOP_LEVEL = NAMES["layers"] + " " + NAMES["activations"] + " L2Norm GELU ReLU Sigmoid SiLU"
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_names_of_mlp_utils(module):
+    found = importlib.import_module(f"fusedmlp.{module}")
+    for name in NAMES[module].split():
+        assert getattr(found, name).__name__ in (name, "PointwiseMLP")
+
+
+def test_names_at_the_top():
+    for name in TOP_LEVEL.split():
+        assert name in fusedmlp.__all__ and getattr(fusedmlp, name) is not None
