@@ -12,7 +12,7 @@ from .. import _cuda
 from ..testing import CASES
 from ._launches import LAUNCHES
 from .ladder import TIMED, VARIANTS, provider, variants_of
-from .shapes import CAMPAIGN, TOP1, TOP1_TOKENS
+from .shapes import CAMPAIGN, HYPER, HYPER_TOKENS, TOP1, TOP1_TOKENS
 from .summary import CUDA, DEFAULT
 from .worker import SANITIZERS, SANITIZERS_CUDA
 
@@ -69,10 +69,9 @@ _PORTABLE = {
     ),
     "top1_route": ("--op", "top1_route"),
 }  # fmt: skip
-
-
-# Their widths are those of models with experts.
-_BY_EXPERTS = ("moe_linear", "moe_mlp", "top1_route")
+_OF_HYPERGLU = ("hyper_attention", "hyper_attention_step")
+# Their widths are those of models with experts, or of layers of HyperGLU.
+_OTHER_WIDTHS = (*_OF_HYPERGLU, "moe_linear", "moe_mlp", "top1_route")
 
 
 def _cuda_first() -> Iterator[Step]:
@@ -124,13 +123,22 @@ def _time(name: str, budget_s: float, op: str, *arguments: str) -> Step:
     return dataclasses.replace(made, without=without)
 
 
+def _time_layer(op: str) -> Step:
+    """At the sizes of a layer of HyperGLU, whose heads are none of an MLP's widths."""
+    tokens = map(str, HYPER_TOKENS)
+    argv = ("time", "--case", f"{op}-layer", "--model", *HYPER, "--m", *tokens)
+    return python_step(f"time:{op}", 600, COMMAND, *argv)
+
+
 def plan() -> list[Step]:
     """All steps, by worth: what the time box cuts off is worth least."""
     cases = _cases()
     tokens = tuple(map(str, TOP1_TOKENS))
     steps = [python_step(f"check:{op}", 240, COMMAND, "check", "--op", op) for op in cases]
     steps += _cuda_first()
-    steps += [_time(f"time:{op}", 420, op) for op in cases]
+    steps += [
+        _time_layer(op) if op in _OF_HYPERGLU else _time(f"time:{op}", 420, op) for op in cases
+    ]
     steps += [python_step("tests", 600, WORKER, "tests")]
     steps += [
         python_step(f"{tool}:{op}", 180, WORKER, "sanitize", tool, name)
@@ -153,6 +161,6 @@ def plan() -> list[Step]:
         _time(f"time:{op}:{model}", 600, op, "--model", model, "--m", *TOKENS)
         for model in CAMPAIGN
         for op in cases
-        if op not in _BY_EXPERTS
+        if op not in _OTHER_WIDTHS
     ]
     return steps

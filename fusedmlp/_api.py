@@ -12,6 +12,7 @@ from .ops.gated_act import gated_act
 from .ops.gated_linear import gated_linear
 from .ops.gated_mlp import gated_mlp
 from .ops.hyper_attention import hyper_attention
+from .ops.hyper_attention_step import hyper_attention_step
 from .ops.linear_act import linear_act
 from .ops.masked_gated_linear import masked_gated_linear
 from .ops.masked_gated_mlp import masked_gated_mlp
@@ -40,6 +41,7 @@ __all__ = [
     "gated_linear",
     "gated_mlp",
     "hyper_attention",
+    "hyper_attention_step",
     "linear_act",
     "load_balancing_loss",
     "masked_gated_linear",
