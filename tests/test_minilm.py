@@ -60,8 +60,7 @@ def embed(model, tokenizer, sentences):
 
 @pytest.mark.parametrize(
     "where, sentences, dtype", [("reference", 24, torch.float32), ("reference", 24, torch.bfloat16),
-    ("triton", 2, torch.float32),
-     ("triton", 2, torch.bfloat16)],
+    ("triton", 2, torch.bfloat16)],
 )  # fmt: skip
 def test_sentence_embeddings_are_unchanged(encoder, where, sentences, dtype, device):
     model, tokenizer = encoder

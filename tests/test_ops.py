@@ -15,6 +15,8 @@ from fusedmlp.testing import assert_close_to, compare, dense, evaluate
 
 # Other families have files of their own, at sizes that the interpreter bears for them.
 CASES = {case.name: case for case in dense.cases()}
+# A list, for test_masked.py calls some of these tests and adds its cases to CASES meanwhile.
+each_case = pytest.mark.parametrize("case", list(CASES.values()), ids=list(CASES))
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 BLOCKS = ("gated_linear", "gated_mlp", "linear_act", "mlp")
@@ -30,7 +32,7 @@ def check(case, inputs, **options):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@each_case
 def test_kernel_matches_reference(case, shape, dtype, device, on_triton):
     check(case, case.inputs(*shape, dtype, device))
 
@@ -54,7 +56,7 @@ def test_activation_and_slope_far_out(activation, device, on_triton):
     check(CASES["gated_act"], inputs, activation=activation, dy=torch.ones_like(g))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@each_case
 def test_reference_passes_gradcheck(case):
     """The formula, in float64: autograd's gradients of the reference against finite differences."""
     inputs = case.inputs(3, 5, 4, torch.float64)
@@ -76,7 +78,7 @@ def test_reference_formulas_by_hand():
     torch.testing.assert_close(out, torch.zeros(1, 2))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@each_case
 def test_no_rows(case, device, each_backend):
     inputs = case.inputs(0, 6, 10, torch.float32, device)
     results = evaluate(
@@ -161,7 +163,7 @@ def test_every_subset_of_gradients(name, device, on_triton):
                 torch.testing.assert_close(part[key], full[key], rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@each_case
 def test_second_backward_and_reruns_are_bit_equal(case, device, on_triton):
     inputs = case.inputs(33, 40, 136, torch.bfloat16, device)
     leaves = {k: t.requires_grad_() for k, t in inputs.items()}
@@ -320,7 +322,7 @@ def _opcheck(op, *args):
     opcheck(op, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@each_case
 def test_results_may_be_modified_in_place(case, device, each_backend):
     """As a residual `y += x` or an in-place dropout does; the gradients stay right."""
     inputs = {
