@@ -11,8 +11,8 @@ from typing import Any
 from ..kernels.activations import ACTIVATIONS
 from ..testing import CASES
 from . import process
-from .shapes import DENSE, TOP1, Model
-from .work import DTYPES
+from .shapes import DENSE, HYPER, TOP1, Model
+from .work import ALL_CASES, DTYPES
 
 SCHEMA = 1
 Record = dict[str, Any]
@@ -46,14 +46,14 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", nargs="+", metavar="NAME", type=_model, default=[],
-        help=f"widths of these models: {', '.join(DENSE | TOP1)}",
+        help=f"widths of these models: {', '.join(DENSE | TOP1 | HYPER)}",
     )  # fmt: skip
 
 
 def add_selection(parser: argparse.ArgumentParser, of_op: str = "every case of these ops") -> None:
     """What to run: cases or ops, dtypes, activations, sizes."""
     parser.add_argument(
-        "--case", nargs="+", metavar="NAME", choices=CASES, default=None,
+        "--case", nargs="+", metavar="NAME", choices=ALL_CASES, default=None,
         help=f"cases: {', '.join(CASES)}",
     )  # fmt: skip
     parser.add_argument(
@@ -93,7 +93,7 @@ def chosen_activations(args: argparse.Namespace) -> tuple[str, ...] | None:
 
 
 def _model(name: str) -> Model:
-    known = DENSE | TOP1
+    known = DENSE | TOP1 | HYPER
     if name not in known:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}; got {name!r}")
     return known[name]

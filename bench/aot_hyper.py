@@ -1,4 +1,5 @@
-"""hyper_attention for the ahead-of-time gate: training calls at 4 x 4096 tokens of width 1024."""
+"""hyper_attention for the ahead-of-time gate: training calls at 4 x 4096 tokens of width 1024, and
+decoding from caches of as many."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..kernels import hyper_attention, hyper_gradients
+from ..kernels import hyper_attention, hyper_attention_step, hyper_gradients
 from ..kernels.arch import Arch
 from .aot_jobs import THOROUGH, Job
 
@@ -37,6 +38,15 @@ def _jobs(arch: Arch, dtype: torch.dtype, variant: str, H: int, Q: int) -> Itera
     bwd = functools.partial(hyper_gradients.hyper_attention_bwd, *arguments)
     yield Job(arch, dtype, variant, fwd)
     yield Job(arch, dtype, variant, bwd)
+    q, c1, c2 = (None if t is None else t[:, :, 0] for t in (q, first[0], second[0]))
+    position = torch.empty(1, dtype=torch.int64)
+    arguments = (q, *tensors[1:3], position, c1, *first[1:], c2, *second[1:], *OPTIONS)
+    yield Job(
+        arch,
+        dtype,
+        variant,
+        functools.partial(hyper_attention_step.hyper_attention_step, *arguments),
+    )
 
 
 def jobs_of(arch: Arch, activations: list[str]) -> Iterator[Job]:

@@ -31,6 +31,7 @@ def draw(work: Work, device: str, seed: int, phase: str = "forward") -> dict[str
         if name in work.case.draws:
             return work.case.draws[name](shape, generator)
         t = torch.randn(shape, device=device, dtype=work.torch_dtype, generator=generator)
+        t = t.mul_(work.case.scales[name]) if name in work.case.scales else t
         return t.div_(math.sqrt(shape[-1])) if name.startswith("w") else t
 
     return {name: one(name, shape) for name, shape in work.shapes(phase).items()}

@@ -49,6 +49,7 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "gated_linear": {"forward": ("gated_linear_fwd",)},
     "gated_mlp": {"forward": ("gated_linear_fwd",), "backward": ("gated_linear_bwd",)},
     "hyper_attention": {},
+    "hyper_attention_step": {},
     "linear_act": {"forward": ("linear_act_fwd",)},
     "masked_gated_linear": _MASKED,
     "masked_gated_mlp": _MASKED,
@@ -253,6 +254,8 @@ def main(args: argparse.Namespace) -> int:
     emit = collecting(records)
     for work in plan(options):
         for phase in args.phase:
+            if work.case.forward_only and phase != "forward":
+                continue
             for record in predict(work, phase):
                 emit(record)
     if args.compile:

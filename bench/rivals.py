@@ -30,8 +30,8 @@ Function = Callable[[Arguments], Tensor]
 class Rival:
     """ops: the public functions that it can stand in for; () for all. activations: our name -> its
     own; None for all, by our names. plain: takes only weights apart, no biases. trusted: made of
-    the reference, or judged by the tolerance rule: it computes the op. by_name: left out unless it
-    is asked for."""
+    the reference, or judged by the tolerance rule: it computes the op; or it is a measure, which
+    says itself what else it computes. by_name: left out unless it is asked for."""
 
     name: str
     ops: tuple[str, ...] = ()
@@ -46,6 +46,8 @@ class Rival:
         """Why this work is not timed here; None if it is."""
         if self.ops and work.case.op not in self.ops:
             return f"does not serve {work.case.op}"
+        if work.case.forward_only and phase != "forward":
+            return "has no gradient"
         if self.activations is not None and work.activation not in self.activations:
             return f"has no {work.activation}"
         if self.plain and set(work.case.options) - {"recompute"}:
@@ -278,4 +280,4 @@ RIVALS: dict[str, Rival] = {
 }  # fmt: skip
 
 # Last, since they derive from Rival: importing them enters them above.
-from . import rivals_cuda, rivals_liger, rivals_masked, rivals_moe  # noqa: E402, F401
+from . import rivals_cuda, rivals_hyper, rivals_liger, rivals_masked, rivals_moe  # noqa: E402, F401

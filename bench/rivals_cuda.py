@@ -11,11 +11,11 @@ import torch
 
 from .. import _cuda, backend
 from .._cuda_gated_linear import variant, variants
-from ..kernels.arch import capability_of
+from ..kernels.arch import SKINNY_M, capability_of
 from .ladder import VARIANTS, provider
 from .rivals import RIVALS, Fusedmlp
 from .summary import CUDA
-from .work import DTYPES, Work
+from .work import Work
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def cuda(name: str | None) -> Iterator[None]:
 class Cuda(Fusedmlp):
     """variant: the one forced, or None."""
 
-    ops = tuple(_cuda.KERNELS)
+    ops = (*_cuda.KERNELS, *_cuda.PORTABLE)
 
     def __init__(self, variant: str | None = None) -> None:
         self.name = CUDA if variant is None else provider(variant)
@@ -37,14 +37,18 @@ class Cuda(Fusedmlp):
     def skip(self, work: Work, phase: str) -> str | None:
         if reason := super().skip(work, phase):
             return reason
-        if DTYPES[work.dtype] not in _cuda.GEMM_DTYPES:
-            return f"takes {' and '.join(_cuda.DTYPES[d] for d in _cuda.GEMM_DTYPES)} only"
+        kernels = _cuda.kernels_of(work.case.op)
+        taken = [_cuda.DTYPES[d] for d in _cuda.dtypes_of(kernels[0]) if d in _cuda.DTYPES]
+        if work.dtype not in taken:
+            return f"takes {' and '.join(taken)} only"
+        if work.case.op in _cuda.DECODED and (phase != "forward" or work.M > SKINNY_M):
+            return f"serves inference of {SKINNY_M} rows or fewer"
         if work.D % 8 or work.H % 8:
             return "needs widths that are multiples of 8"
         capability = capability_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if not capability:
             return "needs a GPU"
-        for kernel in _cuda.KERNELS[work.case.op]:
+        for kernel in kernels:
             launcher, why = _cuda.find(kernel, capability)
             if launcher is None:
                 return why

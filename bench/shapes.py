@@ -14,7 +14,8 @@ DEFAULT_MODEL = "llama3-8b"
 
 @dataclass(frozen=True)
 class Model:
-    """One model's MLP. experts, top_k: of a mixture of experts, whose H is that of one expert."""
+    """One model's MLP. experts, top_k: of a mixture of experts, whose H is that of one expert.
+    hyper: a layer of HyperGLU instead, whose H is its heads."""
 
     name: str
     D: int
@@ -24,6 +25,7 @@ class Model:
     bias: bool = False
     experts: int | None = None
     top_k: int | None = None
+    hyper: bool = False
 
 
 _MODELS = (
@@ -53,21 +55,29 @@ _MODELS = (
     Model("fine-grained", 2048, 768, experts=128, top_k=1),
     Model("qwen3-30b-a3b", 2048, 768, experts=128, top_k=8),
     Model("mixtral-8x7b", 4096, 14336, experts=8, top_k=2),
+    # HyperGLU with its published defaults, in few heads and in many.
+    Model("hyperglu-2", 1024, 2, hyper=True),
+    Model("hyperglu-16", 1024, 16, hyper=True),
 )
 
 MODELS: dict[str, Model] = {model.name: model for model in _MODELS}
-DENSE: dict[str, Model] = {m.name: m for m in _MODELS if m.experts is None}
+DENSE: dict[str, Model] = {m.name: m for m in _MODELS if m.experts is None and not m.hyper}
+HYPER: dict[str, Model] = {m.name: m for m in _MODELS if m.hyper}
 MOE: dict[str, Model] = {m.name: m for m in _MODELS if m.experts is not None}
 # Of these, what moe_mlp serves.
 TOP1: dict[str, Model] = {name: m for name, m in MOE.items() if m.top_k == 1}
 # Tokens at which their rivals are measured.
 TOP1_TOKENS = (8192, 32768)
+# Four sequences of 1024 to 16384 tokens; in decoding, eight caches of half as many.
+HYPER_TOKENS = (4096, 8192, 16384, 32768, 65536)
 # The widths against which rivals are measured: from where fusing pays most to where it hardly can.
 CAMPAIGN = ("narrow", "llama3.2-1b", "llama2-7b", "llama3-8b", "llama3-70b")
 
 
 def cases_of(model: Model) -> tuple[str, ...]:
     """The testing.CASES that such a model calls, its own weights' layout and biases first."""
+    if model.hyper:
+        return ("hyper_attention-layer", "hyper_attention_step-layer")
     if model.experts:
         spreads = ("uniform", "skewed", "sparse")
         return tuple(f"moe_mlp-{model.experts}-{spread}" for spread in spreads)

@@ -12,7 +12,7 @@ from .. import _cuda
 from ..testing import CASES
 from ._launches import LAUNCHES
 from .ladder import TIMED, VARIANTS, provider, variants_of
-from .shapes import CAMPAIGN, TOP1, TOP1_TOKENS
+from .shapes import CAMPAIGN, HYPER, HYPER_TOKENS, TOP1, TOP1_TOKENS
 from .summary import CUDA, DEFAULT
 from .worker import SANITIZERS, SANITIZERS_CUDA
 
@@ -59,8 +59,19 @@ def _needing(name: str, steps: Sequence[Step]) -> Iterator[Step]:
     return (dataclasses.replace(s, needs=name) for s in steps)
 
 
-# Their widths are those of models with experts.
-_BY_EXPERTS = ("moe_linear", "moe_mlp", "top1_route")
+# What checks and exercises the kernels of every architecture: masks as bits are what is decoded.
+_DECODED = "masked_gated_linear"
+_PORTABLE = {
+    _DECODED: (
+        "--case", *(name for name in CASES if name.startswith(_DECODED) and "-bits" in name),
+        "--shape", "1x4096x14336", "16x2048x8192", "3x136x72", "--dtype", "bfloat16", "float16",
+        "--forward-only",
+    ),
+    "top1_route": ("--op", "top1_route"),
+}  # fmt: skip
+_OF_HYPERGLU = ("hyper_attention", "hyper_attention_step")
+# Their widths are those of models with experts, or of layers of HyperGLU.
+_OTHER_WIDTHS = (*_OF_HYPERGLU, "moe_linear", "moe_mlp", "top1_route")
 
 
 def _cuda_first() -> Iterator[Step]:
@@ -73,6 +84,9 @@ def _cuda_first() -> Iterator[Step]:
     )
     yield from _needing(BUILD, [first])
     yield from _needing(first.name, others)
+    for op, argv in _PORTABLE.items():
+        made = python_step(f"check:cuda:{op}", 90, COMMAND, "check", "--backend", "cuda", *argv)
+        yield from _needing(first.name, [made])
     for name in VARIANTS:
         ops = [op for kernel, (op, _) in TIMED.items() if name in variants_of(kernel)]
         argv = ("check", "--backend", "cuda", "--variant", name, "--op", *ops)
@@ -94,18 +108,26 @@ def _ladder(name: str, budget_s: float, kernel: str, *arguments: str) -> Step:
 def _sanitizers_cuda(tools: Sequence[str]) -> Iterator[Step]:
     """Of the ops that launch all kernels there are; each runs every variant."""
     kernels = _cuda.KERNELS
+    cases = _cases() | {_DECODED: _PORTABLE[_DECODED][1]}
     whole = [op for op in kernels if not any(set(kernels[op]) < set(k) for k in kernels.values())]
     for tool in tools:
-        for op in whole:
-            argv = ("sanitize", tool, _cases()[op], "cuda")
+        for op in (*whole, *_PORTABLE):
+            argv = ("sanitize", tool, cases[op], "cuda")
             made = python_step(f"{tool}:cuda:{op}", 120, WORKER, *argv)
             yield from _needing(f"check:cuda:{op}", [made])
 
 
 def _time(name: str, budget_s: float, op: str, *arguments: str) -> Step:
     made = python_step(name, budget_s, COMMAND, "time", "--op", op, *arguments)
-    without = {CUDA: f"check:cuda:{op}"} if op in _cuda.KERNELS else {}
+    without = {CUDA: f"check:cuda:{op}"} if op in (*_cuda.KERNELS, *_PORTABLE) else {}
     return dataclasses.replace(made, without=without)
+
+
+def _time_layer(op: str) -> Step:
+    """At the sizes of a layer of HyperGLU, whose heads are none of an MLP's widths."""
+    tokens = map(str, HYPER_TOKENS)
+    argv = ("time", "--case", f"{op}-layer", "--model", *HYPER, "--m", *tokens)
+    return python_step(f"time:{op}", 600, COMMAND, *argv)
 
 
 def plan() -> list[Step]:
@@ -114,7 +136,9 @@ def plan() -> list[Step]:
     tokens = tuple(map(str, TOP1_TOKENS))
     steps = [python_step(f"check:{op}", 240, COMMAND, "check", "--op", op) for op in cases]
     steps += _cuda_first()
-    steps += [_time(f"time:{op}", 420, op) for op in cases]
+    steps += [
+        _time_layer(op) if op in _OF_HYPERGLU else _time(f"time:{op}", 420, op) for op in cases
+    ]
     steps += [python_step("tests", 600, WORKER, "tests")]
     steps += [
         python_step(f"{tool}:{op}", 180, WORKER, "sanitize", tool, name)
@@ -137,6 +161,6 @@ def plan() -> list[Step]:
         _time(f"time:{op}:{model}", 600, op, "--model", model, "--m", *TOKENS)
         for model in CAMPAIGN
         for op in cases
-        if op not in _BY_EXPERTS
+        if op not in _OTHER_WIDTHS
     ]
     return steps

@@ -23,15 +23,20 @@ from typing import Any
 
 import torch
 
-from ..testing import CASES, Case, Shapes, moe
+from ..testing import CASES, Case, Shapes, hyper, moe
 from .shapes import TOP1
 
-# The tests' cases, and the experts' with as many experts as models have.
-ALL_CASES: dict[str, Case] = CASES | {
-    case.name: case
-    for experts in dict.fromkeys(model.experts for model in TOP1.values())
-    for case in moe.sized(experts or 0)
-}
+# The tests' cases, the experts' with as many experts as models have, and HyperGLU's at a layer's
+# sizes.
+ALL_CASES: dict[str, Case] = (
+    CASES
+    | {
+        case.name: case
+        for experts in dict.fromkeys(model.experts for model in TOP1.values())
+        for case in moe.sized(experts or 0)
+    }
+    | {case.name: case for case in hyper.sized()}
+)
 PHASES = ("forward", "backward", "both")
 DGLU = "dglu"
 DTYPES: dict[str, torch.dtype] = {

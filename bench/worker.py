@@ -34,6 +34,8 @@ SANITIZERS_CUDA = (*SANITIZERS, "synccheck")
 SMALL = ((130, 136, 72), (67, 131, 45), (3, 136, 72))
 # For the CUDA kernels: more tiles than multiprocessors, with tails on every side; one row of tiles.
 SMALL_CUDA = ((1040, 72, 2184), (3, 136, 72))
+# For those that decode: D in parts, and in one.
+SMALL_DECODED = ((16, 4104, 72), (3, 136, 72))
 
 
 def _verdict(emit: Callable[[dict[str, Any]], None], status: str, detail: str) -> None:
@@ -106,11 +108,12 @@ def build() -> int:
         _verdict(emit, status, f"{ROOT} holds no CUDA kernel for sm_{capability}")
         return 0
     folder = str(ROOT / "build" / "bench")
+    archs = f"{capability};{capability}a"  # kernels for any architecture, and those of this one
     homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
     path = os.pathsep.join([os.environ["PATH"], *(f"{home}/bin" for home in homes if home)])
     for command in (
         ["cmake", "-S", str(ROOT), "-B", folder, "-G", "Ninja",
-         f"-DPython_EXECUTABLE={sys.executable}", f"-DFUSEDMLP_CUDA_ARCHS={capability}a",
+         f"-DPython_EXECUTABLE={sys.executable}", f"-DFUSEDMLP_CUDA_ARCHS={archs}",
          "-DFUSEDMLP_CUDA_STRICT=ON"],
         ["cmake", "--build", folder, "--parallel", str(min(8, os.cpu_count() or 1))],
         ["cmake", "--install", folder, "--prefix", str(ROOT / "fusedmlp")],
@@ -130,11 +133,15 @@ def exercise(name: str, on: str = "triton") -> None:
     import torch
 
     from .. import backend
+    from .._cuda import DECODED
     from .._cuda_gated_linear import variant
     from ..testing import CASES, evaluate
 
     case = CASES[name]
+    decoded = on == "cuda" and case.op in DECODED
     sizes, variants = (SMALL_CUDA, _variants(case.op)) if on == "cuda" else (SMALL, [None])
+    if decoded:
+        sizes = SMALL_DECODED
     with backend(on):
         for chosen in variants:
             for m, d, h in sizes:
@@ -142,8 +149,9 @@ def exercise(name: str, on: str = "triton") -> None:
                 print(f"{name} {m}x{d}x{h} on {on}, {chosen or 'own choice'}", flush=True)
                 inputs = case.inputs(m, d, h, torch.bfloat16, "cuda")
                 with variant(chosen):
-                    dy = torch.ones_like(case.run(inputs))
-                    evaluate(case.run, inputs, dy)
+                    y = case.run(inputs)
+                    if not (decoded or case.forward_only):
+                        evaluate(case.run, inputs, torch.ones_like(y))
                 torch.cuda.synchronize()
 
 
@@ -156,7 +164,7 @@ def _variants(op: str) -> list[str | None]:
     from ..kernels.arch import capability_of
 
     capability = capability_of(torch.device("cuda"))
-    first, *rest = (variants(kernel, capability) for kernel in _cuda.KERNELS[op])
+    first, *rest = (variants(kernel, capability) for kernel in _cuda.kernels_of(op))
     return [None, *(name for name in first if all(name in others for others in rest))]
 
 

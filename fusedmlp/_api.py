@@ -12,6 +12,7 @@ from .ops.gated_act import gated_act
 from .ops.gated_linear import gated_linear
 from .ops.gated_mlp import gated_mlp
 from .ops.hyper_attention import hyper_attention
+from .ops.hyper_attention_step import hyper_attention_step
 from .ops.linear_act import linear_act
 from .ops.masked_gated_linear import masked_gated_linear
 from .ops.masked_gated_mlp import masked_gated_mlp
@@ -24,6 +25,7 @@ from .ops.top1_route import (
     router_z_loss,
     top1_route,
 )
+from .patching import patch, patched, register_patch, unpatch
 from .reference import Routing
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "gated_linear",
     "gated_mlp",
     "hyper_attention",
+    "hyper_attention_step",
     "linear_act",
     "load_balancing_loss",
     "masked_gated_linear",
@@ -47,9 +50,13 @@ __all__ = [
     "moe_linear",
     "moe_mlp",
     "pack_masks",
+    "patch",
+    "patched",
+    "register_patch",
     "route_to",
     "router_z_loss",
     "top1_route",
+    "unpatch",
 ]
 __all__ += activations.__all__
 __all__ += layers.__all__

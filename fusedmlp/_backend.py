@@ -64,7 +64,7 @@ def pick(op: str, x: Tensor) -> str:
         return "reference"
     if _chosen == "cuda":
         if not torch.compiler.is_compiling():
-            for kernel in _cuda.KERNELS.get(op) or _cuda.PORTABLE.get(op) or (None,):
+            for kernel in _cuda.kernels_of(op) or (None,):
                 _cuda.require(op, kernel, x)
         return "cuda"
     if not on_gpu and not INTERPRETED:

@@ -25,14 +25,15 @@ KERNELS = {
     "linear_act": ("linear_act_fwd",),
     "mlp": ("linear_act_fwd", "linear_act_bwd"),
 }
-# The same of kernels without an architecture's own instructions, built for the oldest. Of
-# masked_gated_linear they serve few rows alone and no training.
+# The same of kernels without an architecture's own instructions, built for the oldest.
 PORTABLE = {
     "masked_gated_linear": ("masked_gated_linear_fwd",),
     "masked_gated_mlp": ("masked_gated_linear_fwd",),
     "top1_route": ("top1_route_fwd",),
     "route_to": ("route_to_fwd",),
 }
+# Of those, the ops that they serve in inference alone, and for few rows.
+DECODED = ("masked_gated_linear", "masked_gated_mlp")
 # (kernel, architecture) that bench/results/ holds a passing check of, on such a GPU: these `auto`
 # takes. The others are opt-in by backend("cuda").
 PROVEN: frozenset[tuple[str, str]] = frozenset()
@@ -61,6 +62,10 @@ def load() -> tuple[Any, str]:
 def available() -> bool:
     """Is the extension there? It may still hold nothing for the GPU at hand."""
     return load()[0] is not None
+
+
+def kernels_of(op: str) -> tuple[str, ...]:
+    return KERNELS.get(op) or PORTABLE.get(op) or ()
 
 
 def dtypes_of(kernel: str) -> tuple[torch.dtype, ...]:

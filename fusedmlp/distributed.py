@@ -10,6 +10,8 @@ tokens; tokens travel to their experts and back.
 
 Both exchanges are all_to_all of variable sizes, which the host must know: it waits for the counts,
 once a call. Gradients go the same ways back. Capacity is each rank's own: its routing drops.
+
+Patched models: `tensor_parallel_plan` and `expert_parallel_plan`, in `_tensor_parallel.py`.
 """
 
 from __future__ import annotations
@@ -23,11 +25,25 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from ._tensor_parallel import (
+    ExpertParallelMLP,
+    TensorParallelMLP,
+    expert_parallel_plan,
+    tensor_parallel_plan,
+)
 from .ops.moe_mlp import moe_mlp
 from .ops.top1_route import route_to
 from .reference import Packed, Routing
 
 OP = "parallel_moe_mlp"
+__all__ = [
+    "ExpertParallelMLP",
+    "TensorParallelMLP",
+    "expert_parallel_plan",
+    "parallel_moe_mlp",
+    "shard_experts",
+    "tensor_parallel_plan",
+]
 
 
 class _Exchange(Function):

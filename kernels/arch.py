@@ -426,6 +426,11 @@ _HYPER_FP32 = {
     (f"hyper_attention_{k}", 4): (_hyper(16, 32, 4, 64),)
     for k in ("h1", "h2", "out", "dz2", "dz1", "dq", "dk", "dv", "dslots")
 }
+# Of a step of decoding: the fewest sources of a block, how many values of each it loads at once
+# (more sources where rows are short), and the most columns.
+_HYPER_STEP = {
+    ("hyper_attention_step", size): (Tile(64, 128, 64, 4, 1, loads="element"),) for size in (2, 4)
+}
 _HYPER_SMALL = {
     ("hyper_attention_dq", 2): _hyper(16, 64, 4, 128),
     ("hyper_attention_dslots", 2): _hyper(16, 64, 8, 128),
@@ -452,5 +457,5 @@ def hyper_tile(kernel: str, x: Any) -> Tile:
     arch = arch_of(x.device)
     if arch is INTERPRETER:
         return _INTERPRETED_HYPER
-    table = _HYPER_FP32 | (_HYPER_TMA if arch.tma else _HYPER_MMA)
+    table = _HYPER_STEP | _HYPER_FP32 | (_HYPER_TMA if arch.tma else _HYPER_MMA)
     return table[kernel, x.element_size()][0]

@@ -19,23 +19,24 @@ import triton.language as tl
 from torch import Tensor
 
 from .arch import cdiv, hyper_tile
+from .hyper_plan import Call, Core, mix_of, plan_launch, rows
+from .hyper_scores import (
+    both_first_rows,
+    both_mixed,
+    both_queries,
+    expand_first,
+    expand_values,
+    second_rows,
+    weights,
+)
 from .hyper_tiles import (
-    Call,
-    Core,
     clear,
-    expand,
     fresh,
     gate_of,
-    gathered,
-    keep,
-    load_packed,
-    mix_of,
     place,
-    plan_launch,
     products,
     reduce,
     row_values,
-    rows,
     rows_of,
     spread,
     store_conditioned,
@@ -82,56 +83,7 @@ def _h1_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
 
 
 @triton.jit
-def scores_and_mixed(q0, region, core, b, a, m0, n0, T, L, P: tl.constexpr):
-    """S, yet unmasked, and P of one sub-head's tile, whose band of low rank lies in `region`."""
-    BLOCK: tl.constexpr = P.block
-    BLOCK_D: tl.constexpr = P.block_d
-    WIDTH: tl.constexpr = P.width_qk
-    SHORT: tl.constexpr = P.short1
-    k0 = rows_of(core.k, b, a, n0, 0, T, WIDTH, BLOCK, BLOCK_D)
-    S = products(q0, k0, core.q, core.k, b, a, m0, n0, T, core.width_qk, P, WIDTH)
-    out = S
-    if P.rank1 > 0:
-        out = out * keep(core.first.d, a, m0, n0, L, SHORT, BLOCK) + gathered(region, BLOCK)
-    return S, tl.where(visible(m0, n0, BLOCK), out, 0.0)
-
-
-@triton.jit
-def mixed_scores(q0, region, core, b, a, m0, n0, T, L, P: tl.constexpr):
-    _, out = scores_and_mixed(q0, region, core, b, a, m0, n0, T, L, P)
-    return out
-
-
-@triton.jit
-def first_z(core, b, a, m0, T, P: tl.constexpr):
-    """A row tile of the first mixing's z; without it a 0 that nothing reads."""
-    HEADS: tl.constexpr = P.sub_heads
-    RANK: tl.constexpr = P.rank1
-    BLOCK: tl.constexpr = P.block
-    BLOCK_R: tl.constexpr = P.block_r1
-    if P.rank1 == 0:
-        rows = 0.0
-    else:
-        rows = load_packed(core.first.z_ptr, b, a, m0, T, HEADS, RANK, BLOCK, BLOCK_R)
-    return rows
-
-
-@triton.jit
-def second_z(core, b, a, m0, T, P: tl.constexpr):
-    """The same of the second mixing."""
-    HEADS: tl.constexpr = P.heads
-    RANK: tl.constexpr = P.rank2
-    BLOCK: tl.constexpr = P.block
-    BLOCK_R: tl.constexpr = P.block_r2
-    if P.rank2 == 0:
-        rows = 0.0
-    else:
-        rows = load_packed(core.second.z_ptr, b, a, m0, T, HEADS, RANK, BLOCK, BLOCK_R)
-    return rows
-
-
-@triton.jit
-def _norm_of(square, eps):
+def norm_of(square, eps):
     rho = tl.sqrt(square)
     # A row of zeros stays zero by any factor; see fusedmlp/reference/hyper.py.
     return tl.where(rho == 0, 0.0, 1 / tl.where(rho < eps, eps, rho))
@@ -148,19 +100,14 @@ def _h2_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
     core = fresh(core)
     c = fresh(c)
     BLOCK: tl.constexpr = P.block
-    BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r2
-    WIDTH: tl.constexpr = P.width_qk
     HEADS: tl.constexpr = P.heads
     GLU: tl.constexpr = P.glu
-    RANK1: tl.constexpr = P.rank1
     RANK2: tl.constexpr = P.rank2
-    BLOCK_R1: tl.constexpr = P.block_r1
     PRECISION: tl.constexpr = P.precision
     REGION: tl.constexpr = 2 * BLOCK * BLOCK
     region = scratch_ptr + tl.program_id(0).to(tl.int64) * (4 * REGION)
-    low1 = region + 2 * REGION
-    low2 = region + 3 * REGION
+    low = region + 2 * REGION
     clear(region, 2, BLOCK)
     tiles = tl.cdiv(T, BLOCK)
     for index in tl.range(
@@ -168,24 +115,15 @@ def _h2_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
     ):
         order, b, i, _ = place(index, batch, HEADS, 1)
         m0 = (tiles - 1 - order) * BLOCK
-        q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-        z1 = first_z(core, b, i, m0, T, P)
-        if GLU:
-            q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-            z2 = first_z(core, b, i + HEADS, m0, T, P)
+        q1, q2 = both_queries(core, b, i, m0, 0, T, P)
+        z1, z2 = both_first_rows(core.first.z_ptr, b, i, m0, T, P)
         acc = tl.zeros((BLOCK, BLOCK_R), tl.float32)
         square = tl.zeros((BLOCK,), tl.float32)
         for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
-            if RANK1 > 0:
-                vt = core.first.vt
-                expand(low1, z1, vt, i, m0, n0, L, RANK1, BLOCK, BLOCK_R1, PRECISION)
-                if GLU:
-                    expand(low2, z2, vt, i + HEADS, m0, n0, L, RANK1, BLOCK, BLOCK_R1, PRECISION)
+            expand_first(low, z1, z2, core, i, m0, n0, L, P)
+            if P.rank1 > 0:
                 tl.debug_barrier()
-            P1 = mixed_scores(q1, low1, core, b, i, m0, n0, T, L, P)
-            P2 = P1
-            if GLU:
-                P2 = mixed_scores(q2, low2, core, b, i + HEADS, m0, n0, T, L, P)
+            P1, P2 = both_mixed(q1, q2, low, core, b, i, m0, n0, T, L, P)
             square += tl.sum(P1 * P1, 1)
             side = region + n0 // BLOCK % 2 * REGION
             spread(side, gate_of(P1, P2, GLU), BLOCK)
@@ -195,46 +133,10 @@ def _h2_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
         store_packed(h_ptr, b, i, m0, T, acc, HEADS, RANK2, BLOCK, BLOCK_R)
         z = acc * rows_of(c, b, i, m0, 0, T, RANK2, BLOCK, BLOCK_R).to(tl.float32)
         if P.normed:
-            n = _norm_of(square, eps)
+            n = norm_of(square, eps)
             _store_norm(core.n_ptr, b, i, m0, T, n, HEADS, BLOCK)
             z = z * n[:, None]
         store_packed(core.second.z_ptr, b, i, m0, T, z, HEADS, RANK2, BLOCK, BLOCK_R)
-
-
-@triton.jit
-def expand_values(low, z1, z2, z3, core, i, m0, n0, L, P: tl.constexpr):
-    """The bands of F1, F2 and of the second mixing's term, from `low` on; then a barrier."""
-    BLOCK: tl.constexpr = P.block
-    REGION: tl.constexpr = 2 * BLOCK * BLOCK
-    PRECISION: tl.constexpr = P.precision
-    HEADS: tl.constexpr = P.heads
-    RANK1: tl.constexpr = P.rank1
-    RANK2: tl.constexpr = P.rank2
-    BLOCK_R1: tl.constexpr = P.block_r1
-    BLOCK_R2: tl.constexpr = P.block_r2
-    if P.rank1 > 0:
-        vt = core.first.vt
-        expand(low, z1, vt, i, m0, n0, L, RANK1, BLOCK, BLOCK_R1, PRECISION)
-        if P.glu:
-            expand(low + REGION, z2, vt, i + HEADS, m0, n0, L, RANK1, BLOCK, BLOCK_R1, PRECISION)
-    if P.rank2 > 0:
-        third = low + 2 * REGION
-        expand(third, z3, core.second.vt, i, m0, n0, L, RANK2, BLOCK, BLOCK_R2, PRECISION)
-    if P.rank1 > 0 or P.rank2 > 0:
-        tl.debug_barrier()
-
-
-@triton.jit
-def weights(A, third, core, i, m0, n0, L, P: tl.constexpr):
-    """Y of a tile, whose band of low rank lies in `third`."""
-    BLOCK: tl.constexpr = P.block
-    SHORT: tl.constexpr = P.short2
-    if P.rank2 == 0:
-        Y = A
-    else:
-        Y = A * keep(core.second.d, i, m0, n0, L, SHORT, BLOCK) + gathered(third, BLOCK)
-        Y = tl.where(visible(m0, n0, BLOCK), Y, 0.0)
-    return Y
 
 
 @triton.jit
@@ -242,9 +144,7 @@ def _out_kernel(core, out, scratch_ptr, batch, T, L, eps, parts, P: tl.constexpr
     core = fresh(core)
     out = fresh(out)
     BLOCK: tl.constexpr = P.block
-    BLOCK_D: tl.constexpr = P.block_d
     BLOCK_V: tl.constexpr = P.block_v
-    WIDTH: tl.constexpr = P.width_qk
     WIDTH_V: tl.constexpr = P.width_v
     HEADS: tl.constexpr = P.heads
     GLU: tl.constexpr = P.glu
@@ -263,23 +163,15 @@ def _out_kernel(core, out, scratch_ptr, batch, T, L, eps, parts, P: tl.constexpr
         n = tl.full((BLOCK,), 1.0, tl.float32)
         if READY:
             n = row_values(core.n_ptr, b, i, m0, T, HEADS, BLOCK)
-        q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-        z1 = first_z(core, b, i, m0, T, P)
-        q2 = q1
-        z2 = z1
-        if GLU:
-            q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-            z2 = first_z(core, b, i + HEADS, m0, T, P)
-        z3 = second_z(core, b, i, m0, T, P)
+        q1, q2 = both_queries(core, b, i, m0, 0, T, P)
+        z1, z2 = both_first_rows(core.first.z_ptr, b, i, m0, T, P)
+        z3 = second_rows(core.second.z_ptr, b, i, m0, T, P)
         acc = tl.zeros((BLOCK, BLOCK_V), tl.float32)
         square = tl.zeros((BLOCK,), tl.float32)
         for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
             low = region + n0 // BLOCK % 2 * (3 * REGION)
             expand_values(low, z1, z2, z3, core, i, m0, n0, L, P)
-            P1 = mixed_scores(q1, low, core, b, i, m0, n0, T, L, P)
-            P2 = P1
-            if GLU:
-                P2 = mixed_scores(q2, low + REGION, core, b, i + HEADS, m0, n0, T, L, P)
+            P1, P2 = both_mixed(q1, q2, low, core, b, i, m0, n0, T, L, P)
             A = gate_of(P1, P2, GLU)
             if READY:
                 A = A * n[:, None]
@@ -290,7 +182,7 @@ def _out_kernel(core, out, scratch_ptr, batch, T, L, eps, parts, P: tl.constexpr
             acc = dot(rounded(Y, v.dtype), v, acc, PRECISION)
         tl.debug_barrier()
         if LATE:
-            n = _norm_of(square, eps)
+            n = norm_of(square, eps)
             acc = acc * n[:, None]
             if part == 0:
                 _store_norm(core.n_ptr, b, i, m0, T, n, HEADS, BLOCK)

@@ -19,25 +19,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .hyper_attention import expand_values, first_z, mixed_scores, second_z, weights
+from .hyper_score_grads import expand_grads, mixed_grads, norm_coefficient, score_grads, value_grads
+from .hyper_scores import (
+    both_first_rows,
+    both_mixed,
+    both_queries,
+    expand_values,
+    row_factor,
+    second_rows,
+    weights,
+)
 from .hyper_tiles import (
     clear,
-    expand,
     fresh,
-    gate_grads,
     gate_of,
-    gathered,
-    keep,
-    load_packed,
     place,
-    products,
     reduce,
     row_values,
     rows_of,
     spread,
     store_conditioned,
     store_rows,
-    visible,
 )
 from .tiles import dot, rounded
 
@@ -66,29 +68,6 @@ def coefficient_kernel(do, out, n_ptr, coefficient_ptr, T, eps, P: tl.constexpr)
 
 
 @triton.jit
-def row_factor(n_ptr, b, i, m0, T, P: tl.constexpr):
-    """n of a row tile, or 1 without a norm."""
-    BLOCK: tl.constexpr = P.block
-    HEADS: tl.constexpr = P.heads
-    if P.normed:
-        n = row_values(n_ptr, b, i, m0, T, HEADS, BLOCK)
-    else:
-        n = tl.full((BLOCK,), 1.0, tl.float32)
-    return n
-
-
-@triton.jit
-def value_grads(do0, n, core, do, b, i, m0, n0, T, P: tl.constexpr):
-    """dY of a tile: n dO v'."""
-    BLOCK: tl.constexpr = P.block
-    BLOCK_D: tl.constexpr = P.block_d
-    WIDTH: tl.constexpr = P.width_v
-    v0 = rows_of(core.v, b, i, n0, 0, T, WIDTH, BLOCK, BLOCK_D)
-    dY = products(do0, v0, do, core.v, b, i, m0, n0, T, core.width_v, P, WIDTH)
-    return tl.where(visible(m0, n0, BLOCK), dY * n[:, None], 0.0)
-
-
-@triton.jit
 def dz2_kernel(core, do, c, dz_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
     core = fresh(core)
     do = fresh(do)
@@ -109,7 +88,7 @@ def dz2_kernel(core, do, c, dz_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
     ):
         order, b, i, _ = place(index, batch, HEADS, 1)
         m0 = (tiles - 1 - order) * BLOCK
-        n = row_factor(core.n_ptr, b, i, m0, T, P)
+        n = row_factor(core, b, i, m0, T, P)
         do0 = rows_of(do, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
         acc = tl.zeros((BLOCK, BLOCK_R), tl.float32)
         for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
@@ -125,71 +104,6 @@ def dz2_kernel(core, do, c, dz_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
 
 
 @triton.jit
-def first_dh(core, b, a, m0, T, P: tl.constexpr):
-    """A row tile of the first mixing's dh; without it a 0 that nothing reads."""
-    HEADS: tl.constexpr = P.sub_heads
-    RANK: tl.constexpr = P.rank1
-    BLOCK: tl.constexpr = P.block
-    BLOCK_R: tl.constexpr = P.block_r1
-    if P.rank1 == 0:
-        rows = 0.0
-    else:
-        rows = load_packed(core.first.dh_ptr, b, a, m0, T, HEADS, RANK, BLOCK, BLOCK_R)
-    return rows
-
-
-@triton.jit
-def second_dh(core, b, a, m0, T, P: tl.constexpr):
-    """The same of the second mixing."""
-    HEADS: tl.constexpr = P.heads
-    RANK: tl.constexpr = P.rank2
-    BLOCK: tl.constexpr = P.block
-    BLOCK_R: tl.constexpr = P.block_r2
-    if P.rank2 == 0:
-        rows = 0.0
-    else:
-        rows = load_packed(core.second.dh_ptr, b, a, m0, T, HEADS, RANK, BLOCK, BLOCK_R)
-    return rows
-
-
-@triton.jit
-def expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P: tl.constexpr):
-    """The bands of F1, F2 and dh3 u2', from `low` on. The caller sets the barrier."""
-    BLOCK: tl.constexpr = P.block
-    BLOCK_R1: tl.constexpr = P.block_r1
-    BLOCK_R2: tl.constexpr = P.block_r2
-    RANK1: tl.constexpr = P.rank1
-    RANK2: tl.constexpr = P.rank2
-    REGION: tl.constexpr = 2 * BLOCK * BLOCK
-    PRECISION: tl.constexpr = P.precision
-    HEADS: tl.constexpr = P.heads
-    if P.rank1 > 0:
-        vt = core.first.vt
-        expand(low, z1, vt, i, m0, n0, L, RANK1, BLOCK, BLOCK_R1, PRECISION)
-        if P.glu:
-            expand(low + REGION, z2, vt, i + HEADS, m0, n0, L, RANK1, BLOCK, BLOCK_R1, PRECISION)
-    if P.rank2 > 0:
-        u = core.second.u
-        expand(low + 2 * REGION, dh3, u, i, m0, n0, L, RANK2, BLOCK, BLOCK_R2, PRECISION)
-
-
-@triton.jit
-def mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P: tl.constexpr):
-    """dP1 and dP2 of a tile, behind expand_grads and a barrier."""
-    BLOCK: tl.constexpr = P.block
-    REGION: tl.constexpr = 2 * BLOCK * BLOCK
-    GLU: tl.constexpr = P.glu
-    NORMED: tl.constexpr = P.normed
-    SHORT: tl.constexpr = P.short2
-    dA = dY
-    if P.rank2 > 0:
-        dA = dA * keep(core.second.d, i, m0, n0, L, SHORT, BLOCK)
-        dA = dA + gathered(low + 2 * REGION, BLOCK)
-    # P1 is 0 where nothing is seen, so both gradients are.
-    return gate_grads(dA, P1, P2, coefficient, GLU, NORMED)
-
-
-@triton.jit
 def dz1_kernel(core, do, c, dz_ptr, coefficient_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
     core = fresh(core)
     do = fresh(do)
@@ -197,7 +111,6 @@ def dz1_kernel(core, do, c, dz_ptr, coefficient_ptr, scratch_ptr, batch, T, L, P
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r1
-    WIDTH: tl.constexpr = P.width_qk
     WIDTH_V: tl.constexpr = P.width_v
     RANK: tl.constexpr = P.rank1
     HEADS: tl.constexpr = P.heads
@@ -214,29 +127,19 @@ def dz1_kernel(core, do, c, dz_ptr, coefficient_ptr, scratch_ptr, batch, T, L, P
     ):
         order, b, i, _ = place(index, batch, HEADS, 1)
         m0 = (tiles - 1 - order) * BLOCK
-        n = row_factor(core.n_ptr, b, i, m0, T, P)
-        coefficient = n
-        if P.normed:
-            coefficient = row_values(coefficient_ptr, b, i, m0, T, HEADS, BLOCK)
+        n = row_factor(core, b, i, m0, T, P)
+        coefficient = norm_coefficient(coefficient_ptr, n, b, i, m0, T, P)
         do0 = rows_of(do, b, i, m0, 0, T, WIDTH_V, BLOCK, BLOCK_D)
-        q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-        z1 = first_z(core, b, i, m0, T, P)
-        q2 = q1
-        z2 = z1
-        if GLU:
-            q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-            z2 = first_z(core, b, i + HEADS, m0, T, P)
-        dh3 = second_dh(core, b, i, m0, T, P)
+        q1, q2 = both_queries(core, b, i, m0, 0, T, P)
+        z1, z2 = both_first_rows(core.first.z_ptr, b, i, m0, T, P)
+        dh3 = second_rows(core.second.dh_ptr, b, i, m0, T, P)
         acc1 = tl.zeros((BLOCK, BLOCK_R), tl.float32)
         acc2 = tl.zeros((BLOCK, BLOCK_R), tl.float32)
         for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
             expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P)
             tl.debug_barrier()
             dY = value_grads(do0, n, core, do, b, i, m0, n0, T, P)
-            P1 = mixed_scores(q1, low, core, b, i, m0, n0, T, L, P)
-            P2 = P1
-            if GLU:
-                P2 = mixed_scores(q2, low + REGION, core, b, i + HEADS, m0, n0, T, L, P)
+            P1, P2 = both_mixed(q1, q2, low, core, b, i, m0, n0, T, L, P)
             dP1, dP2 = mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P)
             spread(region, dP1, BLOCK)
             if GLU:
@@ -259,64 +162,6 @@ def dz1_kernel(core, do, c, dz_ptr, coefficient_ptr, scratch_ptr, batch, T, L, P
 
 
 @triton.jit
-def row_state(core, coefficient_ptr, b, i, m0, T, P: tl.constexpr):
-    """What the gradient of a row tile's scores needs beside q and dO: n, the norm's coefficient, z
-    and dh of every mixing."""
-    BLOCK: tl.constexpr = P.block
-    HEADS: tl.constexpr = P.heads
-    n = row_factor(core.n_ptr, b, i, m0, T, P)
-    coefficient = n
-    if P.normed:
-        coefficient = row_values(coefficient_ptr, b, i, m0, T, HEADS, BLOCK)
-    z1 = first_z(core, b, i, m0, T, P)
-    dh1 = first_dh(core, b, i, m0, T, P)
-    z2 = z1
-    dh2 = dh1
-    if P.glu:
-        z2 = first_z(core, b, i + HEADS, m0, T, P)
-        dh2 = first_dh(core, b, i + HEADS, m0, T, P)
-    return n, coefficient, z1, z2, dh1, dh2, second_dh(core, b, i, m0, T, P)
-
-
-@triton.jit
-def score_grads(q1, q2, do0, state, low, core, do, b, i, m0, n0, T, L, P: tl.constexpr):
-    """dS of both sub-heads' tile. The bands lie in `low`, which the next tile must not use."""
-    BLOCK: tl.constexpr = P.block
-    BLOCK_R: tl.constexpr = P.block_r1
-    RANK: tl.constexpr = P.rank1
-    HEADS: tl.constexpr = P.heads
-    GLU: tl.constexpr = P.glu
-    SHORT: tl.constexpr = P.short1
-    PRECISION: tl.constexpr = P.precision
-    REGION: tl.constexpr = 2 * BLOCK * BLOCK
-    n, coefficient, z1, z2, dh1, dh2, dh3 = state
-    expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P)
-    if P.rank1 > 0:
-        u = core.first.u
-        expand(low + 3 * REGION, dh1, u, i, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
-        if GLU:
-            last = low + 4 * REGION
-            expand(last, dh2, u, i + HEADS, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
-    if P.rank1 > 0 or P.rank2 > 0:
-        tl.debug_barrier()
-    dY = value_grads(do0, n, core, do, b, i, m0, n0, T, P)
-    P1 = mixed_scores(q1, low, core, b, i, m0, n0, T, L, P)
-    P2 = P1
-    if GLU:
-        P2 = mixed_scores(q2, low + REGION, core, b, i + HEADS, m0, n0, T, L, P)
-    dS1, dS2 = mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P)
-    if P.rank1 > 0:
-        seen = visible(m0, n0, BLOCK)
-        dS1 = dS1 * keep(core.first.d, i, m0, n0, L, SHORT, BLOCK)
-        dS1 = tl.where(seen, dS1 + gathered(low + 3 * REGION, BLOCK), 0.0)
-        if GLU:
-            dS2 = dS2 * keep(core.first.d, i + HEADS, m0, n0, L, SHORT, BLOCK)
-            dS2 = tl.where(seen, dS2 + gathered(low + 4 * REGION, BLOCK), 0.0)
-    dtype: tl.constexpr = core.q.ptr.dtype.element_ty
-    return rounded(dS1, dtype), rounded(dS2, dtype)
-
-
-@triton.jit
 def dq_kernel(core, do, dq, coefficient_ptr, scratch_ptr, batch, T, L, parts, P: tl.constexpr):
     core = fresh(core)
     do = fresh(do)
@@ -324,7 +169,6 @@ def dq_kernel(core, do, dq, coefficient_ptr, scratch_ptr, batch, T, L, parts, P:
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     WIDTH: tl.constexpr = P.width_qk
-    WIDTH_V: tl.constexpr = P.width_v
     HEADS: tl.constexpr = P.heads
     GLU: tl.constexpr = P.glu
     PRECISION: tl.constexpr = P.precision
@@ -341,14 +185,7 @@ def dq_kernel(core, do, dq, coefficient_ptr, scratch_ptr, batch, T, L, parts, P:
         acc2 = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
             low = region + n0 // BLOCK % 2 * (5 * REGION)
-            # Loaded again for every tile: kept, they would spill.
-            do0 = rows_of(do, b, i, m0, 0, T, WIDTH_V, BLOCK, BLOCK_D)
-            q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-            q2 = q1
-            if GLU:
-                q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-            state = row_state(core, coefficient_ptr, b, i, m0, T, P)
-            dS1, dS2 = score_grads(q1, q2, do0, state, low, core, do, b, i, m0, n0, T, L, P)
+            dS1, dS2 = score_grads(low, core, do, coefficient_ptr, b, i, m0, n0, T, L, P)
             k1 = rows_of(core.k, b, i, n0, d0, T, WIDTH, BLOCK, BLOCK_D)
             acc1 = dot(dS1, k1, acc1, PRECISION)
             if GLU:
@@ -368,7 +205,6 @@ def dk_kernel(core, do, dk, coefficient_ptr, scratch_ptr, batch, T, L, parts, P:
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     WIDTH: tl.constexpr = P.width_qk
-    WIDTH_V: tl.constexpr = P.width_v
     HEADS: tl.constexpr = P.heads
     GLU: tl.constexpr = P.glu
     PRECISION: tl.constexpr = P.precision
@@ -385,17 +221,10 @@ def dk_kernel(core, do, dk, coefficient_ptr, scratch_ptr, batch, T, L, parts, P:
         acc2 = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         for m0 in tl.range(n0, T, BLOCK, disable_licm=True):
             low = region + m0 // BLOCK % 2 * (5 * REGION)
-            do0 = rows_of(do, b, i, m0, 0, T, WIDTH_V, BLOCK, BLOCK_D)
-            q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-            q2 = q1
-            if GLU:
-                q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-            state = row_state(core, coefficient_ptr, b, i, m0, T, P)
-            dS1, dS2 = score_grads(q1, q2, do0, state, low, core, do, b, i, m0, n0, T, L, P)
-            q1 = rows_of(core.q, b, i, m0, d0, T, WIDTH, BLOCK, BLOCK_D)
+            dS1, dS2 = score_grads(low, core, do, coefficient_ptr, b, i, m0, n0, T, L, P)
+            q1, q2 = both_queries(core, b, i, m0, d0, T, P)
             acc1 = dot(dS1.T, q1, acc1, PRECISION)
             if GLU:
-                q2 = rows_of(core.q, b, i + HEADS, m0, d0, T, WIDTH, BLOCK, BLOCK_D)
                 acc2 = dot(dS2.T, q2, acc2, PRECISION)
         tl.debug_barrier()
         store_rows(dk, b, i, n0, d0, T, acc1, WIDTH, BLOCK, BLOCK_D)
@@ -409,9 +238,7 @@ def dv_kernel(core, do, dv, scratch_ptr, batch, T, L, parts, P: tl.constexpr):
     do = fresh(do)
     dv = fresh(dv)
     BLOCK: tl.constexpr = P.block
-    BLOCK_D: tl.constexpr = P.block_d
     BLOCK_V: tl.constexpr = P.block_v
-    WIDTH: tl.constexpr = P.width_qk
     WIDTH_V: tl.constexpr = P.width_v
     HEADS: tl.constexpr = P.heads
     GLU: tl.constexpr = P.glu
@@ -428,20 +255,12 @@ def dv_kernel(core, do, dv, scratch_ptr, batch, T, L, parts, P: tl.constexpr):
         acc = tl.zeros((BLOCK, BLOCK_V), tl.float32)
         for m0 in tl.range(n0, T, BLOCK, disable_licm=True):
             low = region + m0 // BLOCK % 2 * (3 * REGION)
-            n = row_factor(core.n_ptr, b, i, m0, T, P)
-            q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-            z1 = first_z(core, b, i, m0, T, P)
-            q2 = q1
-            z2 = z1
-            if GLU:
-                q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-                z2 = first_z(core, b, i + HEADS, m0, T, P)
-            z3 = second_z(core, b, i, m0, T, P)
+            n = row_factor(core, b, i, m0, T, P)
+            q1, q2 = both_queries(core, b, i, m0, 0, T, P)
+            z1, z2 = both_first_rows(core.first.z_ptr, b, i, m0, T, P)
+            z3 = second_rows(core.second.z_ptr, b, i, m0, T, P)
             expand_values(low, z1, z2, z3, core, i, m0, n0, L, P)
-            P1 = mixed_scores(q1, low, core, b, i, m0, n0, T, L, P)
-            P2 = P1
-            if GLU:
-                P2 = mixed_scores(q2, low + REGION, core, b, i + HEADS, m0, n0, T, L, P)
+            P1, P2 = both_mixed(q1, q2, low, core, b, i, m0, n0, T, L, P)
             A = gate_of(P1, P2, GLU) * n[:, None]
             Y = weights(A, low + 2 * REGION, core, i, m0, n0, L, P)
             grad = rows_of(do, b, i, m0, d0, T, WIDTH_V, BLOCK, BLOCK_V)

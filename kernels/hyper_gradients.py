@@ -17,8 +17,8 @@ from .hyper_backward import (
     dz1_kernel,
     dz2_kernel,
 )
+from .hyper_plan import Call, Core, mix_of, plan_launch, rows
 from .hyper_slots import Bands, slots_kernel
-from .hyper_tiles import Call, Core, mix_of, plan_launch, rows
 
 
 def _fold(bands: Tensor, block: int, length: int, rank: int) -> Tensor:

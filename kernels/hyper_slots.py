@@ -12,26 +12,16 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .hyper_attention import first_z, scores_and_mixed
-from .hyper_backward import (
-    expand_grads,
-    first_dh,
-    mixed_grads,
+from .hyper_score_grads import expand_grads, mixed_grads, norm_coefficient, value_grads
+from .hyper_scores import (
+    both_first_rows,
+    both_queries,
+    both_scores,
+    first_rows,
     row_factor,
-    second_dh,
-    value_grads,
+    second_rows,
 )
-from .hyper_tiles import (
-    banded,
-    clear,
-    fresh,
-    gate_of,
-    load_packed,
-    row_values,
-    rows_of,
-    spread,
-    visible,
-)
+from .hyper_tiles import banded, clear, fresh, gate_of, rows_of, spread, visible
 from .tiles import dot
 
 
@@ -87,8 +77,6 @@ def slots_kernel(
     BLOCK: tl.constexpr = P.block
     BLOCK_D: tl.constexpr = P.block_d
     BLOCK_R: tl.constexpr = P.block_r2 if WHICH == 3 else P.block_r1
-    RANK2: tl.constexpr = P.rank2
-    WIDTH: tl.constexpr = P.width_qk
     WIDTH_V: tl.constexpr = P.width_v
     HEADS: tl.constexpr = P.heads
     OUT_HEADS: tl.constexpr = P.heads if WHICH == 3 else P.sub_heads
@@ -112,40 +100,29 @@ def slots_kernel(
         for b in tl.range(split, batch, splits, disable_licm=True):
             for m0 in tl.range(diagonal * BLOCK, T, BLOCK, disable_licm=True):
                 n0 = m0 - diagonal * BLOCK
-                n = row_factor(core.n_ptr, b, i, m0, T, P)
+                n = row_factor(core, b, i, m0, T, P)
                 do0 = rows_of(do, b, i, m0, 0, T, WIDTH_V, BLOCK, BLOCK_D)
-                q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-                z1 = first_z(core, b, i, m0, T, P)
-                q2 = q1
-                z2 = z1
-                if GLU:
-                    q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
-                    z2 = first_z(core, b, i + HEADS, m0, T, P)
-                dh3 = second_dh(core, b, i, m0, T, P)
+                q1, q2 = both_queries(core, b, i, m0, 0, T, P)
+                z1, z2 = both_first_rows(core.first.z_ptr, b, i, m0, T, P)
+                dh3 = second_rows(core.second.dh_ptr, b, i, m0, T, P)
                 expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P)
                 tl.debug_barrier()
                 dY = value_grads(do0, n, core, do, b, i, m0, n0, T, P)
-                S1, P1 = scores_and_mixed(q1, low, core, b, i, m0, n0, T, L, P)
-                S2 = S1
-                P2 = P1
-                if GLU:
-                    S2, P2 = scores_and_mixed(q2, low + REGION, core, b, i + HEADS, m0, n0, T, L, P)
+                S1, P1, S2, P2 = both_scores(q1, q2, low, core, b, i, m0, n0, T, L, P)
                 if WHICH == 3:
                     # dY holds n; second.z would bring it in once more.
-                    z = load_packed(z3_ptr, b, i, m0, T, HEADS, RANK2, BLOCK, BLOCK_R)
+                    z = second_rows(z3_ptr, b, i, m0, T, P)
                     du, dvt, dd = _add_band(
                         du, dvt, dd, region, gate_of(P1, P2, GLU), dY, dh3, z, HAS_D, BLOCK,
                         PRECISION,
                     )  # fmt: skip
                 else:
-                    coefficient = n
-                    if P.normed:
-                        coefficient = row_values(coefficient_ptr, b, i, m0, T, HEADS, BLOCK)
+                    coefficient = norm_coefficient(coefficient_ptr, n, b, i, m0, T, P)
                     dP1, dP2 = mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P)
                     S = S1 if WHICH == 1 else S2
                     dP = dP1 if WHICH == 1 else dP2
                     z = z1 if WHICH == 1 else z2
-                    dh = first_dh(core, b, i + (WHICH - 1) * HEADS, m0, T, P)
+                    dh = first_rows(core.first.dh_ptr, b, i + (WHICH - 1) * HEADS, m0, T, P)
                     S = tl.where(visible(m0, n0, BLOCK), S, 0.0)
                     du, dvt, dd = _add_band(
                         du, dvt, dd, region, S, dP, dh, z, HAS_D, BLOCK, PRECISION

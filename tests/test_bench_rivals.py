@@ -20,7 +20,7 @@ ACTS = {"swiglu": F.silu, "reglu": F.relu, "geglu": lambda x: F.gelu(x, approxim
 DENSE = {
     name: rival
     for name, rival in RIVALS.items()
-    if rival.ops not in (("moe_mlp",), ("masked_gated_linear",))
+    if rival.ops not in (("moe_mlp",), ("masked_gated_linear",), ("hyper_attention",))
     and not name.startswith("fusedmlp-")
 }
 

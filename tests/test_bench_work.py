@@ -134,7 +134,7 @@ def test_models_are_what_their_configs_say():
         768, 3072, "gelu_tanh", False, True,
     )  # fmt: skip
     assert shapes.MODELS["llama4-scout"].experts == 16
-    assert set(shapes.DENSE) | set(shapes.MOE) == set(shapes.MODELS)
+    assert set(shapes.DENSE) | set(shapes.MOE) | set(shapes.HYPER) == set(shapes.MODELS)
     assert set(shapes.CAMPAIGN) <= set(shapes.DENSE)
 
 

@@ -352,10 +352,11 @@ def test_the_plan_covers_every_op_and_every_command_of_it_parses():
     assert len(names) == len(set(names))
     for op in {case.op for case in CASES.values()}:
         assert {f"check:{op}", f"memcheck:{op}", f"racecheck:{op}", f"time:{op}"} <= set(names)
-    for op in _cuda.KERNELS:
+    for op in (*_cuda.KERNELS, "masked_gated_linear", "top1_route"):
         assert f"check:cuda:{op}" in names
     for tool in ("memcheck", "racecheck", "synccheck"):
         assert {f"{tool}:cuda:gated_mlp", f"{tool}:cuda:mlp"} <= set(names)
+        assert {f"{tool}:cuda:masked_gated_linear", f"{tool}:cuda:top1_route"} <= set(names)
     kinds = list(dict.fromkeys(name.partition(":")[0] for name in names))
     assert kinds == [
         "check", "build", "memcheck", "time", "racecheck", "synccheck", "tests", "tune",
@@ -386,7 +387,8 @@ def test_a_hang_of_a_kernel_under_development_costs_little():
             assert needed is first, s.name
         elif s.name.startswith("time:"):
             op = s.name.split(":")[1]
-            served = {"fusedmlp-cuda": f"check:cuda:{op}"} if op in _cuda.KERNELS else {}
+            named = f"check:cuda:{op}"
+            served = {"fusedmlp-cuda": named} if named in steps else {}
             assert s.without == served
         assert all(needed in steps for needed in s.without.values())
 
@@ -432,7 +434,7 @@ def test_the_build_is_for_this_gpu_and_into_this_checkout(building, tmp_path):
     code, verdict, commands = building(loaded=(extension, ""))
     assert (code, verdict) == (0, [{"status": "ok", "detail": "CUDA 13.0, for sm_90a"}])
     configure, build, install = commands
-    assert "-DFUSEDMLP_CUDA_ARCHS=90a" in configure
+    assert "-DFUSEDMLP_CUDA_ARCHS=90;90a" in configure
     assert f"-DPython_EXECUTABLE={sys.executable}" in configure
     assert "--build" in build
     assert install[-1] == str(tmp_path / "fusedmlp")

@@ -6,6 +6,9 @@ import torch
 
 import fusedmlp
 from fusedmlp import _backend, reference
+from fusedmlp.bench import worker
+from fusedmlp.bench.rivals import RIVALS
+from fusedmlp.bench.work import Work
 from fusedmlp.kernels.arch import SKINNY_M
 from fusedmlp.testing import CASES, assert_close_to, compare, poison
 
@@ -63,6 +66,26 @@ def test_what_the_masked_kernel_does_not_take(rows, D, n_m, words):
     x, w = torch.randn(rows, D).bfloat16(), torch.randn(8, D).bfloat16()
     with pytest.raises(ValueError, match=f"masked_gated_linear_fwd: backend 'cuda' needs {words}"):
         fusedmlp.masked_gated_linear(x, w, packed(torch.randn(n_m, 8, D)))
+
+
+@pytest.mark.parametrize("name", ("masked_gated_linear-8-bits", "top1_route"))
+def test_the_small_cases_of_a_campaign(name, monkeypatch, capsys):
+    of_case = type(CASES[name]).inputs
+    monkeypatch.setattr(type(CASES[name]), "inputs", lambda self, *a: of_case(self, *a[:-1]))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(worker, "SMALL_CUDA", worker.SMALL_CUDA[1:])
+    monkeypatch.setattr(worker, "SMALL_DECODED", worker.SMALL_DECODED[1:])
+    worker.exercise(name, "cuda")
+    assert f"{name} 3x136x72 on cuda, own choice" in capsys.readouterr().out
+
+
+def test_what_the_bench_leaves_out():
+    ours, case = RIVALS["fusedmlp-cuda"], CASES["masked_gated_linear-1-bits"]
+    assert ours.skip(Work(case, "silu", "bfloat16", 16, 64, 32), "forward") is None
+    few = "serves inference of 16 rows or fewer"
+    assert ours.skip(Work(case, "silu", "bfloat16", 17, 64, 32), "forward") == few
+    assert ours.skip(Work(case, "silu", "bfloat16", 1, 64, 32), "both") == few
+    assert "float16 only" in ours.skip(Work(case, "silu", "float32", 1, 64, 32), "forward")
 
 
 def assert_same(found, expected):

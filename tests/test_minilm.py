@@ -80,3 +80,28 @@ def test_sentence_embeddings_are_unchanged(encoder, where, sentences, dtype, dev
     similar = (eager.float() @ exact.float().t()).cpu()
     assert torch.equal(similar.argmax(1), torch.arange(sentences))
     assert sentences < 3 or similar.min() < 0.6
+
+
+def test_patched_in_place(encoder):
+    """patch() finds all six; results, gradients and ten steps of training are the model's."""
+    model, tokenizer = encoder
+    text = page(2)
+    tokens = tokenizer(text, padding=True, truncation=True, max_length=8, return_tensors="pt")
+    steps = []
+    for which in ("patched", "exact", "eager"):
+        twin = copy.deepcopy(model).to("cpu", torch.float64 if which == "exact" else torch.float32)
+        twin.embeddings.requires_grad_(False)
+        if which == "patched":
+            assert len(fusedmlp.patch(twin).patched) == 6
+        optimiser = torch.optim.SGD(twin.parameters(), lr=1e-3)
+        for step in range(10):
+            optimiser.zero_grad()
+            hidden = twin(**tokens).last_hidden_state
+            hidden[:, 0].square().mean().backward()
+            if step == 0:
+                grads = {f"d{k}": p.grad for k, p in twin.encoder.named_parameters()}
+            optimiser.step()
+        after = {k: p.detach() for k, p in twin.named_parameters()}
+        steps.append({"hidden": hidden.detach(), **grads, **after})
+    for name, out in steps[0].items():
+        assert_close_to(out, steps[1][name], steps[2][name], name)

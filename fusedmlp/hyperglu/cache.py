@@ -1,4 +1,4 @@
-"""Decoding: what a layer remembers of the tokens before, and one row of the core."""
+"""Decoding: what a layer remembers of the tokens before."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..reference.hyper import Mixing, gate, mixed, scaled
 from .config import HyperGLUConfig
 
 
@@ -16,7 +15,7 @@ class HyperGLUCache:
     """Memory for block_size = L tokens, whose shapes never change.
 
     x (B, K - 1, D): the last inputs, for the convolution. k (B, Q, L, dq), v (B, H, L, dv): of the
-    first `length` tokens. length (1,): int64, on the device; `step` reads it on the host.
+    first `length` tokens. length (1,): int64, on the device, where alone it is read.
     """
 
     x: Tensor
@@ -26,13 +25,16 @@ class HyperGLUCache:
 
     def append(self, window: Tensor, k: Tensor, v: Tensor) -> None:
         """Write the next token's k and v (B, heads, 1, width) at `length`, which the caller moves;
-        `window` is x's new content."""
+        `window` is x's new content. TypeError for another dtype."""
+        if k.dtype is not self.k.dtype:
+            raise TypeError(f"HyperGLU: cache must hold {k.dtype}, as the projections come out "
+                            f"here, got {self.k.dtype}; see init_cache(dtype=...)")  # fmt: skip
         room = self.length < self.k.shape[2]
         message = "HyperGLU: the cache is full: it holds block_size tokens"
         torch._assert_async(room.all(), message)
         self.x.copy_(window)
-        self.k.index_copy_(2, self.length, k.to(self.k.dtype))
-        self.v.index_copy_(2, self.length, v.to(self.v.dtype))
+        self.k.index_copy_(2, self.length, k)
+        self.v.index_copy_(2, self.length, v)
 
 
 def empty_cache(
@@ -51,23 +53,3 @@ def empty_cache(
         v=zeros(H, L, config.vo_width // H),
         length=torch.zeros(1, dtype=torch.int64, device=device),
     )
-
-
-def decode_step(
-    q: Tensor,
-    cache: HyperGLUCache,
-    c1: Tensor | None,
-    first: Mixing,
-    c2: Tensor | None,
-    second: Mixing,
-    config: HyperGLUConfig,
-) -> Tensor:
-    """The row of the newest token, (B, H, 1, dv): its sources s = 0..t have the slots L-1-t..L-1,
-    one contiguous suffix."""
-    L, n = config.block_size, int(cache.length) + 1
-    slots = slice(L - n, L)
-    S = q @ cache.k[:, :, :n].mT
-    P = mixed(S, c1, first, config.op1_shortcut, slots, None)
-    A, factor = gate(P, config.attn_kind, config.attn_norm, config.norm_eps)
-    Y = mixed(A, c2, second, config.op2_shortcut, slots, None)
-    return scaled(Y @ cache.v[:, :, :n], factor)

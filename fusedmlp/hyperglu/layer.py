@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from .. import _backend
 from ..ops import _check
 from ..ops.hyper_attention import OP, hyper_attention
+from ..ops.hyper_attention_step import hyper_attention_step
 from ..reference.hyper import Mixing
-from .cache import HyperGLUCache, decode_step, empty_cache
+from .cache import HyperGLUCache, empty_cache
 from .chunked import chunked_attention
 from .config import HyperGLUConfig
 from .rope import rope
@@ -141,8 +142,9 @@ class HyperGLU(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> HyperGLUCache:
-        """An empty cache of block_size tokens for `step`; dtype and device default to the
-        parameters'. ValueError where earlier results depend on later tokens."""
+        """An empty cache of block_size tokens for `step`; device and dtype default to the
+        parameters', dtype to autocast's under it. ValueError where earlier results depend on later
+        tokens."""
         if not self.config.prefix_consistent:
             raise ValueError(
                 "HyperGLU: decoding needs results that later tokens leave alone: aligner_kind="
@@ -150,7 +152,9 @@ class HyperGLU(nn.Module):
                 f"{self.config}"
             )
         weight = self.q.weight
-        return empty_cache(self.config, batch, dtype or weight.dtype, device or weight.device)
+        return empty_cache(
+            self.config, batch, dtype or _working_dtype(weight), device or weight.device
+        )
 
     def prefill(
         self, x: Tensor, attention_mask: Tensor | None = None
@@ -170,7 +174,9 @@ class HyperGLU(nn.Module):
     @torch.no_grad()
     def step(self, x: Tensor, cache: HyperGLUCache) -> tuple[Tensor, HyperGLUCache]:
         """y of the next token x, (B, D) or (B, 1, D), as the full forward would give it; the cache
-        is written in place and returned. RuntimeError once it holds block_size tokens."""
+        is written in place and returned. The host waits for nothing, so a CUDA graph of one step
+        serves all. RuntimeError once the cache holds block_size tokens: on a GPU an assertion
+        there."""
         token = x[:, None] if x.dim() == 2 else x
         if token.shape != (cache.k.shape[0], 1, self.config.n_embd):
             raise ValueError(
@@ -181,9 +187,13 @@ class HyperGLU(nn.Module):
         window = torch.cat((cache.x, token), 1)
         q, k, v, c1, c2 = self._project(token, window, cache.length)
         cache.append(window[:, 1:], k, v)
-        core = decode_step(q, cache, c1, _mix(self.op), c2, _mix(self.op2), self.config)
+        c1, c2 = (None if c is None else c[:, :, 0] for c in (c1, c2))
+        core = hyper_attention_step(
+            q[:, :, 0], cache.k, cache.v, cache.length, c1, *_mix(self.op), c2, *_mix(self.op2),
+            **self._options(),
+        )  # fmt: skip
         cache.length += 1
-        y = self._out(token, core)
+        y = self._out(token, core[:, :, None])
         return y.view(x.shape), cache
 
     def flops(self, batch: int, T: int) -> int:
@@ -247,13 +257,16 @@ class HyperGLU(nn.Module):
             merged = merged * self._phi(self.right_gate, x)
         return self.c_proj(merged)
 
-    def _core(self, *tensors: Tensor | None) -> Tensor:
-        c, q = self.config, tensors[0]
-        assert q is not None
-        options: dict[str, Any] = {
+    def _options(self) -> dict[str, Any]:
+        c = self.config
+        return {
             "kind": c.attn_kind, "norm": c.attn_norm, "shortcut1": c.op1_shortcut,
             "shortcut2": c.op2_shortcut, "eps": c.norm_eps,
         }  # fmt: skip
+
+    def _core(self, *tensors: Tensor | None) -> Tensor:
+        c, q, options = self.config, tensors[0], self._options()
+        assert q is not None
         fused = c.impl_default == "chunked" and not c.not_fused()
         if c.impl_default == "fused" or (fused and _backend.pick(OP, q) != "reference"):
             return hyper_attention(*tensors, **options)  # type: ignore[arg-type]

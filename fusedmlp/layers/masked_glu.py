@@ -30,6 +30,8 @@ which is kept (under autocast: the autocast dtype).
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -165,80 +167,51 @@ class MaskedGLU(nn.Module):
         return name
 
 
-class MGLU(MaskedGLU):
+class _Named(MaskedGLU):
+    """A masked GLU whose activation its class says."""
+
+    activation_class: ClassVar[type[nn.Module]]
+
+    def __init__(
+        self,
+        dim_in: int,
+        dim_out: int,
+        bias: bool | None = None,
+        *,
+        mask_mode: str = "channel",
+        num_masks: int = 1,
+    ) -> None:
+        activation = self.activation_class()
+        super().__init__(
+            dim_in, dim_out, activation, bias, mask_mode=mask_mode, num_masks=num_masks
+        )
+
+
+class MGLU(_Named):
     """A masked GLU with sigmoid. Arguments as in MaskedGLU, activation excepted."""
 
-    def __init__(
-        self,
-        dim_in: int,
-        dim_out: int,
-        bias: bool | None = None,
-        *,
-        mask_mode: str = "channel",
-        num_masks: int = 1,
-    ) -> None:
-        super().__init__(
-            dim_in, dim_out, nn.Sigmoid(), bias, mask_mode=mask_mode, num_masks=num_masks
-        )
+    activation_class = nn.Sigmoid
 
 
-class BilinearMGLU(MaskedGLU):
+class BilinearMGLU(_Named):
     """A masked GLU with no activation. Arguments as in MaskedGLU, activation excepted."""
 
-    def __init__(
-        self,
-        dim_in: int,
-        dim_out: int,
-        bias: bool | None = None,
-        *,
-        mask_mode: str = "channel",
-        num_masks: int = 1,
-    ) -> None:
-        super().__init__(
-            dim_in, dim_out, nn.Identity(), bias, mask_mode=mask_mode, num_masks=num_masks
-        )
+    activation_class = nn.Identity
 
 
-class ReMGLU(MaskedGLU):
+class ReMGLU(_Named):
     """A masked GLU with relu. Arguments as in MaskedGLU, activation excepted."""
 
-    def __init__(
-        self,
-        dim_in: int,
-        dim_out: int,
-        bias: bool | None = None,
-        *,
-        mask_mode: str = "channel",
-        num_masks: int = 1,
-    ) -> None:
-        super().__init__(dim_in, dim_out, nn.ReLU(), bias, mask_mode=mask_mode, num_masks=num_masks)
+    activation_class = nn.ReLU
 
 
-class SwiMGLU(MaskedGLU):
+class SwiMGLU(_Named):
     """A masked GLU with silu. Arguments as in MaskedGLU, activation excepted."""
 
-    def __init__(
-        self,
-        dim_in: int,
-        dim_out: int,
-        bias: bool | None = None,
-        *,
-        mask_mode: str = "channel",
-        num_masks: int = 1,
-    ) -> None:
-        super().__init__(dim_in, dim_out, nn.SiLU(), bias, mask_mode=mask_mode, num_masks=num_masks)
+    activation_class = nn.SiLU
 
 
-class GeMGLU(MaskedGLU):
+class GeMGLU(_Named):
     """A masked GLU with exact gelu. Arguments as in MaskedGLU, activation excepted."""
 
-    def __init__(
-        self,
-        dim_in: int,
-        dim_out: int,
-        bias: bool | None = None,
-        *,
-        mask_mode: str = "channel",
-        num_masks: int = 1,
-    ) -> None:
-        super().__init__(dim_in, dim_out, nn.GELU(), bias, mask_mode=mask_mode, num_masks=num_masks)
+    activation_class = nn.GELU

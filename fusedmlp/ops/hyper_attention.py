@@ -35,71 +35,25 @@ from .. import _backend, _library, reference
 from ..kernels import hyper_attention as _triton
 from ..kernels import hyper_gradients as _triton_bwd
 from ..reference.hyper import Kind, Norm
-from . import _check
+from . import _check, _hyper
 
 OP = "hyper_attention"
 NAMES = ("q", "k", "v", "c1", "u1", "vt1", "d1", "c2", "u2", "vt2", "d2")
 Optional = Tensor | None
 
 
-def _check_like_q(q: Tensor, *others: Optional) -> None:
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"{OP}: q must have a floating dtype, got {q.dtype}")
-    for name, t in zip(NAMES[1:], others, strict=True):
-        if t is None and name not in ("k", "v"):
-            continue
-        if not isinstance(t, Tensor) or t.dtype is not q.dtype:
-            got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"{OP}: {name} must have q's dtype {q.dtype}, got {got}")
-        if t.device != q.device:
-            raise ValueError(f"{OP}: {name} must be on q's device {q.device}, got {t.device}")
-
-
-def _check_mixing(
-    n: int, lead: torch.Size, heads: int, T: int, mixing: Sequence[Optional]
-) -> int | None:
-    """The shape rule of c, u, vt and d. Returns L."""
-    c, u, vt, d = mixing
-    if c is None:
-        given = [f"{x}{n}" for x, t in zip(("u", "vt", "d"), mixing[1:], strict=True)
-                 if t is not None]  # fmt: skip
-        if given:
-            raise ValueError(f"{OP}: {given[0]} must be None without c{n}, got a tensor")
-        return None
-    if u is None or vt is None:
-        raise ValueError(f"{OP}: u{n} and vt{n} must be tensors with c{n}, got None")
-    if u.dim() != 3 or u.shape[0] != heads or u.shape[1] < T or u.shape[2] < 1:
-        raise ValueError(
-            f"{OP}: u{n} must be ({heads}, L, r) with L >= T = {T}, got {tuple(u.shape)}"
-        )
-    L, r = u.shape[1:]
-    _check.shape(OP, f"c{n}", c, *lead, heads, T, r)
-    _check.shape(OP, f"vt{n}", vt, heads, r, L)
-    if d is not None:
-        _check.shape(OP, f"d{n}", d, heads, L)
-    return L
-
-
 def _check_all(tensors: Sequence[Optional], kind: str, norm: str) -> None:
     q, k, v = tensors[:3]
     assert q is not None and k is not None and v is not None
-    if kind not in ("glu", "relu"):
-        raise ValueError(f"{OP}: kind must be 'glu' or 'relu', got {kind!r}")
-    if norm not in ("out_scale", "l2", "none"):
-        raise ValueError(f"{OP}: norm must be 'out_scale', 'l2' or 'none', got {norm!r}")
+    _hyper.options(OP, kind, norm)
     if q.dim() < 3:
         raise ValueError(f"{OP}: q must be (..., Q, T, dq), got {tuple(q.shape)}")
     lead, (Q, T) = q.shape[:-3], q.shape[-3:-1]
     _check.shape(OP, "k", k, *q.shape)
-    if kind == "glu" and Q % 2:
-        raise ValueError(f"{OP}: q must have an even number of sub-heads for 'glu', got {Q}")
-    H = Q // 2 if kind == "glu" else Q
+    H = _hyper.heads(OP, kind, Q)
     if v.dim() < 3 or v.shape[:-1] != (*lead, H, T):
         raise ValueError(f"{OP}: v must be {(*lead, H, T)} + (dv,), got {tuple(v.shape)}")
-    L1 = _check_mixing(1, lead, Q, T, tensors[3:7])
-    L2 = _check_mixing(2, lead, H, T, tensors[7:11])
-    if L1 is not None and L2 is not None and L1 != L2:
-        raise ValueError(f"{OP}: u1 and u2 must have one length L, got {L1} and {L2}")
+    _hyper.mixings(OP, tensors[3:7], tensors[7:11], lead, (Q, H), (T,), ("T", T))
 
 
 def _heads_last(t: Tensor) -> Tensor:
@@ -211,7 +165,7 @@ def hyper_attention(
     tensors: tuple[Any, ...] = (q, k, v, c1, u1, vt1, d1, c2, u2, vt2, d2)
     if dtype := _check.autocast_dtype(OP, q, "q"):
         tensors = _check.cast(dtype, *tensors)
-    _check_like_q(*tensors)
+    _hyper.like_q(OP, dict(zip(NAMES, tensors, strict=True)))
     _check_all(tensors, kind, norm)
     if _backend.pick(OP, tensors[0]) == "reference":
         rest = ("offset", True, shortcut1, shortcut2, True, True, eps)

@@ -5,7 +5,7 @@ Any floating dtype, any device, any leading dimensions; gradients are autograd's
 """
 
 from .dense import Packed, gated_act, gated_linear, gated_mlp, halves, linear_act, mlp
-from .hyper import hyper_attention
+from .hyper import hyper_attention, hyper_attention_step
 from .masked import masked_gated_linear, masked_gated_mlp, pack_masks, unpack_masks
 from .moe import (
     Routing,
@@ -26,6 +26,7 @@ __all__ = [
     "gated_mlp",
     "halves",
     "hyper_attention",
+    "hyper_attention_step",
     "linear_act",
     "load_balancing_loss",
     "masked_gated_linear",

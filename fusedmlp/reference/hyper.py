@@ -38,7 +38,7 @@ def mixed(
     c: Tensor | None,
     parameters: Mixing,
     shortcut: bool,
-    slots: slice,
+    slots: slice | Tensor,
     outside: Tensor | None,
 ) -> Tensor:
     """One mixing of laid-out rows X (..., rows, columns), whose columns hold `slots`; zero
@@ -120,3 +120,38 @@ def hyper_attention(
         place = column + (T - 1) - row
         Y = Y.gather(-1, place.clamp_max(T - 1).expand_as(Y)).masked_fill(place >= T, 0)
     return scaled(Y @ v, n)
+
+
+def hyper_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    c1: Tensor | None = None,
+    u1: Tensor | None = None,
+    vt1: Tensor | None = None,
+    d1: Tensor | None = None,
+    c2: Tensor | None = None,
+    u2: Tensor | None = None,
+    vt2: Tensor | None = None,
+    d2: Tensor | None = None,
+    kind: Kind = "glu",
+    norm: Norm = "out_scale",
+    shortcut1: bool = True,
+    shortcut2: bool = True,
+    eps: float = 1e-12,
+) -> Tensor:
+    """Row t = position (1,) of `hyper_attention` in "offset": q (..., Q, dq), c1 (..., Q, r1),
+    c2 (..., H, r2) are that token's, k (..., Q, N, dq) and v (..., H, N, dv) hold all tokens so
+    far; what they hold past t is finite, and not seen. Result (..., H, dv)."""
+    N = k.shape[-2]
+    source = torch.arange(N, device=q.device)
+    outside = source > position
+    L = next((u.shape[-2] for u in (u1, u2) if u is not None), N)
+    slots = (L - 1 - position + source).clamp(0, L - 1)
+    S = (q.unsqueeze(-2) @ k.mT).masked_fill(outside, 0)
+    c1, c2 = (None if c is None else c.unsqueeze(-2) for c in (c1, c2))
+    P = mixed(S, c1, (u1, vt1, d1), shortcut1, slots, outside)
+    A, n = gate(P, kind, norm, eps)
+    Y = mixed(A, c2, (u2, vt2, d2), shortcut2, slots, outside)
+    return scaled(Y @ v, n).squeeze(-2)

@@ -30,7 +30,8 @@ class Case:
     the drawn arguments to those of fn, by the functions of a module: the public ones or the
     reference. result: from what fn returns to the tensor to compare.
     out_shape: where the reference cannot run on the meta device. straight_through: arguments whose
-    gradient is by definition not the derivative.
+    gradient is by definition not the derivative. forward_only: it has no gradient. scales: what
+    some arguments are multiplied by when they are drawn.
     """
 
     name: str
@@ -45,6 +46,8 @@ class Case:
     result: Callable[[Any], Tensor] = lambda out: out
     out_shape: Callable[[int, int, int], tuple[int, ...]] | None = None
     straight_through: tuple[str, ...] = ()
+    forward_only: bool = False
+    scales: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def op(self) -> str:
@@ -69,7 +72,9 @@ class Case:
         return {
             name: self.draws[name](shape, generator).to(device)
             if name in self.draws
-            else draw(name, shape, D, generator).to(device=device, dtype=dtype)
+            else draw(name, shape, D, generator)
+            .mul_(self.scales.get(name, 1))
+            .to(device=device, dtype=dtype)
             for name, shape in self.shapes(M, D, H).items()
         }
 
@@ -198,6 +203,7 @@ def compare(
     """name -> (out, exact, eager) for the output and every gradient."""
     reference = lambda t: case.run_reference(t, **options)  # noqa: E731
     exact_inputs = doubled(inputs)
+    backward = backward and not case.forward_only
     if backward and dy is None:
         with torch.no_grad():
             out = reference(inputs)

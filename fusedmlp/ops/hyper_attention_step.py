@@ -1,0 +1,132 @@
+"""One step of decoding with hyper_attention: its row t, the newest token's, from a cache of keys
+and values.
+
+The formulas are those of ops/hyper_attention.py for one t; source s = 0..t has slot L-1-(t-s).
+
+| tensor | shape | |
+|---|---|---|
+| q | (..., Q, dq) | the newest token's; Q = 2H for "glu", H for "relu" |
+| k, v | (..., Q, N, dq), (..., H, N, dv) | any strides, the newest token's already there |
+| position | (1,), int64 | t, from 0 to N-1, on q's device: never read by the host, never checked |
+| c1, u1, vt1, d1 | (..., Q, r1), (Q, L, r1), (Q, r1, L), (Q, L) | N <= L; d1 may be None |
+| c2, u2, vt2, d2 | (..., H, r2), (H, L, r2), (H, r2, L), (H, L) | d2 may be None |
+| out | (..., H, dv) | |
+
+dtype: one floating dtype for all but position, kept; everything in between in float32. The launches
+depend on shapes alone, so a CUDA graph of a step serves every step. What k and v hold past t is not
+read (the reference multiplies it by 0). For inference: the kernels have no gradient.
+Source: Lu and Yang, HyperMLP, arXiv 2602.12601.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend, _library, reference
+from ..kernels import hyper_attention_step as _triton
+from ..reference.hyper import Kind, Norm
+from . import _check, _hyper
+from .hyper_attention import NAMES
+
+OP = "hyper_attention_step"
+Optional = Tensor | None
+
+
+def _check_all(tensors: Sequence[Optional], position: Tensor, kind: str, norm: str) -> None:
+    q, k, v = tensors[:3]
+    assert q is not None and k is not None and v is not None
+    _hyper.options(OP, kind, norm)
+    if q.dim() < 2:
+        raise ValueError(f"{OP}: q must be (..., Q, dq), got {tuple(q.shape)}")
+    *lead, Q, dq = q.shape
+    if k.dim() != q.dim() + 1 or (*k.shape[:-2], k.shape[-1]) != q.shape:
+        raise ValueError(f"{OP}: k must be {(*lead, Q)} + (N, {dq}), got {tuple(k.shape)}")
+    H, N = _hyper.heads(OP, kind, Q), k.shape[-2]
+    if v.dim() != k.dim() or v.shape[:-1] != (*lead, H, N):
+        raise ValueError(f"{OP}: v must be {(*lead, H, N)} + (dv,), got {tuple(v.shape)}")
+    if not isinstance(position, Tensor) or position.dtype is not torch.int64:
+        got = position.dtype if isinstance(position, Tensor) else type(position).__name__
+        raise TypeError(f"{OP}: position must be an int64 Tensor, got {got}")
+    _check.shape(OP, "position", position, 1)
+    if position.device != q.device:
+        raise ValueError(f"{OP}: position must be on q's device {q.device}, got {position.device}")
+    _hyper.mixings(OP, tensors[3:7], tensors[7:11], q.shape[:-2], (Q, H), (), ("N", N))
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    return v.new_empty((*v.shape[:2], v.shape[3]))
+
+
+_TENSORS = ", ".join(f"Tensor? {n}" for n in NAMES[3:])
+# q (B, Q, dq), k and v (B, heads, N, width) -> out (B, H, dv)
+step = _library.define(
+    f"hyper_attention_step(Tensor q, Tensor k, Tensor v, Tensor position, {_TENSORS}, bool normed, "
+    "bool shortcut1, bool shortcut2, float eps) -> Tensor",
+    _triton.hyper_attention_step,
+    _fake,
+)
+
+
+def hyper_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    position: Tensor,
+    c1: Tensor | None = None,
+    u1: Tensor | None = None,
+    vt1: Tensor | None = None,
+    d1: Tensor | None = None,
+    c2: Tensor | None = None,
+    u2: Tensor | None = None,
+    vt2: Tensor | None = None,
+    d2: Tensor | None = None,
+    *,
+    kind: Kind = "glu",
+    norm: Norm = "out_scale",
+    shortcut1: bool = True,
+    shortcut2: bool = True,
+    eps: float = 1e-12,
+) -> Tensor:
+    """Row `position` of `hyper_attention`, from that token's q, c1, c2 and a cache of k and v.
+
+    Args:
+        q: (..., Q, dq). k, v: (..., Q, N, dq), (..., H, N, dv), any strides.
+        position: (1,), int64, on q's device; 0 to N - 1.
+        c1, u1, vt1, d1: as in `hyper_attention`, but c1 (..., Q, r1); L >= N.
+        c2, u2, vt2, d2: likewise, with H for Q.
+        kind, norm, shortcut1, shortcut2, eps: as in `hyper_attention`.
+
+    Returns out (..., H, dv) in q's dtype (under autocast: the autocast dtype, to which a cache in
+    another is cast in every call).
+
+    Raises ValueError (shape, device, kind, norm) or TypeError (dtype), naming the argument;
+    RuntimeError where a gradient is wanted of the kernels.
+    """
+    tensors: tuple[Any, ...] = (q, k, v, c1, u1, vt1, d1, c2, u2, vt2, d2)
+    if dtype := _check.autocast_dtype(OP, q, "q"):
+        tensors = _check.cast(dtype, *tensors)
+    _hyper.like_q(OP, dict(zip(NAMES, tensors, strict=True)))
+    _check_all(tensors, position, kind, norm)
+    q, k, v, *mixings = tensors
+    if _backend.pick(OP, q) == "reference":
+        rest: tuple[Any, ...] = (*mixings, kind, norm, shortcut1, shortcut2, eps)
+        return reference.hyper_attention_step(q, k, v, position, *rest)
+    if _check.wants_grad(*tensors):
+        raise RuntimeError(
+            f"{OP}: the kernels have no gradient; call it under torch.no_grad(), or "
+            "backend('reference')"
+        )
+    lead = q.shape[:-2]
+    flat = [
+        t
+        if t is None or i not in (0, 1, 2, 3, 7)
+        else t.reshape(math.prod(lead), *t.shape[len(lead) :])
+        for i, t in enumerate(tensors)
+    ]
+    out = step(*flat[:3], position, *flat[3:], norm != "none", shortcut1, shortcut2, eps)
+    return out.view(*lead, *out.shape[1:])

@@ -1,0 +1,34 @@
+"""patch(model): the MLPs of a loaded model run through fusedmlp; nothing else about it changes.
+
+A patched module stays the object it was; only its class is replaced, by a subclass of its own class
+whose forward is one fused call (`swap.py`). So parameters, state_dict keys, hooks, device and dtype
+are untouched, `isinstance` and class names still hold for whatever wraps modules by their type, and
+pickle and deepcopy work. The other ways were not taken: a new module in its place would lose
+identity and hooks of the module; a `forward` on the instance is lost to whoever replaces it there
+too, and cannot be pickled.
+
+| file | says |
+|---|---|
+| `patch.py` | patch, unpatch, patched, register_patch: which module, and why not |
+| `match.py` | a dense MLP by the data flow of its forward, whatever its names are |
+| `dense.py`, `moe.py` | the fused forward of a dense MLP, of a mixture of experts |
+| `experts.py` | transformers' table of experts implementations |
+| `report.py` | what was patched, and what was left and why |
+"""
+
+from .experts import experts_forward, register_experts
+from .patch import patch, patched, register_patch, unpatch
+from .plan import Plan
+from .report import Entry, Report
+
+__all__ = [
+    "Entry",
+    "Plan",
+    "Report",
+    "experts_forward",
+    "patch",
+    "patched",
+    "register_experts",
+    "register_patch",
+    "unpatch",
+]

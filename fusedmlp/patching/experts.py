@@ -1,0 +1,90 @@
+"""transformers' table of experts implementations: "fusedmlp" in it is moe_mlp.
+
+    model.set_experts_implementation("fusedmlp")
+
+Each of a token's k experts is a row of its own there, so for k > 1 its x is repeated k times, as
+the library's own implementations do; for k = 1 nothing is copied.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor
+
+from ..ops.moe_mlp import moe_mlp
+from ..ops.top1_route import route_to
+from .activation import name_by_values
+
+NAME = "fusedmlp"
+
+
+def _activation(experts: Any) -> str:
+    table = sys.modules["transformers.integrations.moe"]
+    own_gate = experts.has_gate and type(experts)._apply_gate is not table._default_apply_gate
+    name = None if own_gate else _ACTIVATIONS.get(type(experts.act_fn))
+    if name is None and not own_gate:
+        name = _ACTIVATIONS[type(experts.act_fn)] = name_by_values(experts.act_fn)
+    if name is None:
+        what = "a gate of its own" if own_gate else f"activation {type(experts.act_fn).__name__}"
+        raise ValueError(
+            f"experts implementation {NAME!r}: {type(experts).__name__} must multiply up by an "
+            f"activation of gate that has a kernel, got {what}"
+        )
+    return name
+
+
+# A module's class decides its function: those of transformers take no arguments that change it.
+_ACTIVATIONS: dict[type, str | None] = {}
+
+
+def experts_forward(
+    experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """sum_k weight[t, k] MLP_{index[t, k]}(x[t]), in transformers' experts interface.
+
+    Args:
+        experts: a module that transformers' `use_experts_implementation` decorates.
+        hidden_states: (T, D). top_k_index, top_k_weights: (T, k); an index of E or more (an expert
+            of another rank) adds nothing.
+
+    Raises ValueError for experts that interleave gate and up, have a norm after each expert, or
+    whose gate or activation has no kernel.
+    """
+    for name, wanted in (("is_concatenated", True), ("has_post_expert_norm", False)):
+        if getattr(experts, name, wanted) is not wanted:
+            raise ValueError(
+                f"experts implementation {NAME!r}: {name} of {type(experts).__name__} must be "
+                f"{wanted}, got {not wanted}"
+            )
+    first = "gate_up_proj" if experts.has_gate else "up_proj"
+    w, w_down = getattr(experts, first), experts.down_proj
+    b, b_down = (
+        (getattr(experts, f"{first}_bias"), experts.down_proj_bias)
+        if experts.has_bias
+        else (None, None)
+    )
+    if experts.is_transposed:
+        w, w_down = w.mT, w_down.mT
+    T, k = top_k_index.shape
+    x = hidden_states if k == 1 else hidden_states.repeat_interleave(k, 0)
+    prob = top_k_weights.reshape(-1)
+    routing = route_to(top_k_index.reshape(-1), prob, w.shape[0])
+    y = moe_mlp(
+        x, routing, w, None, w_down, b, None, b_down, activation=_activation(experts),
+        packed="gate_up" if experts.has_gate else None,
+    )  # fmt: skip
+    return y if k == 1 else y.view(T, k, -1).sum(1)
+
+
+def register_experts() -> bool:
+    """Enter "fusedmlp" in transformers' table, if transformers is loaded and has one; whether it
+    is there now. patch() calls it."""
+    table = sys.modules.get("transformers.integrations.moe")
+    functions = getattr(table, "ALL_EXPERTS_FUNCTIONS", None)
+    if functions is None:
+        return False
+    if NAME not in functions:
+        functions.register(NAME, experts_forward)
+    return True

@@ -1,0 +1,153 @@
+"""A dense MLP found by the data flow of its forward, traced with its leaf modules kept whole.
+
+    x -> gate, up (projections, or both halves of one) -> act(g) * u -> [dropout] -> down -> [tail]
+    x -> one projection -> act -> [dropout] -> down -> [tail]
+
+The tail is modules called one after another and the addition of x. Anything else is no match.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..layers._block import _DROPOUTS
+from .activation import name_by_values
+from .dense import RESIDUAL, Dense, is_projection
+from .plan import child
+
+# Methods that hold a whole MLP where it is spread over submodules.
+METHODS = ("feed_forward_chunk", "ff_chunk", "_ff_block", "forward")
+
+_MUL = (operator.mul, torch.mul)
+_ADD = (operator.add, operator.iadd, torch.add)
+
+
+class NoMatch(Exception):
+    pass
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.traced_func_name = method
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return next(m.children(), None) is None
+
+
+def match(module: nn.Module, method: str) -> Dense:
+    """The plan of `module` if its `method` is a dense MLP; raises NoMatch, which says why not."""
+    try:
+        graph = _Tracer(method).trace(module)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise NoMatch(f"its {method} cannot be traced: {type(error).__name__}: {reason}") from None
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    if len(inputs) != 1:
+        raise NoMatch(f"its {method} takes {len(inputs)} arguments, not x alone")
+    return _Matcher(module, inputs[0], method).plan(next(reversed(graph.nodes)).args[0])
+
+
+class _Matcher:
+    def __init__(self, module: nn.Module, x: fx.Node, method: str) -> None:
+        self.module, self.x, self.method = module, x, method
+
+    def plan(self, out: Any) -> Dense:
+        tail: list[str] = []
+        node = out
+        while not self.projects(node):
+            node, step = self.before(node)
+            tail.insert(0, step)
+        down = node
+        h, dropout = self.only(node.args[0]), None
+        if self.calls(h) and isinstance(self.called(h), _DROPOUTS):
+            dropout, h = str(h.target), self.only(h.args[0])
+        if self.is_call(h, _MUL):
+            first, packed, (activation, by) = self.gated(*h.args)
+        else:
+            (activation, by), z = self.activation(h)
+            first, packed = (self.projection_of_x(z),), None
+        return Dense(
+            first=first, down=str(down.target), activation=activation,
+            gated=self.is_call(h, _MUL), packed=packed, dropout=dropout, tail=tuple(tail),
+            passed_by=by, method=self.method,
+        )  # fmt: skip
+
+    def before(self, node: Any) -> tuple[Any, str]:
+        """One step of the tail, and what came before it."""
+        if self.calls(node) and len(node.args) == 1 and not node.kwargs:
+            return self.only(node.args[0]), str(node.target)
+        if self.is_call(node, _ADD) and self.x in node.args:
+            return self.only(next(a for a in node.args if a is not self.x)), RESIDUAL
+        raise NoMatch(f"its {self.method} does not end in a projection: {node}")
+
+    def gated(self, a: Any, b: Any) -> tuple[tuple[str, ...], Any, tuple[str, tuple[str, ...]]]:
+        a, b = self.only(a), self.only(b)
+        for gate, up in ((a, b), (b, a)):
+            try:
+                name, g = self.activation(gate)
+            except NoMatch:
+                continue
+            if self.projects(up):
+                return (self.projection_of_x(g), self.projection_of_x(up)), None, name
+            whole, halves = self.chunked(g, up)
+            return (self.projection_of_x(whole),), halves, name
+        raise NoMatch("neither factor of its product is an activation that has a kernel")
+
+    def chunked(self, g: Any, u: Any) -> tuple[Any, str]:
+        """The projection that g and u are halves of, and their order."""
+        for half in (g, u):
+            if not self.is_call(half, (operator.getitem,)):
+                raise NoMatch("its gate and up are no projections, nor halves of one")
+        pair = g.args[0]
+        arguments = (*pair.args[1:], *pair.kwargs.values()) if isinstance(pair, fx.Node) else ()
+        chunk = isinstance(pair, fx.Node) and pair.target in ("chunk", torch.chunk)
+        order = (g.args[1], u.args[1])
+        if not chunk or u.args[0] is not pair or arguments != (2, -1) or len(pair.users) != 2:
+            raise NoMatch("its gate and up are not chunk(2, dim=-1) of one projection")
+        return pair.args[0], {(0, 1): "gate_up", (1, 0): "up_gate"}[order]
+
+    def activation(self, node: Any) -> tuple[tuple[str, tuple[str, ...]], Any]:
+        """((its name, the module passed by), its argument)."""
+        fn: Callable[..., Any] | None = None
+        by: tuple[str, ...] = ()
+        if self.calls(node) and not self.projects(node):
+            fn, by = self.called(node), (str(node.target),)
+        elif isinstance(node, fx.Node) and node.op == "call_function" and node.args:
+            rest, kwargs, target = node.args[1:], node.kwargs, node.target
+            if not any(isinstance(a, fx.Node) for a in (*rest, *kwargs.values())):
+                fn = lambda t: target(t, *rest, **kwargs)  # type: ignore[operator]  # noqa: E731
+        name = name_by_values(fn) if fn is not None else None
+        if name is None:
+            what = type(fn).__name__ if isinstance(fn, nn.Module) else node
+            raise NoMatch(f"{what} is no activation that has a kernel")
+        return (name, by), self.only(node.args[0])
+
+    def projection_of_x(self, node: Any) -> str:
+        if not self.projects(node) or node.args[0] is not self.x:
+            raise NoMatch(f"{node} is no projection of x")
+        return str(node.target)
+
+    def only(self, node: Any) -> Any:
+        """A value that is used once: else something is made of it that a fused call does not
+        make."""
+        if isinstance(node, fx.Node) and node is not self.x and len(node.users) > 1:
+            raise NoMatch(f"{node} is used more than once")
+        return node
+
+    def calls(self, node: Any) -> bool:
+        return isinstance(node, fx.Node) and node.op == "call_module"
+
+    def called(self, node: fx.Node) -> nn.Module:
+        return child(self.module, str(node.target))
+
+    def is_call(self, node: Any, functions: tuple[Any, ...]) -> bool:
+        return isinstance(node, fx.Node) and node.op == "call_function" and node.target in functions
+
+    def projects(self, node: Any) -> bool:
+        return self.calls(node) and is_projection(self.called(node)) and len(node.users) == 1

@@ -1,0 +1,138 @@
+"""The plans of top-1 mixtures of experts in transformers: moe_mlp behind the model's own router.
+
+| block | router | experts |
+|---|---|---|
+| Llama4TextMoe | sigmoid of the largest logit, on the input | (E, D, 2H) and (E, H, D), views |
+| SwitchTransformersSparseMLP | softmax, capacity by sequence | E modules of two Linears |
+
+Routers are called as they are. What else the block holds (a shared expert) is called too, and is
+patched on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layers._block import passes_through
+from ..ops.moe_mlp import moe_mlp
+from ..ops.top1_route import route_to
+from .activation import name_by_values
+from .dense import local
+from .plan import Plan, hooked
+from .stack import lie_together, stacked
+
+
+def _check_experts(module: nn.Module, plan: Plan) -> None:
+    for name in plan.bypassed():
+        if around := hooked(module.get_submodule(name)):
+            raise TypeError(
+                f"patched {type(module).__name__}: {name} {around}, which the fused call would "
+                "pass by; hook the block as a whole, or unpatch(model) first"
+            )
+
+
+@dataclass(frozen=True)
+class Llama4(Plan):
+    activation: str = "silu"
+
+    @property
+    def op(self) -> str:
+        return "moe_mlp"
+
+    def detail(self) -> str:
+        return f"activation {self.activation!r}, packed 'gate_up'"
+
+    def bypassed(self) -> tuple[str, ...]:
+        return ("experts", "experts.act_fn")
+
+    def run(self, module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        _check_experts(module, self)
+        x = hidden_states.reshape(-1, module.hidden_dim)
+        scores, logits = module.router(x)
+        expert = logits.argmax(1)
+        score = scores.gather(1, expert.unsqueeze(1))
+        w, w_down = local(module.experts.gate_up_proj), local(module.experts.down_proj)
+        ones = torch.ones_like(expert, dtype=torch.float32)
+        call = moe_mlp if module._split is None else module._split
+        y = call(
+            x * score, route_to(expert, ones, module.num_experts), w.mT, None, w_down.mT,
+            activation=self.activation, packed="gate_up",
+        )  # fmt: skip
+        return module.shared_expert(x) + y, logits
+
+
+@dataclass(frozen=True)
+class Switch(Plan):
+    activation: str = "relu"
+    num_experts: int = 0
+
+    @property
+    def op(self) -> str:
+        return "moe_mlp"
+
+    def prepare(self, module: Any) -> None:
+        for name in ("wi", "wo"):
+            lie_together([getattr(e, name).weight for e in module.experts.values()])
+
+    def detail(self) -> str:
+        return (
+            f"activation {self.activation!r}; experts moved into one storage, and copied on every "
+            "call once they are apart again (.to, FSDP) or compiled; the model's own forward while "
+            "dropout is at work"
+        )
+
+    def bypassed(self) -> tuple[str, ...]:
+        each = [f"experts.expert_{i}" for i in range(self.num_experts)]
+        inner = [f"{e}.{name}" for e in each for name in ("wi", "wo", "act", "dropout")]
+        return ("experts", *each, *inner)
+
+    def run(self, module: Any, hidden_states: Tensor) -> Tensor:
+        _check_experts(module, self)
+        experts = list(module.experts.values())
+        if not all(passes_through(e.dropout) for e in experts):
+            return module._own_class.forward(module, hidden_states)
+        one_hot, prob, _ = module.router(hidden_states)
+        # Past its capacity a token has no 1: an expert that does not exist drops it.
+        E = module.router.num_experts
+        expert = torch.where(one_hot.sum(-1) > 0, one_hot.argmax(-1), E)
+        routing = route_to(expert.flatten(), prob.flatten(), E)
+        w, w_down = (stacked([local(getattr(e, n).weight) for e in experts]) for n in ("wi", "wo"))
+        call = moe_mlp if module._split is None else module._split
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        y = call(x, routing, w, None, w_down, activation=self.activation)
+        return y.view(hidden_states.shape)
+
+
+def _llama4(module: Any) -> Plan | str:
+    if module.top_k != 1:
+        return f"it takes {module.top_k} experts a token, not 1"
+    activation = name_by_values(module.experts.act_fn)
+    if activation is None:
+        return f"{type(module.experts.act_fn).__name__} is no activation that has a kernel"
+    return Llama4(activation=activation)
+
+
+def _switch(module: Any) -> Plan | str:
+    experts = list(module.experts.values())
+    activation = name_by_values(experts[0].act)
+    if activation is None:
+        return f"{type(experts[0].act).__name__} is no activation that has a kernel"
+    for e in experts:
+        for name in ("wi", "wo"):
+            if type(getattr(e, name)) is not nn.Linear or getattr(e, name).bias is not None:
+                return f"an expert's {name} is no plain Linear without bias"
+    return Switch(activation=activation, num_experts=len(experts))
+
+
+_MODELS = "transformers.models"
+ADAPTERS: dict[str, Callable[[Any], Plan | str]] = {
+    f"{_MODELS}.llama4.modeling_llama4.Llama4TextMoe": _llama4,
+    f"{_MODELS}.switch_transformers.modeling_switch_transformers.SwitchTransformersSparseMLP": (
+        _switch
+    ),
+}

@@ -1,0 +1,69 @@
+"""A plan: how a patched module runs, and which of its submodules that passes by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a module runs once patched. Frozen, hashable and picklable: it is part of a class.
+
+    method: the method of the module that `run` replaces.
+
+    Subclasses define `run`, and `op`: the name of the function that it calls.
+    """
+
+    method: str = "forward"
+
+    @property
+    def op(self) -> str:
+        raise NotImplementedError
+
+    def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """What the module's method now does."""
+        raise NotImplementedError
+
+    def bypassed(self) -> tuple[str, ...]:
+        """Paths of the submodules whose parameters are read without calling them. Their hooks would
+        not run, so they must have none; nothing inside them is patched on its own."""
+        return ()
+
+    def prepare(self, module: nn.Module) -> None:
+        """What patch() does to the module before it swaps its class."""
+
+    def detail(self) -> str:
+        """For the report and for the module's repr."""
+        return ""
+
+
+def child(module: nn.Module, path: str) -> nn.Module:
+    for name in path.split("."):
+        module = getattr(module, name)
+    return module
+
+
+def hooked(module: nn.Module) -> str | None:
+    """What stands around a module's own forward, which a fused call would not run."""
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        return "has hooks"
+    if "forward" in module.__dict__:
+        return "has a forward of its own, set on the instance"
+    return None
+
+
+def with_parents(paths: tuple[str | None, ...]) -> tuple[str, ...]:
+    """`paths` and every module between the owner and them, once each."""
+
+    def parents() -> Iterator[str]:
+        for path in paths:
+            parts = path.split(".") if path else []
+            yield from (".".join(parts[:n]) for n in range(1, len(parts) + 1))
+
+    return tuple(dict.fromkeys(parents()))

@@ -1,0 +1,424 @@
+"""patch(), unpatch(), patched(), register_patch(): what is swapped, what is left, what is refused."""
+
+import copy
+import pickle
+import sys
+import types
+from dataclasses import dataclass
+
+import pytest
+import torch
+from patch_blocks import MLP, GatedMLP, Model
+from patch_models import batch, build
+from torch import nn
+from torch.nn.utils import parametrizations
+from transformers import MixtralConfig, MixtralForCausalLM
+from transformers.activations import ACT2FN
+
+import fusedmlp
+from fusedmlp.patching import Plan
+from fusedmlp.patching.activation import name_by_values
+
+
+def reason(model):
+    """Why the only MLP in `model` was left."""
+    report = fusedmlp.patch(model)
+    assert not report.patched and len(report.left) == 1, report
+    assert "left, " in str(report)
+    return report.left[0].detail
+
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "block, op, detail",
+    [
+        (GatedMLP(), "gated_mlp", "activation 'silu'"),
+        (GatedMLP(nn.GELU("tanh"), bias=False), "gated_mlp", "activation 'gelu_tanh'"),
+        (GatedMLP(torch.sigmoid), "gated_mlp", "activation 'sigmoid'"),
+        (MLP(), "mlp", "activation 'gelu'"),
+        (MLP(nn.ReLU(inplace=True)), "mlp", "activation 'relu'"),
+        (
+            MLP(nn.Tanh(), nn.Dropout(0.5)),
+            "mlp",
+            "activation 'tanh', in two calls while 2 is at work",
+        ),
+    ],
+    ids=str,
+)
+def test_found_by_what_it_computes(block, op, detail):
+    model = Model(block, nn.Linear(8, 8))
+    torch.manual_seed(0)
+    expected = model(X)
+    (entry,) = fusedmlp.patch(model).entries
+    assert (entry.name, entry.op, entry.backend, entry.detail) == (
+        "blocks.0",
+        op,
+        "reference",
+        detail,
+    )
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(X), expected)
+    assert f"patched, {op} {detail}" in repr(model) and f"patched, {op}" in fusedmlp.explain(model)
+    assert f"blocks.0 ({type(block).__name__}): {op} on reference, {detail}" in str(
+        fusedmlp.patch(model)
+    )
+
+
+def test_torchs_own_encoder_layer():
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation="gelu", batch_first=True)
+    x = torch.randn(2, 3, 8)
+    expected = layer(x)
+    assert [e.op for e in fusedmlp.patch(layer).patched] == ["mlp"]
+    torch.testing.assert_close(layer(x), expected)
+
+
+class Doubled(GatedMLP):
+    """Its product is used twice, so down(act(g) * u) is not all of it."""
+
+    def forward(self, t):
+        h = self.w3(t) * self.act(self.w1(t))
+        return self.w2(h) + self.w2(h * h)
+
+
+class Branching(GatedMLP):
+    def forward(self, t):
+        return super().forward(t) if t.sum() > 0 else t
+
+
+class Scaled(nn.Linear):
+    """Stands for a quantised or adapted projection."""
+
+    def forward(self, t):
+        return 2 * super().forward(t)
+
+
+def replaced(**changes):
+    block = GatedMLP()
+    for name, module in changes.items():
+        setattr(block, name, module)
+    return Model(block)
+
+
+def with_hook():
+    model = Model(GatedMLP())
+    model.blocks[0].w2.register_forward_hook(lambda *_: None)
+    return model
+
+
+def with_forward():
+    model = Model(GatedMLP())
+    model.blocks[0].w1.forward = lambda t: t
+    return model
+
+
+def tied():
+    model = Model(GatedMLP(), nn.Linear(8, 12))
+    model.blocks[1].weight = model.blocks[0].w1.weight
+    return model
+
+
+def twice():
+    block = MLP()
+    return Model(block, block)
+
+
+def mixed():
+    model = Model(MLP())
+    model.blocks[0][2].double()
+    return model
+
+
+def quantised():
+    model = Model(GatedMLP())
+    weight = torch.ones(12, 8, dtype=torch.int8)
+    model.blocks[0].w1.weight = nn.Parameter(weight, requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (lambda: replaced(w1=Scaled(8, 12)), "Scaled is no plain projection: quantised or adapted"),
+        (quantised, "w1.weight is a Parameter of torch.int8: quantised"),
+        (with_hook, "w2 has hooks, which a fused call would pass by"),
+        (with_forward, "w1 has a forward of its own, set on the instance"),
+        (tied, "tied: w1.weight also is blocks.0.w1.weight and blocks.1.weight"),
+        (twice, "tied: it also is blocks.0 and blocks.1"),
+        (mixed, "its dtypes are torch.float32, torch.float64; kernels take one of bfloat16"),
+        (lambda: Model(MLP()).double(), "its dtypes are torch.float64; kernels take one of"),
+        (lambda: replaced(act=nn.Softplus()), "neither factor of its product is an activation"),
+        (lambda: replaced(act=nn.PReLU()), "neither factor of its product is an activation"),
+        (lambda: Model(MLP(nn.Mish())), "Mish is no activation that has a kernel"),
+        (lambda: Model(MLP(nn.GELU(), nn.LayerNorm(12))), "LayerNorm is no activation"),
+    ],
+)  # fmt: skip
+def test_left_with_its_reason(make, why):
+    model = make()
+    kinds = [type(m) for m in model.modules()]
+    assert why in reason(model)
+    assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.parametrize("block", (Doubled(), Branching(), nn.MultiheadAttention(8, 2)), ids=str)
+def test_what_is_no_mlp_is_not_touched(block):
+    report = fusedmlp.patch(Model(block))
+    assert not report.entries
+    assert str(report).startswith("nothing was patched; looked for modules that compute down(act(")
+
+
+def test_parametrised_weights_are_left():
+    model = Model(MLP())
+    parametrizations.weight_norm(model.blocks[0][0])
+    assert not fusedmlp.patch(model).patched
+
+
+def test_dtype_check_off():
+    model = Model(MLP()).double()
+    expected = model(X.double())
+    assert fusedmlp.patch(model, dtype_check=False).patched
+    assert torch.equal(model(X.double()), expected)
+    model = mixed()
+    assert fusedmlp.patch(model, dtype_check=False).patched
+    with pytest.raises(
+        TypeError, match="mlp: w_out must have x's dtype torch.float32, got torch.float64"
+    ):
+        model(X)
+
+
+def test_only():
+    model = Model(MLP(), MLP(), GatedMLP())
+    names = lambda **k: [e.name for e in fusedmlp.patch(copy.deepcopy(model), **k).patched]  # noqa: E731
+    assert names(only="blocks.1") == ["blocks.1"]
+    assert names(only=["blocks.0", "*.2"]) == ["blocks.0", "blocks.2"]
+    assert names(only=lambda name, module: isinstance(module, GatedMLP)) == ["blocks.2"]
+    with pytest.raises(
+        ValueError, match=r"patch: only must match names of modules, got 'block\.0'"
+    ):
+        names(only="block.0")
+    with pytest.raises(TypeError, match="patch: only must be a pattern, patterns or a function"):
+        names(only=[1])
+
+
+def test_hooks_and_projections_of_later():
+    """A hook on the MLP runs; one on a projection that is not called raises, as does an adapter."""
+    model = Model(GatedMLP())
+    fusedmlp.patch(model)
+    seen = []
+    model.blocks[0].register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    model(X)
+    assert seen == [X.shape]
+    handle = model.blocks[0].w3.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match=r"patched GatedMLP: w3 has hooks, which the fused call would pass by; "
+                                        r"hook or wrap the MLP as a whole, or unpatch\(model\) first"):  # fmt: skip
+        model(X)
+    handle.remove()
+    model.blocks[0].w1 = Scaled(8, 12)
+    with pytest.raises(TypeError, match="patched GatedMLP: w1 is now a Scaled"):
+        model(X)
+    fusedmlp.unpatch(model)
+    model(X)
+
+
+def test_deepcopy_pickle_and_state_dict(tmp_path):
+    model = build("llama")
+    fusedmlp.patch(model)
+    inputs = batch("llama")
+    expected = model(**inputs).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin.model.layers[0].mlp) is type(model.model.layers[0].mlp)
+        assert torch.equal(twin(**inputs).logits, expected)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(**inputs).logits, expected)
+    fusedmlp.unpatch(loaded)
+    loaded.load_state_dict(model.state_dict())
+    assert torch.equal(loaded(**inputs).logits, expected)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(again(**inputs).logits, expected)
+
+
+def test_switch_experts_are_saved_apart(tmp_path):
+    """Their storage is one; their names, Parameters and files are those of the model."""
+    model = build("switch").eval()
+    inputs = batch("switch")
+    expected = model(**inputs).logits
+    fusedmlp.patch(model)
+    experts = model.encoder.block[1].layer[1].mlp.experts
+    pointers = {e.wi.weight.untyped_storage().data_ptr() for e in experts.values()}
+    assert len(pointers) == 1
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(**inputs).logits, expected)
+    moved = copy.deepcopy(model)
+    for e in moved.encoder.block[1].layer[1].mlp.experts.values():
+        e.wi.weight.data = e.wi.weight.data.clone()
+    torch.testing.assert_close(moved(**inputs).logits, expected)
+
+
+def test_active_dropout_is_kept():
+    for name, option in (("gpt2", "resid_pdrop"), ("switch", "dropout_rate")):
+        model, inputs = build(name, **{option: 0.5}), batch(name)
+        torch.manual_seed(0)
+        expected = model(**inputs).logits
+        fusedmlp.patch(model)
+        torch.manual_seed(0)
+        torch.testing.assert_close(model(**inputs).logits, expected)
+
+
+def test_patched_restores_whatever_happens():
+    model = Model(GatedMLP(), MLP())
+    fusedmlp.patch(model, only="blocks.0")
+    kinds = [type(m) for m in model.modules()]
+    with pytest.raises(ZeroDivisionError), fusedmlp.patched(model) as report:
+        assert [e.name for e in report.patched] == ["blocks.0", "blocks.1"]
+        raise ZeroDivisionError
+    assert [type(m) for m in model.modules()] == kinds
+    fusedmlp.unpatch(model)
+    assert type(model.blocks[0]) is GatedMLP
+
+
+def test_a_failing_adapter_leaves_nothing_half_done():
+    def fails(module):
+        raise RuntimeError("no")
+
+    model = Model(MLP(), Doubled())
+    fusedmlp.register_patch(Doubled, fails)
+    try:
+        with pytest.raises(RuntimeError, match="no"):
+            fusedmlp.patch(model)
+    finally:
+        fusedmlp.register_patch(Doubled, lambda module: "it is not for fusedmlp")
+    assert type(model.blocks[0]) is MLP
+    assert "left, it is not for fusedmlp" in str(fusedmlp.patch(Model(Doubled())).entries[0])
+
+
+@dataclass(frozen=True)
+class Tripled(Plan):
+    @property
+    def op(self):
+        return "gated_mlp"
+
+    def bypassed(self):
+        return ("w1", "w2", "w3")
+
+    def run(self, module, t):
+        m = module
+        return 3 * fusedmlp.gated_mlp(t, m.w1.weight, m.w3.weight, m.w2.weight)
+
+
+class Odd(GatedMLP):
+    def forward(self, t):
+        return super().forward(t).mul_(3) if t.numel() else t
+
+
+def test_register_patch():
+    model = Model(Odd(bias=False))
+    expected = model(X)
+    assert not fusedmlp.patch(model).patched
+    fusedmlp.register_patch(Odd, lambda module: Tripled())
+    (entry,) = fusedmlp.patch(model).patched
+    assert (entry.kind, entry.op) == ("Odd", "gated_mlp")
+    torch.testing.assert_close(model(X), expected)
+    with pytest.raises(TypeError, match="register_patch: cls must be a class of nn.Modules, got 3"):
+        fusedmlp.register_patch(3, lambda module: "")
+    with pytest.raises(
+        TypeError, match="register_patch: adapter must be callable, got 'gated_mlp'"
+    ):
+        fusedmlp.register_patch(Odd, "gated_mlp")
+
+
+@pytest.mark.parametrize("call", (fusedmlp.patch, fusedmlp.unpatch), ids=lambda f: f.__name__)
+def test_refused(call):
+    op = call.__name__
+    with pytest.raises(TypeError, match=f"{op}: model must be an nn.Module, got str"):
+        call("meta-llama")
+    order = (
+        r"in this order: patch\(model\), then parallelize_module, then fully_shard, then "
+        "torch.compile"
+    )
+    with pytest.raises(ValueError, match=rf"{op}: model must be a plain model, got the model itself "
+                                         rf"\(OptimizedModule\), compiled; {order}"):  # fmt: skip
+        call(torch.compile(Model(MLP())))
+    model = Model(MLP())
+    model.blocks[0].compile()
+    with pytest.raises(ValueError, match=rf"got blocks.0 \(MLP\), compiled; {order}"):
+        call(model)
+
+
+def test_meta_and_other_backends():
+    with torch.device("meta"):
+        model = Model(MLP(), GatedMLP())
+    assert len(fusedmlp.patch(model).patched) == 2
+    model = model.to_empty(device="cpu")
+    model(X)
+
+
+def test_quantize_is_handed_on(monkeypatch):
+    asked = []
+    module = types.ModuleType("fusedmlp.quantize")
+    module.quantize_model = lambda model, format: asked.append((model, format))
+    monkeypatch.setitem(sys.modules, "fusedmlp.quantize", module)
+    model = Model(MLP())
+    fusedmlp.patch(model, quantize="q1_0")
+    assert asked == [(model, "q1_0")]
+
+
+def test_activations_by_value():
+    names = {
+        "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_python": "gelu", "relu": "relu",
+        "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+        "gelu_accurate": "gelu_tanh", "quick_gelu": "quick_gelu", "relu2": "relu_sq",
+        "tanh": "tanh", "sigmoid": "sigmoid", "linear": "identity", "gelu_10": None, "relu6": None,
+        "mish": None, "leaky_relu": None, "hardswish": None, "prelu": None, "laplace": None,
+    }  # fmt: skip
+    assert {name: name_by_values(ACT2FN[name]) for name in names} == names
+    assert name_by_values(lambda t: t.relu().float()) is None
+    assert name_by_values(lambda t: 3) is None
+
+
+@pytest.mark.parametrize("k, where", [(1, "reference"), (2, "triton")])
+def test_experts_of_transformers(k, where, device):
+    """Mixtral by the table's entry, equal to the library's own loop over experts."""
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=50, num_local_experts=3, num_experts_per_tok=k,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config).to(device)
+    ids = torch.arange(4, device=device).view(1, 4)
+    report = fusedmlp.patch(model)
+    assert "model.set_experts_implementation('fusedmlp')" in str(report.left[0])
+    results = []
+    for implementation in ("eager", "fusedmlp"):
+        model.set_experts_implementation(implementation)
+        model.zero_grad()
+        with fusedmlp.backend(where):
+            out = model(ids, labels=ids)
+            out.loss.backward()
+        results.append((out.logits, *(p.grad.clone() for p in model.parameters())))
+    for eager, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager)
+
+
+def test_experts_that_do_not_fit():
+    experts = MixtralForCausalLM(
+        MixtralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+                      num_key_value_heads=1, vocab_size=9, num_local_experts=2, pad_token_id=0)
+    ).model.layers[0].mlp.experts  # fmt: skip
+    call = lambda: fusedmlp.patching.experts_forward(  # noqa: E731
+        experts, X, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
+    )
+    experts.is_concatenated = False
+    with pytest.raises(
+        ValueError, match="is_concatenated of MixtralExperts must be True, got False"
+    ):
+        call()
+    experts.is_concatenated, experts.act_fn = True, nn.Mish()
+    with pytest.raises(
+        ValueError, match="must multiply up by an activation .* got activation Mish"
+    ):
+        call()
