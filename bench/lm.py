@@ -51,8 +51,8 @@ def add(folder: Path, record: Record) -> None:
     """Into results.json, in place of an earlier record of the same run; ordered by model."""
     kept = [r for r in read(folder) if _identity(r) != _identity(record)]
     order = names(MLPS)
-    place = lambda r: order.index(r["mlp"]) if r["mlp"] in order else len(order)  # noqa: E731
-    records = sorted([*kept, record], key=lambda r: (place(r), r["mixer"], r["seed"]))
+    place = lambda r: order.index(r["mlp"]) if r["mlp"] in order else -1  # noqa: E731
+    records = sorted([*kept, record], key=lambda r: (place(r), r["mlp"], r["mixer"], r["seed"]))
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / "results.json.part"
     lines = ",\n".join(json.dumps(r) for r in records)

@@ -203,7 +203,14 @@ def test_verdicts():
         three_b.startswith("* 3B, gelu for relu_sq: 0.0000 bits a byte") and "disagree" in three_b
     )
     _, rows = lm_page.cells(models)
-    assert rows[1][-2:] == ["-0.1443", "2 of 2 seeds"] and rows[2][-1] == "1 of 2 seeds"
+    assert rows[1][-3:] == ["relu_sq", "-0.1443", "2 of 2 seeds"] and rows[2][-1] == "1 of 2 seeds"
+
+
+def test_a_mixer_stands_against_attention_with_the_same_mlp():
+    models = {m: [record(m, 0, loss)] for m, loss in (("gelu", 1.0), ("swiglu", 0.5),
+              ("hyperglu+swiglu", 0.25), ("hyperglu+silu", 0.5))}  # fmt: skip
+    _, rows = lm_page.cells(models)
+    assert [row[-3] for row in rows] == ["", "gelu", "swiglu", "gelu"]
 
 
 def test_what_differs_is_not_compared():
