@@ -86,8 +86,10 @@ def train(wanted: Sequence[Plan], args: argparse.Namespace) -> int:
     with _render.Progress("lm", sum(plan.steps for plan in left)) as progress:
         for i, plan in enumerate(left):
             path = checkpoint(args.out, plan)
-            resumed = path.exists()
-            run = Run.load(path, data, args.device) if resumed else Run(plan, data, args.device)
+            here = data, args.device
+            run = Run.load(path, *here) if path.exists() else Run(plan, *here)
+            if commit is not None and commit not in run.commits:
+                run.commits.append(commit)
             name = f"{plan.model}, seed {plan.seed}"
             for _ in range(run.step):
                 progress.step(name)
@@ -95,7 +97,7 @@ def train(wanted: Sequence[Plan], args: argparse.Namespace) -> int:
                       lambda name=name: progress.step(name))  # type: ignore[misc]  # fmt: skip
             if not run.finished:
                 return len(left) - i
-            add(args.out, run.record(commit))
+            add(args.out, run.record())
     return 0
 
 
