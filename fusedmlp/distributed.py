@@ -9,7 +9,8 @@ tokens; tokens travel to their experts and back.
 | exchange | results back to the rows' ranks; there they are multiplied by prob |
 
 Both exchanges are all_to_all of variable sizes, which the host must know: it waits for the counts,
-once a call. Gradients go the same ways back. Capacity is each rank's own: its routing drops.
+once a call. In several `chunks`, one part's rows travel while the one before is multiplied.
+Gradients go the same ways back. Capacity is each rank's own: its routing drops.
 
 Patched models: `tensor_parallel_plan` and `expert_parallel_plan`, in `_tensor_parallel.py`.
 """
@@ -46,28 +47,62 @@ __all__ = [
 ]
 
 
-class _Exchange(Function):
-    """Rows to other ranks: `sent` rows to each, `received` from each; backward the other way."""
+class _Exchange:
+    """Rows to other ranks, `sent` to each and `received` from each, and gradients the other way.
+
+    `start` enqueues the exchange and `finish` waits for it, on the device where the group is
+    NCCL's; backward starts in `finish` and waits in `start`. What is called between the two runs
+    meanwhile. Autograd's link between the two has the shape of the rows that leave.
+    """
+
+    def __init__(self, sent: list[int], received: list[int], group: dist.ProcessGroup) -> None:
+        self.sent, self.received, self.group = sent, received, group
+        self.out: Tensor
+
+    def enqueue(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        rows = rows.contiguous()
+        out = rows.new_empty((sum(received), *rows.shape[1:]))
+        work = dist.all_to_all_single(out, rows, received, sent, group=self.group, async_op=True)
+        self.pending = work, rows  # which must live until it has been read
+        return out
+
+    def wait(self) -> None:
+        self.pending[0].wait()
+        del self.pending
+
+    def start(self, rows: Tensor) -> Tensor:
+        return _Start.apply(rows, self)
+
+    def finish(self, link: Tensor) -> Tensor:
+        return _Finish.apply(link, self)
+
+
+class _Start(Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.out = exchange.enqueue(rows, exchange.sent, exchange.received)
+        return rows.view_as(rows)
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-    ) -> Tensor:
-        ctx.sizes, ctx.group = (sent, received), group
-        return _all_to_all(rows, sent, received, group)
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
+        ctx.exchange.wait()
+        return d, None
+
+
+class _Finish(Function):
+    @staticmethod
+    def forward(ctx: Any, link: Tensor, exchange: _Exchange) -> Tensor:
+        ctx.exchange = exchange
+        exchange.wait()
+        out = exchange.out
+        del exchange.out
+        return out
 
     @staticmethod
-    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None, None, None]:
-        sent, received = ctx.sizes
-        return _all_to_all(d, received, sent, ctx.group), None, None, None
-
-
-def _all_to_all(
-    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
-) -> Tensor:
-    out = rows.new_empty((sum(received), *rows.shape[1:]))
-    dist.all_to_all_single(out, rows.contiguous(), received, sent, group=group)
-    return out
+    def backward(ctx: Any, d: Tensor) -> tuple[Tensor, None]:
+        exchange = ctx.exchange
+        return exchange.enqueue(d, exchange.received, exchange.sent), None
 
 
 def _local(name: str, w: Tensor | None, E: int, ranks: int) -> Tensor | None:
@@ -99,6 +134,7 @@ def parallel_moe_mlp(
     activation: str = "silu",
     packed: Packed | None = None,
     recompute: bool = False,
+    chunks: int = 1,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """moe_mlp with the experts spread over the ranks of `group`.
@@ -108,6 +144,9 @@ def parallel_moe_mlp(
         routing: of them to all E experts, E a multiple of the number of ranks.
         w_gate, ..., b_down: as in moe_mlp, of this rank's E / R experts: rank r has those from
             r E / R on. Or DTensors of all E, sharded by `Shard(0)`.
+        chunks: exchange the tokens in so many parts, the next while the experts compute this one,
+            forward and backward. Worth it where a part's product takes longer than its way; it
+            makes more and smaller GEMMs. The same on every rank.
         group: the default group if None. Every rank of it must make the call, forward and backward.
 
     Returns y (..., D_out) of this rank's tokens. A weight's gradient is that of all ranks' tokens.
@@ -118,6 +157,8 @@ def parallel_moe_mlp(
     own = group if group is not None else dist.group.WORLD
     assert own is not None
     ranks, E = dist.get_world_size(own), routing.num_experts
+    if chunks < 1:
+        raise ValueError(f"{OP}: chunks must be at least 1, got {chunks}")
     if E % ranks:
         raise ValueError(f"{OP}: the {E} experts of routing must be a multiple of {ranks} ranks")
     named = {
@@ -126,25 +167,50 @@ def parallel_moe_mlp(
     }  # fmt: skip
     experts = {name: _local(name, w, E, ranks) for name, w in named.items()}
     flat = x.reshape(-1, x.shape[-1])
-    kept = routing.offsets[: E + 1].diff()
-    counts = torch.empty_like(kept)
-    dist.all_to_all_single(counts, kept, group=own)
+    rows, kept = _rows_of_chunks(routing, chunks)
+    # (chunks, E) here, (ranks, chunks, E / R) on the way.
+    there = kept.view(chunks, ranks, -1).transpose(0, 1).contiguous()
+    here = torch.empty_like(there)
+    dist.all_to_all_single(here, there, group=own)
+    counts = here.transpose(0, 1)
     # The one wait for the device: both directions' sizes at once.
-    sizes = torch.stack([kept.view(ranks, -1).sum(1), counts.view(ranks, -1).sum(1)]).tolist()
-    sent, received = sizes
-    tokens = routing.tokens[: sum(sent)].long()
-    arrived = _Exchange.apply(flat.index_select(0, tokens), sent, received, own)
-    number = torch.arange(E // ranks, device=x.device).repeat(ranks)
-    expert = number.repeat_interleave(counts, output_size=sum(received))
-    ones = torch.ones(expert.shape, dtype=torch.float32, device=x.device)
-    y = moe_mlp(
-        arrived, route_to(expert, ones, E // ranks), **experts,  # type: ignore[arg-type]
-        activation=activation, packed=packed, recompute=recompute,
-    )  # fmt: skip
-    back = _Exchange.apply(y, received, sent, own)
-    scaled = (back * routing.prob.index_select(0, tokens).unsqueeze(1)).to(back.dtype)
+    sizes = torch.stack([kept.view(chunks, ranks, -1).sum(2), counts.sum(2)]).tolist()
+    exchanges = [_Exchange(sent, received, own) for sent, received in zip(*sizes, strict=True)]
+    parts = rows[: sum(map(sum, sizes[0]))].split([sum(sent) for sent in sizes[0]])
+    leaving = [e.start(flat.index_select(0, t)) for e, t in zip(exchanges, parts, strict=True)]
+    returning = []
+    for exchange, count, link in zip(exchanges, counts, leaving, strict=True):
+        arrived = exchange.finish(link)
+        number = torch.arange(E // ranks, device=x.device).repeat(ranks)
+        expert = number.repeat_interleave(count.flatten(), output_size=arrived.shape[0])
+        ones = torch.ones(expert.shape, dtype=torch.float32, device=x.device)
+        y = moe_mlp(
+            arrived, route_to(expert, ones, E // ranks), **experts,  # type: ignore[arg-type]
+            activation=activation, packed=packed, recompute=recompute,
+        )  # fmt: skip
+        back = _Exchange(exchange.received, exchange.sent, own)
+        returning.append((back, back.start(y)))
+    y = torch.cat([back.finish(link) for back, link in returning])
+    tokens = torch.cat(parts)
+    scaled = (y * routing.prob.index_select(0, tokens).unsqueeze(1)).to(y.dtype)
     out = scaled.new_zeros(flat.shape[0], y.shape[1]).index_copy(0, tokens, scaled)
     return out.view(*x.shape[:-1], y.shape[1])
+
+
+def _rows_of_chunks(routing: Routing, chunks: int) -> tuple[Tensor, Tensor]:
+    """(tokens in the order of chunk, then expert, dropped ones last; rows of each (chunk, expert)).
+
+    A chunk is so many neighbouring tokens."""
+    tokens, E = routing.tokens.long(), routing.num_experts
+    if chunks == 1:
+        return tokens, routing.offsets[: E + 1].diff()
+    T = tokens.shape[0]
+    key = tokens * chunks // max(T, 1) * E + routing.expert.index_select(0, tokens)
+    place = torch.arange(T, device=key.device)
+    key = torch.where(place < routing.offsets[E], key, chunks * E)
+    kept = routing.offsets.new_zeros(chunks * E + 1)
+    kept.scatter_add_(0, key, torch.ones_like(routing.tokens))
+    return tokens.index_select(0, key.argsort(stable=True)), kept[:-1]
 
 
 def shard_experts(layer: nn.Module, mesh: DeviceMesh) -> nn.Module:

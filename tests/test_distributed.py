@@ -64,13 +64,13 @@ def whole(ranks, capacity):
     return [(y, x.grad, z.grad) for y, x, z in results], grads
 
 
-def _compare(rank, ranks, capacity):
+def _compare(rank, ranks, capacity, chunks):
     results, grads = whole(ranks, capacity)
     part = slice(rank * E // ranks, (rank + 1) * E // ranks)
     local = {k: w[part].clone().requires_grad_() for k, w in weights().items()}
     x, logits, dy = tokens(rank)
     x.requires_grad_(), logits.requires_grad_()
-    y = parallel_moe_mlp(x, top1_route(logits, capacity=capacity), **local)
+    y = parallel_moe_mlp(x, top1_route(logits, capacity=capacity), **local, chunks=chunks)
     (y * dy).sum().backward()
     for ours, expected in zip((y.detach(), x.grad, logits.grad), results[rank], strict=True):
         torch.testing.assert_close(ours, expected)
@@ -78,9 +78,9 @@ def _compare(rank, ranks, capacity):
         torch.testing.assert_close(w.grad, grads[name][part])
 
 
-@pytest.mark.parametrize("ranks, capacity", [(2, None), (4, 2)])
-def test_equal_to_one_process(ranks, capacity):
-    spawn(ranks, functools.partial(_compare, capacity=capacity))
+@pytest.mark.parametrize("ranks, capacity, chunks", [(2, None, 1), (2, 3, 3), (4, 2, 2)])
+def test_equal_to_one_process(ranks, capacity, chunks):
+    spawn(ranks, functools.partial(_compare, capacity=capacity, chunks=chunks))
 
 
 def _layer(rank, ranks):
@@ -109,6 +109,8 @@ def _layer(rank, ranks):
         ValueError, match="w_gate must hold 2 of 4 experts on each of 2 ranks, got 4"
     ):
         parallel_moe_mlp(x, routing, **weights())
+    with pytest.raises(ValueError, match="chunks must be at least 1, got 0"):
+        parallel_moe_mlp(x, routing, **weights(), chunks=0)
     with pytest.raises(ValueError, match="the 3 experts of routing must be a multiple of 2 ranks"):
         parallel_moe_mlp(x, top1_route(tokens(rank)[1][:, :3]), **weights())
 
