@@ -51,8 +51,8 @@ def add(folder: Path, record: Record) -> None:
     """Into results.json, in place of an earlier record of the same run; ordered by model."""
     kept = [r for r in read(folder) if _identity(r) != _identity(record)]
     order = names(MLPS)
-    place = lambda r: order.index(r["mlp"]) if r["mlp"] in order else len(order)  # noqa: E731
-    records = sorted([*kept, record], key=lambda r: (place(r), r["mixer"], r["seed"]))
+    place = lambda r: order.index(r["mlp"]) if r["mlp"] in order else -1  # noqa: E731
+    records = sorted([*kept, record], key=lambda r: (place(r), r["mlp"], r["mixer"], r["seed"]))
     folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / "results.json.part"
     lines = ",\n".join(json.dumps(r) for r in records)
@@ -86,8 +86,10 @@ def train(wanted: Sequence[Plan], args: argparse.Namespace) -> int:
     with _render.Progress("lm", sum(plan.steps for plan in left)) as progress:
         for i, plan in enumerate(left):
             path = checkpoint(args.out, plan)
-            resumed = path.exists()
-            run = Run.load(path, data, args.device) if resumed else Run(plan, data, args.device)
+            here = data, args.device
+            run = Run.load(path, *here) if path.exists() else Run(plan, *here)
+            if commit is not None and commit not in run.commits:
+                run.commits.append(commit)
             name = f"{plan.model}, seed {plan.seed}"
             for _ in range(run.step):
                 progress.step(name)
@@ -95,7 +97,7 @@ def train(wanted: Sequence[Plan], args: argparse.Namespace) -> int:
                       lambda name=name: progress.step(name))  # type: ignore[misc]  # fmt: skip
             if not run.finished:
                 return len(left) - i
-            add(args.out, run.record(commit))
+            add(args.out, run.record())
     return 0
 
 

@@ -55,23 +55,35 @@ def comparisons(records: Sequence[Record]) -> Iterator[tuple[str, dict[str, list
 
 
 def cells(models: dict[str, list[Record]]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows; every model against the first one, by seeds that both have."""
-    baseline = _losses(next(iter(models.values())))
-    first = next(iter(models))
-    header = ["MLP", "MLP weights", "mask logits", "bits a byte", "by seed", f"minus {first}",
-              "fewer in"]  # fmt: skip
+    """Header and rows; every model against the first one, a mixer against attention with the same
+    MLP, by seeds that both have."""
+    header = [
+        "MLP",
+        "MLP weights",
+        "mask logits",
+        "bits a byte",
+        "by seed",
+        "minus",
+        "",
+        "fewer in",
+    ]
     rows = []
     for model, runs in models.items():
-        own = _losses(runs)
-        gaps = [own[seed] - baseline[seed] for seed in own.keys() & baseline.keys()]
+        own, other = _losses(runs), model.rpartition("+")[2]
+        other = other if other != model and other in models else next(iter(models))
+        gaps = _gaps(own, _losses(models[other]))
         better = f"{sum(gap < 0 for gap in gaps)} of {len(gaps)} seeds"
-        against = [f"{_mean(gaps):+.4f}", better] if gaps and model != first else ["", ""]
+        against = [other, f"{_mean(gaps):+.4f}", better] if gaps and model != other else [""] * 3
         rows.append([
             model, f"{runs[0]['mlp_weights']:,}", f"{runs[0]['mask_logits']:,}",
             f"{_mean(own.values()):.4f}", ", ".join(f"{loss:.4f}" for loss in own.values()),
             *against,
         ])  # fmt: skip
     return header, rows
+
+
+def _gaps(own: dict[int, float], other: dict[int, float]) -> list[float]:
+    return [loss - other[seed] for seed, loss in own.items() if seed in other]
 
 
 def _losses(runs: Sequence[Record]) -> dict[int, float]:
@@ -89,8 +101,7 @@ def verdicts(models: dict[str, list[Record]]) -> list[str]:
         return []
     baseline, found = _losses(models["relu_sq"]), []
     for model, experiment in SEED_004.items():
-        own = _losses(models.get(model, []))
-        gaps = [own[seed] - baseline[seed] for seed in own.keys() & baseline.keys()]
+        gaps = _gaps(_losses(models.get(model, [])), baseline)
         if not gaps:
             continue
         way = "fewer" if _mean(gaps) < 0 else "more"

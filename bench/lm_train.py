@@ -78,7 +78,8 @@ def _optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
 
 class Run:
     """One training: the model, its optimiser and how far they are. `curve` has a point every
-    `plan.every` steps and one at the end, with losses in nats a byte."""
+    `plan.every` steps and one at the end, with losses in nats a byte. `commits`: those that it ran
+    under, for whoever runs it to fill in."""
 
     def __init__(self, plan: Plan, data: Tensor, device: str = "cpu") -> None:
         self.plan, self.device = plan, torch.device(device)
@@ -89,6 +90,7 @@ class Run:
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.step, self.seconds = 0, 0.0
         self.curve: list[Record] = []
+        self.commits: list[str] = []
         self._recent: list[float] = []
 
     @property
@@ -153,7 +155,7 @@ class Run:
                 tick()
             self.seconds += time.monotonic() - start
 
-    def record(self, commit: str | None = None) -> Record:
+    def record(self) -> Record:
         """What the results keep of a finished run."""
         mlp = self.model.blocks[0].mlp
         assert isinstance(mlp, nn.Module)
@@ -170,7 +172,7 @@ class Run:
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
             "device": machine.device_name() if self.device.type == "cuda" else "cpu",
-            "commit": commit,
+            "commit": ", then ".join(self.commits) or None,
             "curve": self.curve,
             "held_out_loss": self.curve[-1]["held_out"],
         }
@@ -190,7 +192,7 @@ class Run:
         state["recent"] = torch.tensor(self._recent, dtype=torch.float64)
         about = {
             "plan": dataclasses.asdict(self.plan), "text": self.text, "step": self.step,
-            "seconds": self.seconds, "curve": self.curve,
+            "seconds": self.seconds, "curve": self.curve, "commits": self.commits,
         }  # fmt: skip
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(".part")
@@ -215,7 +217,8 @@ class Run:
                 f"got one on text {about['text']}"
             )
         run._restore(state)
-        run.step, run.seconds, run.curve = about["step"], about["seconds"], about["curve"]
+        for name in ("step", "seconds", "curve", "commits"):
+            setattr(run, name, about[name])
         return run
 
     def _restore(self, state: dict[str, Tensor]) -> None:

@@ -159,6 +159,7 @@ def test_bfloat16_by_autocast():
 def test_command(tmp_path, monkeypatch, capsys):
     """Time over, then the rest, then nothing left to do; a page and a plot."""
     monkeypatch.setattr(lm, "text", lambda: TEXT)
+    monkeypatch.setattr(lm.machine, "commit", lambda: "one")
     command = ["lm", "--mlp", "relu_sq", "swiglu", "--seeds", "2", "--dim", "16", "--heads", "2",
                "--layers", "1", "--context", "8", "--batch", "2", "--steps", "4", "--device",
                "cpu", "--out", str(tmp_path)]  # fmt: skip
@@ -166,8 +167,10 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert "4 of 4 runs unfinished" in capsys.readouterr().out
     assert lm.read(tmp_path) == [] and len(list(tmp_path.glob("checkpoints/*"))) == 1
 
+    monkeypatch.setattr(lm.machine, "commit", lambda: "another")
     assert cli.main(command) == 0
     records = lm.read(tmp_path)
+    assert records[0]["commit"] == "one, then another" and records[1]["commit"] == "another"
     assert [(r["model"], r["seed"]) for r in records] == [
         ("relu_sq", 0), ("relu_sq", 1), ("swiglu", 0), ("swiglu", 1),
     ]  # fmt: skip
@@ -203,7 +206,14 @@ def test_verdicts():
         three_b.startswith("* 3B, gelu for relu_sq: 0.0000 bits a byte") and "disagree" in three_b
     )
     _, rows = lm_page.cells(models)
-    assert rows[1][-2:] == ["-0.1443", "2 of 2 seeds"] and rows[2][-1] == "1 of 2 seeds"
+    assert rows[1][-3:] == ["relu_sq", "-0.1443", "2 of 2 seeds"] and rows[2][-1] == "1 of 2 seeds"
+
+
+def test_a_mixer_stands_against_attention_with_the_same_mlp():
+    models = {m: [record(m, 0, loss)] for m, loss in (("gelu", 1.0), ("swiglu", 0.5),
+              ("hyperglu+swiglu", 0.25), ("hyperglu+silu", 0.5))}  # fmt: skip
+    _, rows = lm_page.cells(models)
+    assert [row[-3] for row in rows] == ["", "gelu", "swiglu", "gelu"]
 
 
 def test_what_differs_is_not_compared():
