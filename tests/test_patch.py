@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from layer_checks import assert_cheap
 from patch_blocks import MLP, GatedMLP, Model
 from patch_models import batch, build
 from torch import nn
@@ -346,6 +347,13 @@ def test_refused(call):
     model.blocks[0].compile()
     with pytest.raises(ValueError, match=rf"got blocks.0 \(MLP\), compiled; {order}"):
         call(model)
+
+
+def test_a_call_is_cheap():
+    block = build("llama").model.layers[0].mlp
+    fusedmlp.patch(ours := copy.deepcopy(block))
+    with torch.no_grad():
+        assert_cheap(ours, block)
 
 
 def test_meta_and_other_backends():

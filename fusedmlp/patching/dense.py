@@ -43,9 +43,10 @@ def is_projection(module: nn.Module) -> bool:
 
 def affine(owner: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
     """(weight (out, in), bias) of a projection, which is not called; this rank's part of them."""
-    linear = child(owner, path)
+    linear: Any = child(owner, path)
     obstacle = hooked(linear)
-    if obstacle is None and not is_projection(linear):
+    plain = type(linear).forward is nn.Linear.forward
+    if obstacle is None and not plain and not transposed(linear):
         obstacle = f"is now a {type(linear).__name__}"
     if obstacle is not None:
         raise TypeError(
@@ -53,7 +54,7 @@ def affine(owner: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
             "by; hook or wrap the MLP as a whole, or unpatch(model) first"
         )
     weight, bias = local(linear.weight), local(linear.bias)
-    return weight.t() if transposed(linear) else weight, bias
+    return weight if plain else weight.t(), bias
 
 
 def local(t: Any) -> Any:
