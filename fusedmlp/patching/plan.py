@@ -58,6 +58,21 @@ def hooked(module: nn.Module) -> str | None:
     return None
 
 
+def unhooked(owner: nn.Module, path: str) -> Any:
+    """The submodule at `path`; raises TypeError if something was put around it after patch()."""
+    inner = child(owner, path)
+    if around := hooked(inner):
+        raise passed_by(owner, f"{path} {around}")
+    return inner
+
+
+def passed_by(owner: nn.Module, what: str) -> TypeError:
+    return TypeError(
+        f"patched {type(owner).__name__}: {what}, which the fused call would pass by; hook or wrap "
+        "the MLP as a whole, or unpatch(model) first"
+    )
+
+
 def with_parents(paths: tuple[str | None, ...]) -> tuple[str, ...]:
     """`paths` and every module between the owner and them, once each."""
 
