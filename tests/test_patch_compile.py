@@ -54,7 +54,7 @@ def compiles_once(model, sizes, run):
         assert counter.frame_count == graphs
 
 
-@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("training", (True, pytest.param(False, marks=pytest.mark.slow)))
 def test_one_graph_for_every_batch_and_length(training):
     torch.manual_seed(0)
     model = Model(GatedMLP(), Packed(), MLP(), Residual()).train(training)
@@ -65,7 +65,7 @@ def test_one_graph_for_every_batch_and_length(training):
         y = call(x)
         return y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])
 
-    compiles_once(model, ((2, 7), (3, 5), (5, 11)), run)
+    compiles_once(model, ((2, 7), (3, 5)), run)
 
 
 @pytest.mark.slow
