@@ -14,7 +14,9 @@ import torch
 
 from ._backend import INTERPRETED, launcher
 
-_LIBRARY = torch.library.Library("fusedmlp", "DEF")
+# The package's own name: as a kernel of the Hub it is loaded under another, more than once.
+_NAMESPACE = __name__.partition(".")[0]
+_LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
 
 
 def _on_its_device(impl: Callable[..., Any]) -> Callable[..., Any]:
@@ -47,5 +49,5 @@ def define(
     _LIBRARY.impl(name, _on_its_device(impl), "CUDA")
     if INTERPRETED:
         _LIBRARY.impl(name, impl, "CPU")
-    torch.library.register_fake(f"fusedmlp::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.fusedmlp, name).default
+    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, _NAMESPACE), name).default

@@ -20,20 +20,20 @@ D, H, E = 8, 12, 4
 TOKENS = (13, 0, 5, 8)  # of each rank
 
 
-def _join(rank, ranks, store, body, timeout):
+def _join(rank, ranks, store, body, timeout, backend):
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks,
+        backend, init_method=f"file://{store}", rank=rank, world_size=ranks,
         timeout=datetime.timedelta(seconds=timeout),
     )  # fmt: skip
     body(rank, ranks)
     dist.destroy_process_group()
 
 
-def spawn(ranks, body, timeout=60):
+def spawn(ranks, body, timeout=60, backend="gloo"):
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
-        mp.spawn(_join, (ranks, store, body, timeout), nprocs=ranks)
+        mp.spawn(_join, (ranks, store, body, timeout, backend), nprocs=ranks)
 
 
 def weights():

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from layer_checks import assert_cheap
 from patch_blocks import MLP, GatedMLP, Model
 from patch_models import batch, build
 from torch import nn
@@ -87,6 +88,11 @@ class Branching(GatedMLP):
         return super().forward(t) if t.sum() > 0 else t
 
 
+class Noisy(GatedMLP):
+    def forward(self, t):
+        return super().forward(t + torch.ones_like(t) if self.training else t)
+
+
 class Scaled(nn.Linear):
     """Stands for a quantised or adapted projection."""
 
@@ -161,10 +167,12 @@ def test_left_with_its_reason(make, why):
     assert [type(m) for m in model.modules()] == kinds
 
 
-@pytest.mark.parametrize("block", (Doubled(), Branching(), nn.MultiheadAttention(8, 2)), ids=str)
+@pytest.mark.parametrize(
+    "block", (Doubled(), Branching(), Noisy().eval(), nn.MultiheadAttention(8, 2)), ids=str
+)
 def test_what_is_no_mlp_is_not_touched(block):
     report = fusedmlp.patch(Model(block))
-    assert not report.entries
+    assert not report.patched
     assert str(report).startswith("nothing was patched; looked for modules that compute down(act(")
 
 
@@ -212,6 +220,10 @@ def test_hooks_and_projections_of_later():
     handle = model.blocks[0].w3.register_forward_hook(lambda *_: None)
     with pytest.raises(TypeError, match=r"patched GatedMLP: w3 has hooks, which the fused call would pass by; "
                                         r"hook or wrap the MLP as a whole, or unpatch\(model\) first"):  # fmt: skip
+        model(X)
+    handle.remove()
+    handle = model.blocks[0].act.register_forward_pre_hook(lambda *_: None)
+    with pytest.raises(TypeError, match="patched GatedMLP: act has hooks, which the fused call"):
         model(X)
     handle.remove()
     model.blocks[0].w1 = Scaled(8, 12)
@@ -346,6 +358,13 @@ def test_refused(call):
     model.blocks[0].compile()
     with pytest.raises(ValueError, match=rf"got blocks.0 \(MLP\), compiled; {order}"):
         call(model)
+
+
+def test_a_call_is_cheap():
+    block = build("llama").model.layers[0].mlp
+    fusedmlp.patch(ours := copy.deepcopy(block))
+    with torch.no_grad():
+        assert_cheap(ours, block)
 
 
 def test_meta_and_other_backends():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from patch_blocks import MLP, GatedMLP, Model, Packed, Residual
 from patch_models import KINDS, batch, build
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -12,7 +13,7 @@ from transformers import StaticCache
 import fusedmlp
 from fusedmlp.patching.swap import Patched
 
-_HERE = ("phi3", "llama4")  # by default
+_HERE = (("llama4", "reference"), ("gpt2", "triton"))  # by default
 _WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "item", "_to_copy.cpu")
 
 
@@ -41,53 +42,69 @@ def values(y):
     return y[0] if isinstance(y, tuple) else y
 
 
-@pytest.mark.parametrize("training", (True, pytest.param(False, marks=pytest.mark.slow)))
-def test_one_graph_for_every_batch_and_length(training):
-    model = build("llama", num_hidden_layers=1).train(training)
-    fusedmlp.patch(model)
+def compiles_once(model, sizes, run):
+    """One graph for every size; run(model, size) gives what has to be equal."""
     torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    counter, graphs = CompileCounterWithBackend("aot_eager"), None
     compiled = torch.compile(model, backend=counter, fullgraph=True, dynamic=True)
-    graphs = None
-    for rows, length in ((2, 7), (3, 5)):
-        inputs = batch("llama", rows, length)
-        results = []
-        for run in (compiled, model):
-            model.zero_grad()
-            out = run(**inputs)
-            if training:
-                out.loss.backward()
-            grads = [p.grad.clone() for p in model.parameters()] if training else []
-            results.append((out.logits, out.loss, *grads))
-        for ours, eager in zip(*results, strict=True):
+    for size in sizes:
+        for ours, eager in zip(run(compiled, size), run(model, size), strict=True):
             torch.testing.assert_close(ours, eager)
         graphs = graphs or counter.frame_count
         assert counter.frame_count == graphs
 
 
+@pytest.mark.parametrize("training", (True, pytest.param(False, marks=pytest.mark.slow)))
+def test_one_graph_for_every_batch_and_length(training):
+    torch.manual_seed(0)
+    model = Model(GatedMLP(), Packed(), MLP(), Residual()).train(training)
+    assert len(fusedmlp.patch(model).patched) == 4
+
+    def run(call, size):
+        x = torch.randn(*size, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        y = call(x)
+        return y, *torch.autograd.grad(y.square().sum(), [x, *model.parameters()])
+
+    compiles_once(model, ((2, 7), (3, 5)), run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", (True, False))
+def test_one_graph_of_a_whole_llama(training):
+    model = build("llama", num_hidden_layers=1).train(training)
+    fusedmlp.patch(model)
+
+    def run(call, size):
+        out = call(**batch("llama", *size))
+        grads = torch.autograd.grad(out.loss, list(model.parameters())) if training else ()
+        return out.logits, out.loss, *grads
+
+    compiles_once(model, ((2, 7), (3, 5), (5, 11)), run)
+
+
 @pytest.mark.parametrize(
-    "name", [n if n in _HERE else pytest.param(n, marks=pytest.mark.slow) for n in KINDS]
+    "name, where",
+    [
+        (name, where)
+        if (name, where) in _HERE
+        else pytest.param(name, where, marks=pytest.mark.slow)
+        for name in KINDS
+        for where in ("reference", "triton")
+    ],
 )
-def test_a_block_is_one_graph(name, each_backend):
+def test_a_block_is_one_graph(name, where):
     block, run = first_block(name)
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(run, backend=counter, fullgraph=True, dynamic=True)
-    graphs = None
-    for length in (5, 7):
+
+    def step(call, length):
         x = torch.randn(1, length, 64, generator=torch.Generator().manual_seed(length))
-        results = []
-        for call in (compiled, run):
-            leaf = x.clone().requires_grad_()
-            y = values(call(leaf))
-            parameters = [p for p in block.parameters() if p.requires_grad]
-            grads = torch.autograd.grad(y.sum(), [leaf, *parameters], allow_unused=True)
-            results.append((y, *grads))
-        for ours, eager in zip(*results, strict=True):
-            if eager is not None:
-                torch.testing.assert_close(ours, eager)
-        graphs = graphs or counter.frame_count
-        assert counter.frame_count == graphs
+        leaf, parameters = x.requires_grad_(), list(block.parameters())
+        y = values(call(leaf))
+        # None where a parameter of the block has no part in it.
+        grads = torch.autograd.grad(y.sum(), [leaf, *parameters], allow_unused=True)
+        return y, *(g for g in grads if g is not None)
+
+    with fusedmlp.backend(where):
+        compiles_once(run, (5, 7), step)
 
 
 @pytest.mark.interpreter

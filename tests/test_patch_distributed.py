@@ -25,6 +25,28 @@ def make():
     return Model(GatedMLP(), Packed(), MLP(), Residual()).double()
 
 
+def _nccl(rank, ranks):
+    """The wrappers on GPUs, in float32 through the kernels, against the model in float64."""
+    torch.cuda.set_device(rank)
+    y, _, grads = expected()
+    for wrap in (DistributedDataParallel, _fsdp):
+        model = wrap(patched().float().cuda())
+        out = model(tokens(rank, ranks).float().cuda())
+        near = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(out.double().cpu(), y.chunk(ranks)[rank], **near)
+        out.square().mean().backward()
+        for name, p in model.named_parameters():
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            torch.testing.assert_close(
+                grad.double().cpu(), grads[name.removeprefix("module.")], **near
+            )
+
+
+@pytest.mark.gpu
+def test_nccl():
+    spawn(min(2, torch.cuda.device_count()), _nccl, timeout=120, backend="nccl")
+
+
 def tokens(rank, ranks):
     x = torch.randn(ROWS, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     return x if rank is None else x.chunk(ranks)[rank]

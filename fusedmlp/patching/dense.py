@@ -8,7 +8,7 @@ the activation, as one call of gated_mlp or mlp.
 | gated | whether act(g) is multiplied by u |
 | dropout | path of a dropout before `down`; at work, it splits the call in two |
 | tail | what follows: paths of modules that are called, "+" for adding x |
-| passed_by | paths of activation modules |
+| around | paths of the activation and of modules that hold these |
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..ops.gated_mlp import gated_mlp
 from ..ops.linear_act import linear_act
 from ..ops.mlp import mlp
 from ..reference import Packed
-from .plan import Plan, child, hooked, with_parents
+from .plan import Plan, child, passed_by, unhooked
 
 RESIDUAL = "+"
 
@@ -43,17 +43,12 @@ def is_projection(module: nn.Module) -> bool:
 
 def affine(owner: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
     """(weight (out, in), bias) of a projection, which is not called; this rank's part of them."""
-    linear = child(owner, path)
-    obstacle = hooked(linear)
-    if obstacle is None and not is_projection(linear):
-        obstacle = f"is now a {type(linear).__name__}"
-    if obstacle is not None:
-        raise TypeError(
-            f"patched {type(owner).__name__}: {path} {obstacle}, which the fused call would pass "
-            "by; hook or wrap the MLP as a whole, or unpatch(model) first"
-        )
+    linear = unhooked(owner, path)
+    plain = type(linear).forward is nn.Linear.forward
+    if not plain and not transposed(linear):
+        raise passed_by(owner, f"{path} is now a {type(linear).__name__}")
     weight, bias = local(linear.weight), local(linear.bias)
-    return weight.t() if transposed(linear) else weight, bias
+    return weight if plain else weight.t(), bias
 
 
 def local(t: Any) -> Any:
@@ -70,7 +65,7 @@ class Dense(Plan):
     packed: Packed | None = None
     dropout: str | None = None
     tail: tuple[str, ...] = ()
-    passed_by: tuple[str, ...] = ()
+    around: tuple[str, ...] = ()
 
     @property
     def op(self) -> str:
@@ -83,7 +78,7 @@ class Dense(Plan):
         return ", ".join(words)
 
     def bypassed(self) -> tuple[str, ...]:
-        return with_parents((*self.first, self.down, *self.passed_by))
+        return (*self.around, *self.first, self.down)
 
     def run(self, module: Any, *args: Any, **kwargs: Any) -> Tensor:
         (x,) = (*args, *kwargs.values())
@@ -94,6 +89,8 @@ class Dense(Plan):
 
     def block(self, module: nn.Module, x: Tensor, bias: bool = True) -> Tensor:
         """Up to and with `down`; its bias only if asked for."""
+        for path in self.around:
+            unhooked(module, path)
         w, b = zip(*(affine(module, path) for path in self.first), strict=True)
         w_down, b_down = affine(module, self.down)
         b_down = b_down if bias else None

@@ -18,7 +18,7 @@ from torch import fx, nn
 from ..layers._block import _DROPOUTS
 from .activation import name_by_values
 from .dense import RESIDUAL, Dense, is_projection
-from .plan import child
+from .plan import child, with_parents
 
 # Methods that hold a whole MLP where it is spread over submodules.
 METHODS = ("feed_forward_chunk", "ff_chunk", "_ff_block", "forward")
@@ -41,7 +41,24 @@ class _Tracer(fx.Tracer):
 
 
 def match(module: nn.Module, method: str) -> Dense:
-    """The plan of `module` if its `method` is a dense MLP; raises NoMatch, which says why not."""
+    """The plan of `module` if its `method` is a dense MLP, in training and in eval alike; raises
+    NoMatch, which says why not."""
+    modes = {m: m.training for m in module.modules()}
+    plans = []
+    try:
+        for training in (True, False):
+            for m in modes:
+                m.training = training
+            plans.append(_match(module, method))
+    finally:
+        for m, training in modes.items():
+            m.training = training
+    if plans[0] != plans[1]:
+        raise NoMatch(f"its {method} is one MLP in training and another in eval")
+    return plans[0]
+
+
+def _match(module: nn.Module, method: str) -> Dense:
     try:
         graph = _Tracer(method).trace(module)
     except Exception as error:
@@ -72,10 +89,12 @@ class _Matcher:
         else:
             (activation, by), z = self.activation(h)
             first, packed = (self.projection_of_x(z),), None
+        projections = (*first, str(down.target))
+        around = [p for p in with_parents((*by, *projections)) if p not in projections]
         return Dense(
-            first=first, down=str(down.target), activation=activation,
+            first=first, down=projections[-1], activation=activation,
             gated=self.is_call(h, _MUL), packed=packed, dropout=dropout, tail=tuple(tail),
-            passed_by=by, method=self.method,
+            around=tuple(around), method=self.method,
         )  # fmt: skip
 
     def before(self, node: Any) -> tuple[Any, str]:

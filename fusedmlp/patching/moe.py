@@ -23,17 +23,8 @@ from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import route_to
 from .activation import name_by_values
 from .dense import local
-from .plan import Plan, hooked
+from .plan import Plan, hooked, passed_by, unhooked
 from .stack import lie_together, stacked
-
-
-def _check_experts(module: nn.Module, plan: Plan) -> None:
-    for name in plan.bypassed():
-        if around := hooked(module.get_submodule(name)):
-            raise TypeError(
-                f"patched {type(module).__name__}: {name} {around}, which the fused call would "
-                "pass by; hook the block as a whole, or unpatch(model) first"
-            )
 
 
 @dataclass(frozen=True)
@@ -51,7 +42,8 @@ class Llama4(Plan):
         return ("experts", "experts.act_fn")
 
     def run(self, module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        _check_experts(module, self)
+        for path in self.bypassed():
+            unhooked(module, path)
         x = hidden_states.reshape(-1, module.hidden_dim)
         scores, logits = module.router(x)
         expert = logits.argmax(1)
@@ -92,8 +84,11 @@ class Switch(Plan):
         return ("experts", *each, *inner)
 
     def run(self, module: Any, hidden_states: Tensor) -> Tensor:
-        _check_experts(module, self)
-        experts = list(module.experts.values())
+        experts = list(unhooked(module, "experts").values())
+        for i, e in enumerate(experts):
+            for inner in (e, e.wi, e.wo):
+                if around := hooked(inner):
+                    raise passed_by(module, f"expert {i} {around}")
         if not all(passes_through(e.dropout) for e in experts):
             return module._own_class.forward(module, hidden_states)
         one_hot, prob, _ = module.router(hidden_states)

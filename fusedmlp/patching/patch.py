@@ -128,7 +128,8 @@ class _Walk:
                     self.names[id(p)].append(f"{prefix}.{name}".lstrip("."))
 
     def visit(self, name: str, module: nn.Module) -> None:
-        if type(module).__module__.startswith("fusedmlp.") and not isinstance(module, Patched):
+        ours = type(module).__module__.startswith(f"{__name__.partition('.')[0]}.")
+        if ours and not isinstance(module, Patched):
             return
         inside: set[int] = set()
         if isinstance(module, Patched) or self.wanted(name, module):
@@ -233,7 +234,7 @@ def patch(
     """  # noqa: E501
     _checked("patch", model)
     if quantize is not None:
-        importlib.import_module("fusedmlp.quantize").quantize_model(model, format=quantize)
+        importlib.import_module("..quantize", __package__).quantize_model(model, format=quantize)
     return _run(model, only, dtype_check)[0]
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import nn
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -51,11 +49,28 @@ def child(module: nn.Module, path: str) -> nn.Module:
 
 def hooked(module: nn.Module) -> str | None:
     """What stands around a module's own forward, which a fused call would not run."""
-    if any(getattr(module, hooks) for hooks in HOOKS):
+    # Written out: this is asked on every call.
+    m = module
+    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
         return "has hooks"
     if "forward" in module.__dict__:
         return "has a forward of its own, set on the instance"
     return None
+
+
+def unhooked(owner: nn.Module, path: str) -> Any:
+    """The submodule at `path`; raises TypeError if something was put around it after patch()."""
+    inner = child(owner, path)
+    if around := hooked(inner):
+        raise passed_by(owner, f"{path} {around}")
+    return inner
+
+
+def passed_by(owner: nn.Module, what: str) -> TypeError:
+    return TypeError(
+        f"patched {type(owner).__name__}: {what}, which the fused call would pass by; hook or wrap "
+        "the MLP as a whole, or unpatch(model) first"
+    )
 
 
 def with_parents(paths: tuple[str | None, ...]) -> tuple[str, ...]:

@@ -1,0 +1,106 @@
+"""The `fusedmlp` command.
+
+| command | |
+|---|---|
+| fusedmlp doctor | what is installed, what runs where, and whether the numbers are right here |
+| fusedmlp bench ... | python -m fusedmlp.bench |
+| fusedmlp patch-report MODEL_DIR | what patch() would do to a checkpoint, from its configuration |
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+OPTIONAL = ("transformers", "kernels", "numpy", "matplotlib", "rich")
+
+
+def _version(name: str) -> str:
+    try:
+        return f"{name} {importlib.metadata.version(name)}"
+    except importlib.metadata.PackageNotFoundError:
+        return f"{name} not installed"
+
+
+def doctor() -> int:
+    """Versions, explain(), and gated_mlp, mlp and moe_mlp against float64 on what `auto` takes."""
+    from . import __version__, explain
+    from .testing import CASES, judge
+
+    print(f"fusedmlp {__version__}, Python {sys.version.split()[0]}")
+    print(", ".join(map(_version, OPTIONAL)))
+    print(explain())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    passed = True
+    for name in ("gated_mlp", "mlp", "moe_mlp"):
+        case = next(c for c in CASES.values() if c.op == name)
+        errors = judge(case, case.inputs(37, 64, 96, torch.float32, device))
+        good = all(error.passed for error in errors.values())
+        passed = passed and good
+        print(f"{name} on {device}, float32, forward and backward: {'right' if good else 'WRONG'}")
+    return 0 if passed else 1
+
+
+def _empty_model(folder: Path) -> tuple[Any, Any]:
+    """The configuration, and the model that it describes, on the meta device."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    names = getattr(config, "architectures", None) or []
+    cls = next((c for n in names if (c := getattr(transformers, n, None))), None)
+    with torch.device("meta"):
+        model = cls(config) if cls else transformers.AutoModel.from_config(config)
+    return config, model
+
+
+def patch_report(folder: str) -> int:
+    """patch() on a model without weights; the report."""
+    from . import patch
+
+    if not (Path(folder) / "config.json").is_file():
+        print(
+            f"fusedmlp patch-report: MODEL_DIR must hold a config.json, got {folder}",
+            file=sys.stderr,
+        )
+        return 2
+    if importlib.util.find_spec("transformers") is None:
+        print(
+            'fusedmlp patch-report: needs transformers: pip install "fusedmlp[hf]"', file=sys.stderr
+        )
+        return 2
+    config, model = _empty_model(Path(folder))
+    report = patch(model)
+    print(f"{type(model).__name__}: {report}")
+    if getattr(config, "quantization_config", None):
+        print("The checkpoint is quantised; its quantised projections would be left.")
+    return 0 if report.patched else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 for a wrong result or nothing to patch, 2 for wrong usage."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:
+        from .bench.cli import main as bench
+
+        return bench(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="fusedmlp", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("doctor", help="what is installed, and whether its numbers are right")
+    commands.add_parser("bench", help="errors and times; fusedmlp bench --help")
+    report = commands.add_parser("patch-report", help="what patch() would do to a checkpoint")
+    report.add_argument("model_dir", metavar="MODEL_DIR")
+    args = parser.parse_args(arguments)
+    return doctor() if args.command == "doctor" else patch_report(args.model_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
