@@ -4,6 +4,8 @@ reference.
 The public names live in `_api` and are loaded on first use: Triton alone takes 0.3 s to import.
 """
 
+import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -24,6 +26,9 @@ def __getattr__(name: str) -> object:
     # Dunder and private probes (inspect, pickle, doctest) must not cost an import.
     if name != "__all__" and name.startswith("_"):
         raise AttributeError(f"module 'fusedmlp' has no attribute {name!r}")
+    # Of a module alone: it may be what `_api` is waiting for.
+    if importlib.util.find_spec(f"{__name__}.{name}") is not None:
+        return importlib.import_module(f"{__name__}.{name}")
     try:
         return _load()[name]
     except KeyError:

@@ -110,6 +110,11 @@ def test_import_costs_at_most_300_ms():
     assert min(seconds) <= 0.3
 
 
+@pytest.mark.parametrize("module", ("ops.gated_mlp", "kernels.gated_linear", "reference"))
+def test_any_module_may_be_the_first_imported(module):
+    python(f"import fusedmlp.{module}")
+
+
 def test_torch_and_triton_are_all_that_is_imported():
     """A Triton-only install needs nothing else."""
     code = """
