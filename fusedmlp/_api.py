@@ -30,6 +30,7 @@ from .ops.top1_route import (
     top1_route,
 )
 from .patching import patch, patched, register_patch, unpatch
+from .quantize import QuantizationReport, quantize_model
 from .reference import Routing
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "Routing",
     "PackedMasks",
     "BinaryWeight",
+    "QuantizationReport",
     "backend",
     "binary_gated_linear",
     "binary_gated_mlp",
@@ -62,6 +64,7 @@ __all__ = [
     "patched",
     "register_patch",
     "quantize_binary",
+    "quantize_model",
     "read_gguf",
     "route_to",
     "router_z_loss",

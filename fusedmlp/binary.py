@@ -110,8 +110,12 @@ class BinaryWeight(nn.Module):
             )
         data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if len(raw) else torch.empty(0)
         blocks = data.to(torch.uint8).view(H, groups, BLOCK_BYTES)
-        scales = blocks[:, :, :2].contiguous().view(torch.float16).view(H, groups)
-        words = blocks[:, :, 2:].contiguous().view(torch.int32).view(H, 4 * groups)
+        # Clones: a view may start anywhere, where its words do not.
+        scales, words = (
+            t.clone(memory_format=torch.contiguous_format) for t in blocks.split((2, 16), 2)
+        )
+        scales = scales.view(torch.float16).view(H, groups)
+        words = words.view(torch.int32).view(H, 4 * groups)
         _refuse("from_q1_0_bytes", "scales must be finite", ~scales.isfinite())
         return cls(words, scales, D)
 

@@ -281,8 +281,8 @@ _INTERPRETED = (
     }
 )
 
-# Of one-bit weights: block_k (of dx and dh: block_n) lies in one group of 128. The ds tile's columns
-# are a group.
+# Of one-bit weights: block_k (of dx and dh: block_n) lies in one group of 128. The ds tile's
+# columns are a group.
 _BINARY_FWD = ("binary_linear_fwd", "binary_gated_linear_fwd")
 _BINARY_BWD = ("binary_linear_dx", "binary_gated_mlp_bwd")
 _BINARY_SKINNY = (Tile(16, 64, 128, 4, 3), Tile(16, 32, 32, 4, 2, loads="element"))

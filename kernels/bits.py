@@ -10,8 +10,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import rounded
-
 GROUP, WORD = 128, 32
 
 
