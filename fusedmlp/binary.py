@@ -26,9 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import reference
 from .kernels.bits import GROUP
-from .reference.binary import binary_scales, pack_signs
+from .reference.binary import binary_scales, dequantize_binary, pack_signs
 
 BLOCK_BYTES = 2 + GROUP // 8
 
@@ -74,7 +73,7 @@ class BinaryWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """+-scale (H, D), in `dtype` or else that of the scales."""
-        w = reference.dequantize_binary(self.qweight, self.scales, self.width)
+        w = dequantize_binary(self.qweight, self.scales, self.width)
         return w if dtype is None else w.to(dtype)
 
     def to_q1_0_bytes(self) -> bytes:

@@ -286,27 +286,38 @@ _INTERPRETED = (
 _BINARY_FWD = ("binary_linear_fwd", "binary_gated_linear_fwd")
 _BINARY_BWD = ("binary_linear_dx", "binary_gated_mlp_bwd")
 _BINARY_SKINNY = (Tile(16, 64, 128, 4, 3), Tile(16, 32, 32, 4, 2, loads="element"))
+_BINARY_FP32_SKINNY = (Tile(16, 32, 32, 4, 3), Tile(16, 32, 32, 4, 2, loads="element"))
 _BINARY_FP32 = {
+    ("binary_linear_fwd", 4): (
+        Tile(32, 32, 32, 8, 3),
+        Tile(32, 32, 32, 8, 2, loads="element"),
+        *_BINARY_FP32_SKINNY,
+    ),
+    ("binary_gated_linear_fwd", 4): (
+        Tile(32, 32, 32, 8, 3),
+        Tile(32, 16, 32, 8, 2, loads="element"),
+        *_BINARY_FP32_SKINNY,
+    ),
     **{
         (kernel, 4): (
             Tile(64, 64, 32, 8, 3, subtiles=2),
-            Tile(32, 32, 32, 4, 2, loads="element"),
-            *(_BINARY_SKINNY if kernel in _BINARY_FWD else ()),
+            Tile(32, 32, 32, 8, 2, loads="element"),
         )
-        for kernel in (*_BINARY_FWD, *_BINARY_BWD)
+        for kernel in _BINARY_BWD
     },
     ("binary_linear_ds", 4): (
         Tile(32, 128, 16, 4, 3, subtiles=2),
-        Tile(32, 128, 16, 4, 2, subtiles=2, loads="element"),
+        Tile(32, 128, 16, 8, 2, subtiles=2, loads="element"),
     ),
 }
 _BINARY_ELEMENT = Tile(64, 32, 32, 4, 2, loads="element")
+_BINARY_DH_ELEMENT = Tile(64, 32, 32, 8, 2, loads="element")
 _BINARY_DS_ELEMENT = Tile(32, 128, 16, 4, 2, subtiles=2, loads="element")
 _BINARY_MMA = {
     ("binary_linear_fwd", 2): (Tile(128, 128, 64, 8, 3), _BINARY_ELEMENT, *_BINARY_SKINNY),
     ("binary_gated_linear_fwd", 2): (Tile(128, 64, 64, 8, 3), _BINARY_ELEMENT, *_BINARY_SKINNY),
     ("binary_linear_dx", 2): (Tile(128, 128, 64, 8, 3), _BINARY_ELEMENT),
-    ("binary_gated_mlp_bwd", 2): (Tile(128, 128, 64, 8, 3, subtiles=4), _BINARY_ELEMENT),
+    ("binary_gated_mlp_bwd", 2): (Tile(128, 128, 64, 8, 3, subtiles=4), _BINARY_DH_ELEMENT),
     ("binary_linear_ds", 2): (Tile(64, 128, 32, 8, 4, subtiles=2), _BINARY_DS_ELEMENT),
 }
 _BINARY_TMA = {
@@ -326,7 +337,7 @@ _BINARY_TMA = {
     ),
     ("binary_gated_mlp_bwd", 2): (
         Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma"),
-        _BINARY_ELEMENT,
+        _BINARY_DH_ELEMENT,
     ),
     ("binary_linear_ds", 2): (
         Tile(64, 128, 64, 4, 4, subtiles=2, loads="tma"),

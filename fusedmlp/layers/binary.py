@@ -7,7 +7,7 @@
 
 | tensor | shape | |
 |---|---|---|
-| x | (..., D) | D a multiple of 128, and so H of a BinaryGatedMLP |
+| x | (..., D) | D a multiple of 128 unless padded, and so H of a BinaryGatedMLP |
 | weight v | (H, D) | until `pack()` |
 | packed | BinaryWeight (H, D) | from `pack()` on |
 | bias | (H,) | or None |
@@ -23,6 +23,8 @@ llama.cpp and Bonsai (format). How Bonsai was trained is not published.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,18 +47,19 @@ def binarized(v: Tensor, clip: float | None = None, detach_scale: bool = False) 
     scales = (exact.detach().half().float() + (exact - exact.detach())).to(v.dtype)
     passing = v if clip is None else v * (v.detach().abs() <= clip)
     signs = torch.where(v.detach() >= 0, 1.0, -1.0).to(v.dtype) + (passing - passing.detach())
-    return (signs.unflatten(1, (-1, GROUP)) * scales.unsqueeze(2)).flatten(1)
+    return signs * scales.repeat_interleave(GROUP, 1)[:, : v.shape[1]]
 
 
 class BinaryLinear(nn.Module):
     """A linear layer of one-bit weights; see the file.
 
     Args:
-        in_features: a multiple of 128.
+        in_features: a multiple of 128, or any with `pad`.
         out_features: any.
         bias: whether to add one; Q1_0 models have none.
         clip: latent weights larger than this get no gradient through their sign; None: all do.
         detach_scale: treat the scales as constants in backward.
+        pad: let the last group of a row have fewer weights than the 128 that it is stored as.
 
     `weight` starts with nn.Linear's own initialisation. Raises ValueError or TypeError for a bad
     argument.
@@ -73,28 +76,30 @@ class BinaryLinear(nn.Module):
         *,
         clip: float | None = None,
         detach_scale: bool = False,
+        pad: bool = False,
     ) -> None:
         super().__init__()
         owner = type(self).__name__
         positive_int(owner, "in_features", in_features)
         positive_int(owner, "out_features", out_features)
-        if in_features % GROUP:
+        if in_features % GROUP and not pad:
             raise ValueError(
-                f"{owner}: in_features must be a multiple of {GROUP}, got {in_features}"
+                f"{owner}: in_features must be a multiple of {GROUP}, got {in_features}; pad=True "
+                "pads the last group of each row"
             )
         if clip is not None and not clip > 0:
             raise ValueError(f"{owner}: clip must be None or positive, got {clip}")
         self.in_features, self.out_features = in_features, out_features
-        self.clip, self.detach_scale = clip, detach_scale
+        self.clip, self.detach_scale, self.pad = clip, detach_scale, pad
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
         self.packed = None
         self.reset_parameters()
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, **options: float | bool | None) -> BinaryLinear:
-        """A layer whose latent weight and bias are copies of those of `linear`; options: clip and
-        detach_scale."""
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> BinaryLinear:
+        """A layer whose latent weight and bias are copies of those of `linear`; options: clip,
+        detach_scale and pad."""
         layer = cls._like(linear, **options)
         layer.weight = nn.Parameter(linear.weight.detach().clone())
         if linear.bias is not None:
@@ -102,37 +107,34 @@ class BinaryLinear(nn.Module):
         return layer.train(linear.training)
 
     @classmethod
-    def packing(cls, linear: nn.Linear) -> BinaryLinear:
+    def packing(cls, linear: nn.Linear, *, pad: bool = False) -> BinaryLinear:
         """A packed layer of `linear`, whose bias it shares; no latent copy is made."""
-        layer = cls._like(linear)
+        layer = cls._like(linear, pad=pad)
         layer.bias = linear.bias
-        layer._set(quantize_binary(linear.weight))
+        layer._set(quantize_binary(linear.weight, pad=pad))
         return layer.train(linear.training)
 
     @classmethod
     def from_packed(cls, w: BinaryWeight, bias: Tensor | None = None) -> BinaryLinear:
-        """A packed layer, of the tensors of a file say.
-
-        Raises ValueError for a weight with padding, TypeError for anything else.
-        """
+        """A packed layer, of the tensors of a file say. Raises TypeError for another type."""
         if not isinstance(w, BinaryWeight):
             raise TypeError(f"{cls.__name__}: w must be a BinaryWeight, got {type(w).__name__}")
         H, D = w.shape
         with torch.device("meta"):
-            layer = cls(D, H)
+            layer = cls(D, H, pad=True)
         layer.bias = None if bias is None else nn.Parameter(bias)
         layer._set(w)
         return layer
 
     @classmethod
-    def _like(cls, linear: nn.Linear, **options: float | bool | None) -> BinaryLinear:
+    def _like(cls, linear: nn.Linear, **options: Any) -> BinaryLinear:
         if type(linear).forward is not nn.Linear.forward:
             raise TypeError(
                 f"{cls.__name__}: linear must be a plain nn.Linear, got {type(linear).__name__}; "
                 "merge an adapter first"
             )
         with torch.device("meta"):
-            return cls(linear.in_features, linear.out_features, **options)  # type: ignore[arg-type]
+            return cls(linear.in_features, linear.out_features, **options)
 
     def reset_parameters(self) -> None:
         """nn.Linear's initial values. Raises RuntimeError once packed."""
@@ -161,7 +163,7 @@ class BinaryLinear(nn.Module):
             raise RuntimeError(
                 f"{type(self).__name__}: pack() needs a latent weight, got a packed one"
             )
-        return quantize_binary(self.weight)
+        return quantize_binary(self.weight, pad=self.pad)
 
     def _set(self, w: BinaryWeight) -> None:
         self.packed = w
@@ -192,10 +194,10 @@ class BinaryGatedMLP(nn.Module):
     """down_proj(act(gate_proj(x)) * up_proj(x)) of one-bit weights; see the file.
 
     Args:
-        dim: width of x, a multiple of 128.
-        hidden: width between, a multiple of 128.
+        dim: width of x, a multiple of 128, or any with `pad`.
+        hidden: width between, likewise.
         activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
-        bias, clip, detach_scale: of each projection, as in BinaryLinear.
+        bias, clip, detach_scale, pad: of each projection, as in BinaryLinear.
 
     The three are packed all or none. Raises ValueError or TypeError for a bad argument, and
     RuntimeError in forward where some are packed.
@@ -210,13 +212,14 @@ class BinaryGatedMLP(nn.Module):
         *,
         clip: float | None = None,
         detach_scale: bool = False,
+        pad: bool = False,
     ) -> None:
         super().__init__()
         self.activation = activation
-        projection = lambda i, o: BinaryLinear(i, o, bias, clip=clip, detach_scale=detach_scale)  # noqa: E731
-        self.gate_proj = projection(dim, hidden)
-        self.up_proj = projection(dim, hidden)
-        self.down_proj = projection(hidden, dim)
+        options: dict[str, Any] = {"clip": clip, "detach_scale": detach_scale, "pad": pad}
+        self.gate_proj = BinaryLinear(dim, hidden, bias, **options)
+        self.up_proj = BinaryLinear(dim, hidden, bias, **options)
+        self.down_proj = BinaryLinear(hidden, dim, bias, **options)
 
     @classmethod
     def from_dense(

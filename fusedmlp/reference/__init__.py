@@ -9,6 +9,7 @@ from .binary import (
     binary_gated_mlp,
     binary_linear,
     dequantize_binary,
+    unpack_signs,
 )
 from .dense import Packed, gated_act, gated_linear, gated_mlp, halves, linear_act, mlp
 from .hyper import hyper_attention, hyper_attention_step
@@ -50,4 +51,5 @@ __all__ = [
     "top1_route",
     "tree_path",
     "unpack_masks",
+    "unpack_signs",
 ]
