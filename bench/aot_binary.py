@@ -37,13 +37,13 @@ def _call(
     x, dh = _empty(m, d, dtype=dtype), _empty(m, h, dtype=dtype)
     b = _empty(h, dtype=dtype) if full else None
     w = weight(h, d)
-    second = (dh, *w) if full else (None, None, None)
+    both: tuple[Any, ...] = (dh, *w, *((dh, *w) if full else (None, None, None)), d)
     calls: dict[str, Callable[[], Any]] = {
         "binary_linear_fwd": lambda: binary_linear.binary_linear_fwd(x, *w, b),
         "binary_gated_linear_fwd": lambda: binary_gated_linear.binary_gated_linear_fwd(
             x, *w, *w, b, b, activation, True, full
         ),
-        "binary_linear_dx": lambda: binary_bwd.binary_linear_dx(dh, *w, *second, d),
+        "binary_linear_dx": lambda: binary_bwd.binary_linear_dx(*both),
         "binary_gated_mlp_bwd": lambda: binary_bwd.binary_gated_mlp_bwd(
             x, *weight(d, h), _empty(2, m, h, dtype=dtype), activation, full
         ),

@@ -147,7 +147,7 @@ def quantize_model(model: nn.Module, format: str = "q1_0") -> QuantizationReport
 
 
 def _block(mlp: nn.Module) -> BinaryGatedMLP:
-    dense = (getattr(mlp, projection) for projection in PROJECTIONS)
+    gate, up, down = (getattr(mlp, projection) for projection in PROJECTIONS)
     name = activation_of(mlp)
     assert name is not None
-    return BinaryGatedMLP.from_dense(*dense, name).train(mlp.training)
+    return BinaryGatedMLP.from_dense(gate, up, down, name).train(mlp.training)

@@ -276,13 +276,12 @@ class BinaryGatedMLP(nn.Module):
         """x (..., dim) -> (..., dim)."""
         layers = self._layers()
         biases = [layer.bias for layer in layers]
-        packed = [layer.packed for layer in layers if layer.packed is not None]
-        if len(packed) == 3:
-            return binary_gated_mlp(x, *packed, *biases, activation=self.activation)
-        if packed:
+        gate, up, down = packed = [layer.packed for layer in layers]
+        if gate is not None and up is not None and down is not None:
+            return binary_gated_mlp(x, gate, up, down, *biases, activation=self.activation)
+        if count := 3 - packed.count(None):
             raise RuntimeError(
-                f"{type(self).__name__}: projections must be packed all or none, got "
-                f"{len(packed)} of 3"
+                f"{type(self).__name__}: projections must be packed all or none, got {count} of 3"
             )
         latent = (layer.binarized() for layer in layers)
         return gated_mlp(x, *latent, *biases, activation=self.activation)

@@ -160,9 +160,10 @@ def binary_gated_linear(
         x, b_gate, b_up = _check.cast(dtype, x, b_gate, b_up)  # type: ignore[assignment]
     _check.like_x(OP, x, b_gate=b_gate, b_up=b_up)
     H = check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation)
-    tensors: tuple[Any, ...] = (*planes(w_gate, w_up), b_gate, b_up)
+    tensors = (*planes(w_gate, w_up), b_gate, b_up)
     if _backend.pick(OP, x) == "reference":
-        return reference.binary_gated_linear(x, *tensors, activation)
+        arguments: tuple[Any, ...] = (x, *tensors, activation)
+        return reference.binary_gated_linear(*arguments)
     if _check.wants_grad(x, *tensors):
         h = BinaryGatedLinearFunction.apply(rows(x), *tensors, activation)
     else:

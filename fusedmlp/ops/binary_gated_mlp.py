@@ -151,10 +151,10 @@ def binary_gated_mlp(
         _check.shape(OP, "b_down", b_down, D_out)
     tensors: tuple[Any, ...] = (*planes(w_gate, w_up, w_down), b_gate, b_up, b_down)
     if _backend.pick(OP, x) == "reference":
+        arguments: tuple[Any, ...] = (x, *tensors, activation)
         if recompute and _check.wants_grad(x, *tensors):
-            run = reference.binary_gated_mlp
-            return checkpoint(run, x, *tensors, activation, use_reentrant=False)
-        return reference.binary_gated_mlp(x, *tensors, activation)
+            return checkpoint(reference.binary_gated_mlp, *arguments, use_reentrant=False)
+        return reference.binary_gated_mlp(*arguments)
     if _check.wants_grad(x, *tensors):
         y = BinaryGatedMLPFunction.apply(rows(x), *tensors, activation, recompute)
     else:

@@ -138,7 +138,7 @@ def binary_linear(x: Tensor, w: BinaryWeight, b: Tensor | None = None) -> Tensor
     if b is not None:
         _check.shape(OP, "b", b, H)
     if _backend.pick(OP, x) == "reference":
-        return reference.binary_linear(x, *planes(w), b)
+        return reference.binary_linear(x, w.qweight, w.scales, b)
     apply = BinaryLinearFunction.apply if _check.wants_grad(x, w.scales, b) else fwd
     y = apply(rows(x), *planes(w), b)
     return y.view(*x.shape[:-1], H)
