@@ -44,6 +44,11 @@ def draw(
                 256, dims, generator=generator, device=device, dtype=torch.uint8
             )
             continue
+        if name.startswith("q_"):
+            operands[name] = torch.randint(
+                -(1 << 31), 1 << 31, dims, generator=generator, device=device, dtype=torch.int32
+            )
+            continue
         t = (2 * torch.rand(dims, generator=generator, device=device) - 1) * 3**0.5
         depth = dims[-2] if name == "w_down" else dims[-1]
         operands[name] = (t / depth**0.5 if name.startswith("w") else t).to(dtype)
@@ -126,4 +131,4 @@ LAUNCHES: dict[str, Launch] = {
 }  # fmt: skip
 
 # Last, since it needs what stands above.
-from . import _launches_masked  # noqa: E402, F401
+from . import _launches_binary, _launches_masked  # noqa: E402, F401

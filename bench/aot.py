@@ -30,10 +30,10 @@ from triton.runtime.jit import JITFunction
 
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.arch import ARCHES, pretend
-from . import aot_hyper, aot_jobs, aot_masked, aot_moe
+from . import aot_binary, aot_hyper, aot_jobs, aot_masked, aot_moe
 from .aot_jobs import Job
 
-FAMILIES = (aot_jobs, aot_masked, aot_moe, aot_hyper)
+FAMILIES = (aot_jobs, aot_masked, aot_moe, aot_hyper, aot_binary)
 MULTIPROCESSORS = 132
 # sm_86 is left out: it has the tiles of sm_80 and the shared memory of sm_120.
 ARCHES_COMPILED = ("sm_80", "sm_90", "sm_100", "sm_120")
@@ -104,6 +104,7 @@ _MATRIX_OPCODE = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 _GEMMS = (
     "_fwd_kernel", "_bwd_kernel", "_partial_kernel",
     "_up_kernel", "_down_kernel", "_dh_kernel", "_wgrad_kernel", "_dx_kernel", "_dw_kernel",
+    "_ds_kernel",
 )  # fmt: skip
 _OPCODES = ("HGMMA", "UTCHMMA", "HMMA", "FFMA", "UTMALDG", "UTMASTG")
 

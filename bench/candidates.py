@@ -23,7 +23,17 @@ REGISTERS = 255
 
 def _halves(kernel: str) -> int:
     """Accumulators, and weight tiles, per x tile."""
-    return 2 if kernel in ("gated_linear_fwd", "moe_up") else 1
+    return 2 if kernel in ("gated_linear_fwd", "moe_up", "binary_gated_linear_fwd") else 1
+
+
+def _in_one_group(tile: Tile, kernel: str) -> bool:
+    """Of one-bit weights: whole words, and none of the next group of 128."""
+    if not kernel.startswith("binary"):
+        return True
+    if kernel.endswith("_fwd"):
+        return 32 <= tile.block_k <= 128
+    part = tile.block_n // tile.subtiles if kernel.endswith("_ds") else tile.block_n
+    return part >= 32 and tile.block_n <= 128 and (tile.block_n == 128 or "_ds" not in kernel)
 
 
 def shared_bytes(tile: Tile, kernel: str, size: int) -> int:
@@ -38,6 +48,8 @@ def shared_bytes(tile: Tile, kernel: str, size: int) -> int:
 
 def fits(tile: Tile, arch: Arch, kernel: str, size: int) -> bool:
     """False for what cannot work by arithmetic; the compiler has the last word on the rest."""
+    if not _in_one_group(tile, kernel):
+        return False
     if shared_bytes(tile, kernel, size) > arch.shared_memory:
         return False
     if tile.block_n % tile.subtiles or tile.block_n // tile.subtiles < min(MIN_PART, tile.block_n):

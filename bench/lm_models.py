@@ -93,6 +93,7 @@ MLPS: list[tuple[str, Build]] = [
     ("fff-4", lambda dim, hidden: layers.FastFeedForward(
         dim, 2, mult=_mult(dim, hidden), glu_variant="swiglu", hardening_coef=1.0,
         return_aux=True)),
+    ("binary", lambda dim, hidden: layers.BinaryGatedMLP(dim, hidden, pad=True)),
     ("path-7", lambda dim, hidden: layers.PathWeightedFFF(dim, 2, dim)),
 ]  # fmt: skip
 

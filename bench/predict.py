@@ -43,8 +43,19 @@ _MASKED = {
     "forward": ("masked_gated_linear_fwd",),
     "backward": ("masked_gated_linear_dx", "masked_gated_linear_dw"),
 }
+_BINARY_BACKWARD = ("binary_linear_dx", "binary_linear_ds")
 # op -> phase -> the GEMM kernels of kernels/ that it launches, by their launcher's names.
 KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
+    "binary_gated_linear": {
+        "forward": ("binary_gated_linear_fwd",),
+        "backward": _BINARY_BACKWARD,
+    },
+    # The down projection is a binary_linear of its own.
+    "binary_gated_mlp": {
+        "forward": ("binary_gated_linear_fwd",),
+        "backward": ("binary_gated_mlp_bwd", *_BINARY_BACKWARD),
+    },
+    "binary_linear": {"forward": ("binary_linear_fwd",), "backward": _BINARY_BACKWARD},
     "gated_act": {},
     "gated_linear": {"forward": ("gated_linear_fwd",)},
     "gated_mlp": {"forward": ("gated_linear_fwd",), "backward": ("gated_linear_bwd",)},
@@ -62,7 +73,12 @@ KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
     "mlp": {"forward": ("linear_act_fwd",), "backward": ("linear_act_bwd",)},
 }
 # Sizes of a kernel's result where they are not (M, H).
-RESULTS = {"masked_gated_linear_dx": "MD", "masked_gated_linear_dw": "HD"}
+RESULTS = {
+    "binary_linear_dx": "MD",
+    "binary_linear_ds": "HD",
+    "masked_gated_linear_dx": "MD",
+    "masked_gated_linear_dw": "HD",
+}
 GROUPED = ("moe_up", "moe_down", "moe_dh", "moe_wgrad")  # by expert
 # Beside its GEMM a launcher may run these, which sum what the GEMM stored.
 HELPERS = ("_reduce_kernel", "_sums_kernel", "_bias_kernel", "_dprob_kernel")

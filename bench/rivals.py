@@ -280,4 +280,11 @@ RIVALS: dict[str, Rival] = {
 }  # fmt: skip
 
 # Last, since they derive from Rival: importing them enters them above.
-from . import rivals_cuda, rivals_hyper, rivals_liger, rivals_masked, rivals_moe  # noqa: E402, F401
+from . import (  # noqa: E402
+    rivals_binary,  # noqa: F401
+    rivals_cuda,  # noqa: F401
+    rivals_hyper,  # noqa: F401
+    rivals_liger,  # noqa: F401
+    rivals_masked,  # noqa: F401
+    rivals_moe,  # noqa: F401
+)

@@ -60,6 +60,10 @@ def _few(record: Record) -> bool:
     return bool(record["M"] <= 16)
 
 
+def _prefill(record: Record) -> bool:
+    return bool(record["M"] >= 512)
+
+
 def _past_l2(record: Record) -> bool:
     """Below that a kernel lasts hardly longer than its launch."""
     return bool(record["bytes"] >= 1 << 27)
@@ -69,7 +73,6 @@ def _narrow(record: Record) -> bool:
     return bool(record["D"] <= 2048)
 
 
-_EAGER = ("eager", "eager-packed")
 _COMPILED = ("compile", "compile-packed")
 
 TARGETS: tuple[Target, ...] = (
@@ -110,7 +113,8 @@ TARGETS: tuple[Target, ...] = (
     Target("hyper_attention_step", "decode, past L2: 70% of copy on cache and parameter bytes",
            0.7, share="of_copy", where=_past_l2, case="hyper_attention_step-layer"),
     Target("binary_linear", "decode: 80% of copy", 0.8, share="of_copy", where=_few),
-    Target("binary_linear", "decode: 6 x a bfloat16 GEMV", 6.0, over=_EAGER, where=_few),
+    Target("binary_linear", "decode: 6 x a bfloat16 GEMV", 6.0, over=("dequantised",), where=_few),
+    Target("binary_linear", "M >= 512: 75% of cuBLAS", 0.75, share="of_cublas", where=_prefill),
     Target("every op", "at most 15 us on the host above plain PyTorch", 1.0),
 )  # fmt: skip
 

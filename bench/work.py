@@ -38,6 +38,9 @@ ALL_CASES: dict[str, Case] = (
     | {case.name: case for case in hyper.sized()}
 )
 PHASES = ("forward", "backward", "both")
+# Arguments that have a size of their own: prefix of their name -> bytes of an element, and whether
+# it has a gradient. Bit planes of masks; words and scales of one-bit weights.
+OWN_SIZES = {"masks": (1, False), "q_": (4, False), "s_": (2, True)}
 DGLU = "dglu"
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -96,13 +99,18 @@ class Work:
         return elements * self.torch_dtype.itemsize - self._excess(phase)
 
     def _excess(self, phase: str) -> int:
-        """What bit planes are counted too much: bytes, not elements of the dtype, and without a
-        gradient."""
-        if "masks" not in self.case.draws:
-            return 0
-        planes = math.prod(self.shapes(phase)["masks"])
-        times = {"forward": (1, 1), "backward": (2, 1), "both": (3, 2)}[phase]
-        return planes * (times[0] * self.torch_dtype.itemsize - times[1])
+        """What OWN_SIZES are counted too much as elements of the dtype with a gradient."""
+        # How often an argument is read, and its gradient written.
+        reads, writes = {"forward": (1, 0), "backward": (1, 1), "both": (2, 1)}[phase]
+        excess = 0
+        for name, shape in self.shapes(phase).items():
+            prefix = next((p for p in OWN_SIZES if name.startswith(p)), None)
+            if prefix is None or name not in self.case.draws:
+                continue
+            size, differentiable = OWN_SIZES[prefix]
+            moved = size * (reads + writes * differentiable)
+            excess += math.prod(shape) * ((reads + writes) * self.torch_dtype.itemsize - moved)
+        return excess
 
     def gemm(self, phase: str = "forward") -> tuple[int, int, int] | None:
         """(M, N, K) of the GEMM that cuBLAS is timed on beside a phase: of a call its first, of one
@@ -110,7 +118,7 @@ class Work:
         if phase == DGLU:
             return self.M, self.H, self.D
         shapes = self.case.shapes(self.M, self.D, self.H)
-        first = ("w", "w_in", "w_gate", "w_up")
+        first = ("w", "w_in", "w_gate", "w_up", "q_weight", "q_gate", "q_up")
         # Experts' weights have one dimension more; a row meets one expert.
         rows = sum(s[-2] for name, s in shapes.items() if name in first and len(s) > 1)
         return (self.M, rows, self.D) if rows else None

@@ -1,11 +1,12 @@
 // fusedmlp._C: integers into params structs, and nothing else. What they may be is checked once, in
-// Python (fusedmlp/_cuda_gated_linear.py, _cuda_masked.py, _cuda_route.py).
+// Python (fusedmlp/_cuda_gated_linear.py, _cuda_masked.py, _cuda_route.py, _cuda_binary.py).
 #include <pybind11/pybind11.h>
 
 #include <stdexcept>
 #include <string>
 
 #include "activations.cuh"
+#include "binary_gemv.h"
 #include "gated_linear.h"
 #include "masked_gated_gemv.h"
 #include "moe_route.h"
@@ -87,6 +88,17 @@ void top1_route_fwd(Address logits, Address expert, Address prob, Address log_su
            chunk, capacity, static_cast<RouteDtype>(dtype), device},
           stream);
 }
+
+void binary_linear_fwd(Address x, Address q_gate, Address s_gate, Address q_up, Address s_up,
+                       Address b_gate, Address b_up, Address h, Address parts, int64_t M, int64_t H,
+                       int64_t D, int64_t stride_x, int splits, int activation, int dtype,
+                       int device, Address stream) {
+  enqueue(binary_gemv,
+          {at(x), at<uint32_t>(q_gate), at(s_gate), at<uint32_t>(q_up), at(s_up), at(b_gate),
+           at(b_up), at(h), at<float>(parts), M, H, D, stride_x, splits, activation,
+           static_cast<Dtype>(dtype), device},
+          stream);
+}
 #endif
 
 // (op, architecture) -> launcher, and -> names of its variants in the order of their numbers.
@@ -126,6 +138,8 @@ Ops ops() {
   all.add("masked_gated_linear_fwd", FUSEDMLP_PORTABLE, &masked_gated_linear_fwd);
   all.add("top1_route_fwd", FUSEDMLP_PORTABLE, &top1_route_fwd);
   all.add("route_to_fwd", FUSEDMLP_PORTABLE, &top1_route_fwd);  // without logits
+  all.add("binary_linear_fwd", FUSEDMLP_PORTABLE, &binary_linear_fwd);
+  all.add("binary_gated_linear_fwd", FUSEDMLP_PORTABLE, &binary_linear_fwd);
 #endif
   return all;
 }

@@ -6,8 +6,12 @@ from . import activations, layers
 from ._backend import backend
 from ._explain import explain
 from .activations import *  # noqa: F403
+from .binary import BinaryWeight, quantize_binary, read_gguf
 from .layers import *  # noqa: F403
 from .masks import PackedMasks, pack_masks
+from .ops.binary_gated_linear import binary_gated_linear
+from .ops.binary_gated_mlp import binary_gated_mlp
+from .ops.binary_linear import binary_linear
 from .ops.gated_act import gated_act
 from .ops.gated_linear import gated_linear
 from .ops.gated_mlp import gated_mlp
@@ -26,6 +30,7 @@ from .ops.top1_route import (
     top1_route,
 )
 from .patching import patch, patched, register_patch, unpatch
+from .quantize import QuantizationReport, quantize_model
 from .reference import Routing
 
 __all__ = [
@@ -35,7 +40,12 @@ __all__ = [
     "Sigmoid",
     "Routing",
     "PackedMasks",
+    "BinaryWeight",
+    "QuantizationReport",
     "backend",
+    "binary_gated_linear",
+    "binary_gated_mlp",
+    "binary_linear",
     "explain",
     "gated_act",
     "gated_linear",
@@ -53,6 +63,9 @@ __all__ = [
     "patch",
     "patched",
     "register_patch",
+    "quantize_binary",
+    "quantize_model",
+    "read_gguf",
     "route_to",
     "router_z_loss",
     "top1_route",

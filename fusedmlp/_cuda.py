@@ -31,9 +31,18 @@ PORTABLE = {
     "masked_gated_mlp": ("masked_gated_linear_fwd",),
     "top1_route": ("top1_route_fwd",),
     "route_to": ("route_to_fwd",),
+    "binary_linear": ("binary_linear_fwd",),
+    "binary_gated_linear": ("binary_gated_linear_fwd",),
+    "binary_gated_mlp": ("binary_gated_linear_fwd", "binary_linear_fwd"),
 }
 # Of those, the ops that they serve in inference alone, and for few rows.
-DECODED = ("masked_gated_linear", "masked_gated_mlp")
+DECODED = (
+    "masked_gated_linear",
+    "masked_gated_mlp",
+    "binary_linear",
+    "binary_gated_linear",
+    "binary_gated_mlp",
+)
 # (kernel, architecture) that bench/results/ holds a passing check of, on such a GPU: these `auto`
 # takes. The others are opt-in by backend("cuda").
 PROVEN: frozenset[tuple[str, str]] = frozenset()

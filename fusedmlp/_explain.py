@@ -11,6 +11,9 @@ from torch import nn
 from . import _backend, _cuda
 from .kernels.arch import LAST, arch_of, capability_of
 from .ops import (
+    binary_gated_linear,
+    binary_gated_mlp,
+    binary_linear,
     gated_act,
     gated_linear,
     gated_mlp,
@@ -26,6 +29,9 @@ from .ops import (
 )
 
 OPS = (
+    binary_gated_linear.OP,
+    binary_gated_mlp.OP,
+    binary_linear.OP,
     gated_act.OP,
     gated_linear.OP,
     gated_mlp.OP,

@@ -281,17 +281,99 @@ _INTERPRETED = (
     }
 )
 
+# Of one-bit weights: block_k (of dx and dh: block_n) lies in one group of 128. The ds tile's
+# columns are a group.
+_BINARY_FWD = ("binary_linear_fwd", "binary_gated_linear_fwd")
+_BINARY_BWD = ("binary_linear_dx", "binary_gated_mlp_bwd")
+_BINARY_SKINNY = (Tile(16, 64, 128, 4, 3), Tile(16, 32, 32, 4, 2, loads="element"))
+_BINARY_FP32_SKINNY = (Tile(16, 32, 32, 4, 3), Tile(16, 32, 32, 4, 2, loads="element"))
+_BINARY_FP32 = {
+    ("binary_linear_fwd", 4): (
+        Tile(32, 32, 32, 8, 3),
+        Tile(32, 32, 32, 8, 2, loads="element"),
+        *_BINARY_FP32_SKINNY,
+    ),
+    ("binary_gated_linear_fwd", 4): (
+        Tile(32, 32, 32, 8, 3),
+        Tile(32, 16, 32, 8, 2, loads="element"),
+        *_BINARY_FP32_SKINNY,
+    ),
+    **{
+        (kernel, 4): (
+            Tile(64, 64, 32, 8, 3, subtiles=2),
+            Tile(32, 32, 32, 8, 2, loads="element"),
+        )
+        for kernel in _BINARY_BWD
+    },
+    ("binary_linear_ds", 4): (
+        Tile(32, 128, 16, 4, 3, subtiles=2),
+        Tile(32, 128, 16, 8, 2, subtiles=2, loads="element"),
+    ),
+}
+_BINARY_ELEMENT = Tile(64, 32, 32, 4, 2, loads="element")
+_BINARY_DH_ELEMENT = Tile(64, 32, 32, 8, 2, loads="element")
+_BINARY_DS_ELEMENT = Tile(32, 128, 16, 4, 2, subtiles=2, loads="element")
+_BINARY_MMA = {
+    ("binary_linear_fwd", 2): (Tile(128, 128, 64, 8, 3), _BINARY_ELEMENT, *_BINARY_SKINNY),
+    ("binary_gated_linear_fwd", 2): (Tile(128, 64, 64, 8, 3), _BINARY_ELEMENT, *_BINARY_SKINNY),
+    ("binary_linear_dx", 2): (Tile(128, 128, 64, 8, 3), _BINARY_ELEMENT),
+    ("binary_gated_mlp_bwd", 2): (Tile(128, 128, 64, 8, 3, subtiles=4), _BINARY_DH_ELEMENT),
+    ("binary_linear_ds", 2): (Tile(64, 128, 32, 8, 4, subtiles=2), _BINARY_DS_ELEMENT),
+}
+_BINARY_TMA = {
+    ("binary_linear_fwd", 2): (
+        Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma"),
+        _BINARY_ELEMENT,
+        *_BINARY_SKINNY,
+    ),
+    ("binary_gated_linear_fwd", 2): (
+        Tile(128, 64, 64, 8, 4, loads="tma"),
+        _BINARY_ELEMENT,
+        *_BINARY_SKINNY,
+    ),
+    ("binary_linear_dx", 2): (
+        Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma"),
+        _BINARY_ELEMENT,
+    ),
+    ("binary_gated_mlp_bwd", 2): (
+        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma"),
+        _BINARY_DH_ELEMENT,
+    ),
+    ("binary_linear_ds", 2): (
+        Tile(64, 128, 64, 4, 4, subtiles=2, loads="tma"),
+        _BINARY_DS_ELEMENT,
+    ),
+}
+_BINARY_INTERPRETED = {
+    (kernel, size): (
+        Tile(32, 128, 128, 4, 2, subtiles=2, loads="tma", group_m=2),
+        Tile(32, 64, 64, 4, 2, subtiles=2, loads="element", group_m=2),
+        *(
+            (Tile(16, 64, 64, 4, 2), Tile(16, 64, 64, 4, 2, loads="element"))
+            if kernel in _BINARY_FWD
+            else ()
+        ),
+    )
+    for kernel in (*_BINARY_FWD, *_BINARY_BWD)
+    for size in (2, 4)
+} | {
+    ("binary_linear_ds", size): tuple(
+        Tile(64, 128, 32, 4, 2, subtiles=2, loads=loads, group_m=2) for loads in ("tma", "element")
+    )
+    for size in (2, 4)
+}
+
 ARCHES: dict[str, Arch] = {
     arch.name: arch
     for arch in (
-        Arch("sm_80", 80, 166_912, False, _MMA | _FP32),
-        Arch("sm_86", 86, 101_376, False, _MMA | _FP32),
-        Arch("sm_90", 90, 232_448, True, _TMA | _FP32),
-        Arch("sm_100", 100, 232_448, True, _TMA | _FP32),
-        Arch("sm_120", 120, 101_376, False, _MMA | _FP32),
+        Arch("sm_80", 80, 166_912, False, _MMA | _FP32 | _BINARY_MMA | _BINARY_FP32),
+        Arch("sm_86", 86, 101_376, False, _MMA | _FP32 | _BINARY_MMA | _BINARY_FP32),
+        Arch("sm_90", 90, 232_448, True, _TMA | _FP32 | _BINARY_TMA | _BINARY_FP32),
+        Arch("sm_100", 100, 232_448, True, _TMA | _FP32 | _BINARY_TMA | _BINARY_FP32),
+        Arch("sm_120", 120, 101_376, False, _MMA | _FP32 | _BINARY_MMA | _BINARY_FP32),
     )
 }
-INTERPRETER = Arch("interpreter", 0, 1 << 30, True, _INTERPRETED)
+INTERPRETER = Arch("interpreter", 0, 1 << 30, True, _INTERPRETED | _BINARY_INTERPRETED)
 
 # kernel -> what it was last launched with, for explain().
 LAST: dict[str, Tile] = {}

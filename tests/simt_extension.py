@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pybind11
 import simt_build
 
-from fusedmlp import _cuda, _cuda_gated_linear, _cuda_masked, _cuda_route
+from fusedmlp import _cuda, _cuda_binary, _cuda_gated_linear, _cuda_masked, _cuda_route
 from fusedmlp.kernels.arch import ARCHES, pretend
 
 FLAGS = (
@@ -29,6 +29,8 @@ SOURCES = {
         ("gated_linear_fwd", "gated_linear_bwd", "linear_act_fwd", "linear_act_bwd"),
         f"csrc/gated_linear_sm{sm}.cu") for sm in (90, 100)},
     "sm_80": {
+        "binary_linear_fwd": "csrc/binary_gemv.cu",
+        "binary_gated_linear_fwd": "csrc/binary_gemv.cu",
         "masked_gated_linear_fwd": "csrc/masked_gated_gemv.cu",
         "top1_route_fwd": "csrc/moe_route.cu",
         "route_to_fwd": "csrc/moe_route.cu",
@@ -74,7 +76,7 @@ def extension(arch: str, seed: int = 0):
 @contextmanager
 def installed(monkeypatch, arch: str, seed: int = 0, multiprocessors: int = MULTIPROCESSORS):
     monkeypatch.setattr(_cuda, "load", lambda: (extension(arch, seed), ""))
-    for launchers in (_cuda_gated_linear, _cuda_masked, _cuda_route):
+    for launchers in (_cuda_binary, _cuda_gated_linear, _cuda_masked, _cuda_route):
         monkeypatch.setattr(launchers, "_stream", lambda device: 0)
     _cuda.find.cache_clear()
     try:

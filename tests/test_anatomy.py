@@ -14,7 +14,7 @@ from fusedmlp.testing import CASES
 ROOT = Path(__file__).parents[1]
 OPS = sorted(p.stem for p in (ROOT / "fusedmlp/ops").glob("*.py") if not p.stem.startswith("_"))
 # Blocks are made of other ops' kernels and cuBLAS.
-BLOCKS = {"gated_mlp", "masked_gated_mlp", "mlp", "moe_linear"}
+BLOCKS = {"binary_gated_mlp", "gated_mlp", "masked_gated_mlp", "mlp", "moe_linear"}
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from fusedmlp.bench import rivals_binary
 from fusedmlp.bench.calls import calls_of, disagreement, draw
 from fusedmlp.bench.rivals import RIVALS
 from fusedmlp.bench.work import PHASES, Work
@@ -20,7 +21,8 @@ ACTS = {"swiglu": F.silu, "reglu": F.relu, "geglu": lambda x: F.gelu(x, approxim
 DENSE = {
     name: rival
     for name, rival in RIVALS.items()
-    if rival.ops not in (("moe_mlp",), ("masked_gated_linear",), ("hyper_attention",))
+    if rival.ops
+    not in (("moe_mlp",), ("masked_gated_linear",), ("hyper_attention",), rivals_binary.OPS)
     and not name.startswith("fusedmlp-")
 }
 

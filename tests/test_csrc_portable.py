@@ -57,6 +57,15 @@ def test_masked_gated_mlp():
     assert _backend.SERVED["masked_gated_linear_fwd"] == "cuda"
 
 
+@pytest.mark.parametrize("name", [n for n in CASES if n.startswith("binary_")])
+def test_binary(name):
+    case = CASES[name]
+    triples = compare(case, inputs_of(name, 3, 1024, 128, dtype=torch.bfloat16), backward=False)
+    assert_close_to(*triples["out"])
+    served = {k: v for k, v in _backend.SERVED.items() if k.startswith("binary_")}
+    assert set(served.values()) == {"cuda"}
+
+
 @pytest.mark.parametrize(
     ("rows", "D", "n_m", "words"),
     [(SKINNY_M + 1, 16, 1, "16 rows of x or fewer, got 17"), (2, 16, 3, "n_m to be one of"),

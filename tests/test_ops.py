@@ -360,7 +360,7 @@ def test_every_registered_op_is_checked():
     checked = {f"{op}_{part}" for op in BLOCKS[::2] for part in ("fwd", "bwd")}
     checked |= {"gated_act_fwd", "gated_act_bwd", "linear_act_dz", "linear_act_h"}
     # The others have tests of their own.
-    elsewhere = ("moe_", "route_", "top1_", "tree_", "masked_", "pack_masks", "hyper_")
+    elsewhere = ("moe_", "route_", "top1_", "tree_", "masked_", "pack_masks", "hyper_", "binary_")
     assert {n for n in names if not n.startswith(elsewhere)} == checked
 
 

@@ -4,6 +4,7 @@ Every layer runs in float32, bfloat16 and float16, returns x's dtype, compiles w
 and may be built on the meta device: `layer.to_empty(device=...)`, then `layer.init_weights_()`.
 """
 
+from .binary import BinaryGatedMLP, BinaryLinear
 from .feedforward import FeedForward
 from .fff import FastFeedForward, PathWeightedFFF
 from .gating import GatingMechanism
@@ -22,6 +23,8 @@ __all__ = [
     "GELUMLP",
     "GLU",
     "Bilinear",
+    "BinaryGatedMLP",
+    "BinaryLinear",
     "BilinearMGLU",
     "FastFeedForward",
     "GMLP",

@@ -4,6 +4,13 @@ One file a family.
 Any floating dtype, any device, any leading dimensions; gradients are autograd's own.
 """
 
+from .binary import (
+    binary_gated_linear,
+    binary_gated_mlp,
+    binary_linear,
+    dequantize_binary,
+    unpack_signs,
+)
 from .dense import Packed, gated_act, gated_linear, gated_mlp, halves, linear_act, mlp
 from .hyper import hyper_attention, hyper_attention_step
 from .masked import masked_gated_linear, masked_gated_mlp, pack_masks, unpack_masks
@@ -21,6 +28,10 @@ from .moe import (
 __all__ = [
     "Packed",
     "Routing",
+    "binary_gated_linear",
+    "binary_gated_mlp",
+    "binary_linear",
+    "dequantize_binary",
     "gated_act",
     "gated_linear",
     "gated_mlp",
@@ -40,4 +51,5 @@ __all__ = [
     "top1_route",
     "tree_path",
     "unpack_masks",
+    "unpack_signs",
 ]

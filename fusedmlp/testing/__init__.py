@@ -1,6 +1,6 @@
 """What tests and bench share: the tolerance rule, the cases, NaN-poisoned memory."""
 
-from . import dense, hyper, masked, moe
+from . import binary, dense, hyper, masked, moe
 from .case import Case, Shapes, compare, doubled, evaluate, floating, judge
 from .memory import poison
 from .rule import Error, assert_close_to, error_of
@@ -20,5 +20,5 @@ __all__ = [
     "poison",
 ]
 
-FAMILIES = (dense, masked, moe, hyper)
+FAMILIES = (dense, masked, moe, hyper, binary)
 CASES: dict[str, Case] = {case.name: case for family in FAMILIES for case in family.cases()}

@@ -1,0 +1,290 @@
+"""Layers of one-bit weights: trained on latent weights, then packed.
+
+| class | y | with |
+|---|---|---|
+| BinaryLinear | x w' + b | w = scale * sign(v) of the latent weight v, or packed |
+| BinaryGatedMLP | down(act(gate(x)) * up(x)) | three BinaryLinears |
+
+| tensor | shape | |
+|---|---|---|
+| x | (..., D) | D a multiple of 128 unless padded, and so H of a BinaryGatedMLP |
+| weight v | (H, D) | until `pack()` |
+| packed | BinaryWeight (H, D) | from `pack()` on |
+| bias | (H,) | or None |
+
+In training scale = mean |v| of 128 neighbours of a row, rounded to float16 as it will be packed;
+sign(0) = 1. The gradient passes sign and rounding straight through: dv = scale * dw, where `clip`
+is given only for |v| <= clip, plus, unless `detach_scale`, that of mean |v|. Packed and latent
+weights are the same numbers, so packing changes no result but by the order of sums.
+
+dtype: x has the parameters' floating dtype, which is kept (under autocast: the autocast dtype).
+Sources: Rastegari et al., XNOR-Net, arXiv 1603.05279 (scale and straight-through gradient); Q1_0 of
+llama.cpp and Bonsai (format). How Bonsai was trained is not published.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..binary import BinaryWeight, quantize_binary
+from ..kernels.bits import GROUP
+from ..ops.binary_gated_mlp import binary_gated_mlp
+from ..ops.binary_linear import binary_linear
+from ..ops.gated_mlp import gated_mlp
+from ..reference.binary import binary_scales
+from ._activation import name_of
+from ._block import positive_int
+
+
+def binarized(v: Tensor, clip: float | None = None, detach_scale: bool = False) -> Tensor:
+    """scale * sign(v) with a straight-through gradient; see the file."""
+    exact = binary_scales(v.detach() if detach_scale else v)
+    # The differences are 0 wherever anything is finite; they carry the gradients.
+    scales = (exact.detach().half().float() + (exact - exact.detach())).to(v.dtype)
+    passing = v if clip is None else v * (v.detach().abs() <= clip)
+    signs = torch.where(v.detach() >= 0, 1.0, -1.0).to(v.dtype) + (passing - passing.detach())
+    return signs * scales.repeat_interleave(GROUP, 1)[:, : v.shape[1]]
+
+
+class BinaryLinear(nn.Module):
+    """A linear layer of one-bit weights; see the file.
+
+    Args:
+        in_features: a multiple of 128, or any with `pad`.
+        out_features: any.
+        bias: whether to add one; Q1_0 models have none.
+        clip: latent weights larger than this get no gradient through their sign; None: all do.
+        detach_scale: treat the scales as constants in backward.
+        pad: let the last group of a row have fewer weights than the 128 that it is stored as.
+
+    `weight` starts with nn.Linear's own initialisation. Raises ValueError or TypeError for a bad
+    argument.
+    """
+
+    weight: nn.Parameter
+    packed: BinaryWeight | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        *,
+        clip: float | None = None,
+        detach_scale: bool = False,
+        pad: bool = False,
+    ) -> None:
+        super().__init__()
+        owner = type(self).__name__
+        positive_int(owner, "in_features", in_features)
+        positive_int(owner, "out_features", out_features)
+        if in_features % GROUP and not pad:
+            raise ValueError(
+                f"{owner}: in_features must be a multiple of {GROUP}, got {in_features}; pad=True "
+                "pads the last group of each row"
+            )
+        if clip is not None and not clip > 0:
+            raise ValueError(f"{owner}: clip must be None or positive, got {clip}")
+        self.in_features, self.out_features = in_features, out_features
+        self.clip, self.detach_scale, self.pad = clip, detach_scale, pad
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.packed = None
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> BinaryLinear:
+        """A layer whose latent weight and bias are copies of those of `linear`; options: clip,
+        detach_scale and pad."""
+        layer = cls._like(linear, **options)
+        layer.weight = nn.Parameter(linear.weight.detach().clone())
+        if linear.bias is not None:
+            layer.bias = nn.Parameter(linear.bias.detach().clone())
+        return layer.train(linear.training)
+
+    @classmethod
+    def packing(cls, linear: nn.Linear, *, pad: bool = False) -> BinaryLinear:
+        """A packed layer of `linear`, whose bias it shares; no latent copy is made."""
+        layer = cls._like(linear, pad=pad)
+        layer.bias = linear.bias
+        layer._set(quantize_binary(linear.weight, pad=pad))
+        return layer.train(linear.training)
+
+    @classmethod
+    def from_packed(cls, w: BinaryWeight, bias: Tensor | None = None) -> BinaryLinear:
+        """A packed layer, of the tensors of a file say. Raises TypeError for another type."""
+        if not isinstance(w, BinaryWeight):
+            raise TypeError(f"{cls.__name__}: w must be a BinaryWeight, got {type(w).__name__}")
+        H, D = w.shape
+        with torch.device("meta"):
+            layer = cls(D, H, pad=True)
+        layer.bias = None if bias is None else nn.Parameter(bias)
+        layer._set(w)
+        return layer
+
+    @classmethod
+    def _like(cls, linear: nn.Linear, **options: Any) -> BinaryLinear:
+        if type(linear).forward is not nn.Linear.forward:
+            raise TypeError(
+                f"{cls.__name__}: linear must be a plain nn.Linear, got {type(linear).__name__}; "
+                "merge an adapter first"
+            )
+        with torch.device("meta"):
+            return cls(linear.in_features, linear.out_features, **options)
+
+    def reset_parameters(self) -> None:
+        """nn.Linear's initial values. Raises RuntimeError once packed."""
+        if self.packed is not None:
+            raise RuntimeError(f"{type(self).__name__}: a packed layer has no initial values")
+        bound = self.in_features**-0.5
+        nn.init.uniform_(self.weight, -bound, bound)
+        if self.bias is not None:
+            nn.init.uniform_(self.bias, -bound, bound)
+
+    def init_weights_(self) -> None:
+        """Give every parameter its initial value again, or at last on a layer built on meta."""
+        self.reset_parameters()
+
+    def pack(self) -> BinaryLinear:
+        """Replace the latent weight by bits and float16 scales, for good; returns the layer. A
+        packed layer's state_dict loads into one that was packed before.
+
+        Raises RuntimeError where it is packed already, ValueError as `quantize_binary` does.
+        """
+        self._set(self._rounded())
+        return self
+
+    def _rounded(self) -> BinaryWeight:
+        if self.packed is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: pack() needs a latent weight, got a packed one"
+            )
+        return quantize_binary(self.weight, pad=self.pad)
+
+    def _set(self, w: BinaryWeight) -> None:
+        self.packed = w
+        del self.weight
+
+    def binarized(self) -> Tensor:
+        """The weight that multiplies in training, scale * sign. Raises RuntimeError once packed."""
+        if self.packed is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: binarized() needs a latent weight, got a packed one"
+            )
+        return binarized(self.weight, self.clip, self.detach_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features)."""
+        if self.packed is not None:
+            return binary_linear(x, self.packed, self.bias)
+        return F.linear(x, self.binarized(), self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, packed={self.packed is not None}"
+        )
+
+
+class BinaryGatedMLP(nn.Module):
+    """down_proj(act(gate_proj(x)) * up_proj(x)) of one-bit weights; see the file.
+
+    Args:
+        dim: width of x, a multiple of 128, or any with `pad`.
+        hidden: width between, likewise.
+        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        bias, clip, detach_scale, pad: of each projection, as in BinaryLinear.
+
+    The three are packed all or none. Raises ValueError or TypeError for a bad argument, and
+    RuntimeError in forward where some are packed.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        activation: str = "silu",
+        bias: bool = False,
+        *,
+        clip: float | None = None,
+        detach_scale: bool = False,
+        pad: bool = False,
+    ) -> None:
+        super().__init__()
+        self.activation = activation
+        options: dict[str, Any] = {"clip": clip, "detach_scale": detach_scale, "pad": pad}
+        self.gate_proj = BinaryLinear(dim, hidden, bias, **options)
+        self.up_proj = BinaryLinear(dim, hidden, bias, **options)
+        self.down_proj = BinaryLinear(hidden, dim, bias, **options)
+
+    @classmethod
+    def from_dense(
+        cls,
+        gate: nn.Linear,
+        up: nn.Linear,
+        down: nn.Linear,
+        activation: str | nn.Module = "silu",
+        *,
+        pack: bool = True,
+    ) -> BinaryGatedMLP:
+        """A block of three linears: packed, their weights rounded to one bit; or with pack=False
+        latent copies of them to train.
+
+        activation: a name, or a module that has one. Raises TypeError for one that has none,
+        ValueError as `quantize_binary` does.
+        """
+        name = activation if isinstance(activation, str) else name_of(activation)
+        if name is None:
+            raise TypeError(
+                f"{cls.__name__}: activation must be one with a kernel, got {activation!r}"
+            )
+        make = BinaryLinear.packing if pack else BinaryLinear.from_linear
+        return cls.of(make(gate), make(up), make(down), name)
+
+    @classmethod
+    def of(
+        cls, gate: BinaryLinear, up: BinaryLinear, down: BinaryLinear, activation: str = "silu"
+    ) -> BinaryGatedMLP:
+        """A block of three layers that are there already."""
+        block = cls.__new__(cls)
+        nn.Module.__init__(block)
+        block.activation = activation
+        block.gate_proj, block.up_proj, block.down_proj = gate, up, down
+        return block.train(gate.training)
+
+    def init_weights_(self) -> None:
+        """Give every parameter its initial value again, or at last on a layer built on meta."""
+        for layer in self._layers():
+            layer.init_weights_()
+
+    def pack(self) -> BinaryGatedMLP:
+        """Pack the three projections, as BinaryLinear.pack does; returns the block."""
+        layers = self._layers()
+        # All or none: a weight may be refused.
+        for layer, w in zip(layers, [layer._rounded() for layer in layers], strict=True):
+            layer._set(w)
+        return self
+
+    def _layers(self) -> tuple[BinaryLinear, BinaryLinear, BinaryLinear]:
+        return self.gate_proj, self.up_proj, self.down_proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., dim) -> (..., dim)."""
+        layers = self._layers()
+        biases = [layer.bias for layer in layers]
+        gate, up, down = packed = [layer.packed for layer in layers]
+        if gate is not None and up is not None and down is not None:
+            return binary_gated_mlp(x, gate, up, down, *biases, activation=self.activation)
+        if count := 3 - packed.count(None):
+            raise RuntimeError(
+                f"{type(self).__name__}: projections must be packed all or none, got {count} of 3"
+            )
+        latent = (layer.binarized() for layer in layers)
+        return gated_mlp(x, *latent, *biases, activation=self.activation)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"

@@ -1,0 +1,171 @@
+"""h = act(g) * u with g = x w_gate' + b_gate and u = x w_up' + b_up, both weights in one bit each:
+one pass over x, h made in registers.
+
+| tensor | shape | |
+|---|---|---|
+| x | (..., D) | flattened to (M, D) |
+| w_gate, w_up | (H, D) | BinaryWeight each |
+| b_gate, b_up | (H,) | both or neither |
+| h | (..., H) | |
+
+dtype: one floating dtype for x and the biases, kept; scales have their own; products accumulate in
+float32. Saved for backward: g and u, and x where scales have a gradient. Backward: dg, du from dh,
+g, u (the gated_act kernel), then dx = dg w_gate + du w_up in one kernel, and the scales' gradients.
+Sources: Shazeer, GLU Variants, arXiv 2002.05202; Q1_0 of llama.cpp and Bonsai.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import _backend, _cuda_binary, _library, reference
+from .._shapes import empty_pair, rows, split_pair
+from ..binary import BinaryWeight
+from ..kernels import binary_gated_linear as _triton
+from . import _check, binary_linear, gated_act
+from .binary_linear import planes
+
+OP = "binary_gated_linear"
+
+
+def check_projection(
+    op: str,
+    x: Tensor,
+    w_gate: BinaryWeight,
+    w_up: BinaryWeight,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    activation: str,
+) -> int:
+    """The shape rule of gate and up, for this op and for whole blocks. Returns H."""
+    _check.activation(op, activation)
+    H, D = binary_linear.check_weight(op, "w_gate", w_gate, x.device)
+    _check.columns(op, "x", x, D, "D of w_gate")
+    if binary_linear.check_weight(op, "w_up", w_up, x.device) != (H, D):
+        raise ValueError(f"{op}: w_up must have shape {(H, D)}, got {w_up.shape}")
+    if (b_gate is None) != (b_up is None):
+        given = [name for name, b in (("b_gate", b_gate), ("b_up", b_up)) if b is not None]
+        raise ValueError(
+            f"{op}: b_gate and b_up must both be given or both be None, got {given[0]} alone"
+        )
+    for name, b in (("b_gate", b_gate), ("b_up", b_up)):
+        if b is not None:
+            _check.shape(op, name, b, H)
+    return H
+
+
+def _fwd_fake(
+    x: Tensor,
+    q_gate: Tensor,
+    s_gate: Tensor,
+    q_up: Tensor,
+    s_up: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    activation: str,
+    want_h: bool,
+    want_gu: bool,
+) -> tuple[Tensor, Tensor]:
+    M, H = x.shape[0], q_gate.shape[0]
+    return x.new_empty((M if want_h else 0, H)), empty_pair(x, M if want_gu else 0, H, None)
+
+
+# x (M, D) -> h (M, H) and gu (2, M, H), each with M = 0 if not wanted.
+fwd = _library.define(
+    "binary_gated_linear_fwd(Tensor x, Tensor q_gate, Tensor s_gate, Tensor q_up, Tensor s_up, "
+    "Tensor? b_gate, Tensor? b_up, str activation, bool want_h, bool want_gu) -> (Tensor, Tensor)",
+    _triton.binary_gated_linear_fwd,
+    _fwd_fake,
+    _cuda_binary.binary_gated_linear_fwd,
+)
+
+
+def projection_grads(
+    x: Tensor | None,
+    weights: tuple[Tensor, ...],
+    dgu: Tensor,
+    width: int,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, ds_gate, ds_up where `needed`, from dg and du. weights: q_gate, s_gate, q_up, s_up."""
+    q_gate, s_gate, q_up, s_up = weights
+    need_x, need_gate, need_up = needed
+    dg, du = split_pair(dgu, None)
+    return (
+        binary_linear.dx(dg, q_gate, s_gate, du, q_up, s_up, width) if need_x else None,
+        binary_linear.ds(dg, x, q_gate, s_gate.dtype) if need_gate else None,
+        binary_linear.ds(du, x, q_up, s_up.dtype) if need_up else None,
+    )
+
+
+class BinaryGatedLinearFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        q_gate: Tensor,
+        s_gate: Tensor,
+        q_up: Tensor,
+        s_up: Tensor,
+        b_gate: Tensor | None,
+        b_up: Tensor | None,
+        activation: str,
+    ) -> Tensor:
+        weights = (q_gate, s_gate, q_up, s_up)
+        h, gu = fwd(x, *weights, b_gate, b_up, activation, True, True)
+        need_s = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
+        ctx.save_for_backward(x if need_s else None, *weights, gu)
+        ctx.activation, ctx.width = activation, x.shape[1]
+        return h
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights, gu = ctx.saved_tensors
+        need_x, _, need_sg, _, need_su, need_bg, need_bu = ctx.needs_input_grad[:7]
+        dgu = gated_act.bwd(dh, *split_pair(gu, None), ctx.activation, None)
+        needed = (need_x, need_sg, need_su)
+        dx, ds_gate, ds_up = projection_grads(x, tuple(weights), dgu, ctx.width, needed)
+        db_gate = dgu[0].sum(0) if need_bg else None
+        db_up = dgu[1].sum(0) if need_bu else None
+        return dx, None, ds_gate, None, ds_up, db_gate, db_up, None
+
+
+def binary_gated_linear(
+    x: Tensor,
+    w_gate: BinaryWeight,
+    w_up: BinaryWeight,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """act(x w_gate' + b_gate) * (x w_up' + b_up) over one-bit weights.
+
+    Args:
+        x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
+        w_gate, w_up: (H, D) each. Signs are frozen, scales get a gradient if they require one.
+        b_gate, b_up: (H,) each, both or neither.
+        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+
+    Returns h (..., H) in x's dtype (under autocast: the autocast dtype).
+
+    Raises ValueError (shape, device, activation) or TypeError (dtype, type), naming the argument.
+    """
+    if dtype := _check.autocast_dtype(OP, x):
+        x, b_gate, b_up = _check.cast(dtype, x, b_gate, b_up)  # type: ignore[assignment]
+    _check.like_x(OP, x, b_gate=b_gate, b_up=b_up)
+    H = check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation)
+    tensors = (*planes(w_gate, w_up), b_gate, b_up)
+    if _backend.pick(OP, x) == "reference":
+        arguments: tuple[Any, ...] = (x, *tensors, activation)
+        return reference.binary_gated_linear(*arguments)
+    if _check.wants_grad(x, *tensors):
+        h = BinaryGatedLinearFunction.apply(rows(x), *tensors, activation)
+    else:
+        h, _ = fwd(rows(x), *tensors, activation, True, False)
+    return h.view(*x.shape[:-1], H)

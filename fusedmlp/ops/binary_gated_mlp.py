@@ -1,0 +1,164 @@
+"""y = (act(x w_gate' + b_gate) * (x w_up' + b_up)) w_down' + b_down, three weights in one bit each:
+a whole gated block, forward and backward.
+
+| tensor | shape | |
+|---|---|---|
+| x, y | (..., D), (..., D_out) | flattened to (M, D) |
+| w_gate, w_up | (H, D) | BinaryWeight each |
+| w_down | (D_out, H) | BinaryWeight |
+| b_gate, b_up, b_down | (H,), (H,), (D_out,) | |
+
+dtype: one floating dtype for x and the biases, kept; scales have their own. Memory plan: saves g
+and u, x where scales of gate or up have a gradient; h is made again in the epilogue of the dh GEMM.
+With recompute=True it saves x alone.
+
+| step | computes | by |
+|---|---|---|
+| forward | h (and g, u) | binary_gated_linear |
+| | y = h w_down' + b_down | binary_linear |
+| backward | dh = dy w_down in registers -> dg, du, h | binary_gated_mlp_bwd |
+| | dx = dg w_gate + du w_up | binary_linear_dx |
+| | the scales' gradients, of down from dy and h | binary_linear_ds |
+
+Sources: Shazeer, GLU Variants, arXiv 2002.05202; Q1_0 of llama.cpp and Bonsai.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
+
+from .. import _backend, _library, reference
+from .._shapes import rows
+from ..binary import BinaryWeight
+from ..kernels import binary_bwd as _triton_bwd
+from . import _check, binary_gated_linear, binary_linear
+from .binary_linear import planes
+
+OP = "binary_gated_mlp"
+
+
+def _bwd_fake(
+    dy: Tensor, q_down: Tensor, s_down: Tensor, gu: Tensor, activation: str, want_h: bool
+) -> tuple[Tensor, Tensor]:
+    _, M, H = gu.shape
+    return dy.new_empty(gu.shape), dy.new_empty((M if want_h else 0, H))
+
+
+# dy (M, D_out), gu (2, M, H) -> with dh = dy w_down: dgu, and h (M, or 0 if not wanted, H).
+bwd = _library.define(
+    "binary_gated_mlp_bwd(Tensor dy, Tensor q_down, Tensor s_down, Tensor gu, str activation, "
+    "bool want_h) -> (Tensor, Tensor)",
+    _triton_bwd.binary_gated_mlp_bwd,
+    _bwd_fake,
+)
+
+
+class BinaryGatedMLPFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        q_gate: Tensor,
+        s_gate: Tensor,
+        q_up: Tensor,
+        s_up: Tensor,
+        q_down: Tensor,
+        s_down: Tensor,
+        b_gate: Tensor | None,
+        b_up: Tensor | None,
+        b_down: Tensor | None,
+        activation: str,
+        recompute: bool,
+    ) -> Tensor:
+        first, down = (q_gate, s_gate, q_up, s_up), (q_down, s_down)
+        h, gu = binary_gated_linear.fwd(x, *first, b_gate, b_up, activation, True, not recompute)
+        need_s = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
+        kept = x if recompute or need_s else None
+        # Biases are needed only to make g and u again.
+        biases = (b_gate, b_up) if recompute else (None, None)
+        ctx.save_for_backward(kept, *first, *down, None if recompute else gu, *biases)
+        ctx.activation, ctx.width = activation, x.shape[1]
+        return binary_linear.fwd(h, *down, b_down)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, *first, q_down, s_down, gu, b_gate, b_up = ctx.saved_tensors
+        need_x, _, need_sg, _, need_su, _, need_sd = ctx.needs_input_grad[:7]
+        need_bg, need_bu, need_bd = ctx.needs_input_grad[7:10]
+        dx = ds_gate = ds_up = ds_down = db_gate = db_up = None
+        if need_x or need_sg or need_su or need_sd or need_bg or need_bu:
+            if gu is None:
+                _, gu = binary_gated_linear.fwd(
+                    x, *first, b_gate, b_up, ctx.activation, False, True
+                )
+            dgu, h = bwd(dy, q_down, s_down, gu, ctx.activation, need_sd)
+            needed = (need_x, need_sg, need_su)
+            dx, ds_gate, ds_up = binary_gated_linear.projection_grads(
+                x, tuple(first), dgu, ctx.width, needed
+            )
+            ds_down = binary_linear.ds(dy, h, q_down, s_down.dtype) if need_sd else None
+            db_gate = dgu[0].sum(0) if need_bg else None
+            db_up = dgu[1].sum(0) if need_bu else None
+        db_down = dy.sum(0) if need_bd else None
+        scales = (None, ds_gate, None, ds_up, None, ds_down)
+        return dx, *scales, db_gate, db_up, db_down, None, None
+
+
+def binary_gated_mlp(
+    x: Tensor,
+    w_gate: BinaryWeight,
+    w_up: BinaryWeight,
+    w_down: BinaryWeight,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    *,
+    activation: str = "silu",
+    recompute: bool = False,
+) -> Tensor:
+    """(act(x w_gate' + b_gate) * (x w_up' + b_up)) w_down' + b_down over one-bit weights.
+
+    Args:
+        x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
+        w_gate, w_up: (H, D) each. Signs are frozen, scales get a gradient if they require one.
+        w_down: (D_out, H), likewise.
+        b_gate, b_up: (H,) each, both or neither.
+        b_down: (D_out,).
+        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        recompute: save x alone for backward and run the first product again there, instead of
+            saving g and u: 2 M H values less, 4 M D H FLOPs more.
+
+    Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype).
+
+    Raises ValueError (shape, device, activation) or TypeError (dtype, type), naming the argument.
+    """
+    if dtype := _check.autocast_dtype(OP, x):
+        x, b_gate, b_up, b_down = _check.cast(  # type: ignore[assignment]
+            dtype, x, b_gate, b_up, b_down
+        )
+    _check.like_x(OP, x, b_gate=b_gate, b_up=b_up, b_down=b_down)
+    H = binary_gated_linear.check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation)
+    D_out, width = binary_linear.check_weight(OP, "w_down", w_down, x.device)
+    if width != H:
+        raise ValueError(f"{OP}: w_down must have shape {(D_out, H)}, got {w_down.shape}")
+    if b_down is not None:
+        _check.shape(OP, "b_down", b_down, D_out)
+    tensors: tuple[Any, ...] = (*planes(w_gate, w_up, w_down), b_gate, b_up, b_down)
+    if _backend.pick(OP, x) == "reference":
+        arguments: tuple[Any, ...] = (x, *tensors, activation)
+        if recompute and _check.wants_grad(x, *tensors):
+            return checkpoint(reference.binary_gated_mlp, *arguments, use_reentrant=False)
+        return reference.binary_gated_mlp(*arguments)
+    if _check.wants_grad(x, *tensors):
+        y = BinaryGatedMLPFunction.apply(rows(x), *tensors, activation, recompute)
+    else:
+        *weights, _, _, _ = tensors
+        h, _ = binary_gated_linear.fwd(rows(x), *weights[:4], b_gate, b_up, activation, True, False)
+        y = binary_linear.fwd(h, *weights[4:], b_down)
+    return y.view(*x.shape[:-1], D_out)

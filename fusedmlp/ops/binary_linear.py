@@ -1,0 +1,144 @@
+"""y = x w' + b, w in one bit a weight: y_n = sum_G s_nG (2 sum_{b = 1} x - sum x) over groups G of
+128 inputs.
+
+| tensor | shape | |
+|---|---|---|
+| x | (..., D) | flattened to (M, D) |
+| w | (H, D) | BinaryWeight: +-scale, a sign a weight and a scale for 128 of a row |
+| b | (H,) | |
+| y | (..., H) | |
+
+dtype: one floating dtype for x and b, kept; scales have their own. Products accumulate in float32.
+For few rows each group's product with the signs is scaled in float32; for many, scales are rounded
+to x's dtype first, as in a weight that was dequantised. Saved for backward: x, where scales have a
+gradient; signs have none.
+
+| backward | by |
+|---|---|
+| dx = dy w | binary_linear_dx |
+| dscales_nG = sum over G of sign (dy' x) | binary_linear_ds |
+| db = sum dy | PyTorch |
+
+Source: Q1_0 of llama.cpp and Bonsai (see fusedmlp/binary.py), here with x in 16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .. import _backend, _cuda_binary, _library, reference
+from .._shapes import rows
+from ..binary import BinaryWeight
+from ..kernels import binary_bwd as _triton_bwd
+from ..kernels import binary_linear as _triton
+from . import _check
+
+OP = "binary_linear"
+
+
+def check_weight(op: str, name: str, w: BinaryWeight, device: torch.device) -> tuple[int, int]:
+    """`w` is a BinaryWeight on x's device. Returns its shape."""
+    if not isinstance(w, BinaryWeight):
+        raise TypeError(f"{op}: {name} must be a BinaryWeight, got {type(w).__name__}")
+    if w.qweight.device != device:
+        raise ValueError(f"{op}: {name} must be on x's device {device}, got {w.qweight.device}")
+    return w.shape
+
+
+def planes(*weights: BinaryWeight) -> tuple[Tensor, ...]:
+    """Words and scales of each."""
+    return tuple(t for w in weights for t in (w.qweight, w.scales))
+
+
+def _fwd_fake(x: Tensor, qweight: Tensor, scales: Tensor, b: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], qweight.shape[0]))
+
+
+def _dx_fake(
+    dy1: Tensor,
+    q1: Tensor,
+    s1: Tensor,
+    dy2: Tensor | None,
+    q2: Tensor | None,
+    s2: Tensor | None,
+    D: int,
+) -> Tensor:
+    return dy1.new_empty((dy1.shape[0], D))
+
+
+def _ds_fake(dy: Tensor, x: Tensor, qweight: Tensor, dtype: torch.dtype) -> Tensor:
+    return dy.new_empty((qweight.shape[0], qweight.shape[1] // 4), dtype=dtype)
+
+
+# x (M, D) -> y (M, H).
+fwd = _library.define(
+    "binary_linear_fwd(Tensor x, Tensor qweight, Tensor scales, Tensor? b) -> Tensor",
+    _triton.binary_linear_fwd,
+    _fwd_fake,
+    _cuda_binary.binary_linear_fwd,
+)
+# dy1, dy2 (M, H), the second or None -> dx = dy1 w1 + dy2 w2 (M, D).
+dx = _library.define(
+    "binary_linear_dx(Tensor dy1, Tensor q1, Tensor s1, Tensor? dy2, Tensor? q2, Tensor? s2, "
+    "SymInt D) -> Tensor",
+    _triton_bwd.binary_linear_dx,
+    _dx_fake,
+)
+# dy (M, H), x (M, D) -> the gradient of the scales (H, G) in `dtype`.
+ds = _library.define(
+    "binary_linear_ds(Tensor dy, Tensor x, Tensor qweight, ScalarType dtype) -> Tensor",
+    _triton_bwd.binary_linear_ds,
+    _ds_fake,
+)
+
+
+class BinaryLinearFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, qweight: Tensor, scales: Tensor, b: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, qweight, scales)
+        ctx.width = x.shape[1]
+        return fwd(x, qweight, scales, b)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, qweight, scales = ctx.saved_tensors
+        need_x, _, need_s, need_b = ctx.needs_input_grad
+        return (
+            dx(dy, qweight, scales, None, None, None, ctx.width) if need_x else None,
+            None,
+            ds(dy, x, qweight, scales.dtype) if need_s else None,
+            dy.sum(0) if need_b else None,
+        )
+
+
+def binary_linear(x: Tensor, w: BinaryWeight, b: Tensor | None = None) -> Tensor:
+    """x w' + b over one-bit weights.
+
+    Args:
+        x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
+        w: (H, D); `quantize_binary` makes one. Its signs are frozen, its scales get a gradient if
+            they require one.
+        b: (H,).
+
+    Returns y (..., H) in x's dtype (under autocast: the autocast dtype).
+
+    Raises ValueError (shape, device) or TypeError (dtype, type), naming the argument.
+    """
+    if dtype := _check.autocast_dtype(OP, x):
+        x, b = _check.cast(dtype, x, b)  # type: ignore[assignment]
+    _check.like_x(OP, x, b=b)
+    H, D = check_weight(OP, "w", w, x.device)
+    _check.columns(OP, "x", x, D, "D of w")
+    if b is not None:
+        _check.shape(OP, "b", b, H)
+    if _backend.pick(OP, x) == "reference":
+        return reference.binary_linear(x, w.qweight, w.scales, b)
+    apply = BinaryLinearFunction.apply if _check.wants_grad(x, w.scales, b) else fwd
+    y = apply(rows(x), *planes(w), b)
+    return y.view(*x.shape[:-1], H)

@@ -1,0 +1,80 @@
+"""One-bit weights (Q1_0): signs in words of 32, one scale for each 128 neighbours of a row.
+Shapes: x (..., D), qweight int32 (H, 4 G), scales (H, G) with G = ceil(D / 128), biases (H,).
+Bit k % 32 of word (h, k // 32) is the sign of weight (h, k), 1 for +; bits past D are not read.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.bits import GROUP, WORD
+from .dense import gated_act
+
+
+def binary_scales(w: Tensor) -> Tensor:
+    """mean |w| of each group of a row, (H, G), in float32; of a last group that is cut short, of
+    what there is."""
+    D = w.shape[1]
+    sums = F.pad(w.abs(), (0, -D % GROUP)).unflatten(1, (-1, GROUP)).sum(2, dtype=torch.float32)
+    counts = (D - GROUP * torch.arange(sums.shape[1], device=w.device)).clamp(max=GROUP)
+    return sums / counts
+
+
+def pack_signs(w: Tensor) -> Tensor:
+    """qweight of the signs of w (H, D), 1 where w >= 0, which both zeros are; 1 past D."""
+    bits = (F.pad(w, (0, -w.shape[1] % GROUP)) >= 0).unflatten(1, (-1, WORD))
+    weights = 1 << torch.arange(WORD, device=w.device)
+    # The highest bit makes a word negative: 2^31 wraps around.
+    return (bits * weights).sum(2).to(torch.int32)
+
+
+def unpack_signs(qweight: Tensor, D: int) -> Tensor:
+    """Bool (H, D), True for +."""
+    bits = qweight.unsqueeze(2) >> torch.arange(WORD, dtype=torch.int32, device=qweight.device)
+    return (bits & 1).bool().flatten(1)[:, :D]
+
+
+def dequantize_binary(qweight: Tensor, scales: Tensor, D: int) -> Tensor:
+    """+-scale, (H, D), in the dtype of the scales."""
+    each = scales.repeat_interleave(GROUP, 1)[:, :D]
+    return torch.where(unpack_signs(qweight, D), each, -each)
+
+
+def binary_linear(x: Tensor, qweight: Tensor, scales: Tensor, b: Tensor | None = None) -> Tensor:
+    """x w' + b, w the dequantised weight in x's dtype."""
+    return F.linear(x, dequantize_binary(qweight, scales, x.shape[-1]).to(x.dtype), b)
+
+
+def binary_gated_linear(
+    x: Tensor,
+    q_gate: Tensor,
+    s_gate: Tensor,
+    q_up: Tensor,
+    s_up: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """act(x w_gate' + b_gate) * (x w_up' + b_up)."""
+    g = binary_linear(x, q_gate, s_gate, b_gate)
+    return gated_act(g, binary_linear(x, q_up, s_up, b_up), activation)
+
+
+def binary_gated_mlp(
+    x: Tensor,
+    q_gate: Tensor,
+    s_gate: Tensor,
+    q_up: Tensor,
+    s_up: Tensor,
+    q_down: Tensor,
+    s_down: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "silu",
+) -> Tensor:
+    """binary_gated_linear(x) w_down' + b_down."""
+    h = binary_gated_linear(x, q_gate, s_gate, q_up, s_up, b_gate, b_up, activation)
+    return binary_linear(h, q_down, s_down, b_down)

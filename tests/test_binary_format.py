@@ -1,0 +1,171 @@
+"""The one-bit format: against the definition, through bytes, GGUF, safetensors and state_dict."""
+
+import struct
+import sys
+import warnings
+
+import pytest
+import torch
+
+import fusedmlp
+from fusedmlp import BinaryWeight, quantize_binary, read_gguf
+from fusedmlp.testing import CASES
+
+
+def draw(*shape, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def blocks_of(w):
+    """Q1_0 by its definition, a block at a time."""
+    out = bytearray()
+    for row in w.tolist():
+        for at in range(0, len(row), 128):
+            group = row[at : at + 128]
+            scale = torch.tensor(group).abs().mean().half().item()
+            bits = [sum((group[8 * i + j] >= 0) << j for j in range(8)) for i in range(16)]
+            out += struct.pack("<e", scale) + bytes(bits)
+    return bytes(out)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+def test_bytes_are_those_of_the_definition(dtype):
+    w = draw(3, 256, dtype=dtype)
+    w[0, :2] = torch.tensor([0.0, -0.0])  # both are +
+    bw = quantize_binary(w)
+    assert bw.to_q1_0_bytes() == blocks_of(w)
+    back = BinaryWeight.from_q1_0_bytes(bw.to_q1_0_bytes(), (3, 256))
+    assert torch.equal(back.qweight, bw.qweight) and torch.equal(back.scales, bw.scales)
+    assert bw.nbytes == len(bw.to_q1_0_bytes()) == 3 * 2 * 18
+
+
+def test_dequantize_and_its_error():
+    w = draw(64, 1024)
+    bw = quantize_binary(w)
+    values = bw.dequantize(torch.float32)
+    assert values.shape == bw.shape == w.shape and bw.dequantize().dtype == torch.float16
+    assert torch.equal(values >= 0, w >= 0)
+    groups = w.unflatten(1, (-1, 128)).abs().mean(2)
+    torch.testing.assert_close(values.abs()[:, ::128], groups, rtol=1e-3, atol=0)
+    # sqrt(1 - 2 / pi) of normal weights, whatever their scale.
+    assert ((values - w).norm() / w.norm()).item() == pytest.approx(0.603, abs=5e-3)
+
+
+def test_mean_is_the_best_scale():
+    w = draw(1, 128)
+    bw = quantize_binary(w)
+    error = lambda s: ((torch.where(w >= 0, s, -s) - w) ** 2).sum()  # noqa: E731
+    best = bw.scales[0, 0].float()
+    assert error(best) < error(best * 1.01) and error(best) < error(best * 0.99)
+
+
+def test_padding():
+    w = draw(3, 200)
+    bw = quantize_binary(w, pad=True)
+    assert bw.shape == (3, 200) and bw.scales.shape == (3, 2)
+    torch.testing.assert_close(bw.scales[:, 1].float(), w[:, 128:].abs().mean(1), rtol=1e-3, atol=0)
+    back = BinaryWeight.from_q1_0_bytes(bytearray(bw.to_q1_0_bytes()), (3, 200), pad=True)
+    assert torch.equal(back.dequantize(), bw.dequantize()) and back.shape == (3, 200)
+
+
+def test_groups_of_zeros_stay_zero():
+    w = draw(2, 256)
+    w[1, 128:] = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        bw = quantize_binary(w)
+    assert not bw.dequantize()[1, 128:].any() and bw.dequantize()[1, :128].all()
+    assert fusedmlp.binary_linear(draw(1, 256), bw).isfinite().all()
+
+
+def test_underflow_is_told_with_its_group():
+    w = draw(2, 256)
+    w[1, 128:] = 1e-9
+    message = "underflows to 0 in float16 in 1 groups, the first in row 1, group 1: 1e-09"
+    with pytest.warns(UserWarning, match=message):
+        assert quantize_binary(w).scales[1, 1] == 0
+
+
+def test_mlx_arrays():
+    bw = quantize_binary(draw(3, 256))
+    arrays = bw.to_mlx()
+    assert arrays["weight"].dtype == torch.uint32 and arrays["weight"].shape == (3, 8)
+    words = arrays["weight"].view(torch.int32)
+    bits = (words.unsqueeze(2) >> torch.arange(32) & 1).flatten(1)
+    each = {k: arrays[k].repeat_interleave(128, 1).float() for k in ("scales", "biases")}
+    assert torch.equal(each["scales"] * bits + each["biases"], bw.dequantize(torch.float32))
+
+
+def test_safetensors_and_state_dict(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    bw, other = quantize_binary(draw(3, 256)), quantize_binary(-draw(3, 256))
+    save_file(bw.state_dict(), tmp_path / "w.safetensors")
+    tensors = load_file(tmp_path / "w.safetensors")
+    assert torch.equal(BinaryWeight(**tensors).dequantize(), bw.dequantize())
+    other.load_state_dict(tensors)
+    assert torch.equal(other.dequantize(), bw.dequantize())
+    with pytest.raises(
+        TypeError, match=r"BinaryWeight: scales must be torch.float16, got .*bfloat"
+    ):
+        other.load_state_dict({**tensors, "scales": tensors["scales"].bfloat16()})
+    with pytest.raises(RuntimeError, match="size mismatch for qweight"):
+        other.load_state_dict(quantize_binary(draw(3, 128)).state_dict())
+
+
+def test_casting_a_model_leaves_scales_alone():
+    bw = quantize_binary(draw(3, 256))
+    values = bw.dequantize()
+    for cast in (bw.bfloat16(), bw.double(), bw.to(torch.bfloat16), bw.to("cpu", torch.float32)):
+        assert cast.scales.dtype == torch.float16 and torch.equal(cast.dequantize(), values)
+    assert bw.to("meta").scales.is_meta
+    assert repr(quantize_binary(draw(3, 200), pad=True)) == "BinaryWeight(H=3, D=200)"
+
+
+def test_scales_may_be_trained():
+    bw = quantize_binary(draw(3, 256))
+    trained = BinaryWeight(bw.qweight, torch.nn.Parameter(bw.scales.float()))
+    assert [name for name, _ in trained.named_parameters()] == ["scales"]
+    fusedmlp.binary_linear(draw(5, 256), trained).square().sum().backward()
+    assert trained.scales.grad.shape == (3, 2)
+
+
+def test_gguf(tmp_path):
+    import gguf
+
+    q1_0 = gguf.GGMLQuantizationType.Q1_0
+    weights = {f"blk.0.ffn_{n}.weight": quantize_binary(draw(*s)) for n, s in
+               (("gate", (5, 256)), ("down", (3, 128)))}  # fmt: skip
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    for name, w in weights.items():
+        raw = torch.frombuffer(bytearray(w.to_q1_0_bytes()), dtype=torch.uint8)
+        writer.add_tensor(name, raw.view(w.shape[0], -1).numpy(), raw_dtype=q1_0)
+    writer.add_tensor("norm", torch.ones(4).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = read_gguf(path)
+    assert found.keys() == weights.keys()
+    for name, w in weights.items():
+        assert found[name].shape == w.shape
+        assert torch.equal(found[name].dequantize(), w.dequantize())
+    assert list(read_gguf(path, ["blk.0.ffn_down.weight"])) == ["blk.0.ffn_down.weight"]
+    with pytest.raises(KeyError, match="has no tensor 'output'"):
+        read_gguf(path, ["output"])
+    with pytest.raises(TypeError, match="read_gguf: norm must be Q1_0, got F32"):
+        read_gguf(path, ["norm"])
+
+
+def test_gguf_says_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r'pip install "fusedmlp\[gguf\]"'):
+        read_gguf(tmp_path / "none.gguf")
+
+
+def test_cases_draw_what_the_format_allows():
+    inputs = CASES["binary_linear"].inputs(2, 200, 5, torch.bfloat16)
+    assert inputs["q_weight"].dtype == torch.int32 and inputs["s_weight"].dtype == torch.float16
+    assert inputs["q_weight"].shape == (5, 8) and (inputs["s_weight"] > 0).all()
