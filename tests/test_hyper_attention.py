@@ -90,7 +90,7 @@ def test_lengths(T, L, device, on_triton):
 
 def test_wide_heads_and_large_ranks(device, on_triton):
     """More than one step of q's width, part of v's, and 16 ranks."""
-    inputs = core_inputs(B=1, H=1, T=9, L=12, dq=20, dv=40, r1=20, r2=17, dtype=torch.float32)
+    inputs = core_inputs(B=1, H=1, T=33, L=40, dq=20, dv=40, r1=20, r2=17, dtype=torch.float32)
     check({k: t.to(device) for k, t in inputs.items()})
 
 
