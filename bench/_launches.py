@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -23,13 +23,17 @@ Shapes = dict[str, tuple[int, ...]]
 class Launch:
     """shapes: operands from (M, D, H). call: with training, everything that training stores.
     routing: further operands, which are not drawn. tile_of: the table's choice, if not that of an
-    (M, H) result."""
+    (M, H) result. scales: what some operands are multiplied by when they are drawn. sizes: those to
+    tune at, if not at an MLP's; checked: one to check at."""
 
     shapes: Callable[[int, int, int], Shapes]
     call: Callable[[Mapping[str, Tensor], bool], Tensors]
     reference: Callable[[Mapping[str, Tensor]], Tensors]
     routing: Callable[[tuple[int, int, int], torch.device], Tensors] = lambda shape, device: {}
     tile_of: Callable[[Tensor, tuple[int, int, int]], Tile] | None = None
+    scales: Mapping[str, float] = field(default_factory=dict)
+    sizes: tuple[tuple[int, int, int], ...] = ()
+    checked: tuple[int, int, int] = (33, 48, 40)
 
 
 def draw(
@@ -50,6 +54,7 @@ def draw(
             )
             continue
         t = (2 * torch.rand(dims, generator=generator, device=device) - 1) * 3**0.5
+        t = t * launch.scales.get(name, 1)
         depth = dims[-2] if name == "w_down" else dims[-1]
         operands[name] = (t / depth**0.5 if name.startswith("w") else t).to(dtype)
     return operands | launch.routing(shape, device)
@@ -131,4 +136,4 @@ LAUNCHES: dict[str, Launch] = {
 }  # fmt: skip
 
 # Last, since it needs what stands above.
-from . import _launches_binary, _launches_masked  # noqa: E402, F401
+from . import _launches_binary, _launches_hyper, _launches_masked  # noqa: E402, F401

@@ -82,8 +82,25 @@ def _paid_for(tile: Tile, arch: Arch, kernel: str, size: int) -> Iterator[Tile]:
     yield tile
 
 
+# The same of hyper_attention's kernels, where block_m is the side of a tile of scores (of a step,
+# the fewest sources of a block). What fits them only the compiler knows.
+_HYPER_RANGES = {"block_m": (16, 128), "block_k": (16, 128), "num_warps": (4, 8)}
+_HYPER_COLUMNS = ("hyper_attention_out", "hyper_attention_dv", "hyper_attention_step")
+
+
+def _hyper_moves(tile: Tile, kernel: str) -> Iterator[Tile]:
+    ranges = _HYPER_RANGES | ({"block_n": (16, 256)} if kernel in _HYPER_COLUMNS else {})
+    for name, (low, high) in ranges.items():
+        now = getattr(tile, name)
+        for value in (now // 2, now * 2):
+            if low <= value <= high:
+                yield dataclasses.replace(tile, **{name: value})
+
+
 def neighbours(tile: Tile, arch: Arch, kernel: str, size: int) -> list[Tile]:
     """Tiles one move away that may fit, of the same class: skinny or not, with the same loads."""
+    if (kernel, size) in arch.hyper:
+        return list(_hyper_moves(tile, kernel))
     found = [
         paid
         for moved in _moves(tile)

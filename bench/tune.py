@@ -72,9 +72,8 @@ def device_timer(call: Callable[[], object]) -> float:
 @contextmanager
 def forced(kernel: str, dtype: torch.dtype, tile: Tile, device: torch.device) -> Iterator[None]:
     """Inside, the launchers find `tile` alone in `kernel`'s row."""
-    arch = arch_of(device)
-    tiles = {**arch.tiles, (kernel, dtype.itemsize): (tile,)}
-    with pretend(dataclasses.replace(arch, tiles=tiles), multiprocessors(device)):
+    arch = arch_of(device).with_row(kernel, dtype.itemsize, (tile,))
+    with pretend(arch, multiprocessors(device)):
         yield
 
 
@@ -191,7 +190,7 @@ def table_rows(kernel: str, size: int, arch: Arch, found: Sequence[Found]) -> st
     """One entry of the tile table, ready to paste, with what each changed tile bought."""
     by_tile = {f.row.tile: f for f in found}
     lines = [f'("{kernel}", {size}): (']
-    for tile in arch.tiles[kernel, size]:
+    for tile in arch.row(kernel, size):
         f = by_tile.get(tile)
         for shape, ms, table_ms in zip(f.row.shapes, f.ms, f.table_ms, strict=True) if f else ():
             gain = f"{table_ms / ms - 1:+.1%} over {tile}" if f and f.tile != tile else "kept"
@@ -211,11 +210,12 @@ def _records(found: Found, arch: Arch) -> Iterator[Record]:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """limit: how many tiles to measure for each row of the table."""
+    """limit: how many tiles to measure for each row of the table. shapes: () for each kernel's
+    own."""
 
     kernels: tuple[str, ...] = tuple(LAUNCHES)
     dtypes: tuple[str, ...] = ("bfloat16",)
-    shapes: tuple[Shape, ...] = DEFAULT_SHAPES
+    shapes: tuple[Shape, ...] = ()
     limit: int = 40
     device: str = "cuda"
 
@@ -229,7 +229,8 @@ def run(options: Options, emit: Emit, timer: Timer = device_timer) -> str:
         for name in options.dtypes:
             dtype = DTYPES[name]
             results = []
-            for row in rows_of(kernel, dtype, options.shapes, device):
+            shapes = options.shapes or LAUNCHES[kernel].sizes or DEFAULT_SHAPES
+            for row in rows_of(kernel, dtype, shapes, device):
                 print(f"{kernel} {name}: {row.tile}", flush=True)
                 found = tune_row(row, arch, device, timer, options.limit)
                 print(f"  best of {found.tried}: {found.tile}", flush=True)
@@ -249,7 +250,7 @@ def main(args: argparse.Namespace) -> int:
     options = Options(
         kernels=tuple(args.kernel),
         dtypes=tuple(args.dtype),
-        shapes=tuple(args.shape) or DEFAULT_SHAPES,
+        shapes=tuple(args.shape),
         limit=args.limit,
     )
     records: list[Record] = []
@@ -275,7 +276,8 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument(
         "--shape", nargs="+", type=_shape, default=[], metavar="MxDxH",
-        help="default: llama3-8b and llama3.2-1b at 16, 2048 and 8192 tokens",
+        help="default: llama3-8b and llama3.2-1b at 16, 2048 and 8192 tokens; of hyper_attention "
+        "layers with 2 and 16 heads at 16384",
     )  # fmt: skip
     parser.add_argument(
         "--limit", type=int, default=40, help="tiles per table row (default: %(default)s)"

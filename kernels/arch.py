@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -61,13 +61,23 @@ Tiles = Mapping[tuple[str, int], tuple[Tile, ...]]
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: choices are cached by Arch
 class Arch:
     """capability: 10 * major + minor of the first GPU it serves. shared_memory: bytes a block may
-    use."""
+    use. hyper: of hyper_attention's kernels, which have one tile each for any strides and sizes."""
 
     name: str
     capability: int
     shared_memory: int
     tma: bool
     tiles: Tiles
+    hyper: Tiles = field(default_factory=dict)
+
+    def row(self, kernel: str, size: int) -> tuple[Tile, ...]:
+        return self.hyper.get((kernel, size)) or self.tiles[kernel, size]
+
+    def with_row(self, kernel: str, size: int, tiles: tuple[Tile, ...]) -> Arch:
+        key = kernel, size
+        if key in self.hyper:
+            return dataclasses.replace(self, hyper={**self.hyper, key: tiles})
+        return dataclasses.replace(self, tiles={**self.tiles, key: tiles})
 
 
 # Any strides, any size: per-element addresses cost registers, so the K step is short.
@@ -363,17 +373,61 @@ _BINARY_INTERPRETED = {
     for size in (2, 4)
 }
 
+
+def _hyper(rows: int, width: int, warps: int, values: int) -> Tile:
+    """A square tile of scores: block_k columns of q and k at a time, block_n of v in an
+    accumulator."""
+    return Tile(rows, values, width, warps, 1, loads="element")
+
+
+# (kernel, bytes of an element) -> tile of hyper_attention's passes; strides are free everywhere.
+# Fewer rows where more would spill under Triton 3.6: 3.9 has room for 64 in dslots on sm_90 and
+# sm_100, and for 32 in dq. No GPU has timed them.
+_HYPER_FP32: Tiles = {
+    (f"hyper_attention_{k}", 4): (_hyper(16, 32, 4, 64),)
+    for k in ("h1", "h2", "out", "dz2", "dz1", "dq", "dk", "dv", "dslots")
+}
+# Of a step of decoding: the fewest sources of a block, how many values of each it loads at once
+# (more sources where rows are short), and the most columns.
+_HYPER_STEP: Tiles = {
+    ("hyper_attention_step", size): (Tile(64, 128, 64, 4, 1, loads="element"),) for size in (2, 4)
+}
+_HYPER_SMALL = {
+    ("hyper_attention_dq", 2): _hyper(16, 64, 4, 128),
+    ("hyper_attention_dslots", 2): _hyper(16, 64, 8, 128),
+}
+_HYPER_MMA: Tiles = {
+    **_HYPER_STEP,
+    **_HYPER_FP32,
+    **{key: (tile,) for key, tile in _HYPER_SMALL.items()},
+    **{
+        (f"hyper_attention_{k}", 2): (_hyper(32, 64, 8, 128),)
+        for k in ("h2", "out", "dz1", "dk", "dv")
+    },
+    **{(f"hyper_attention_{k}", 2): (_hyper(64, 64, 8, 128),) for k in ("h1", "dz2")},
+}
+_HYPER_TMA: Tiles = {
+    **_HYPER_STEP,
+    **_HYPER_FP32,
+    **{key: (tile,) for key, tile in _HYPER_SMALL.items()},
+    **{(f"hyper_attention_{k}", 2): (_hyper(64, 64, 8, 128),) for k in ("h1", "h2", "dz2", "dz1")},
+    **{(f"hyper_attention_{k}", 2): (_hyper(32, 64, 8, 128),) for k in ("out", "dk", "dv")},
+}
+_INTERPRETED_HYPER = {key: (_hyper(32, 16, 4, 16),) for key in _HYPER_MMA}
+
 ARCHES: dict[str, Arch] = {
     arch.name: arch
     for arch in (
-        Arch("sm_80", 80, 166_912, False, _MMA | _FP32 | _BINARY_MMA | _BINARY_FP32),
-        Arch("sm_86", 86, 101_376, False, _MMA | _FP32 | _BINARY_MMA | _BINARY_FP32),
-        Arch("sm_90", 90, 232_448, True, _TMA | _FP32 | _BINARY_TMA | _BINARY_FP32),
-        Arch("sm_100", 100, 232_448, True, _TMA | _FP32 | _BINARY_TMA | _BINARY_FP32),
-        Arch("sm_120", 120, 101_376, False, _MMA | _FP32 | _BINARY_MMA | _BINARY_FP32),
+        Arch("sm_80", 80, 166_912, False, _MMA | _FP32 | _BINARY_MMA | _BINARY_FP32, _HYPER_MMA),
+        Arch("sm_86", 86, 101_376, False, _MMA | _FP32 | _BINARY_MMA | _BINARY_FP32, _HYPER_MMA),
+        Arch("sm_90", 90, 232_448, True, _TMA | _FP32 | _BINARY_TMA | _BINARY_FP32, _HYPER_TMA),
+        Arch("sm_100", 100, 232_448, True, _TMA | _FP32 | _BINARY_TMA | _BINARY_FP32, _HYPER_TMA),
+        Arch("sm_120", 120, 101_376, False, _MMA | _FP32 | _BINARY_MMA | _BINARY_FP32, _HYPER_MMA),
     )
 }
-INTERPRETER = Arch("interpreter", 0, 1 << 30, True, _INTERPRETED | _BINARY_INTERPRETED)
+INTERPRETER = Arch(
+    "interpreter", 0, 1 << 30, True, _INTERPRETED | _BINARY_INTERPRETED, _INTERPRETED_HYPER
+)
 
 # kernel -> what it was last launched with, for explain().
 LAST: dict[str, Tile] = {}
@@ -495,49 +549,6 @@ def pick_splits(tile: Tile, x: Any, N: int, K: int) -> int:
     return max(1, min(wanted, K // (4 * tile.block_k)))
 
 
-def _hyper(rows: int, width: int, warps: int, values: int) -> Tile:
-    """A square tile of scores: block_k columns of q and k at a time, block_n of v in an
-    accumulator."""
-    return Tile(rows, values, width, warps, 1, loads="element")
-
-
-# (kernel, bytes of an element) -> tile of hyper_attention's passes; strides are free everywhere.
-# Fewer rows where more would spill under Triton 3.6: 3.9 has room for 64 in dslots on sm_90 and
-# sm_100, and for 32 in dq. No GPU has timed them.
-_HYPER_FP32 = {
-    (f"hyper_attention_{k}", 4): (_hyper(16, 32, 4, 64),)
-    for k in ("h1", "h2", "out", "dz2", "dz1", "dq", "dk", "dv", "dslots")
-}
-# Of a step of decoding: the fewest sources of a block, how many values of each it loads at once
-# (more sources where rows are short), and the most columns.
-_HYPER_STEP = {
-    ("hyper_attention_step", size): (Tile(64, 128, 64, 4, 1, loads="element"),) for size in (2, 4)
-}
-_HYPER_SMALL = {
-    ("hyper_attention_dq", 2): _hyper(16, 64, 4, 128),
-    ("hyper_attention_dslots", 2): _hyper(16, 64, 8, 128),
-}
-_HYPER_MMA = {
-    **{key: (tile,) for key, tile in _HYPER_SMALL.items()},
-    **{
-        (f"hyper_attention_{k}", 2): (_hyper(32, 64, 8, 128),)
-        for k in ("h2", "out", "dz1", "dk", "dv")
-    },
-    **{(f"hyper_attention_{k}", 2): (_hyper(64, 64, 8, 128),) for k in ("h1", "dz2")},
-}
-_HYPER_TMA = {
-    **{key: (tile,) for key, tile in _HYPER_SMALL.items()},
-    **{(f"hyper_attention_{k}", 2): (_hyper(64, 64, 8, 128),) for k in ("h1", "h2", "dz2", "dz1")},
-    **{(f"hyper_attention_{k}", 2): (_hyper(32, 64, 8, 128),) for k in ("out", "dk", "dv")},
-}
-# Small, so that small inputs cross several tiles.
-_INTERPRETED_HYPER = _hyper(32, 16, 4, 16)
-
-
 def hyper_tile(kernel: str, x: Any) -> Tile:
-    """The tile of one of hyper_attention's passes."""
-    arch = arch_of(x.device)
-    if arch is INTERPRETER:
-        return _INTERPRETED_HYPER
-    table = _HYPER_STEP | _HYPER_FP32 | (_HYPER_TMA if arch.tma else _HYPER_MMA)
-    return table[kernel, x.element_size()][0]
+    """The tile of one of hyper_attention's passes, or of its step."""
+    return arch_of(x.device).hyper[kernel, x.element_size()][0]

@@ -21,11 +21,10 @@ from torch import Tensor
 from .arch import cdiv, hyper_tile
 from .hyper_plan import Call, Core, mix_of, plan_launch, rows
 from .hyper_scores import (
-    both_first_rows,
     both_mixed,
-    both_queries,
     expand_first,
     expand_values,
+    row_operands,
     second_rows,
     weights,
 )
@@ -107,7 +106,9 @@ def _h2_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
     PRECISION: tl.constexpr = P.precision
     REGION: tl.constexpr = 2 * BLOCK * BLOCK
     region = scratch_ptr + tl.program_id(0).to(tl.int64) * (4 * REGION)
-    low = region + 2 * REGION
+    # Both out here: in the loop the second would cost the register that this pass has left.
+    low1 = region + 2 * REGION
+    low2 = region + 3 * REGION
     clear(region, 2, BLOCK)
     tiles = tl.cdiv(T, BLOCK)
     for index in tl.range(
@@ -115,15 +116,14 @@ def _h2_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
     ):
         order, b, i, _ = place(index, batch, HEADS, 1)
         m0 = (tiles - 1 - order) * BLOCK
-        q1, q2 = both_queries(core, b, i, m0, 0, T, P)
-        z1, z2 = both_first_rows(core.first.z_ptr, b, i, m0, T, P)
+        q1, q2, z1, z2 = row_operands(core, b, i, m0, T, P)
         acc = tl.zeros((BLOCK, BLOCK_R), tl.float32)
         square = tl.zeros((BLOCK,), tl.float32)
         for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
-            expand_first(low, z1, z2, core, i, m0, n0, L, P)
+            expand_first(low1, low2, z1, z2, core, i, m0, n0, L, P)
             if P.rank1 > 0:
                 tl.debug_barrier()
-            P1, P2 = both_mixed(q1, q2, low, core, b, i, m0, n0, T, L, P)
+            P1, P2 = both_mixed(q1, q2, low1, low2, core, b, i, m0, n0, T, L, P)
             square += tl.sum(P1 * P1, 1)
             side = region + n0 // BLOCK % 2 * REGION
             spread(side, gate_of(P1, P2, GLU), BLOCK)
@@ -163,15 +163,14 @@ def _out_kernel(core, out, scratch_ptr, batch, T, L, eps, parts, P: tl.constexpr
         n = tl.full((BLOCK,), 1.0, tl.float32)
         if READY:
             n = row_values(core.n_ptr, b, i, m0, T, HEADS, BLOCK)
-        q1, q2 = both_queries(core, b, i, m0, 0, T, P)
-        z1, z2 = both_first_rows(core.first.z_ptr, b, i, m0, T, P)
+        q1, q2, z1, z2 = row_operands(core, b, i, m0, T, P)
         z3 = second_rows(core.second.z_ptr, b, i, m0, T, P)
         acc = tl.zeros((BLOCK, BLOCK_V), tl.float32)
         square = tl.zeros((BLOCK,), tl.float32)
         for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
             low = region + n0 // BLOCK % 2 * (3 * REGION)
             expand_values(low, z1, z2, z3, core, i, m0, n0, L, P)
-            P1, P2 = both_mixed(q1, q2, low, core, b, i, m0, n0, T, L, P)
+            P1, P2 = both_mixed(q1, q2, low, low + REGION, core, b, i, m0, n0, T, L, P)
             A = gate_of(P1, P2, GLU)
             if READY:
                 A = A * n[:, None]

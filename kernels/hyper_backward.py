@@ -21,11 +21,11 @@ import triton.language as tl
 
 from .hyper_score_grads import expand_grads, mixed_grads, norm_coefficient, score_grads, value_grads
 from .hyper_scores import (
-    both_first_rows,
     both_mixed,
     both_queries,
     expand_values,
     row_factor,
+    row_operands,
     second_rows,
     weights,
 )
@@ -130,8 +130,7 @@ def dz1_kernel(core, do, c, dz_ptr, coefficient_ptr, scratch_ptr, batch, T, L, P
         n = row_factor(core, b, i, m0, T, P)
         coefficient = norm_coefficient(coefficient_ptr, n, b, i, m0, T, P)
         do0 = rows_of(do, b, i, m0, 0, T, WIDTH_V, BLOCK, BLOCK_D)
-        q1, q2 = both_queries(core, b, i, m0, 0, T, P)
-        z1, z2 = both_first_rows(core.first.z_ptr, b, i, m0, T, P)
+        q1, q2, z1, z2 = row_operands(core, b, i, m0, T, P)
         dh3 = second_rows(core.second.dh_ptr, b, i, m0, T, P)
         acc1 = tl.zeros((BLOCK, BLOCK_R), tl.float32)
         acc2 = tl.zeros((BLOCK, BLOCK_R), tl.float32)
@@ -139,7 +138,7 @@ def dz1_kernel(core, do, c, dz_ptr, coefficient_ptr, scratch_ptr, batch, T, L, P
             expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P)
             tl.debug_barrier()
             dY = value_grads(do0, n, core, do, b, i, m0, n0, T, P)
-            P1, P2 = both_mixed(q1, q2, low, core, b, i, m0, n0, T, L, P)
+            P1, P2 = both_mixed(q1, q2, low, low + REGION, core, b, i, m0, n0, T, L, P)
             dP1, dP2 = mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P)
             spread(region, dP1, BLOCK)
             if GLU:
@@ -256,11 +255,10 @@ def dv_kernel(core, do, dv, scratch_ptr, batch, T, L, parts, P: tl.constexpr):
         for m0 in tl.range(n0, T, BLOCK, disable_licm=True):
             low = region + m0 // BLOCK % 2 * (3 * REGION)
             n = row_factor(core, b, i, m0, T, P)
-            q1, q2 = both_queries(core, b, i, m0, 0, T, P)
-            z1, z2 = both_first_rows(core.first.z_ptr, b, i, m0, T, P)
+            q1, q2, z1, z2 = row_operands(core, b, i, m0, T, P)
             z3 = second_rows(core.second.z_ptr, b, i, m0, T, P)
             expand_values(low, z1, z2, z3, core, i, m0, n0, L, P)
-            P1, P2 = both_mixed(q1, q2, low, core, b, i, m0, n0, T, L, P)
+            P1, P2 = both_mixed(q1, q2, low, low + REGION, core, b, i, m0, n0, T, L, P)
             A = gate_of(P1, P2, GLU) * n[:, None]
             Y = weights(A, low + 2 * REGION, core, i, m0, n0, L, P)
             grad = rows_of(do, b, i, m0, d0, T, WIDTH_V, BLOCK, BLOCK_V)

@@ -48,7 +48,7 @@ def expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P: tl.constexpr):
     RANK: tl.constexpr = P.rank2
     REGION: tl.constexpr = 2 * BLOCK * BLOCK
     PRECISION: tl.constexpr = P.precision
-    expand_first(low, z1, z2, core, i, m0, n0, L, P)
+    expand_first(low, low + REGION, z1, z2, core, i, m0, n0, L, P)
     if P.rank2 > 0:
         u = core.second.u
         expand(low + 2 * REGION, dh3, u, i, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
@@ -109,7 +109,7 @@ def score_grads(low, core, do, coefficient_ptr, b, i, m0, n0, T, L, P: tl.conste
     if P.rank1 > 0 or P.rank2 > 0:
         tl.debug_barrier()
     dY = value_grads(do0, n, core, do, b, i, m0, n0, T, P)
-    P1, P2 = both_mixed(q1, q2, low, core, b, i, m0, n0, T, L, P)
+    P1, P2 = both_mixed(q1, q2, low, low + REGION, core, b, i, m0, n0, T, L, P)
     dS1, dS2 = mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P)
     if P.rank1 > 0:
         dS1 = _before_mixing(dS1, third, core, i, m0, n0, L, P)

@@ -72,6 +72,23 @@ def both_queries(core, b, i, m0, d0, T, P: tl.constexpr):
 
 
 @triton.jit
+def row_operands(core, b, i, m0, T, P: tl.constexpr):
+    """(q1, q2, z1, z2) of a row tile."""
+    BLOCK: tl.constexpr = P.block
+    BLOCK_D: tl.constexpr = P.block_d
+    WIDTH: tl.constexpr = P.width_qk
+    HEADS: tl.constexpr = P.heads
+    q1 = rows_of(core.q, b, i, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
+    z1 = first_rows(core.first.z_ptr, b, i, m0, T, P)
+    q2 = q1
+    z2 = z1
+    if P.glu:
+        q2 = rows_of(core.q, b, i + HEADS, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
+        z2 = first_rows(core.first.z_ptr, b, i + HEADS, m0, T, P)
+    return q1, q2, z1, z2
+
+
+@triton.jit
 def row_factor(core, b, i, m0, T, P: tl.constexpr):
     """n of a row tile, or 1 without a norm."""
     BLOCK: tl.constexpr = P.block
@@ -84,19 +101,18 @@ def row_factor(core, b, i, m0, T, P: tl.constexpr):
 
 
 @triton.jit
-def expand_first(low, z1, z2, core, i, m0, n0, L, P: tl.constexpr):
-    """The bands of both sub-heads' low-rank term, at `low`. The caller sets the barrier."""
+def expand_first(low1, low2, z1, z2, core, i, m0, n0, L, P: tl.constexpr):
+    """The bands of both sub-heads' low-rank terms. The caller sets the barrier."""
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r1
     RANK: tl.constexpr = P.rank1
-    REGION: tl.constexpr = 2 * BLOCK * BLOCK
     PRECISION: tl.constexpr = P.precision
     HEADS: tl.constexpr = P.heads
     if P.rank1 > 0:
         vt = core.first.vt
-        expand(low, z1, vt, i, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
+        expand(low1, z1, vt, i, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
         if P.glu:
-            expand(low + REGION, z2, vt, i + HEADS, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
+            expand(low2, z2, vt, i + HEADS, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
 
 
 @triton.jit
@@ -107,7 +123,7 @@ def expand_values(low, z1, z2, z3, core, i, m0, n0, L, P: tl.constexpr):
     RANK: tl.constexpr = P.rank2
     REGION: tl.constexpr = 2 * BLOCK * BLOCK
     PRECISION: tl.constexpr = P.precision
-    expand_first(low, z1, z2, core, i, m0, n0, L, P)
+    expand_first(low, low + REGION, z1, z2, core, i, m0, n0, L, P)
     if P.rank2 > 0:
         vt = core.second.vt
         expand(low + 2 * REGION, z3, vt, i, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
@@ -131,22 +147,20 @@ def scores_and_mixed(q0, region, core, b, a, m0, n0, T, L, P: tl.constexpr):
 
 
 @triton.jit
-def both_scores(q1, q2, low, core, b, i, m0, n0, T, L, P: tl.constexpr):
+def both_scores(q1, q2, low1, low2, core, b, i, m0, n0, T, L, P: tl.constexpr):
     """(S1, P1, S2, P2) of a head's tile, behind expand_first and a barrier."""
-    BLOCK: tl.constexpr = P.block
     HEADS: tl.constexpr = P.heads
-    REGION: tl.constexpr = 2 * BLOCK * BLOCK
-    S1, P1 = scores_and_mixed(q1, low, core, b, i, m0, n0, T, L, P)
+    S1, P1 = scores_and_mixed(q1, low1, core, b, i, m0, n0, T, L, P)
     S2 = S1
     P2 = P1
     if P.glu:
-        S2, P2 = scores_and_mixed(q2, low + REGION, core, b, i + HEADS, m0, n0, T, L, P)
+        S2, P2 = scores_and_mixed(q2, low2, core, b, i + HEADS, m0, n0, T, L, P)
     return S1, P1, S2, P2
 
 
 @triton.jit
-def both_mixed(q1, q2, low, core, b, i, m0, n0, T, L, P: tl.constexpr):
-    _, P1, _, P2 = both_scores(q1, q2, low, core, b, i, m0, n0, T, L, P)
+def both_mixed(q1, q2, low1, low2, core, b, i, m0, n0, T, L, P: tl.constexpr):
+    _, P1, _, P2 = both_scores(q1, q2, low1, low2, core, b, i, m0, n0, T, L, P)
     return P1, P2
 
 

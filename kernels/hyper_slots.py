@@ -14,11 +14,10 @@ import triton.language as tl
 
 from .hyper_score_grads import expand_grads, mixed_grads, norm_coefficient, value_grads
 from .hyper_scores import (
-    both_first_rows,
-    both_queries,
     both_scores,
     first_rows,
     row_factor,
+    row_operands,
     second_rows,
 )
 from .hyper_tiles import banded, clear, fresh, gate_of, rows_of, spread, visible
@@ -102,13 +101,12 @@ def slots_kernel(
                 n0 = m0 - diagonal * BLOCK
                 n = row_factor(core, b, i, m0, T, P)
                 do0 = rows_of(do, b, i, m0, 0, T, WIDTH_V, BLOCK, BLOCK_D)
-                q1, q2 = both_queries(core, b, i, m0, 0, T, P)
-                z1, z2 = both_first_rows(core.first.z_ptr, b, i, m0, T, P)
+                q1, q2, z1, z2 = row_operands(core, b, i, m0, T, P)
                 dh3 = second_rows(core.second.dh_ptr, b, i, m0, T, P)
                 expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P)
                 tl.debug_barrier()
                 dY = value_grads(do0, n, core, do, b, i, m0, n0, T, P)
-                S1, P1, S2, P2 = both_scores(q1, q2, low, core, b, i, m0, n0, T, L, P)
+                S1, P1, S2, P2 = both_scores(q1, q2, low, low + REGION, core, b, i, m0, n0, T, L, P)
                 if WHICH == 3:
                     # dY holds n; second.z would bring it in once more.
                     z = second_rows(z3_ptr, b, i, m0, T, P)

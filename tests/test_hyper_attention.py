@@ -43,27 +43,28 @@ def only(inputs, *mixings, diag=True):
     return {k: t for k, t in inputs.items() if k not in gone}
 
 
-CALLS = [
-    ("glu", "out_scale", (1, 2), {}),
-    ("relu", "l2", (1, 2), {"shortcut1": False}),
-    ("relu", "none", (2,), {}),
-    ("glu", "out_scale", (1,), {}),
-    ("glu", "l2", (2,), {"shortcut2": False}),
-    ("relu", "out_scale", (), {}),
+CALLS = [  # two tiles, or one
+    ("glu", "out_scale", (1, 2), {}, 37),
+    ("relu", "l2", (1, 2), {"shortcut1": False}, 37),
+    ("relu", "none", (2,), {}, 9),
+    ("glu", "out_scale", (1,), {}, 37),
+    ("glu", "l2", (2,), {"shortcut2": False}, 9),
+    ("relu", "out_scale", (), {}, 37),
 ]
 
 
-@pytest.mark.parametrize("kind, norm, mixings, options", CALLS, ids=str)
-def test_kinds_norms_and_switches(kind, norm, mixings, options, device, on_triton):
-    inputs = core_inputs(**SMALL, kind=kind, dtype=torch.float32)
+@pytest.mark.parametrize("kind, norm, mixings, options, T", CALLS, ids=str)
+def test_kinds_norms_and_switches(kind, norm, mixings, options, T, device, on_triton):
+    inputs = core_inputs(**{**SMALL, "T": T}, kind=kind, dtype=torch.float32)
     inputs = {k: t.to(device) for k, t in only(inputs, *mixings, diag=not options).items()}
     check(inputs, kind=kind, norm=norm, **options)
 
 
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("kind", ("glu", "relu"))
-def test_sixteen_bits(kind, dtype, device, on_triton):
-    inputs = core_inputs(**{**SMALL, "H": 2}, kind=kind, dtype=dtype)
+@pytest.mark.parametrize(
+    "kind, H, dtype", (("glu", 1, torch.bfloat16), ("relu", 2, torch.float16)), ids=str
+)
+def test_sixteen_bits(kind, H, dtype, device, on_triton):
+    inputs = core_inputs(**{**SMALL, "H": H}, kind=kind, dtype=dtype)
     check({k: t.to(device) for k, t in inputs.items()}, kind=kind)
 
 
@@ -73,11 +74,11 @@ def test_sixteen_bits(kind, dtype, device, on_triton):
 @pytest.mark.parametrize("norm", ("out_scale", "l2", "none"))
 @pytest.mark.parametrize("kind", ("glu", "relu"))
 def test_everything(kind, norm, mixings, dtype, device, on_triton):
-    inputs = core_inputs(B=2, H=2, T=67, L=70, dq=17, dv=20, r1=18, r2=3, kind=kind, dtype=dtype)
+    inputs = core_inputs(B=1, H=2, T=40, L=43, dq=17, dv=20, r1=18, r2=3, kind=kind, dtype=dtype)
     check({k: t.to(device) for k, t in only(inputs, *mixings).items()}, kind=kind, norm=norm)
 
 
-@pytest.mark.parametrize("T, L", ((1, 1), (1, 5), (33, 33)))
+@pytest.mark.parametrize("T, L", ((1, 1), (1, 5), (9, 9)))
 def test_lengths(T, L, device, on_triton):
     inputs = core_inputs(**{**SMALL, "T": T, "L": L}, dtype=torch.float32)
     grads = check({k: t.to(device) for k, t in inputs.items()})
@@ -98,9 +99,8 @@ def test_batches_and_heads_stay_apart(device, on_triton):
     check({k: t.to(device) for k, t in inputs.items()})
     shared = [k for k in inputs if k[0] in "ud" or k[:2] == "vt"]
     whole = hyper_attention(**inputs)
-    for b in range(2):
-        one = {k: t if k in shared else t[b] for k, t in inputs.items()}
-        torch.testing.assert_close(hyper_attention(**one), whole[b], rtol=0, atol=0)
+    one = {k: t if k in shared else t[1] for k, t in inputs.items()}
+    torch.testing.assert_close(hyper_attention(**one), whole[1], rtol=0, atol=0)
 
 
 def test_strides_are_read_in_place(device, on_triton):
@@ -140,9 +140,9 @@ def test_large_scores(device, on_triton):
     check({k: (90 * t.sign() if k in "qk" else t).to(device) for k, t in inputs.items()})
 
 
-@pytest.mark.parametrize("bad", (float("nan"), float("inf")))
-def test_bad_rows_stay_where_causality_puts_them(bad, device, on_triton):
-    inputs = core_inputs(**{**SMALL, "T": 35}, dtype=torch.float32)
+@pytest.mark.parametrize("bad, T", ((float("nan"), 35), (float("inf"), 9)))
+def test_bad_rows_stay_where_causality_puts_them(bad, T, device, on_triton):
+    inputs = core_inputs(**{**SMALL, "T": T}, dtype=torch.float32)
     clean = hyper_attention(**inputs)
     # Not v: 0 times a NaN of the same tile is NaN, in PyTorch's dense product as here.
     for name in ("q", "k"):
@@ -159,7 +159,7 @@ def test_result_is_saved_once_and_nothing_square(device, on_triton):
     """Beyond the arguments: out, h1, h2, n. Twice the length, twice the bytes."""
 
     def kept(T):
-        inputs = core_inputs(**{**SMALL, "T": T, "L": 70}, dtype=torch.float32)
+        inputs = core_inputs(**{**SMALL, "T": T}, dtype=torch.float32)
         leaves = {k: t.to(device).requires_grad_() for k, t in inputs.items()}
         ours = {t.data_ptr() for t in leaves.values()}
         found = {}
@@ -173,8 +173,8 @@ def test_result_is_saved_once_and_nothing_square(device, on_triton):
             hyper_attention(**leaves)
         return sum(found.values())
 
-    assert kept(33) == 4 * 33 * (6 + 2 * 3 + 2 + 1)
-    assert kept(66) == 2 * kept(33)
+    assert kept(9) == 4 * 9 * (6 + 2 * 3 + 2 + 1)
+    assert kept(18) == 2 * kept(9)
 
 
 def test_a_result_changed_in_place_is_refused(device, on_triton):
@@ -189,11 +189,11 @@ def test_opcheck(mixings, device):
     inputs = only(core_inputs(B=1, H=1, T=5, L=6, dtype=torch.float32), *mixings)
     tensors = [inputs[n].to(device) if n in inputs else None for n in op.NAMES]
     options = (True, True, True, 1e-12)
-    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    utils = ("test_schema", "test_faketensor")
     opcheck(op.fwd, (*tensors, *options), test_utils=utils)
     out, h1, h2, n = op.fwd(*tensors, *options)
     wanted = [i % 3 != 2 for i in range(11)]
-    opcheck(op.bwd, (out, out, *tensors, h1, h2, n, *options, wanted), test_utils=utils[:2])
+    opcheck(op.bwd, (out, out, *tensors, h1, h2, n, *options, wanted), test_utils=utils)
 
 
 @pytest.mark.parametrize("options", ({}, {"attn_kind": "relu", "bias": True}), ids=str)
@@ -229,9 +229,10 @@ def test_rare_options_run_in_pytorch_and_say_so(device, on_triton):
     assert "(HyperGLU): dense, in PyTorch" in fusedmlp.explain(perturbed(impl_default="dense"))
 
 
-@pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
-def test_compiles_to_one_graph(dynamic, device, each_backend):
+def test_compiles_to_one_graph(device, each_backend):
+    """Where sizes are symbols in the kernels' case, which is the harder one."""
     torch._dynamo.reset()
+    dynamic = each_backend == "triton"
     inputs = core_inputs(B=1, H=1, T=6, L=9, dtype=torch.float32)
     dy = torch.randn_like(inputs["v"])
 
@@ -261,13 +262,14 @@ def test_autocast(device, each_backend):
 
 
 def test_runs_are_bit_equal(device, on_triton):
-    inputs = core_inputs(**SMALL, dtype=torch.bfloat16)
+    T = 9 if device == "cpu" else 37  # an interpreter has one order of its own
+    inputs = core_inputs(**{**SMALL, "T": T}, kind="relu", dtype=torch.bfloat16)
     leaves = {k: t.to(device).requires_grad_() for k, t in inputs.items()}
-    out = hyper_attention(**leaves)
+    out = hyper_attention(**leaves, kind="relu")
     dy = torch.randn_like(out)
     first = torch.autograd.grad(out, list(leaves.values()), dy, retain_graph=True)
     second = torch.autograd.grad(out, list(leaves.values()), dy)
-    assert torch.equal(out, hyper_attention(**leaves))
+    assert torch.equal(out, hyper_attention(**leaves, kind="relu"))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 

@@ -1,76 +1,13 @@
 """HyperGLU: the layer's formula, options, checkpoints' names, causality, memory, errors."""
 
-import itertools
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
-from hyper_checks import by_loops, config, core_inputs, perturbed
+from hyper_checks import by_loops, config, perturbed
 from layer_checks import assert_compiles, assert_initialises_from_meta, assert_round_trips, draw
 
-import fusedmlp
 from fusedmlp.hyperglu import HyperGLU, HyperGLUConfig, HyperMLP
-from fusedmlp.hyperglu.chunked import chunked_attention
-from fusedmlp.hyperglu.rope import rope
 from fusedmlp.testing import assert_close_to
-
-KINDS = ("glu", "relu")
-
-
-def without(inputs, mixing, diag):
-    """`inputs` without a mixing's diagonal, or without the mixing."""
-    gone = () if mixing and diag else ("d",) if mixing else ("c", "u", "vt", "d")
-    return lambda n: {**inputs, **{f"{name}{n}": None for name in gone}}
-
-
-@pytest.mark.parametrize("aligner", ("offset", "identity"))
-@pytest.mark.parametrize("norm", ("out_scale", "l2", "none"))
-@pytest.mark.parametrize("kind", KINDS)
-def test_core_is_its_loops(kind, norm, aligner):
-    """Reference and chunked path against loops over rows and slots, at T < L."""
-    plain = core_inputs(B=1, T=5, L=8, kind=kind)
-    shared = {"kind": kind, "norm": norm, "aligner": aligner, "eps": 1e-12}
-    for causal, mask1, mask2 in itertools.product((True, False), repeat=3):
-        for mixing, diag, shortcut in ((1, 1, 1), (1, 0, 1), (1, 1, 0), (0, 0, 1)):
-            for n in (1, 2):
-                inputs = without(plain, mixing, diag)(n)
-                options = {**shared, "causal": causal, "mask1": mask1, "mask2": mask2,
-                           f"shortcut{n}": bool(shortcut), f"shortcut{3 - n}": True}  # fmt: skip
-                expected = by_loops(**inputs, **options)
-                for out in (
-                    fusedmlp.reference.hyper_attention(**inputs, **options),
-                    chunked_attention(**inputs, chunk=2, **options),
-                    chunked_attention(**inputs, chunk=None, **options),
-                ):
-                    torch.testing.assert_close(out, expected)
-
-
-@pytest.mark.parametrize("aligner", ("offset", "identity"))
-@pytest.mark.parametrize("kind", KINDS)
-def test_reference_passes_gradcheck(kind, aligner):
-    inputs = core_inputs(B=1, H=1, T=4, L=6, kind=kind)
-    leaves = [t.requires_grad_() for t in inputs.values()]
-    options = {"kind": kind, "aligner": aligner, "norm": "l2" if kind == "glu" else "out_scale"}
-    assert torch.autograd.gradcheck(
-        lambda *t: fusedmlp.reference.hyper_attention(*t, **options), leaves
-    )
-
-
-@pytest.mark.parametrize("chunk", (1, 4, 7, None))
-def test_chunked_gradients_are_the_references(chunk):
-    inputs = core_inputs(T=13, L=20)
-    leaves = [t.requires_grad_() for t in inputs.values()]
-    options = {"kind": "glu", "norm": "out_scale", "aligner": "offset", "causal": True,
-               "shortcut1": True, "shortcut2": True, "mask1": True, "mask2": True,
-               "eps": 1e-12}  # fmt: skip
-    exact = fusedmlp.reference.hyper_attention(*leaves, **options)
-    ours = chunked_attention(*leaves, chunk=chunk, **options)
-    torch.testing.assert_close(ours, exact)
-    dy = torch.randn_like(exact)
-    expected = torch.autograd.grad(exact, leaves, dy)
-    for name, a, b in zip(inputs, torch.autograd.grad(ours, leaves, dy), expected, strict=True):
-        torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def layer_by_hand(layer, x, mask=None):
@@ -135,7 +72,7 @@ OPTIONS = [
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_layer_by_hand(options):
     layer = perturbed(**options)
-    x = draw(2, 11, 24, dtype=torch.float64)
+    x = draw(2, 7, 24, dtype=torch.float64)
     torch.testing.assert_close(layer(x), layer_by_hand(layer, x))
 
 
@@ -157,9 +94,9 @@ def test_dense_and_chunked_agree(options):
         torch.testing.assert_close(layer(x), other(x))
 
 
-@pytest.mark.parametrize("T", (1, 2, 39, 40))
+@pytest.mark.parametrize("T", (1, 2, 12, 13))
 def test_lengths(T):
-    layer = perturbed()
+    layer = perturbed(block_size=13)
     x = draw(1, T, 24, dtype=torch.float64)
     torch.testing.assert_close(layer(x), layer_by_hand(layer, x))
 
@@ -260,7 +197,7 @@ def test_round_trips_meta_and_compile():
     big = {"n_embd": 64, "qk_rank": 64, "vo_rank": 64, "block_size": 64,
            "op1_rank": 64, "op2_rank": 64}  # fmt: skip
     assert_initialises_from_meta(lambda: HyperGLU(config(**big, op1_init_std=0.5)))
-    assert_compiles(perturbed(chunk_T=4), draw(1, 9, 24, dtype=torch.float64))
+    assert_compiles(perturbed(chunk_T=4), draw(1, 4, 24, dtype=torch.float64))
 
 
 def test_autocast_on_the_cpu():
@@ -300,71 +237,6 @@ def test_chunked_keeps_no_square():
     assert kept("dense", 512) > 3.5 * kept("dense", 256)
     assert kept("chunked", 512) < 2.05 * kept("chunked", 256)
     assert kept("chunked", 512) < kept("dense", 512) / 10
-
-
-@pytest.mark.parametrize("options", [{}, {"attn_kind": "relu"}, {"use_op1": False},
-                                     {"use_rope": True, "rope_kind": "rotary"}, {"bias": True},
-                                     {"use_rope": True}, {"use_kv_conv": False},
-                                     {"aligner_kind": "identity", "use_op1": False,
-                                      "use_op2": False}], ids=str)  # fmt: skip
-@pytest.mark.parametrize("prompt", (0, 1, 2, 11))
-def test_decoding_is_the_forward(options, prompt):
-    layer = perturbed(**options)
-    x = draw(2, 15, 24, dtype=torch.float64)
-    y = layer(x)
-    if prompt:
-        first, cache = layer.prefill(x[:, :prompt])
-        torch.testing.assert_close(first, y[:, :prompt])
-    else:
-        cache = layer.init_cache(2)
-    shapes = [t.shape for t in (cache.x, cache.k, cache.v)]
-    for t in range(prompt, 15):
-        token = x[:, t] if t % 2 else x[:, t : t + 1]
-        out, cache = layer.step(token, cache)
-        assert out.shape == token.shape
-        torch.testing.assert_close(out.view(2, 24), y[:, t])
-    assert shapes == [t.shape for t in (cache.x, cache.k, cache.v)]
-    assert cache.length.item() == 15
-
-
-def test_prefill_with_a_mask():
-    layer = perturbed()
-    x, mask = draw(2, 9, 24, dtype=torch.float64), torch.ones(2, 9)
-    mask[0, :3] = 0
-    y = layer(x, mask)
-    _, cache = layer.prefill(x[:, :8], mask[:, :8])
-    torch.testing.assert_close(layer.step(x[:, 8], cache)[0], y[:, 8])
-
-
-def test_decoding_refuses():
-    with pytest.raises(ValueError, match="decoding needs .* op1_do_masking"):
-        perturbed(op1_do_masking=False).init_cache(1)
-    layer = perturbed(block_size=3)
-    _, cache = layer.prefill(draw(2, 3, 24, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match="the cache is full"):
-        layer.step(draw(2, 24, dtype=torch.float64), cache)
-    with pytest.raises(ValueError, match=r"x must be \(2, 24\) or \(2, 1, 24\).* got \(3, 24\)"):
-        layer.step(draw(3, 24, dtype=torch.float64), cache)
-    with pytest.raises(ValueError, match="batch must be an int"):
-        layer.init_cache(-1)
-
-
-def test_rope():
-    q = draw(1, 6, 8, dtype=torch.float64)
-    turned = rope(q, 100.0, "rotary")
-    torch.testing.assert_close(turned.norm(dim=-1), q.norm(dim=-1))
-    same = rope(q[:, :1].expand(1, 6, 8), 100.0, "rotary")
-    scores = (same @ same.mT)[0]
-    torch.testing.assert_close(scores[2, 1], scores[4, 3])  # a function of the distance
-    published = rope(q, 100.0, "official")
-    for t, i in itertools.product(range(6), range(4)):
-        a, b = (2 * i) % 4, (2 * i + 1) % 4
-        fa, fb = (t * 100.0 ** (-2 * f / 8) for f in (a, b))
-        even, odd = q[0, t, 2 * i].item(), q[0, t, 2 * i + 1].item()
-        expected = (even * math.cos(fa) - odd * math.sin(fa),
-                    odd * math.cos(fb) + even * math.sin(fb))  # fmt: skip
-        assert published[0, t, 2 * i : 2 * i + 2].tolist() == pytest.approx(expected)
-    assert not torch.allclose(published.norm(dim=-1), q.norm(dim=-1))
 
 
 def test_quick_start():

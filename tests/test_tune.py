@@ -87,15 +87,34 @@ def test_growing_a_full_tile_costs_a_stage():
     assert Tile(128, 128, 128, 8, 2, subtiles=2, loads="tma") in near
 
 
-@pytest.mark.parametrize("kernel", LAUNCHES)
+# Of kernels that one call launches, one.
+CALLS = {launch.call: kernel for kernel, launch in LAUNCHES.items()}
+
+
+@pytest.mark.parametrize("kernel", CALLS.values())
 def test_every_launcher_passes_the_rule_on_its_own_tile(kernel):
-    tile = arch_of(DEVICE).tiles[kernel, 4][0]
-    row = tune.Row(kernel, torch.float32, tile, ((33, 48, 40),))
+    tile = arch_of(DEVICE).row(kernel, 4)[0]
+    row = tune.Row(kernel, torch.float32, tile, (LAUNCHES[kernel].checked,))
     tune.Bench(row, DEVICE, fake_timer).check(tile)
 
 
 def test_every_kernel_of_the_table_has_a_launcher():
-    assert {kernel for arch in ARCHES.values() for kernel, _ in arch.tiles} == set(LAUNCHES)
+    tables = [table for arch in ARCHES.values() for table in (arch.tiles, arch.hyper)]
+    assert {kernel for table in tables for kernel, _ in table} == set(LAUNCHES)
+
+
+@pytest.mark.parametrize("kernel", ("hyper_attention_dq", "hyper_attention_step"))
+def test_a_search_of_hyper_attentions_tiles(kernel):
+    """Its tiles are reached, small ones too, and the launch obeys."""
+    (tile,) = SM90.hyper[kernel, 2]
+    near = candidates.neighbours(tile, SM90, kernel, 2)
+    assert dataclasses.replace(tile, block_m=2 * tile.block_m) in near
+    assert any(t.block_n != tile.block_n for t in near) == kernel.endswith("step")
+    other = dataclasses.replace(tile, num_warps=1)
+    with tune.forced(kernel, torch.float32, other, DEVICE):
+        assert arch_module.hyper_tile(kernel, torch.empty(0, device=DEVICE)) == other
+    (row,) = tune.rows_of(kernel, torch.bfloat16, LAUNCHES[kernel].sizes, DEVICE)
+    assert row.shapes == ((16384, 1024, 2), (16384, 1024, 16))
 
 
 def test_operands_are_no_zeros_and_repeat():

@@ -1,0 +1,53 @@
+"""HyperGLU token by token is the forward: prefill, steps, what is refused."""
+
+import pytest
+import torch
+from hyper_checks import perturbed
+from layer_checks import draw
+
+
+@pytest.mark.parametrize("options", [{}, {"attn_kind": "relu"}, {"use_op1": False},
+                                     {"use_rope": True, "rope_kind": "rotary"}, {"bias": True},
+                                     {"use_rope": True}, {"use_kv_conv": False},
+                                     {"aligner_kind": "identity", "use_op1": False,
+                                      "use_op2": False}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("prompt", (0, 1, 2, 11))
+def test_decoding_is_the_forward(options, prompt):
+    layer = perturbed(**options)
+    x = draw(2, 15, 24, dtype=torch.float64)
+    y = layer(x)
+    if prompt:
+        first, cache = layer.prefill(x[:, :prompt])
+        torch.testing.assert_close(first, y[:, :prompt])
+    else:
+        cache = layer.init_cache(2)
+    shapes = [t.shape for t in (cache.x, cache.k, cache.v)]
+    for t in range(prompt, 15):
+        token = x[:, t] if t % 2 else x[:, t : t + 1]
+        out, cache = layer.step(token, cache)
+        assert out.shape == token.shape
+        torch.testing.assert_close(out.view(2, 24), y[:, t])
+    assert shapes == [t.shape for t in (cache.x, cache.k, cache.v)]
+    assert cache.length.item() == 15
+
+
+def test_prefill_with_a_mask():
+    layer = perturbed()
+    x, mask = draw(2, 9, 24, dtype=torch.float64), torch.ones(2, 9)
+    mask[0, :3] = 0
+    y = layer(x, mask)
+    _, cache = layer.prefill(x[:, :8], mask[:, :8])
+    torch.testing.assert_close(layer.step(x[:, 8], cache)[0], y[:, 8])
+
+
+def test_decoding_refuses():
+    with pytest.raises(ValueError, match="decoding needs .* op1_do_masking"):
+        perturbed(op1_do_masking=False).init_cache(1)
+    layer = perturbed(block_size=3)
+    _, cache = layer.prefill(draw(2, 3, 24, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="the cache is full"):
+        layer.step(draw(2, 24, dtype=torch.float64), cache)
+    with pytest.raises(ValueError, match=r"x must be \(2, 24\) or \(2, 1, 24\).* got \(3, 24\)"):
+        layer.step(draw(3, 24, dtype=torch.float64), cache)
+    with pytest.raises(ValueError, match="batch must be an int"):
+        layer.init_cache(-1)
