@@ -15,6 +15,18 @@ class GatedMLP(nn.Module):
         return self.w2(self.w3(t) * self.act(self.w1(t)))
 
 
+class LlamaLike(nn.Module):
+    """By the names of Llama's, wide enough for one-bit weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(128, 256, bias=False) for _ in range(2))
+        self.down_proj, self.act_fn = nn.Linear(256, 128, bias=False), nn.SiLU()
+
+    def forward(self, t):
+        return self.down_proj(self.act_fn(self.gate_proj(t)) * self.up_proj(t))
+
+
 class MLP(nn.Sequential):
     def __init__(self, *between):
         super().__init__(nn.Linear(8, 12), *(between or (nn.GELU(),)), nn.Linear(12, 8))

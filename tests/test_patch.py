@@ -2,14 +2,12 @@
 
 import copy
 import pickle
-import sys
-import types
 from dataclasses import dataclass
 
 import pytest
 import torch
 from layer_checks import assert_cheap
-from patch_blocks import MLP, GatedMLP, Model
+from patch_blocks import MLP, GatedMLP, LlamaLike, Model
 from patch_models import batch, build
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -17,6 +15,7 @@ from transformers import MixtralConfig, MixtralForCausalLM
 from transformers.activations import ACT2FN
 
 import fusedmlp
+from fusedmlp.layers import BinaryGatedMLP
 from fusedmlp.patching import Plan
 from fusedmlp.patching.activation import name_by_values
 
@@ -375,14 +374,20 @@ def test_meta_and_other_backends():
     model(X)
 
 
-def test_quantize_is_handed_on(monkeypatch):
-    asked = []
-    module = types.ModuleType("fusedmlp.quantize")
-    module.quantize_model = lambda model, format: asked.append((model, format))
-    monkeypatch.setitem(sys.modules, "fusedmlp.quantize", module)
-    model = Model(MLP())
-    fusedmlp.patch(model, quantize="q1_0")
-    assert asked == [(model, "q1_0")]
+def test_quantize():
+    """One bit a weight first; what is left is patched as ever, and the report has both."""
+    blocks = Model(LlamaLike(), MLP())
+    report = fusedmlp.patch(blocks, quantize="q1_0")
+    quantized = report.quantized
+    assert isinstance(blocks.blocks[0], BinaryGatedMLP)
+    assert quantized.before == 4 * 3 * 128 * 256 and quantized.after == 3 * 128 * 256 * 18 // 128
+    assert [e.name for e in report.patched] == ["blocks.1"]
+    text = str(report).splitlines()
+    assert text[0] == str(quantized) and text[1].startswith("1 patched")
+    with pytest.raises(ValueError, match="patch: only must be None with quantize='q1_0', got '0'"):
+        fusedmlp.patch(Model(LlamaLike()), only="0", quantize="q1_0")
+    with pytest.raises(ValueError, match="quantize_model: format must be one of q1_0, got 'q2'"):
+        fusedmlp.patch(Model(LlamaLike()), quantize="q2")
 
 
 def test_activations_by_value():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import dataclasses
 import re
 import sys
 from collections import defaultdict
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import _backend
+from ..quantize import quantize_model
 from .dense import is_projection
 from .experts import register_experts
 from .match import METHODS, NoMatch, match
@@ -222,7 +223,8 @@ def patch(
             function of name and module. Default: all.
         dtype_check: leave an MLP whose parameters differ in dtype or have one that no kernel takes;
             False patches it all the same, and its call says what is wrong.
-        quantize: a format of `fusedmlp.quantize`, whose quantize_model runs first.
+        quantize: "q1_0" puts every gated MLP of a Llama-type model into one bit a weight first, by
+            `quantize_model`; for good, which unpatch() does not undo. Not together with `only`.
 
     Parameters, state_dict keys, hooks, device, dtype and the modules themselves stay. An MLP is
     left where a fused call would be something else: a projection that is quantised, adapted, hooked
@@ -230,12 +232,15 @@ def patch(
 
     Returns a `Report`, a line for each module. Raises ValueError for a model that is wrapped by FSDP,
     distributed or compiled, and for a pattern that matches nothing; TypeError for anything else than
-    a module.
+    a module; with `quantize` what quantize_model raises.
     """  # noqa: E501
     _checked("patch", model)
-    if quantize is not None:
-        importlib.import_module("..quantize", __package__).quantize_model(model, format=quantize)
-    return _run(model, only, dtype_check)[0]
+    if quantize is None:
+        return _run(model, only, dtype_check)[0]
+    if only is not None:
+        raise ValueError(f"patch: only must be None with quantize={quantize!r}, got {only!r}")
+    quantized = quantize_model(model, format=quantize)
+    return dataclasses.replace(_run(model, only, dtype_check)[0], quantized=quantized)
 
 
 def _run(model: nn.Module, only: Only, dtype_check: bool) -> tuple[Report, list[nn.Module]]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..quantize import QuantizationReport
+
 LOOKED_FOR = (
     "modules that compute down(act(gate(x)) * up(x)) or down(act(first(x))) with nn.Linear or "
     "Conv1D projections, gate and up apart or in one, whatever their names; top-1 mixtures of "
@@ -31,12 +33,14 @@ class Entry:
 @dataclass(frozen=True)
 class Report:
     """What patch() did: `patched` and `left`, each a tuple of entries; str() has a line for each.
+    `quantized`: what was put into one-bit weights before, with its bytes, or None.
 
     `backend` of an entry is what runs it as things stand: on tensors like its parameters now, under
     the backend chosen now.
     """
 
     entries: tuple[Entry, ...]
+    quantized: QuantizationReport | None = None
 
     @property
     def patched(self) -> tuple[Entry, ...]:
@@ -47,8 +51,9 @@ class Report:
         return tuple(e for e in self.entries if e.op is None)
 
     def __str__(self) -> str:
-        if not self.patched:
+        if not self.patched and self.quantized is None:
             head = f"nothing was patched; looked for {LOOKED_FOR}"
         else:
             head = f"{len(self.patched)} patched, {len(self.left)} left"
-        return "\n".join([head, *map(str, self.entries)])
+        bits = [] if self.quantized is None else [str(self.quantized)]
+        return "\n".join([*bits, head, *map(str, self.entries)])
