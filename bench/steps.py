@@ -59,16 +59,20 @@ def _needing(name: str, steps: Sequence[Step]) -> Iterator[Step]:
     return (dataclasses.replace(s, needs=name) for s in steps)
 
 
-# What checks and exercises the kernels of every architecture: masks as bits are what is decoded.
-_DECODED = "masked_gated_linear"
+def _decoding(*cases: str) -> tuple[str, ...]:
+    shapes = ("1x4096x14336", "16x2048x8192", "3x256x128")
+    dtypes = ("bfloat16", "float16")
+    return ("--case", *cases, "--shape", *shapes, "--dtype", *dtypes, "--forward-only")
+
+
+# op -> what checks the kernels of every architecture that it launches, all of them among these; and
+# of masks the case that exercises them: as bits they are decoded.
+_MASKED = "masked_gated_linear"
 _PORTABLE = {
-    _DECODED: (
-        "--case", *(name for name in CASES if name.startswith(_DECODED) and "-bits" in name),
-        "--shape", "1x4096x14336", "16x2048x8192", "3x136x72", "--dtype", "bfloat16", "float16",
-        "--forward-only",
-    ),
+    _MASKED: _decoding(*(name for name in CASES if name.startswith(_MASKED) and "-bits" in name)),
+    "binary_gated_mlp": _decoding("binary_gated_mlp", "binary_gated_mlp-recompute-bias"),
     "top1_route": ("--op", "top1_route"),
-}  # fmt: skip
+}
 _OF_HYPERGLU = ("hyper_attention", "hyper_attention_step")
 # Their widths are those of models with experts, or of layers of HyperGLU.
 _OTHER_WIDTHS = (*_OF_HYPERGLU, "moe_linear", "moe_mlp", "top1_route")
@@ -108,7 +112,7 @@ def _ladder(name: str, budget_s: float, kernel: str, *arguments: str) -> Step:
 def _sanitizers_cuda(tools: Sequence[str]) -> Iterator[Step]:
     """Of the ops that launch all kernels there are; each runs every variant."""
     kernels = _cuda.KERNELS
-    cases = _cases() | {_DECODED: _PORTABLE[_DECODED][1]}
+    cases = _cases() | {_MASKED: _PORTABLE[_MASKED][1]}
     whole = [op for op in kernels if not any(set(kernels[op]) < set(k) for k in kernels.values())]
     for tool in tools:
         for op in (*whole, *_PORTABLE):

@@ -34,8 +34,8 @@ SANITIZERS_CUDA = (*SANITIZERS, "synccheck")
 SMALL = ((130, 136, 72), (67, 131, 45), (3, 136, 72))
 # For the CUDA kernels: more tiles than multiprocessors, with tails on every side; one row of tiles.
 SMALL_CUDA = ((1040, 72, 2184), (3, 136, 72))
-# For those that decode: D in parts, and in one.
-SMALL_DECODED = ((16, 4104, 72), (3, 136, 72))
+# For those that decode: D in parts, and in one; in whole groups of one-bit weights.
+SMALL_DECODED = ((16, 4224, 256), (3, 256, 128))
 
 
 def _verdict(emit: Callable[[dict[str, Any]], None], status: str, detail: str) -> None:

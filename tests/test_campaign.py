@@ -352,11 +352,12 @@ def test_the_plan_covers_every_op_and_every_command_of_it_parses():
     assert len(names) == len(set(names))
     for op in {case.op for case in CASES.values()}:
         assert {f"check:{op}", f"memcheck:{op}", f"racecheck:{op}", f"time:{op}"} <= set(names)
-    for op in (*_cuda.KERNELS, "masked_gated_linear", "top1_route"):
+    portable = {"masked_gated_linear", "binary_gated_mlp", "top1_route"}
+    for op in (*_cuda.KERNELS, *portable):
         assert f"check:cuda:{op}" in names
     for tool in ("memcheck", "racecheck", "synccheck"):
         assert {f"{tool}:cuda:gated_mlp", f"{tool}:cuda:mlp"} <= set(names)
-        assert {f"{tool}:cuda:masked_gated_linear", f"{tool}:cuda:top1_route"} <= set(names)
+        assert {f"{tool}:cuda:{op}" for op in portable} <= set(names)
     kinds = list(dict.fromkeys(name.partition(":")[0] for name in names))
     assert kinds == [
         "check", "build", "memcheck", "time", "racecheck", "synccheck", "tests", "tune",

@@ -77,15 +77,19 @@ def test_what_the_masked_kernel_does_not_take(rows, D, n_m, words):
         fusedmlp.masked_gated_linear(x, w, packed(torch.randn(n_m, 8, D)))
 
 
-@pytest.mark.parametrize("name", ("masked_gated_linear-8-bits", "top1_route"))
-def test_the_small_cases_of_a_campaign(name, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "name, size",
+    [("masked_gated_linear-8-bits", "3x256x128"), ("binary_gated_mlp", "3x256x128"),
+     ("top1_route", "3x136x72")],
+)  # fmt: skip
+def test_the_small_cases_of_a_campaign(name, size, monkeypatch, capsys):
     of_case = type(CASES[name]).inputs
     monkeypatch.setattr(type(CASES[name]), "inputs", lambda self, *a: of_case(self, *a[:-1]))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(worker, "SMALL_CUDA", worker.SMALL_CUDA[1:])
     monkeypatch.setattr(worker, "SMALL_DECODED", worker.SMALL_DECODED[1:])
     worker.exercise(name, "cuda")
-    assert f"{name} 3x136x72 on cuda, own choice" in capsys.readouterr().out
+    assert f"{name} {size} on cuda, own choice" in capsys.readouterr().out
 
 
 def test_what_the_bench_leaves_out():
