@@ -1,4 +1,4 @@
-"""The launchers of one-bit weights, entered in the LAUNCHES of all."""
+"""The launchers of one-bit weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .. import reference
 from ..kernels.binary_bwd import binary_gated_mlp_bwd, binary_linear_ds, binary_linear_dx
 from ..kernels.binary_gated_linear import binary_gated_linear_fwd
 from ..kernels.binary_linear import binary_linear_fwd
-from ._launches import LAUNCHES, Launch, Shapes, Tensors
+from ._launch import Launch, Shapes, Tensors
 
 
 def _shapes(*names: str) -> Callable[[int, int, int], Shapes]:
@@ -85,7 +85,7 @@ def _ds_reference(t: Mapping[str, Tensor]) -> Tensors:
 
 
 _GATE = ("q_gate", "s_gate")
-LAUNCHES |= {
+LAUNCHES = {
     "binary_linear_fwd": Launch(_shapes("x", *_GATE, "b"), _fwd, _fwd_reference),
     "binary_gated_linear_fwd": Launch(
         _shapes("x", *_GATE, "q_up", "s_up"), _gated, _gated_reference

@@ -1,4 +1,4 @@
-"""The launchers of hyper_attention, entered in the LAUNCHES of all: whole calls, of which a search
+"""The launchers of hyper_attention: whole calls, of which a search
 changes the tile of one kernel."""
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ..kernels.hyper_attention import hyper_attention_fwd
 from ..kernels.hyper_attention_step import hyper_attention_step
 from ..kernels.hyper_gradients import hyper_attention_bwd
 from ..testing import hyper
-from ._launches import LAUNCHES, Launch, Shapes, Tensors
+from ._launch import Launch, Shapes, Tensors
 from .shapes import HYPER
 
 NAMES = ("q", "k", "v", "c1", "u1", "vt1", "d1", "c2", "u2", "vt2", "d2")
@@ -83,4 +83,4 @@ def _launch(kernel: str) -> Launch:
     return Launch(_with_dy, _bwd, _bwd_reference, **own)
 
 
-LAUNCHES |= {kernel: _launch(kernel) for kernel, _ in INTERPRETER.hyper}
+LAUNCHES = {kernel: _launch(kernel) for kernel, _ in INTERPRETER.hyper}

@@ -1,4 +1,4 @@
-"""The launchers of the masked family, entered in the LAUNCHES of all."""
+"""The launchers of the masked family."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..kernels.masked_gated_bwd import masked_gated_linear_dw, masked_gated_linear_dx
 from ..kernels.masked_gated_linear import masked_gated_linear_fwd
-from ._launches import LAUNCHES, Launch, Shapes, Tensors
+from ._launch import Launch, Shapes, Tensors
 
 
 def _shapes(n_m: int, *names: str) -> Callable[[int, int, int], Shapes]:
@@ -61,7 +61,7 @@ def _dw_reference(t: Mapping[str, Tensor]) -> Tensors:
     return {"dw": total.t() @ t["x"] + (_masks(t) * gs).sum(0), "dmasks": t["w"] * gs}
 
 
-LAUNCHES |= {
+LAUNCHES = {
     "masked_gated_linear_fwd": Launch(_shapes(1, "x", "w", "planes"), _fwd, _fwd_reference),
     "masked_gated_linear_fwd_group": Launch(_shapes(4, "x", "w", "planes"), _fwd, _fwd_reference),
     "masked_gated_linear_dx": Launch(_shapes(2, "ev", "w", "planes"), _dx, _dx_reference),

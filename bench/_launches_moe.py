@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +14,9 @@ from .. import reference
 from ..kernels.arch import Tile, pick_grouped_tile
 from ..kernels.moe_mlp import moe_down, moe_up
 from ..kernels.moe_mlp_bwd import moe_dh, moe_wgrad
+from ._launch import Launch, Shapes, Tensors
 
 EXPERTS = 8
-Tensors = dict[str, Tensor]
 Shape = tuple[int, int, int]
 
 
@@ -96,28 +97,31 @@ def _wgrad_reference(t: Mapping[str, Tensor]) -> Tensors:
     return {"dw": torch.stack([t["dg"][part].t() @ t["x"][own] for _, own, part in _each(t)])}
 
 
-Shapes = dict[str, tuple[int, ...]]
-Call = Callable[[Mapping[str, Tensor], bool], Tensors]
-Expected = Callable[[Mapping[str, Tensor]], Tensors]
 # kernel -> shapes of the operands that are drawn, call, reference
-CALLS: dict[str, tuple[Callable[[int, int, int], Shapes], Call, Expected]] = {
-    "moe_up": (
-        lambda M, D, H: {
-            "x": (M, D), "w_gate": (EXPERTS, H, D), "w_up": (EXPERTS, H, D),
-            "b_gate": (EXPERTS, H), "b_up": (EXPERTS, H),
-        },
-        _up, _up_reference,
-    ),
-    "moe_down": (
-        lambda M, D, H: {"h": (M, H), "w_down": (EXPERTS, D, H), "prob": (M,)},
-        _down, _down_reference,
-    ),
-    "moe_dh": (
-        lambda M, D, H: {
-            "dy": (M, D), "prob": (M,), "w_down": (EXPERTS, D, H), "gu": (2, M, H)
-        },
-        _dh, _dh_reference,
-    ),
-    "moe_wgrad": (lambda M, D, H: {"dg": (M, H), "x": (M, D)}, _wgrad, _wgrad_reference),
+def _launch(kernel: str, shapes: Callable[..., Shapes], call: Any, expected: Any) -> Launch:
+    return Launch(shapes, call, expected, routing, functools.partial(tile_of, kernel))
+
+
+LAUNCHES = {
+    kernel: _launch(kernel, *parts)
+    for kernel, parts in {
+        "moe_up": (
+            lambda M, D, H: {
+                "x": (M, D), "w_gate": (EXPERTS, H, D), "w_up": (EXPERTS, H, D),
+                "b_gate": (EXPERTS, H), "b_up": (EXPERTS, H),
+            },
+            _up, _up_reference,
+        ),
+        "moe_down": (
+            lambda M, D, H: {"h": (M, H), "w_down": (EXPERTS, D, H), "prob": (M,)},
+            _down, _down_reference,
+        ),
+        "moe_dh": (
+            lambda M, D, H: {
+                "dy": (M, D), "prob": (M,), "w_down": (EXPERTS, D, H), "gu": (2, M, H)
+            },
+            _dh, _dh_reference,
+        ),
+        "moe_wgrad": (lambda M, D, H: {"dg": (M, H), "x": (M, D)}, _wgrad, _wgrad_reference),
+    }.items()
 }  # fmt: skip
-TILE_OF = {kernel: functools.partial(tile_of, kernel) for kernel in CALLS}

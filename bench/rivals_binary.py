@@ -1,4 +1,4 @@
-"""The rivals of one-bit weights in inference, entered in the RIVALS of all: the same numbers in 16
+"""The rivals of one-bit weights in inference: the same numbers in 16
 bits through cuBLAS, and GemLite, which reads one bit. llama.cpp's kernels round x to 8 bits: they
 compute something else.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import reference
 from ..kernels.activations import ACTIVATIONS
 from ..kernels.bits import GROUP
-from .rivals import RIVALS, Arguments, Function, Rival
+from .rivals_dense import Arguments, Function, Rival
 from .work import Work
 
 OPS = ("binary_linear", "binary_gated_linear", "binary_gated_mlp")
@@ -95,4 +95,4 @@ class GemLite(Binary):
         return lambda x: layer(x)
 
 
-RIVALS |= {rival.name: rival for rival in (Dequantised(), GemLite())}
+RIVALS = (Dequantised(), GemLite())

@@ -13,7 +13,7 @@ from .. import _cuda, backend
 from .._cuda_gated_linear import variant, variants
 from ..kernels.arch import SKINNY_M, capability_of
 from .ladder import VARIANTS, provider
-from .rivals import RIVALS, Fusedmlp
+from .rivals_dense import Fusedmlp
 from .summary import CUDA
 from .work import Work
 
@@ -62,4 +62,4 @@ class Cuda(Fusedmlp):
         return cuda(self.variant)
 
 
-RIVALS |= {rival.name: rival for rival in (Cuda(), *map(Cuda, VARIANTS))}
+RIVALS = (Cuda(), *map(Cuda, VARIANTS))

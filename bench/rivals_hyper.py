@@ -1,4 +1,4 @@
-"""The rivals of hyper_attention, entered in the RIVALS of all: PyTorch in blocks of query rows, and
+"""The rivals of hyper_attention: PyTorch in blocks of query rows, and
 softmax attention as a measure.
 """
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..hyperglu.chunked import chunked_attention
-from .rivals import RIVALS, Arguments, Compiled, Function, Rival
+from .rivals_dense import Arguments, Compiled, Function, Rival
 from .work import Work
 
 CHUNK = 1024
@@ -73,4 +73,4 @@ class SDPA(Rival):
         return lambda t: F.scaled_dot_product_attention(t["q"], t["k"], t["v"], is_causal=True)
 
 
-RIVALS |= {rival.name: rival for rival in (Chunked(), CompileChunked(), SDPA())}
+RIVALS = (Chunked(), CompileChunked(), SDPA())

@@ -6,7 +6,7 @@ import importlib
 
 import torch.nn.functional as F
 
-from .rivals import RIVALS, Function, Rival, recomputes
+from .rivals_dense import Function, Rival, recomputes
 from .work import Work
 
 _OVERWRITES = "its backward overwrites what its forward saved, so it cannot be repeated alone"
@@ -66,4 +66,4 @@ class LigerElementwise(Rival):
         return lambda t: F.linear(hidden(t), t["w_down"])
 
 
-RIVALS |= {rival.name: rival for rival in (Liger(), LigerElementwise())}
+RIVALS = (Liger(), LigerElementwise())

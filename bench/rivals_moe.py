@@ -1,4 +1,4 @@
-"""The rivals of moe_mlp, entered in the RIVALS of all.
+"""The rivals of moe_mlp.
 
 Its cases have these arguments, for M tokens, E experts, width D and hidden width H:
 
@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.activations import ACTIVATIONS
-from .rivals import RIVALS, Arguments, Compiled, Function, Rival, in_turn, recomputes
+from .rivals_dense import Arguments, Compiled, Function, Rival, in_turn, recomputes
 from .work import Work
 
 # Past this a copy of the weights for every token leaves no room for anyone else on the GPU.
@@ -232,10 +232,6 @@ class LigerMoE(Experts):
         return lambda t: run(t["x"], t["gate_up"], t["down"], t["index"], t["weight"])
 
 
-RIVALS.update({
-    rival.name: rival
-    for rival in (
-        GroupedMM(), CompileGroupedMM(), HF(), HFGroupedMM(), HFBatchedMM(), SonicMoE(),
-        LigerMoE(),
-    )
-})  # fmt: skip
+RIVALS = (
+    GroupedMM(), CompileGroupedMM(), HF(), HFGroupedMM(), HFBatchedMM(), SonicMoE(), LigerMoE(),
+)  # fmt: skip
