@@ -15,13 +15,15 @@ from torch import Tensor
 from .._shapes import empty_pair, split_pair
 from .activations import ACTIVATIONS
 from .arch import LAST, cdiv, pick_tile
-from .binary_linear import gemm_options, grid_of, load_binary
+from .binary_linear import load_binary
 from .bits import load_words, signed
 from .epilogues import store_bwd
 from .tiles import (
     aligned,
     column_parts,
     dot,
+    gemm_options,
+    grid_of,
     load_tile,
     precision,
     rows_of,

@@ -14,16 +14,13 @@ product with x one group's, scaled in float32; K is cut into parts, summed in a 
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .arch import LAST, Tile, cdiv, multiprocessors, pick_splits, pick_tile
+from .arch import LAST, Tile, cdiv, pick_splits, pick_tile
 from .bits import load_scales, load_words, signed
 from .epilogues import store_fwd
 from .skinny import _reduce_kernel
@@ -32,6 +29,8 @@ from .tiles import (
     column_parts,
     compiler_options,
     dot,
+    gemm_options,
+    grid_of,
     load_tile,
     precision,
     rounded,
@@ -170,30 +169,6 @@ def _partial_kernel(
     store_tile(parts_ptr, H, 0, n0, M, H, acc_g, BLOCK_M, BLOCK_N, False)
     if GATED:
         store_tile(parts_ptr + size, H, 0, n0, M, H, acc_u, BLOCK_M, BLOCK_N, False)
-
-
-def grid_of(tile: Tile, x: Tensor, rows: int, columns: int) -> tuple[int]:
-    """A TMA tile runs persistently, one block a multiprocessor."""
-    tiles = cdiv(rows, tile.block_m) * cdiv(columns, tile.block_n)
-    return (min(tiles, multiprocessors(x.device)) if tile.tma else tiles,)
-
-
-@functools.lru_cache(1024)
-def gemm_options(tile: Tile, masked: bool, precision: str) -> dict[str, Any]:
-    """Constants of a launch. masked: K does not end on a K step."""
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "GROUP_M": tile.group_m,
-        "SUBTILES": tile.subtiles,
-        "TMA": tile.tma,
-        "MASK_K": masked,
-        "PRECISION": precision,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        **compiler_options(tile),
-    }
 
 
 def _launch_split(

@@ -16,9 +16,6 @@ sizes: x (M, D), weights (H, D), h (M, H); in the backward dy (M, D) and w_down 
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -27,13 +24,14 @@ from torch import Tensor
 from .._shapes import empty_pair, split_pair
 from ..reference import Packed
 from .activations import ACTIVATIONS
-from .arch import LAST, Tile, cdiv, multiprocessors, pick_splits, pick_tile
+from .arch import LAST, cdiv, pick_splits, pick_tile
 from .epilogues import store_bwd, store_fwd
 from .skinny import launch_split
 from .tiles import (
     aligned,
     column_parts,
-    compiler_options,
+    gemm_options,
+    grid_of,
     multiply,
     multiply_stacked,
     precision,
@@ -170,30 +168,6 @@ def _bwd_kernel(
             )  # fmt: skip
 
 
-def _grid(tile: Tile, x: Tensor, M: int, H: int) -> tuple[int]:
-    """A TMA tile runs persistently, one block a multiprocessor."""
-    tiles = cdiv(M, tile.block_m) * cdiv(H, tile.block_n)
-    return (min(tiles, multiprocessors(x.device)) if tile.tma else tiles,)
-
-
-@functools.lru_cache(1024)
-def _gemm_options(tile: Tile, masked: bool, precision: str) -> dict[str, Any]:
-    """Constants of a GEMM launch. masked: K does not end on a K step."""
-    return {
-        "BLOCK_M": tile.block_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_K": tile.block_k,
-        "GROUP_M": tile.group_m,
-        "SUBTILES": tile.subtiles,
-        "TMA": tile.tma,
-        "MASK_K": masked,
-        "PRECISION": precision,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-        **compiler_options(tile),
-    }
-
-
 def launch_fwd(
     kernel: str,
     x: Tensor,
@@ -227,8 +201,8 @@ def launch_fwd(
             stacked, up = True, None
             gate, up_first = both
     block_out = tile.block_n // tile.subtiles
-    options = _gemm_options(tile, D % tile.block_k != 0, precision(x.dtype))
-    _fwd_kernel[_grid(tile, x, M, H)](
+    options = gemm_options(tile, D % tile.block_k != 0, precision(x.dtype))
+    _fwd_kernel[grid_of(tile, x, M, H)](
         rows_of(x, tile.block_m, tile.block_k, tile.tma), gate, up, b_gate, b_up,
         *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (h, g, u)),
         M, H, D, *x.stride(), *gate_strides, *up_strides, *strides,
@@ -265,8 +239,8 @@ def launch_bwd(
     sums = dy.new_empty((halves, tiles_m, H), dtype=torch.float32) if want_db else None
     down, *down_strides, k_major = weight_of(w_down.t(), tile.block_n, tile.block_k, tile.tma)
     block_out = tile.block_n // tile.subtiles
-    options = _gemm_options(tile, D % tile.block_k != 0, precision(dy.dtype))
-    _bwd_kernel[_grid(tile, dy, M, H)](
+    options = gemm_options(tile, D % tile.block_k != 0, precision(dy.dtype))
+    _bwd_kernel[grid_of(tile, dy, M, H)](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), down,
         *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (g, u, dg, du, wanted_h)), sums,
         M, H, D, *dy.stride(), *down_strides, *g.stride(), dg.stride(0), h.stride(0),

@@ -20,12 +20,13 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 from .arch import LAST, cdiv, pick_tile
-from .masked_gated_linear import gemm_options, grid_of
+from .masked_gated_linear import masked_options
 from .masks import bits_of, keep, load_words
 from .tiles import (
     aligned,
     column_parts,
     dot,
+    grid_of,
     load_slice,
     load_tile,
     rows_of,
@@ -228,7 +229,7 @@ def masked_gated_linear_dx(ev: Tensor, w: Tensor, planes: Tensor) -> Tensor:
     _dx_kernel[grid_of(tile, ev, M, D)](
         slices_of(ev, tile.block_m, tile.block_k, tile.tma), weight, planes,
         rows_of(dx, tile.block_m, tile.block_n, tile.tma), M, D, H, *w_strides,
-        K_MAJOR=k_major, **gemm_options(tile, ev, planes.shape[2]),
+        K_MAJOR=k_major, **masked_options(tile, ev, planes.shape[2]),
     )  # fmt: skip
     return dx
 
@@ -259,6 +260,6 @@ def masked_gated_linear_dw(
         w, planes,
         rows_of(wanted_w, tile.block_m, block_out, tile.tma),
         slices_of(wanted_logits, tile.block_m, block_out, tile.tma),
-        H, D, M, *x.stride(), *w.stride(), **gemm_options(tile, x, n_m),
+        H, D, M, *x.stride(), *w.stride(), **masked_options(tile, x, n_m),
     )  # fmt: skip
     return dw, dlogits

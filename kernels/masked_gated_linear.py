@@ -22,13 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import ACTIVATIONS
-from .arch import LAST, Tile, cdiv, multiprocessors, pick_splits, pick_tile
+from .arch import LAST, Tile, pick_splits, pick_tile
 from .masked_gated_skinny import launch_split
 from .masks import multiply_masked
 from .tiles import (
     aligned,
     column_parts,
     compiler_options,
+    grid_of,
     precision,
     rows_of,
     slices_of,
@@ -152,7 +153,7 @@ def _fwd_kernel(
                     store_tile(out, H, m0, n0 + part * PART, M, H, hs[part], BLOCK_M, PART, TMA)
 
 
-def gemm_options(tile: Tile, x: Tensor, n_m: int) -> dict[str, Any]:
+def masked_options(tile: Tile, x: Tensor, n_m: int) -> dict[str, Any]:
     """Constants of a launch."""
     return {
         "N_M": n_m,
@@ -167,12 +168,6 @@ def gemm_options(tile: Tile, x: Tensor, n_m: int) -> dict[str, Any]:
         "num_stages": tile.num_stages,
         **compiler_options(tile),
     }
-
-
-def grid_of(tile: Tile, x: Tensor, M: int, N: int) -> tuple[int]:
-    """A TMA tile runs persistently, one block a multiprocessor."""
-    tiles = cdiv(M, tile.block_m) * cdiv(N, tile.block_n)
-    return (min(tiles, multiprocessors(x.device)) if tile.tma else tiles,)
 
 
 def _masks_of_a_pass(n_m: int) -> int:
@@ -203,6 +198,6 @@ def masked_gated_linear_fwd(
         slices_of(outputs[1], tile.block_m, block_out, tile.tma),
         M, H, D, *x.stride(), *w_strides,
         ACT=ACTIVATIONS[activation].device, MASKS=_masks_of_a_pass(n_m),
-        K_MAJOR=k_major, MASK_K=D % tile.block_k != 0, **gemm_options(tile, x, n_m),
+        K_MAJOR=k_major, MASK_K=D % tile.block_k != 0, **masked_options(tile, x, n_m),
     )  # fmt: skip
     return h, gt

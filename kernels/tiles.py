@@ -7,6 +7,7 @@ Both read zeros past the edges, so ragged sizes need no special case. Address ar
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._backend import INTERPRETED as _interpreted
-from .arch import Tile
+from .arch import Tile, cdiv, multiprocessors
 
 # Triton's interpreter neither multiplies bf16 nor rounds to it as a GPU does (kernels/README.md).
 INTERPRETED = tl.constexpr(_interpreted)
@@ -253,6 +254,30 @@ def compiler_options(tile: Tile) -> dict[str, Any]:
     """Triton 3.9 turns fusion off by default. Without a register limit ptxas may aim at two blocks
     a multiprocessor and spill at 128 registers."""
     return {"enable_fp_fusion": True, "maxnreg": min(255, 2048 // tile.num_warps)}
+
+
+def grid_of(tile: Tile, x: Tensor, rows: int, columns: int) -> tuple[int]:
+    """A TMA tile runs persistently, one block a multiprocessor."""
+    tiles = cdiv(rows, tile.block_m) * cdiv(columns, tile.block_n)
+    return (min(tiles, multiprocessors(x.device)) if tile.tma else tiles,)
+
+
+@functools.lru_cache(1024)
+def gemm_options(tile: Tile, masked: bool, precision: str) -> dict[str, Any]:
+    """Constants of a GEMM launch. masked: K does not end on a K step."""
+    return {
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+        "SUBTILES": tile.subtiles,
+        "TMA": tile.tma,
+        "MASK_K": masked,
+        "PRECISION": precision,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        **compiler_options(tile),
+    }
 
 
 def precision(dtype: torch.dtype) -> str:
