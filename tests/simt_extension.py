@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pybind11
 import simt_build
 
-from fusedmlp import _cuda, _cuda_binary, _cuda_gated_linear, _cuda_masked, _cuda_route
+from fusedmlp import _backend, _cuda, _cuda_binary, _cuda_gated_linear, _cuda_masked, _cuda_route
 from fusedmlp.kernels.arch import ARCHES, pretend
 
 FLAGS = (
@@ -79,8 +79,10 @@ def installed(monkeypatch, arch: str, seed: int = 0, multiprocessors: int = MULT
     for launchers in (_cuda_binary, _cuda_gated_linear, _cuda_masked, _cuda_route):
         monkeypatch.setattr(launchers, "_stream", lambda device: 0)
     _cuda.find.cache_clear()
+    _backend.SERVED.clear()
     try:
         with pretend(ARCHES[arch.removesuffix("a")], multiprocessors):
             yield
     finally:
         _cuda.find.cache_clear()
+        _backend.SERVED.clear()

@@ -52,6 +52,8 @@ def test_a_launch_without_a_gpu_raises_and_does_no_more(extension):
     route = [*[x.data_ptr()] * 12, 64, 1, 1, 1, 64, 64, 0, 0, 0]
     others = dict.fromkeys(("top1_route_fwd", "route_to_fwd"), route)
     others["masked_gated_linear_fwd"] = gemv
+    one_bit = [*[x.data_ptr()] * 9, 1, 64, 128, 128, 1, 0, 0, 0, 0]
+    others |= dict.fromkeys(("binary_linear_fwd", "binary_gated_linear_fwd"), one_bit)
     for (kernel, _), launch in extension.OPS.items():
         with pytest.raises(TypeError, match=f"{kernel}.*incompatible function arguments"):
             launch(1, 2, 3)

@@ -84,6 +84,8 @@ MAKERS = {
     "FastFeedForward all": all_of_a_tree,
     "PathWeightedFFF": lambda: layers.PathWeightedFFF(D, 1, D),
     "Top1MoE": lambda: layers.Top1MoE(D, 16, 2, shared_hidden=8),
+    "BinaryLinear": lambda: layers.BinaryLinear(D, D, True, pad=True),
+    "BinaryGatedMLP": lambda: layers.BinaryGatedMLP(D, 128, clip=0.2, pad=True),
 }
 
 
