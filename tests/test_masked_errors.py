@@ -40,6 +40,7 @@ WRONG = [
     ("masks", PackedMasks(torch.zeros(24, 2, 1, dtype=torch.uint8), 15), ValueError, r"masks must be (1, 24, 16): of w's shape, got (1, 24, 15)"),
     ("masks", torch.ones(1, 24, 16, device="meta"), ValueError, r"masks must be on x's device cpu, got meta"),
     ("w", torch.ones(24), ValueError, r"w must be a matrix (H, D), got shape (24,)"),
+    ("w", None, TypeError, r"w must be a Tensor, got NoneType"),
     ("w", torch.ones(24, 16).half(), TypeError, r"w must have x's dtype torch.float32, got torch.float16"),
     ("x", torch.ones(4, 7), ValueError, r"x must be (..., 16): D of w; got (4, 7)"),
 ]  # fmt: skip

@@ -43,6 +43,7 @@ from ..kernels import moe_mlp as _triton
 from ..kernels import moe_mlp_bwd as _triton_bwd
 from ..reference import Packed, Routing, halves
 from . import _check
+from ._routing import autocast_prob, check_routing
 
 OP = "moe_mlp"
 
@@ -284,30 +285,6 @@ def _check_experts(
     return E
 
 
-def check_routing(op: str, x: Tensor, routing: Routing, E: int, uses_prob: bool = True) -> None:
-    """The routing is one of x's tokens to E experts, on x's device."""
-    if not isinstance(routing, Routing):
-        raise TypeError(f"{op}: routing must be a Routing, got {type(routing).__name__}")
-    T = x.shape[:-1].numel()
-    if routing.expert.shape != (T,):
-        raise ValueError(
-            f"{op}: routing must be of x's {T} tokens, got one of {routing.expert.shape[0]}"
-        )
-    if routing.num_experts != E:
-        raise ValueError(
-            f"{op}: routing must be to the {E} experts of the weights, got one to "
-            f"{routing.num_experts}"
-        )
-    if uses_prob and routing.prob.dtype not in (x.dtype, torch.float32):
-        raise TypeError(
-            f"{op}: routing.prob must have x's dtype {x.dtype} or torch.float32, got "
-            f"{routing.prob.dtype}"
-        )
-    for device in (routing.tokens.device, routing.prob.device):
-        if device != x.device:
-            raise ValueError(f"{op}: routing must be on x's device {x.device}, got {device}")
-
-
 def moe_mlp(
     x: Tensor,
     routing: Routing,
@@ -347,12 +324,13 @@ def moe_mlp(
             dtype, x, w_gate, w_up, w_down, b_gate, b_up, b_down
         )
     _check.like_x(
-        OP, x, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down
-    )
+        OP, x, ("w_gate", "w_down"), w_gate=w_gate, w_up=w_up, w_down=w_down,
+        b_gate=b_gate, b_up=b_up, b_down=b_down,
+    )  # fmt: skip
     _check.activation(OP, activation)
     E = _check_experts(x, w_gate, w_up, w_down, (b_gate, b_up, b_down), packed)
-    if dtype and isinstance(routing, Routing) and routing.prob.dtype != torch.float32:
-        routing = routing._replace(prob=routing.prob.to(dtype))
+    if dtype and isinstance(routing, Routing):
+        routing = autocast_prob(routing, dtype)
     check_routing(OP, x, routing, E)
     tensors = (w_gate, w_up, w_down, b_gate, b_up, b_down)
     wants_grad = _check.wants_grad(x, routing.prob, *tensors)
