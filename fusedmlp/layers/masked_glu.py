@@ -106,7 +106,11 @@ class MaskedGLU(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the mask again, and nothing else."""
+        """Draw the mask again, and nothing else. Raises RuntimeError once the masks are frozen."""
+        if self.packed is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: reset_parameters() needs logits, got frozen masks"
+            )
         nn.init.normal_(self.mask, std=0.01 if self.mask_mode == "element" else 1.0)
 
     def init_weights_(self) -> None:
@@ -126,12 +130,20 @@ class MaskedGLU(nn.Module):
         Raises RuntimeError in channel mode and where they are frozen already, ValueError for a
         logit that is not finite.
         """
+        self.check_unfrozen()
+        self.replace_masks(pack_masks(self.mask))
+
+    def check_unfrozen(self) -> None:
+        """Raises RuntimeError where freeze_masks() would."""
         owner = type(self).__name__
         if self.mask_mode != "element":
             raise RuntimeError(f"{owner}: freeze_masks() needs mask_mode='element', got 'channel'")
         if self.packed is not None:
             raise RuntimeError(f"{owner}: freeze_masks() needs logits, got frozen masks")
-        self.packed = pack_masks(self.mask)
+
+    def replace_masks(self, packed: PackedMasks) -> None:
+        """What freeze_masks() does once it has the bits."""
+        self.packed = packed
         del self.mask
 
     def masks(self) -> Tensor | PackedMasks:
