@@ -163,7 +163,7 @@ class StackedExperts(nn.Module):
             packed: Any = "up_gate" if self._gated else None
             return moe_mlp(x, routing, **self._parts(), activation=activation, packed=packed)  # type: ignore[arg-type]
         flat, own = x.reshape(-1, x.shape[-1]), self.slices()
-        y = by_expert(flat, routing, lambda rows, e: self.one(own[e], rows), x.shape[-1])
+        y = by_expert(flat, routing, lambda rows, e: self.one(own[e], rows))
         scaled = (routing.prob.unsqueeze(1) * y).to(y.dtype)
         return torch.where(routing.kept.unsqueeze(1), scaled, 0).view(x.shape)
 

@@ -40,6 +40,7 @@ from ..ops.masked_gated_linear import masked_gated_linear
 from ..ops.masked_gated_mlp import masked_gated_mlp
 from ._activation import name_of
 from ._block import affine, passes_through, positive_int, reset_others
+from ._input import check_x
 
 MASK_MODES = ("channel", "element")
 
@@ -155,6 +156,7 @@ class MaskedGLU(nn.Module):
         w, b = affine(self, self.proj)
         if self.mask_mode == "element":
             return masked_gated_linear(x, w, self.masks(), activation=self._activation())
+        check_x(type(self).__name__, x, w.shape[1], w.dtype)
         v = F.linear(x, w, b)
         soft = self.mask.sigmoid()
         # The difference is 0, and its gradient sigmoid's.

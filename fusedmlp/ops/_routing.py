@@ -18,13 +18,17 @@ _FIELDS = (
 )
 
 
+def check_kind(op: str, routing: Routing) -> None:
+    if not isinstance(routing, Routing):
+        raise TypeError(f"{op}: routing must be a Routing, got {type(routing).__name__}")
+
+
 def check_routing(op: str, x: Tensor, routing: Routing, E: int, uses_prob: bool = True) -> None:
     """Every field of `routing` is one of x's tokens to E experts, on x's device; prob if used.
 
     Raises TypeError (kind, dtype) or ValueError (shape, device).
     """
-    if not isinstance(routing, Routing):
-        raise TypeError(f"{op}: routing must be a Routing, got {type(routing).__name__}")
+    check_kind(op, routing)
     T, device = x.shape[:-1].numel(), x.device
     sizes = (T, T, T, T, E + 2, E)
     for (name, dtype), t, size in zip(_FIELDS, routing[:6], sizes, strict=True):
