@@ -24,7 +24,7 @@ from .. import _backend, reference
 from .._shapes import rows
 from ..reference import Routing
 from . import _check, moe_mlp
-from ._routing import check_routing
+from ._check_moe import check_routing
 
 OP = "moe_linear"
 

@@ -33,7 +33,7 @@ from .._shapes import rows
 from ..kernels import top1_route as _triton
 from ..reference import Routing
 from . import _check
-from ._routing import check_kind
+from ._check_moe import check_kind
 
 OP = "top1_route"
 Groups = tuple[Tensor, Tensor, Tensor, Tensor]

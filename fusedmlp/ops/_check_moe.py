@@ -1,11 +1,13 @@
-"""A Routing beside the tokens and the experts that it is used for."""
+"""Argument errors of the ops over experts: weights, and a Routing beside the tokens and the experts
+that it is used for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..reference import Routing
+from ..reference import Packed, Routing
+from . import _check
 
 # The fields that a consumer may read, in their order; prob's dtype is x's or float32.
 _FIELDS = (
@@ -57,3 +59,47 @@ def autocast_prob(routing: Routing, dtype: torch.dtype) -> Routing:
     if isinstance(prob, Tensor) and prob.dtype in (torch.bfloat16, torch.float16):
         return routing._replace(prob=prob.to(dtype))
     return routing
+
+
+Experts = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def check_experts(
+    op: str, x: Tensor, experts: Experts, activation: str, packed: Packed | None
+) -> int:
+    """The rule of x and the experts' parameters, in moe_mlp's order. Returns E."""
+    w_gate, w_up, w_down, b_gate, b_up, b_down = experts
+    _check.like_x(
+        op, x, ("w_gate", "w_down"), w_gate=w_gate, w_up=w_up, w_down=w_down,
+        b_gate=b_gate, b_up=b_up, b_down=b_down,
+    )  # fmt: skip
+    _check.activation(op, activation)
+    if packed not in (None, "gate_up", "up_gate"):
+        raise ValueError(f"{op}: packed must be None, 'gate_up' or 'up_gate', got {packed!r}")
+    for name, w in (("w_gate", w_gate), ("w_down", w_down)):
+        if w.dim() != 3:
+            raise ValueError(f"{op}: {name} must be (E, rows, columns), got {tuple(w.shape)}")
+    E, N, D = w_gate.shape
+    if E < 1:
+        raise ValueError(f"{op}: w_gate must hold at least 1 expert, got {tuple(w_gate.shape)}")
+    _check.columns(op, "x", x, D, "D of w_gate")
+    if packed:
+        if w_up is not None:
+            raise ValueError(f"{op}: w_up must be None when packed, got a tensor")
+        if N % 2:
+            raise ValueError(f"{op}: w_gate must be (E, 2H, D) when packed, got {(E, N, D)}")
+    elif w_up is not None:
+        _check.shape(op, "w_up", w_up, E, N, D)
+    D_out, H = w_down.shape[1], N // 2 if packed else N
+    _check.shape(op, "w_down", w_down, E, D_out, H)
+    if b_gate is not None:
+        _check.shape(op, "b_gate", b_gate, E, N)
+    if w_up is None and b_up is not None:
+        raise ValueError(f"{op}: b_up must be None where w_up is None, got a tensor")
+    if w_up is not None and (b_gate is None) != (b_up is None):
+        raise ValueError(f"{op}: b_gate and b_up must both be given or both be None, got one")
+    if b_up is not None:
+        _check.shape(op, "b_up", b_up, E, N)
+    if b_down is not None:
+        _check.shape(op, "b_down", b_down, E, D_out)
+    return E
