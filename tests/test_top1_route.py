@@ -151,6 +151,10 @@ def test_minus_infinity_switches_an_expert_off(device, each_backend):
     logits[:, 2] = -float("inf")
     routing = top1_route(logits)
     assert routing.counts[2] == 0 and routing.mean_prob[2] == 0 and routing.prob.isfinite().all()
+    logits[7] = -float("inf")
+    dark = top1_route(logits)
+    assert dark.prob[7].isnan() and dark.prob.isfinite().sum() == 29
+    assert not dark.log_sum_exp[7].isfinite() and dark.log_sum_exp.isfinite().sum() == 29
 
 
 def test_reruns_are_bit_equal(device, on_triton):

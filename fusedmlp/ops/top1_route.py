@@ -9,7 +9,9 @@
 The softmax is float32 (float64 for float64 logits); prob has the dtype of the logits. A tie goes to
 the lowest index. With a capacity c, an expert takes the first c of its tokens in their order; the
 others are dropped. NaN logits make that token's prob NaN and send it to the first of them; -inf
-keeps an expert from being chosen. Two launches, no sort, no synchronisation with the host.
+keeps an expert from being chosen. Where a token's largest logit is inf, or -inf, prob is NaN, and
+log_sum_exp that logit in the reference and NaN in the kernels. Two launches, no sort, no
+synchronisation with the host.
 
 Saved for backward: logits and expert. With q the gradient of the probabilities
 (of the chosen one and of their mean): dlogits = p (q - sum p q) + dlog_sum_exp p.
