@@ -24,6 +24,7 @@ from .ops.mlp import mlp
 from .ops.moe_linear import moe_linear
 from .ops.moe_mlp import moe_mlp
 from .ops.top1_route import (
+    jitter,
     load_balancing_loss,
     route_to,
     router_z_loss,
@@ -52,6 +53,7 @@ __all__ = [
     "gated_mlp",
     "hyper_attention",
     "hyper_attention_step",
+    "jitter",
     "linear_act",
     "load_balancing_loss",
     "masked_gated_linear",

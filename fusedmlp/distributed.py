@@ -32,6 +32,8 @@ from ._tensor_parallel import (
     expert_parallel_plan,
     tensor_parallel_plan,
 )
+from .ops import _check
+from .ops._check_moe import autocast_prob, check_experts, check_kind, check_routing
 from .ops.moe_mlp import moe_mlp
 from .ops.top1_route import route_to
 from .reference import Packed, Routing
@@ -113,7 +115,8 @@ def _local(name: str, w: Tensor | None, E: int, ranks: int) -> Tensor | None:
                 f"{OP}: {name} must be sharded by experts, Shard(0), got {w.placements}"
             )
         w = w.to_local()
-    if w is not None and w.shape[0] * ranks != E:
+    # Of what is no stack of matrices or biases, check_experts speaks.
+    if isinstance(w, Tensor) and w.dim() and w.shape[0] * ranks != E:
         raise ValueError(
             f"{OP}: {name} must hold {E // ranks} of {E} experts on each of {ranks} ranks, got "
             f"{w.shape[0]}"
@@ -151,21 +154,33 @@ def parallel_moe_mlp(
 
     Returns y (..., D_out) of this rank's tokens. A weight's gradient is that of all ranks' tokens.
 
-    Raises what moe_mlp does; ValueError for experts that do not fit the group; and
-    torch.distributed's own error if a rank is lost, at the latest after the group's timeout.
+    Raises, before the first exchange, what moe_mlp does; ValueError for experts that do not fit the
+    group; TypeError for chunks or a group of another kind, also of a group without this rank;
+    RuntimeError without a default group. Ranks whose arguments are good then wait for this one.
+    And torch.distributed's own error if a rank is lost, at the latest after the group's timeout.
     """
-    own = group if group is not None else dist.group.WORLD
-    assert own is not None
-    ranks, E = dist.get_world_size(own), routing.num_experts
+    own = _group(group)
+    ranks = dist.get_world_size(own)
+    if not isinstance(chunks, int) or isinstance(chunks, bool):
+        raise TypeError(f"{OP}: chunks must be an int, got {chunks!r}")
     if chunks < 1:
         raise ValueError(f"{OP}: chunks must be at least 1, got {chunks}")
+    # All of moe_mlp's checks and casts before the first exchange, at which other ranks would wait.
+    dtype = _check.autocast_dtype(OP, x)
+    check_kind(OP, routing)
+    E = routing.num_experts
     if E % ranks:
         raise ValueError(f"{OP}: the {E} experts of routing must be a multiple of {ranks} ranks")
     named = {
         "w_gate": w_gate, "w_up": w_up, "w_down": w_down,
         "b_gate": b_gate, "b_up": b_up, "b_down": b_down,
     }  # fmt: skip
-    experts = {name: _local(name, w, E, ranks) for name, w in named.items()}
+    local: Any = tuple(_local(name, w, E, ranks) for name, w in named.items())
+    if dtype:
+        x, *local = _check.cast(dtype, x, *local)  # type: ignore[assignment]
+        routing = autocast_prob(routing, dtype)
+    check_experts(OP, x, local, activation, packed)
+    check_routing(OP, x, routing, E)
     flat = x.reshape(-1, x.shape[-1])
     rows, kept = _rows_of_chunks(routing, chunks)
     # (chunks, E) here, (ranks, chunks, E / R) on the way.
@@ -185,7 +200,7 @@ def parallel_moe_mlp(
         expert = number.repeat_interleave(count.flatten(), output_size=arrived.shape[0])
         ones = torch.ones(expert.shape, dtype=torch.float32, device=x.device)
         y = moe_mlp(
-            arrived, route_to(expert, ones, E // ranks), **experts,  # type: ignore[arg-type]
+            arrived, route_to(expert, ones, E // ranks), *local,
             activation=activation, packed=packed, recompute=recompute,
         )  # fmt: skip
         back = _Exchange(exchange.received, exchange.sent, own)
@@ -195,6 +210,21 @@ def parallel_moe_mlp(
     scaled = (y * routing.prob.index_select(0, tokens).unsqueeze(1)).to(y.dtype)
     out = scaled.new_zeros(flat.shape[0], y.shape[1]).index_copy(0, tokens, scaled)
     return out.view(*x.shape[:-1], y.shape[1])
+
+
+def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    if group is None:
+        if not dist.is_initialized():
+            raise RuntimeError(
+                f"{OP}: torch.distributed must be initialised, got no default group: call "
+                "init_process_group first"
+            )
+        group = dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{OP}: group must be a ProcessGroup that this rank is in, got {type(group).__name__}"
+        )
+    return group
 
 
 def _rows_of_chunks(routing: Routing, chunks: int) -> tuple[Tensor, Tensor]:
@@ -218,11 +248,19 @@ def shard_experts(layer: nn.Module, mesh: DeviceMesh) -> nn.Module:
     device mesh, as DTensors sharded by experts; each then exchanges tokens over the mesh's group.
 
     Every other parameter stays as it is: the same on every rank, whose gradients are the caller's
-    to average. Returns `layer`. Raises ValueError where the number of experts is no multiple of the
-    mesh's size, or nothing in `layer` is a Top1MoE.
+    to average. Returns `layer`. Raises TypeError for a layer or a mesh of another kind, ValueError
+    where the mesh has more dimensions, the number of experts is no multiple of its size, or nothing
+    in `layer` is a Top1MoE.
     """
     from .layers.moe import Top1MoE
 
+    for name, value, kind in (("layer", layer, nn.Module), ("mesh", mesh, DeviceMesh)):
+        if not isinstance(value, kind):
+            raise TypeError(
+                f"shard_experts: {name} must be a {kind.__name__}, got {type(value).__name__}"
+            )
+    if mesh.ndim != 1:
+        raise ValueError(f"shard_experts: mesh must have one dimension, got {mesh.ndim}")
     found = [module for module in layer.modules() if isinstance(module, Top1MoE)]
     if not found:
         raise ValueError("shard_experts: layer must hold a Top1MoE, got none")

@@ -24,13 +24,15 @@ class PackedMasks(nn.Module):
     """n_m binary masks over an (H, D) weight, for inference and for training with fixed masks.
 
     A module so that it moves with `.to()`, and is saved and loaded by `state_dict`: its one buffer
-    is `planes` (see the file). Loading checks it.
+    is `planes` (see the file), and its extra state the width, as a tensor. Loading checks both; a
+    state_dict without a width is one with a missing key.
 
     Args:
         planes: uint8 (H, ceil(D / 8), n_m), n_m from 1 to 16.
-        width: D.
+        width: D, at least 0.
 
-    Raises ValueError or TypeError for planes that cannot be those of such masks.
+    Raises ValueError or TypeError for planes that cannot be those of such masks, here and when
+    others are loaded.
     """
 
     planes: Tensor
@@ -53,13 +55,30 @@ class PackedMasks(nn.Module):
     def extra_repr(self) -> str:
         return "n_m={}, H={}, D={}".format(*self.shape)
 
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
+    def get_extra_state(self) -> Tensor:
+        # A tensor, because some file formats hold nothing else; never on meta, which has no value.
+        return torch.tensor(self.width, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Nothing to set: `check_saved` has compared it."""
+
+    def check_saved(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """What a state_dict holds under `prefix` are masks of this width; raises as the class."""
+        width = state_dict.get(prefix + "_extra_state")
+        if width is not None and int(width) != self.width:
+            raise ValueError(
+                f"PackedMasks: {prefix}planes must be masks of width {self.width}, got width "
+                f"{int(width)}"
+            )
         loaded = state_dict.get(prefix + "planes")
         # A wrong shape is reported by load_state_dict itself.
         if isinstance(loaded, Tensor) and loaded.shape == self.planes.shape:
             _check_planes(loaded, self.width)
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        self.check_saved(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
@@ -67,6 +86,10 @@ def _check_planes(planes: Tensor, width: int) -> None:
     if not isinstance(planes, Tensor) or planes.dtype != torch.uint8:
         got = planes.dtype if isinstance(planes, Tensor) else type(planes).__name__
         raise TypeError(f"PackedMasks: planes must be a uint8 Tensor, got {got}")
+    if not isinstance(width, int) or isinstance(width, bool):
+        raise TypeError(f"PackedMasks: width must be an int, got {width!r}")
+    if width < 0:
+        raise ValueError(f"PackedMasks: width must be at least 0, got {width}")
     octets = -(-width // 8)
     if planes.dim() != 3 or planes.shape[1] != octets or not 1 <= planes.shape[2] <= MAX_MASKS:
         raise ValueError(

@@ -64,23 +64,84 @@ def whole(ranks, capacity):
     return [(y, x.grad, z.grad) for y, x, z in results], grads
 
 
-def _compare(rank, ranks, capacity, chunks):
+def _compare(rank, ranks, capacity, chunks, device="cpu", dtype=torch.float64, **near):
+    """`near`: how near, of float64 in one process on a CPU."""
+    if device == "cuda":
+        torch.cuda.set_device(rank)
     results, grads = whole(ranks, capacity)
     part = slice(rank * E // ranks, (rank + 1) * E // ranks)
-    local = {k: w[part].clone().requires_grad_() for k, w in weights().items()}
-    x, logits, dy = tokens(rank)
-    x.requires_grad_(), logits.requires_grad_()
+    leaf = lambda t: t.clone().to(device, dtype).requires_grad_()  # noqa: E731
+    close = lambda ours, t: torch.testing.assert_close(ours.double().cpu(), t, **near)  # noqa: E731
+    local = {k: leaf(w[part]) for k, w in weights().items()}
+    x, logits, dy = map(leaf, tokens(rank))
     y = parallel_moe_mlp(x, top1_route(logits, capacity=capacity), **local, chunks=chunks)
     (y * dy).sum().backward()
     for ours, expected in zip((y.detach(), x.grad, logits.grad), results[rank], strict=True):
-        torch.testing.assert_close(ours, expected)
+        close(ours, expected)
     for name, w in local.items():
-        torch.testing.assert_close(w.grad, grads[name][part])
+        close(w.grad, grads[name][part])
 
 
 @pytest.mark.parametrize("ranks, capacity, chunks", [(2, None, 1), (2, 3, 3), (4, 2, 2)])
 def test_equal_to_one_process(ranks, capacity, chunks):
     spawn(ranks, functools.partial(_compare, capacity=capacity, chunks=chunks))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capacity, chunks", [(None, 1), (3, 3)])
+def test_nccl(capacity, chunks):
+    """Through the kernels; on one GPU a rank exchanges with itself."""
+    body = functools.partial(
+        _compare, capacity=capacity, chunks=chunks, device="cuda", dtype=torch.float32,
+        rtol=1e-4, atol=1e-5,
+    )  # fmt: skip
+    spawn(min(2, torch.cuda.device_count()), body, timeout=120, backend="nccl")
+
+
+def _refuse(rank, ranks):
+    """In one process, since nothing is exchanged."""
+    x, logits, _ = tokens(rank)
+    good = {"x": x, "routing": top1_route(logits), **weights()}
+    bad = [
+        ({"x": x[:-3]}, ValueError, r"routing.expert must have shape \(10,\) .*, got \(13,\)"),
+        ({"x": torch.cat([x, x])}, ValueError, r"routing.expert must have shape \(26,\) .*, got"),
+        ({"x": None}, TypeError, "x must be a Tensor, got NoneType"),
+        ({"x": x[:, 1:]}, ValueError, r"x must be \(\.\.\., 8\): D of w_gate; got \(13, 7\)"),
+        ({"x": x.float()}, TypeError, "w_gate must have x's dtype torch.float32, got"),
+        ({"routing": "foo"}, TypeError, "routing must be a Routing, got str"),
+        ({"w_gate": None}, TypeError, "w_gate must be a Tensor, got NoneType"),
+        ({"w_down": None}, TypeError, "w_down must be a Tensor, got NoneType"),
+        ({"b_up": "foo"}, TypeError, "b_up must be a Tensor, got str"),
+        ({"activation": "foo"}, ValueError, "activation must be one of"),
+        ({"chunks": 1.5}, TypeError, "chunks must be an int, got 1.5"),
+        ({"group": dist.GroupMember.NON_GROUP_MEMBER}, TypeError, "group must be a ProcessGroup"),
+    ]
+    for changed, error, message in bad:
+        with pytest.raises(error, match=f"^parallel_moe_mlp: {message}"):
+            parallel_moe_mlp(**{**good, **changed})
+    with torch.autocast("cpu", torch.bfloat16):
+        small = {k: v.float() for k, v in good.items() if k != "routing"}
+        y = parallel_moe_mlp(**small, routing=top1_route(logits.float()), chunks=2)
+    assert y.dtype == torch.bfloat16
+    for layer, mesh, message in (
+        (Top1MoE(D, H, E), None, "mesh must be a DeviceMesh, got NoneType"),
+        (None, None, "layer must be a Module, got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=f"shard_experts: {message}"):
+            shard_experts(layer, mesh)
+    with pytest.raises(ValueError, match="shard_experts: mesh must have one dimension, got 2"):
+        shard_experts(Top1MoE(D, H, E), init_device_mesh("cpu", (1, 1)))
+
+
+def test_one_clear_error(tmp_path):
+    try:
+        _join(0, 1, tmp_path / "store", _refuse, 60, "gloo")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    with pytest.raises(RuntimeError, match="parallel_moe_mlp: torch.distributed must be initial"):
+        x, logits, _ = tokens(0)
+        parallel_moe_mlp(x, top1_route(logits), **weights())
 
 
 def _layer(rank, ranks):

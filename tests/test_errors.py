@@ -42,6 +42,10 @@ BAD = [
     ("mlp", "x", [1.0, 2.0], TypeError, r"x must be a Tensor, got list"),
     ("gated_mlp", "w_up", torch.ones(H, D).bfloat16(), TypeError, r"w_up must have x's dtype torch.float32, got torch.bfloat16"),
     ("gated_mlp", "w_down", "no", TypeError, r"w_down must be a Tensor, got str"),
+    ("gated_linear", "w_gate", None, TypeError, "w_gate must be a Tensor, got NoneType"),
+    ("gated_mlp", "w_down", None, TypeError, "w_down must be a Tensor, got NoneType"),
+    ("linear_act", "w", None, TypeError, "w must be a Tensor, got NoneType"),
+    ("mlp", "w_out", None, TypeError, "w_out must be a Tensor, got NoneType"),
     ("gated_mlp", "w_gate", torch.ones(H, D, device="meta"), ValueError, r"w_gate must be on x's device cpu, got meta"),
     ("gated_act", "u", torch.ones(4, H).double(), TypeError, r"u must have x's dtype|u must have g's dtype"),
 ]  # fmt: skip
@@ -58,9 +62,10 @@ def test_one_clear_error(name, argument, value, error, message, each_backend):
 
 @pytest.mark.parametrize("name", ("gated_act", "gated_linear", "gated_mlp", "linear_act", "mlp"))
 def test_activation_names(name, each_backend):
-    expected = f"{name}: activation must be one of {', '.join(ACTIVATIONS)}; got 'swish'"
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        CASES[name].run(good(name), activation="swish")
+    for wrong in ("swish", []):
+        expected = f"{name}: activation must be one of {', '.join(ACTIVATIONS)}; got {wrong!r}"
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            CASES[name].run(good(name), activation=wrong)
 
 
 @pytest.mark.parametrize("name", ("gated_act", "gated_linear", "gated_mlp"))

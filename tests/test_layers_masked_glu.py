@@ -121,7 +121,7 @@ def test_freezing_changes_no_number(each_backend, device):
     assert torch.equal(layer(x), y)
     assert list(dict(layer.named_parameters())) == ["proj.weight"]
     assert isinstance(layer.packed, PackedMasks)
-    assert sorted(layer.state_dict()) == ["packed.planes", "proj.weight"]
+    assert sorted(layer.state_dict()) == ["packed._extra_state", "packed.planes", "proj.weight"]
     leaf = x.requires_grad_()
     assert torch.autograd.grad(layer(leaf).sum(), [leaf, layer.proj.weight])[0].any()
 
@@ -142,6 +142,8 @@ def test_freezing_refusals():
     layer.freeze_masks()
     with pytest.raises(RuntimeError, match="SwiMGLU: freeze_masks.. needs logits, got frozen"):
         layer.freeze_masks()
+    with pytest.raises(RuntimeError, match="SwiMGLU: reset_parameters.. needs logits, got frozen"):
+        layer.reset_parameters()
     broken = SwiMGLU(4, 4, **ELEMENT)
     with torch.no_grad():
         broken.mask[0, 0, 0] = float("nan")

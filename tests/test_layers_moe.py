@@ -19,7 +19,7 @@ from layer_checks import (
 from torch import nn
 
 import fusedmlp
-from fusedmlp.layers import FastFeedForward, FeedForward, PathWeightedFFF, SwitchFFN, Top1MoE
+from fusedmlp.layers import FastFeedForward, FeedForward, PathWeightedFFF, SwitchFFN, Top1MoE, fff
 
 DIM = 16
 VARIANTS = ("none", "swiglu", "geglu", "reglu", "mswiglu")
@@ -251,6 +251,34 @@ def test_tree_losses_by_hand():
     assert layer.eval()(x)[1].item() == 0
 
 
+@pytest.mark.parametrize("return_aux", (False, True))
+def test_the_tree_keeps_its_last_loss(return_aux):
+    layer = tree(hardening_coef=2.0, return_aux=return_aux).train()
+    assert layer.aux_loss is None
+    out = layer(draw(6, DIM))
+    assert layer.aux_loss.item() > 0 and (not return_aux or layer.aux_loss is out[1])
+    layer.aux_loss.backward()
+    assert layer.routers.weight.grad.any()
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert copied.aux_loss is None and layer.aux_loss is not None
+    plain = tree().train()
+    plain(draw(6, DIM))
+    assert plain.aux_loss is None
+
+
+def test_the_last_loss_of_a_compiled_tree():
+    layer, x = tree(hardening_coef=2.0).train(), draw(6, DIM)
+    layer(x)
+    expected = torch.autograd.grad(layer.aux_loss, layer.routers.weight)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        layer.aux_loss = None
+        compiled(x)
+        grad = torch.autograd.grad(compiled.aux_loss, layer.routers.weight)[0]
+        torch.testing.assert_close(grad, expected)
+
+
 def test_region_leak_turns_decisions_round():
     layer = tree(region_leak=1.0).train()
     with torch.no_grad():
@@ -301,6 +329,16 @@ def weigh(p, x, depth=2, act=F.gelu):
 def test_path_weighted_matches_its_formula(dtype, each_backend):
     layer = settle(PathWeightedFFF(DIM, 2, 12)).to(dtype)
     assert_matches(layer, weigh, draw(7, DIM, dtype=dtype))
+
+
+def test_path_weighted_routes_each_level_to_its_own_nodes(monkeypatch):
+    seen = []
+    moe_linear = fff.moe_linear
+    monkeypatch.setattr(
+        fff, "moe_linear", lambda x, r, w, b: seen.append(len(w)) or moe_linear(x, r, w, b)
+    )
+    PathWeightedFFF(DIM, 2, 5)(draw(3, DIM))
+    assert seen == [1, 2, 4]
 
 
 def test_path_weighted_shapes_and_counts():
@@ -383,6 +421,19 @@ def test_dtype_is_kept(name, training, dtype):
     y.sum().backward()
 
 
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("name", (*ALL, "masked"))
+def test_dtype_under_autocast(name, training):
+    masked = lambda: SwitchFFN(DIM, 3, ff_kwargs={"glu_variant": "mswiglu"})  # noqa: E731
+    layer = ALL.get(name, masked)().train(training)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(draw(2, 4, DIM))
+    y = out[0] if isinstance(out, tuple) else out
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_initialises_from_meta(name):
     makes = {
@@ -420,7 +471,13 @@ BAD = [
     (lambda: SwitchFFN(8, 2, jitter=2), ValueError, r"SwitchFFN: jitter must be in \[0, 1\], got 2"),
     (lambda: FastFeedForward(8, 0), ValueError, "Tree depth must be at least 1."),
     (lambda: FastFeedForward(8, 1, region_leak=2), ValueError, r"region_leak must be in \[0, 1\], got 2"),
-    (lambda: FastFeedForward(8, 1)(draw(2, 7)), ValueError, r"FastFeedForward: x must be \(\.\.\., 8\), got \(2, 7\)"),
+    (lambda: FastFeedForward(8, 1)(draw(2, 7)), ValueError, r"FastFeedForward: x must have last dimension 8, got shape \(2, 7\)"),
+    (lambda: FastFeedForward(8, 1, hardening_coef=-1.0), ValueError, "FastFeedForward: hardening_coef must be finite and at least 0, got -1.0"),
+    (lambda: FastFeedForward(8, 1, load_balancing_alpha="1"), TypeError, "FastFeedForward: load_balancing_alpha must be a number, got '1'"),
+    (lambda: SwitchFFN(8, 2, jitter=None), TypeError, "SwitchFFN: jitter must be a number, got None"),
+    (lambda: SwitchFFN(8, 2, capacity_factor="a"), TypeError, "SwitchFFN: capacity_factor must be a number, got 'a'"),
+    (lambda: SwitchFFN(8, 2, z_loss_coef=float("nan")), ValueError, "SwitchFFN: z_loss_coef must be finite and at least 0, got nan"),
+    (lambda: Top1MoE(8, 8, 2, activation=[]), ValueError, r"Top1MoE: activation must be one of silu, .*got \[\]"),
     (lambda: PathWeightedFFF(8, -1, 8), ValueError, "Tree depth must be non-negative."),
     (lambda: Top1MoE(8, 8, 2, activation="no"), ValueError, "Top1MoE: activation must be one of silu"),
     (lambda: Top1MoE(8, 8, 2, score="no"), ValueError, "Top1MoE: score must be 'softmax' or 'sigmoid', got 'no'"),

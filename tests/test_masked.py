@@ -314,13 +314,19 @@ def test_opcheck(view, device):
 
 def test_planes_are_saved_and_loaded():
     packed, other = pack_masks(draw(2, 5, 13)), pack_masks(-draw(2, 5, 13))
-    assert list(packed.state_dict()) == ["planes"]
+    assert list(packed.state_dict()) == ["planes", "_extra_state"]
     other.load_state_dict(packed.state_dict())
     assert torch.equal(other.unpack(), packed.unpack())
     assert packed.to(torch.bfloat16).planes.dtype == torch.uint8
     assert repr(packed) == "PackedMasks(n_m=2, H=5, D=13)"
+    for width in (12, 16):  # as many bytes as 13
+        with pytest.raises(ValueError, match=f"must be masks of width 13, got width {width}$"):
+            other.load_state_dict(pack_masks(torch.ones(2, 5, width)).state_dict())
+    wide = {"planes": pack_masks(torch.ones(2, 5, 16)).planes}
     with pytest.raises(ValueError, match="PackedMasks: planes must have no bit set past width 13"):
-        other.load_state_dict(pack_masks(torch.ones(2, 5, 16)).state_dict())
+        other.load_state_dict(wide)
+    with pytest.raises(RuntimeError, match="Missing key.*_extra_state"):
+        other.load_state_dict({"planes": packed.planes})
     with pytest.raises(RuntimeError, match="size mismatch for planes"):
         other.load_state_dict(pack_masks(torch.ones(1, 5, 13)).state_dict())
     with pytest.raises(TypeError, match="PackedMasks: planes must be a uint8 Tensor, got .*int32"):

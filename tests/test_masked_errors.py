@@ -20,6 +20,8 @@ BAD = [
     (lambda: pack_masks(torch.tensor([[[1.0, float("nan"), float("inf")]]])), ValueError, r"logits must be finite, got 2 that are NaN or infinite"),
     (lambda: pack_masks([1.0]), TypeError, r"logits must be a Tensor of logits or PackedMasks, got list"),
     (lambda: PackedMasks(OCTETS.int(), 16), TypeError, r"planes must be a uint8 Tensor, got torch.int32"),
+    (lambda: PackedMasks(OCTETS, 12.0), TypeError, r"width must be an int, got 12.0"),
+    (lambda: PackedMasks(OCTETS[:, :0], -1), ValueError, r"width must be at least 0, got -1"),
     (lambda: PackedMasks(OCTETS, 8), ValueError, r"planes must be (H, 1, n_m) for width 8, with n_m from 1 to 16, got (4, 2, 1)"),
     (lambda: PackedMasks(OCTETS + 255, 12), ValueError, r"no bit set past width 12"),
 ]  # fmt: skip
@@ -40,6 +42,7 @@ WRONG = [
     ("masks", PackedMasks(torch.zeros(24, 2, 1, dtype=torch.uint8), 15), ValueError, r"masks must be (1, 24, 16): of w's shape, got (1, 24, 15)"),
     ("masks", torch.ones(1, 24, 16, device="meta"), ValueError, r"masks must be on x's device cpu, got meta"),
     ("w", torch.ones(24), ValueError, r"w must be a matrix (H, D), got shape (24,)"),
+    ("w", None, TypeError, r"w must be a Tensor, got NoneType"),
     ("w", torch.ones(24, 16).half(), TypeError, r"w must have x's dtype torch.float32, got torch.float16"),
     ("x", torch.ones(4, 7), ValueError, r"x must be (..., 16): D of w; got (4, 7)"),
 ]  # fmt: skip

@@ -373,7 +373,7 @@ def good(**changed):
 ROUTING = route_to(torch.zeros(4, dtype=torch.int64), torch.ones(4), EXPERTS)
 BAD = [
     ({"x": torch.ones(4, 7)}, ValueError, r"x must be \(\.\.\., 16\): D of w_gate; got \(4, 7\)"),
-    ({"x": torch.ones(5, 16)}, ValueError, "routing must be of x's 5 tokens, got one of 4"),
+    ({"x": torch.ones(5, 16)}, ValueError, r"routing.expert must have shape \(5,\) for x's 5 tokens and the weights' 3 experts, got \(4,\)"),
     ({"x": torch.ones(4, 16).double()}, TypeError, "w_gate must have x's dtype torch.float64"),
     ({"w_gate": torch.ones(24, 16)}, ValueError, r"w_gate must be \(E, rows, columns\), got \(24, 16\)"),
     ({"w_gate": torch.ones(0, 24, 16)}, ValueError, r"w_gate must hold at least 1 expert, got \(0, 24, 16\)"),
@@ -387,9 +387,16 @@ BAD = [
     ({"packed": "gu"}, ValueError, "packed must be None, 'gate_up' or 'up_gate', got 'gu'"),
     ({"packed": "gate_up", "w_up": None, "w_gate": torch.ones(4, 7, 16)}, ValueError, r"w_gate must be \(E, 2H, D\) when packed"),
     ({"routing": (1, 2)}, TypeError, "routing must be a Routing, got tuple"),
-    ({"routing": route_to(torch.zeros(4, dtype=torch.int64), torch.ones(4), 2)}, ValueError, "routing must be to the 3 experts of the weights, got one to 2"),
+    ({"routing": route_to(torch.zeros(4, dtype=torch.int64), torch.ones(4), 2)}, ValueError, r"routing.offsets must have shape \(5,\) for x's 4 tokens and the weights' 3 experts, got \(4,\)"),
     ({"routing": ROUTING._replace(prob=torch.ones(4).double())}, TypeError, "routing.prob must have x's dtype torch.float32 or torch.float32"),
-    ({"routing": ROUTING._replace(prob=torch.ones(4, device="meta"))}, ValueError, "routing must be on x's device cpu, got meta"),
+    ({"routing": ROUTING._replace(prob=torch.ones(4, device="meta"))}, ValueError, "routing.prob must be on x's device cpu, got meta"),
+    ({"routing": ROUTING._replace(prob=torch.ones(1))}, ValueError, r"routing.prob must have shape \(4,\) .*, got \(1,\)"),
+    ({"routing": ROUTING._replace(prob=None)}, TypeError, "routing.prob must be a Tensor, got NoneType"),
+    ({"routing": ROUTING._replace(tokens=ROUTING.tokens[:2])}, ValueError, r"routing.tokens must have shape \(4,\) .*, got \(2,\)"),
+    ({"routing": ROUTING._replace(tokens=ROUTING.tokens.long())}, TypeError, "routing.tokens must be torch.int32, got torch.int64"),
+    ({"routing": ROUTING._replace(rows=ROUTING.rows[:2])}, ValueError, r"routing.rows must have shape \(4,\) .*, got \(2,\)"),
+    ({"w_gate": None}, TypeError, "w_gate must be a Tensor, got NoneType"),
+    ({"w_down": None}, TypeError, "w_down must be a Tensor, got NoneType"),
     ({"activation": "swish"}, ValueError, "activation must be one of silu, .*; got 'swish'"),
 ]  # fmt: skip
 

@@ -151,6 +151,10 @@ def test_minus_infinity_switches_an_expert_off(device, each_backend):
     logits[:, 2] = -float("inf")
     routing = top1_route(logits)
     assert routing.counts[2] == 0 and routing.mean_prob[2] == 0 and routing.prob.isfinite().all()
+    logits[7] = -float("inf")
+    dark = top1_route(logits)
+    assert dark.prob[7].isnan() and dark.prob.isfinite().sum() == 29
+    assert not dark.log_sum_exp[7].isfinite() and dark.log_sum_exp.isfinite().sum() == 29
 
 
 def test_reruns_are_bit_equal(device, on_triton):
@@ -232,6 +236,11 @@ BAD = [
     (lambda: route_to(INT, INT, 2), TypeError, "route_to: prob must have a floating dtype, got torch.int64"),
     (lambda: route_to(INT, torch.zeros(3), 2), ValueError, r"route_to: prob must have shape \(4,\), got \(3,\)"),
     (lambda: route_to(INT, torch.zeros(4), 0), ValueError, "route_to: num_experts must be at least 1, got 0"),
+    (lambda: route_to(INT, torch.zeros(4), 3.5), TypeError, "route_to: num_experts must be an int, got 3.5"),
+    (lambda: route_to(INT, torch.zeros(4), None), TypeError, "route_to: num_experts must be an int, got None"),
+    (lambda: load_balancing_loss(None), TypeError, "load_balancing_loss: routing must be a Routing, got NoneType"),
+    (lambda: router_z_loss(torch.zeros(3, 2)), TypeError, "router_z_loss: routing must be a Routing, got Tensor"),
+    (lambda: jitter(torch.ones(2), None), TypeError, "jitter: epsilon must be a number, got None"),
     (lambda: route_to(INT, torch.zeros(4), 2, capacity=-1), ValueError, "route_to: capacity .* got -1"),
     (lambda: route_to(INT, torch.zeros(4, device="meta"), 2), ValueError, "route_to: prob must be on cpu, as expert is, got meta"),
     (lambda: load_balancing_loss(route_to(INT, torch.zeros(4), 2)), ValueError, "load_balancing_loss: routing must come from top1_route"),

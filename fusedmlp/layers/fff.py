@@ -18,6 +18,7 @@ names and ties (to the left) are mlp_utils'.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from ..ops._tree_path import tree_path
 from ..ops.moe_linear import moe_linear
 from ..ops.top1_route import route_to
+from . import _input
 from ._block import positive_int
 from ._experts import StackedExperts
 from .feedforward import FeedForward
@@ -89,10 +91,15 @@ class FastFeedForward(nn.Module):
             training.
 
     Attributes: `num_experts`; `routers`, `experts` and `project_in`, `project_out`; `has_aux_loss`,
-    whether forward returns a pair.
+    whether forward returns a pair; `aux_loss`, aux of the last forward in soft training, to be
+    added to the loss where forward returns y alone: None before it, without weights of losses, and
+    in a copy or a pickle, which cannot hold a graph.
 
-    Raises ValueError or TypeError for a bad argument.
+    Raises ValueError or TypeError for a bad argument, and in forward for an x of another width or
+    dtype.
     """
+
+    aux_loss: Tensor | None
 
     def __init__(
         self,
@@ -118,8 +125,9 @@ class FastFeedForward(nn.Module):
         positive_int("FastFeedForward", "dim", dim)
         if not isinstance(depth, int) or depth < 1:
             raise ValueError(f"FastFeedForward: depth {depth!r}: Tree depth must be at least 1.")
-        if not 0 <= region_leak <= 1:
-            raise ValueError(f"FastFeedForward: region_leak must be in [0, 1], got {region_leak}")
+        _input.coefficient("FastFeedForward", "load_balancing_alpha", load_balancing_alpha)
+        _input.coefficient("FastFeedForward", "hardening_coef", hardening_coef)
+        _input.fraction("FastFeedForward", "region_leak", region_leak)
         self.dim, self.depth, self.num_experts = dim, depth, 2**depth
         self.expert_dim = dim if expert_dim is None else expert_dim
         positive_int("FastFeedForward", "expert_dim", self.expert_dim)
@@ -127,6 +135,7 @@ class FastFeedForward(nn.Module):
         self.load_balancing_alpha, self.hardening_coef = load_balancing_alpha, hardening_coef
         self.region_leak = region_leak
         self.has_aux_loss = return_aux
+        self.aux_loss = None
         self.routers = Routers(2**depth - 1, dim)
         make = lambda: FeedForward(  # noqa: E731
             self.expert_dim, mult, dropout, activation, glu_variant, pre_norm, norm_layer
@@ -155,13 +164,14 @@ class FastFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """x (..., dim) -> y (..., dim), or with return_aux (y, aux)."""
-        if x.shape[-1:] != (self.dim,):
-            raise ValueError(f"FastFeedForward: x must be (..., {self.dim}), got {tuple(x.shape)}")
+        _input.check_x("FastFeedForward", x, self.dim, self.routers.weight.dtype)
         flat = x.reshape(-1, self.dim)
         logits = self.routers(flat)
         aux = flat.new_zeros((), dtype=torch.float32)
         if self.training and self.soft_routing_during_train:
             y, aux = self._soft(flat, logits)
+            if self.hardening_coef or self.load_balancing_alpha:
+                self.aux_loss = aux
         else:
             y = self._hard(flat, logits)
         y = self.project_out(y)
@@ -170,6 +180,9 @@ class FastFeedForward(nn.Module):
             y = (k * y + (1 - k) * self.master(flat)).to(y.dtype)
         y = y.view(x.shape)
         return (y, aux) if self.has_aux_loss else y
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "aux_loss": None}
 
     def _leaves(self, logits: Tensor) -> Tensor:
         return tree_path(logits, depth=self.depth)[:, -1] - (self.num_experts - 1)
@@ -186,10 +199,13 @@ class FastFeedForward(nn.Module):
             right = torch.where(torch.rand_like(right) < self.region_leak, 1 - right, right)
         prob = self._leaf_probabilities(right).to(x.dtype)
         inside = self.project_in(x)
-        y = torch.zeros_like(inside)
+        y: Tensor | None = None
         for own, p in zip(self.experts.slices(), prob.unbind(1), strict=True):
-            y = y + p.unsqueeze(1) * self.experts.one(own, inside)
-        return y, aux
+            leaf = self.experts.one(own, inside)
+            # Autocast may have given the leaf another dtype than x.
+            leaf = p.unsqueeze(1).to(leaf.dtype) * leaf
+            y = leaf if y is None else y + leaf
+        return cast(Tensor, y), aux
 
     def _leaf_probabilities(self, right: Tensor) -> Tensor:
         """(T, leaves) from the nodes' probabilities of going right (T, nodes)."""
@@ -262,19 +278,24 @@ class PathWeightedFFF(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, input_width) or (B, S, input_width) -> (..., output_width)."""
-        if x.dim() not in (2, 3) or x.shape[-1] != self.input_width:
+        if isinstance(x, Tensor) and (x.dim() not in (2, 3) or x.shape[-1] != self.input_width):
             raise ValueError(
                 f"PathWeightedFFF: x must be (N, {self.input_width}) or (B, S, "
                 f"{self.input_width}), got {tuple(x.shape)}"
             )
+        _input.check_x("PathWeightedFFF", x, self.input_width, self.w1s.dtype)
         flat = x.reshape(-1, self.input_width)
         logits = F.linear(flat, self.w1s, self.b1s)
         path = tree_path(logits, depth=self.depth)
         weights = self.activation(logits.gather(1, path).abs())
         ones = torch.ones_like(path[:, 0], dtype=torch.float32)
-        y = flat.new_zeros(flat.shape[0], self.output_width)
-        for level in range(self.depth + 1):
-            routing = route_to(path[:, level].contiguous(), ones, self.n_nodes)
-            own = moe_linear(flat, routing, self.w2s.mT, self.b2s)
-            y = y + weights[:, level : level + 1] * own
+        # By level: over all nodes, each level would have a weight gradient of full size and the
+        # tile of few tokens an expert.
+        sizes = [2**level for level in range(self.depth + 1)]
+        parts = zip(sizes, self.w2s.split(sizes), self.b2s.split(sizes), strict=True)
+        terms = []
+        for level, (nodes, w, b) in enumerate(parts):
+            routing = route_to(path[:, level] - (nodes - 1), ones, nodes)
+            terms.append(weights[:, level : level + 1] * moe_linear(flat, routing, w.mT, b))
+        y = functools.reduce(torch.add, terms)
         return y.view(*x.shape[:-1], self.output_width)

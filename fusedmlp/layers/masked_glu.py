@@ -40,6 +40,7 @@ from ..ops.masked_gated_linear import masked_gated_linear
 from ..ops.masked_gated_mlp import masked_gated_mlp
 from ._activation import name_of
 from ._block import affine, passes_through, positive_int, reset_others
+from ._input import check_x
 
 MASK_MODES = ("channel", "element")
 
@@ -106,7 +107,11 @@ class MaskedGLU(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the mask again, and nothing else."""
+        """Draw the mask again, and nothing else. Raises RuntimeError once the masks are frozen."""
+        if self.packed is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}: reset_parameters() needs logits, got frozen masks"
+            )
         nn.init.normal_(self.mask, std=0.01 if self.mask_mode == "element" else 1.0)
 
     def init_weights_(self) -> None:
@@ -126,12 +131,20 @@ class MaskedGLU(nn.Module):
         Raises RuntimeError in channel mode and where they are frozen already, ValueError for a
         logit that is not finite.
         """
+        self.check_unfrozen()
+        self.replace_masks(pack_masks(self.mask))
+
+    def check_unfrozen(self) -> None:
+        """Raises RuntimeError where freeze_masks() would."""
         owner = type(self).__name__
         if self.mask_mode != "element":
             raise RuntimeError(f"{owner}: freeze_masks() needs mask_mode='element', got 'channel'")
         if self.packed is not None:
             raise RuntimeError(f"{owner}: freeze_masks() needs logits, got frozen masks")
-        self.packed = pack_masks(self.mask)
+
+    def replace_masks(self, packed: PackedMasks) -> None:
+        """What freeze_masks() does once it has the bits."""
+        self.packed = packed
         del self.mask
 
     def masks(self) -> Tensor | PackedMasks:
@@ -143,6 +156,7 @@ class MaskedGLU(nn.Module):
         w, b = affine(self, self.proj)
         if self.mask_mode == "element":
             return masked_gated_linear(x, w, self.masks(), activation=self._activation())
+        check_x(type(self).__name__, x, w.shape[1], w.dtype)
         v = F.linear(x, w, b)
         soft = self.mask.sigmoid()
         # The difference is 0, and its gradient sigmoid's.

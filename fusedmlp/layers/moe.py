@@ -25,11 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels.activations import ACTIVATIONS
+from ..ops import _check
 from ..ops.gated_mlp import gated_mlp
 from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import top1_route
 from ..reference import Routing
+from . import _input
 from ._block import positive_int
 
 Score = Literal["softmax", "sigmoid"]
@@ -51,7 +52,8 @@ class Top1MoE(nn.Module):
 
     `layer(x, return_routing=True)` gives (y, routing), for `fusedmlp.load_balancing_loss` and
     `fusedmlp.router_z_loss`. Parameters are uniform within 1 / sqrt(their columns), as nn.Linear's.
-    Raises ValueError or TypeError for a bad argument.
+    Raises ValueError or TypeError for a bad argument, and in forward for an x of another width or
+    dtype.
     """
 
     def __init__(
@@ -70,14 +72,8 @@ class Top1MoE(nn.Module):
         super().__init__()
         for name, value in (("dim", dim), ("hidden", hidden), ("num_experts", num_experts)):
             positive_int("Top1MoE", name, value)
-        if activation not in ACTIVATIONS:
-            raise ValueError(
-                f"Top1MoE: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}"
-            )
-        if capacity_factor is not None and not 0 < capacity_factor < float("inf"):
-            raise ValueError(
-                f"Top1MoE: capacity_factor must be positive or None, got {capacity_factor}"
-            )
+        _check.activation("Top1MoE", activation)
+        _input.capacity_factor("Top1MoE", capacity_factor)
         if score not in ("softmax", "sigmoid"):
             raise ValueError(f"Top1MoE: score must be 'softmax' or 'sigmoid', got {score!r}")
         if scaled not in ("output", "input"):
@@ -121,6 +117,7 @@ class Top1MoE(nn.Module):
 
     def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
         """x (..., dim) -> y (..., dim), and with `return_routing` the routing of its tokens."""
+        _input.check_x("Top1MoE", x, self.router.in_features, self.router.weight.dtype)
         flat = x.reshape(-1, x.shape[-1])
         routing = self.route(flat)
         rows, used = flat, routing

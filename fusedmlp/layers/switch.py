@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops.top1_route import jitter, load_balancing_loss, router_z_loss, top1_route
+from . import _input
 from ._block import positive_int
 from ._experts import StackedExperts
 from .feedforward import FeedForward
@@ -50,7 +51,10 @@ class SwitchFFN(nn.Module):
         z_loss_coef: weight of the router's z-loss in aux.
 
     Attributes: `router`, a Linear without bias; `experts`, indexed by expert. `has_aux_loss` is
-    True: forward returns a pair, in eval too. Raises ValueError or TypeError for a bad argument.
+    True: forward returns a pair, in eval too.
+
+    Raises ValueError or TypeError for a bad argument, and in forward for an x of another width or
+    dtype.
     """
 
     has_aux_loss = True
@@ -74,14 +78,12 @@ class SwitchFFN(nn.Module):
             raise ValueError(
                 f"SwitchFFN: num_experts must be a positive integer, got {num_experts!r}"
             )
-        if capacity_factor is not None and not 0 < capacity_factor < float("inf"):
-            raise ValueError(
-                f"SwitchFFN: capacity_factor must be positive or None, got {capacity_factor}"
-            )
+        _input.capacity_factor("SwitchFFN", capacity_factor)
+        _input.coefficient("SwitchFFN", "loss_coef", loss_coef)
+        _input.coefficient("SwitchFFN", "z_loss_coef", z_loss_coef)
+        _input.fraction("SwitchFFN", "jitter", jitter)
         if dropped not in ("identity", "zero"):
             raise ValueError(f"SwitchFFN: dropped must be 'identity' or 'zero', got {dropped!r}")
-        if not 0 <= jitter <= 1:
-            raise ValueError(f"SwitchFFN: jitter must be in [0, 1], got {jitter}")
         self.num_experts = num_experts
         self.capacity_factor, self.loss_coef = capacity_factor, loss_coef
         self.legacy_aux, self.dropped = legacy_aux, dropped
@@ -96,6 +98,7 @@ class SwitchFFN(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., dim) -> y (..., dim) and aux, a float32 scalar."""
+        _input.check_x("SwitchFFN", x, self.router.in_features, self.router.weight.dtype)
         flat = x.reshape(-1, x.shape[-1])
         seen = jitter(flat, self.jitter) if self.training else flat
         capacity = None

@@ -44,15 +44,15 @@ def down(op: str, w_name: str, w: Tensor, H: int, b_name: str, b: Tensor | None)
         shape(op, b_name, b, D_out)
 
 
-def like_x(op: str, x: Tensor, **others: Tensor | None) -> None:
-    """Every tensor shares x's floating dtype and device."""
+def like_x(op: str, x: Tensor, required: tuple[str, ...] = (), **others: Tensor | None) -> None:
+    """Every tensor shares x's floating dtype and device; only the `required` cannot be None."""
     dtype, device = x.dtype, x.device
     if not dtype.is_floating_point:
         raise TypeError(f"{op}: x must have a floating dtype, got {dtype}")
     for name, t in others.items():
-        if t is not None and not (
-            isinstance(t, Tensor) and t.dtype is dtype and t.device == device
-        ):
+        if t is None and name not in required:
+            continue
+        if not (isinstance(t, Tensor) and t.dtype is dtype and t.device == device):
             _raise_unlike_x(op, x, name, t)
 
 
@@ -65,7 +65,7 @@ def _raise_unlike_x(op: str, x: Tensor, name: str, t: object) -> NoReturn:
 
 
 def activation(op: str, name: str) -> None:
-    if name not in ACTIVATIONS:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
         raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
 
 

@@ -6,7 +6,9 @@ above 0, else (at 0 and at NaN too) to 2n + 1.
 | logits | (..., N) | floating | of nodes in breadth-first order, N at least 2^depth - 1 |
 | path | (..., depth + 1) | int64 | path[..., 0] = 0, the root; path[..., depth] - (2^depth - 1) is the leaf, from the left |
 
-No gradient. One launch. Source: Belcak and Wattenhofer, Fast Feedforward Networks, arXiv 2308.14711.
+No gradient. One launch, which finds the logits of all nodes made: a path needs depth of them, and
+whoever makes them pays for 2^depth - 1 a token. Source: Belcak and Wattenhofer, Fast Feedforward
+Networks, arXiv 2308.14711.
 """  # noqa: E501
 
 from __future__ import annotations

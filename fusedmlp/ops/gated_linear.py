@@ -216,7 +216,7 @@ def gated_linear(
         x, w_gate, w_up, b_gate, b_up = _check.cast(  # type: ignore[assignment]
             dtype, x, w_gate, w_up, b_gate, b_up
         )
-    _check.like_x(OP, x, w_gate=w_gate, w_up=w_up, b_gate=b_gate, b_up=b_up)
+    _check.like_x(OP, x, ("w_gate",), w_gate=w_gate, w_up=w_up, b_gate=b_gate, b_up=b_up)
     check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
     if _backend.pick(OP, x) == "reference":
         return reference.gated_linear(x, w_gate, w_up, b_gate, b_up, activation, packed)

@@ -131,8 +131,9 @@ def gated_mlp(
             dtype, x, w_gate, w_up, w_down, b_gate, b_up, b_down
         )
     _check.like_x(
-        OP, x, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down
-    )
+        OP, x, ("w_gate", "w_down"), w_gate=w_gate, w_up=w_up, w_down=w_down,
+        b_gate=b_gate, b_up=b_up, b_down=b_down,
+    )  # fmt: skip
     H = gated_linear.check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
     _check.down(OP, "w_down", w_down, H, "b_down", b_down)
     tensors = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)

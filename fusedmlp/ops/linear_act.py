@@ -123,7 +123,7 @@ def linear_act(
     """
     if dtype := _check.autocast_dtype(OP, x):
         x, w, b = _check.cast(dtype, x, w, b)  # type: ignore[assignment]
-    _check.like_x(OP, x, w=w, b=b)
+    _check.like_x(OP, x, ("w",), w=w, b=b)
     check_projection(OP, x, "w", w, "b", b, activation)
     if _backend.pick(OP, x) == "reference":
         return reference.linear_act(x, w, b, activation)

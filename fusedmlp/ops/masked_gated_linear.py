@@ -189,7 +189,7 @@ def masked_gated_linear(
     """
     if dtype := _check.autocast_dtype(OP, x):
         x, w = _check.cast(dtype, x, w)  # type: ignore[assignment]
-    _check.like_x(OP, x, w=w)
+    _check.like_x(OP, x, ("w",), w=w)
     check_projection(OP, x, w, masks, activation)
     if _backend.pick(OP, x) == "reference":
         return reference.masked_gated_linear(x, w, unpacked(masks), activation)

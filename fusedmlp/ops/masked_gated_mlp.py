@@ -107,7 +107,7 @@ def masked_gated_mlp(
     """
     if dtype := _check.autocast_dtype(OP, x):
         x, w, w_down, b_down = _check.cast(dtype, x, w, w_down, b_down)  # type: ignore[assignment]
-    _check.like_x(OP, x, w=w, w_down=w_down, b_down=b_down)
+    _check.like_x(OP, x, ("w", "w_down"), w=w, w_down=w_down, b_down=b_down)
     H = masked_gated_linear.check_projection(OP, x, w, masks, activation)
     _check.down(OP, "w_down", w_down, H, "b_down", b_down)
     if _backend.pick(OP, x) == "reference":

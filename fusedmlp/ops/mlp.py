@@ -100,7 +100,7 @@ def mlp(
         x, w_in, w_out, b_in, b_out = _check.cast(  # type: ignore[assignment]
             dtype, x, w_in, w_out, b_in, b_out
         )
-    _check.like_x(OP, x, w_in=w_in, w_out=w_out, b_in=b_in, b_out=b_out)
+    _check.like_x(OP, x, ("w_in", "w_out"), w_in=w_in, w_out=w_out, b_in=b_in, b_out=b_out)
     H = linear_act.check_projection(OP, x, "w_in", w_in, "b_in", b_in, activation)
     _check.down(OP, "w_out", w_out, H, "b_out", b_out)
     tensors = (x, w_in, w_out, b_in, b_out)

@@ -24,6 +24,7 @@ from .. import _backend, reference
 from .._shapes import rows
 from ..reference import Routing
 from . import _check, moe_mlp
+from ._check_moe import check_routing
 
 OP = "moe_linear"
 
@@ -66,14 +67,14 @@ def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) 
     """
     if dtype := _check.autocast_dtype(OP, x):
         x, w, b = _check.cast(dtype, x, w, b)  # type: ignore[assignment]
-    _check.like_x(OP, x, w=w, b=b)
+    _check.like_x(OP, x, ("w",), w=w, b=b)
     if w.dim() != 3 or not w.shape[0]:
         raise ValueError(f"{OP}: w must be (E, N, K), E at least 1, got {tuple(w.shape)}")
     E, N, K = w.shape
     _check.columns(OP, "x", x, K, "K of w")
     if b is not None:
         _check.shape(OP, "b", b, E, N)
-    moe_mlp.check_routing(OP, x, routing, E, uses_prob=False)
+    check_routing(OP, x, routing, E, uses_prob=False)
     flat = rows(x)
     if _backend.pick(OP, x) == "reference":
         y = reference.moe_linear(flat, routing, w, b)

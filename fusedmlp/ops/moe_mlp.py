@@ -43,6 +43,7 @@ from ..kernels import moe_mlp as _triton
 from ..kernels import moe_mlp_bwd as _triton_bwd
 from ..reference import Packed, Routing, halves
 from . import _check
+from ._check_moe import autocast_prob, check_experts, check_routing
 
 OP = "moe_mlp"
 
@@ -243,71 +244,6 @@ class MoEMLPFunction(Function):
         )  # fmt: skip
 
 
-def _check_experts(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor | None,
-    w_down: Tensor,
-    biases: tuple[Tensor | None, Tensor | None, Tensor | None],
-    packed: Packed | None,
-) -> int:
-    """The shape rule of x and the experts' parameters. Returns E."""
-    if packed not in (None, "gate_up", "up_gate"):
-        raise ValueError(f"{OP}: packed must be None, 'gate_up' or 'up_gate', got {packed!r}")
-    for name, w in (("w_gate", w_gate), ("w_down", w_down)):
-        if w.dim() != 3:
-            raise ValueError(f"{OP}: {name} must be (E, rows, columns), got {tuple(w.shape)}")
-    E, N, D = w_gate.shape
-    if E < 1:
-        raise ValueError(f"{OP}: w_gate must hold at least 1 expert, got {tuple(w_gate.shape)}")
-    _check.columns(OP, "x", x, D, "D of w_gate")
-    if packed:
-        if w_up is not None:
-            raise ValueError(f"{OP}: w_up must be None when packed, got a tensor")
-        if N % 2:
-            raise ValueError(f"{OP}: w_gate must be (E, 2H, D) when packed, got {(E, N, D)}")
-    elif w_up is not None:
-        _check.shape(OP, "w_up", w_up, E, N, D)
-    D_out, H = w_down.shape[1], N // 2 if packed else N
-    _check.shape(OP, "w_down", w_down, E, D_out, H)
-    b_gate, b_up, b_down = biases
-    if b_gate is not None:
-        _check.shape(OP, "b_gate", b_gate, E, N)
-    if w_up is None and b_up is not None:
-        raise ValueError(f"{OP}: b_up must be None where w_up is None, got a tensor")
-    if w_up is not None and (b_gate is None) != (b_up is None):
-        raise ValueError(f"{OP}: b_gate and b_up must both be given or both be None, got one")
-    if b_up is not None:
-        _check.shape(OP, "b_up", b_up, E, N)
-    if b_down is not None:
-        _check.shape(OP, "b_down", b_down, E, D_out)
-    return E
-
-
-def check_routing(op: str, x: Tensor, routing: Routing, E: int, uses_prob: bool = True) -> None:
-    """The routing is one of x's tokens to E experts, on x's device."""
-    if not isinstance(routing, Routing):
-        raise TypeError(f"{op}: routing must be a Routing, got {type(routing).__name__}")
-    T = x.shape[:-1].numel()
-    if routing.expert.shape != (T,):
-        raise ValueError(
-            f"{op}: routing must be of x's {T} tokens, got one of {routing.expert.shape[0]}"
-        )
-    if routing.num_experts != E:
-        raise ValueError(
-            f"{op}: routing must be to the {E} experts of the weights, got one to "
-            f"{routing.num_experts}"
-        )
-    if uses_prob and routing.prob.dtype not in (x.dtype, torch.float32):
-        raise TypeError(
-            f"{op}: routing.prob must have x's dtype {x.dtype} or torch.float32, got "
-            f"{routing.prob.dtype}"
-        )
-    for device in (routing.tokens.device, routing.prob.device):
-        if device != x.device:
-            raise ValueError(f"{op}: routing must be on x's device {x.device}, got {device}")
-
-
 def moe_mlp(
     x: Tensor,
     routing: Routing,
@@ -346,15 +282,11 @@ def moe_mlp(
         x, w_gate, w_up, w_down, b_gate, b_up, b_down = _check.cast(  # type: ignore[assignment]
             dtype, x, w_gate, w_up, w_down, b_gate, b_up, b_down
         )
-    _check.like_x(
-        OP, x, w_gate=w_gate, w_up=w_up, w_down=w_down, b_gate=b_gate, b_up=b_up, b_down=b_down
-    )
-    _check.activation(OP, activation)
-    E = _check_experts(x, w_gate, w_up, w_down, (b_gate, b_up, b_down), packed)
-    if dtype and isinstance(routing, Routing) and routing.prob.dtype != torch.float32:
-        routing = routing._replace(prob=routing.prob.to(dtype))
-    check_routing(OP, x, routing, E)
     tensors = (w_gate, w_up, w_down, b_gate, b_up, b_down)
+    E = check_experts(OP, x, tensors, activation, packed)
+    if dtype and isinstance(routing, Routing):
+        routing = autocast_prob(routing, dtype)
+    check_routing(OP, x, routing, E)
     wants_grad = _check.wants_grad(x, routing.prob, *tensors)
     flat = rows(x)
     if _backend.pick(OP, x) == "reference":

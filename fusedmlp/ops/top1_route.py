@@ -9,7 +9,9 @@
 The softmax is float32 (float64 for float64 logits); prob has the dtype of the logits. A tie goes to
 the lowest index. With a capacity c, an expert takes the first c of its tokens in their order; the
 others are dropped. NaN logits make that token's prob NaN and send it to the first of them; -inf
-keeps an expert from being chosen. Two launches, no sort, no synchronisation with the host.
+keeps an expert from being chosen. Where a token's largest logit is inf, or -inf, prob is NaN, and
+log_sum_exp that logit in the reference and NaN in the kernels. Two launches, no sort, no
+synchronisation with the host.
 
 Saved for backward: logits and expert. With q the gradient of the probabilities
 (of the chosen one and of their mean): dlogits = p (q - sum p q) + dlog_sum_exp p.
@@ -33,6 +35,7 @@ from .._shapes import rows
 from ..kernels import top1_route as _triton
 from ..reference import Routing
 from . import _check
+from ._check_moe import check_kind
 
 OP = "top1_route"
 Groups = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -168,6 +171,8 @@ def route_to(
     _check.shape(op, "prob", prob, *expert.shape)
     if prob.device != expert.device:
         raise ValueError(f"{op}: prob must be on {expert.device}, as expert is, got {prob.device}")
+    if not isinstance(num_experts, int | torch.SymInt) or isinstance(num_experts, bool):
+        raise TypeError(f"{op}: num_experts must be an int, got {num_experts!r}")
     if num_experts < 1:
         raise ValueError(f"{op}: num_experts must be at least 1, got {num_experts}")
     _check_capacity(op, capacity)
@@ -183,18 +188,23 @@ def load_balancing_loss(routing: Routing, *, kept_only: bool = False) -> Tensor:
 
     P_e is the mean router probability of expert e over all tokens; f_e is the fraction of tokens
     that chose e, before any was dropped, or with `kept_only` of those that e took. f carries no
-    gradient. 0 for no tokens. Float32. Raises ValueError for a routing without mean_prob.
+    gradient. 0 for no tokens. Float32. Raises ValueError for a routing without mean_prob, TypeError
+    for what is no Routing.
     """
+    op = "load_balancing_loss"
+    check_kind(op, routing)
     if routing.mean_prob is None:
-        raise ValueError("load_balancing_loss: routing must come from top1_route, got no mean_prob")
+        raise ValueError(f"{op}: routing must come from top1_route, got no mean_prob")
     return reference.load_balancing_loss(routing, kept_only)
 
 
 def router_z_loss(routing: Routing) -> Tensor:
     """Mean over tokens of log(sum_e exp(logit_e))^2: keeps a router's logits small. Float32.
 
-    0 for no tokens. Raises ValueError for a routing without log_sum_exp.
+    0 for no tokens. Raises ValueError for a routing without log_sum_exp, TypeError for what is no
+    Routing.
     """
+    check_kind("router_z_loss", routing)
     if routing.log_sum_exp is None:
         raise ValueError("router_z_loss: routing must come from top1_route, got no log_sum_exp")
     return reference.router_z_loss(routing)
@@ -202,7 +212,12 @@ def router_z_loss(routing: Routing) -> Tensor:
 
 def jitter(x: Tensor, epsilon: float) -> Tensor:
     """x times a factor drawn uniformly from 1 - epsilon .. 1 + epsilon for each value: what Switch
-    Transformer gives its router in training. Raises ValueError for an epsilon outside 0 .. 1."""
+    Transformer gives its router in training. Raises ValueError for an epsilon outside 0 .. 1,
+    TypeError for what is no Tensor or no number."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"jitter: x must be a Tensor, got {type(x).__name__}")
+    if not isinstance(epsilon, int | float) or isinstance(epsilon, bool):
+        raise TypeError(f"jitter: epsilon must be a number, got {epsilon!r}")
     if not 0 <= epsilon <= 1:
         raise ValueError(f"jitter: epsilon must be in [0, 1], got {epsilon}")
     return x * torch.empty_like(x).uniform_(1 - epsilon, 1 + epsilon) if epsilon else x

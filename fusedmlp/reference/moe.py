@@ -100,23 +100,23 @@ def router_z_loss(routing: Routing) -> Tensor:
     return routing.log_sum_exp.square().sum() / max(routing.expert.shape[0], 1)
 
 
-def by_expert(
-    x: Tensor, routing: Routing, run: Callable[[Tensor, int], Tensor], width: int
-) -> Tensor:
-    """(T, width): row t is run(x[t], its expert); 0 where the token is dropped."""
+def by_expert(x: Tensor, routing: Routing, run: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """Row t is run(x[t], its expert), and 0 where the token is dropped."""
     E = routing.num_experts
     if torch.compiler.is_compiling():
         # Sizes that depend on the routing cannot be traced: every expert sees every row.
         bucket = torch.where(routing.kept, routing.expert, E).unsqueeze(1)
-        y = x.new_zeros(x.shape[0], width)
-        for e in range(E):
-            y = torch.where(bucket == e, run(torch.where(bucket == e, x, 0), e), y)
+        chosen = lambda e: torch.where(bucket == e, x, 0)  # noqa: E731
+        y = torch.where(bucket == 0, run(chosen(0), 0), 0)
+        for e in range(1, E):
+            y = torch.where(bucket == e, run(chosen(e), e), y)
         return y
     ends = routing.offsets.tolist()
     # Expert 0 always, so that without tokens too gradients are 0, not missing.
     busy = [e for e in range(E) if ends[e] < ends[e + 1] or e == 0]
     parts = [run(x[routing.tokens[ends[e] : ends[e + 1]]], e) for e in busy]
-    dropped = x.new_zeros(x.shape[0] - ends[E], width)
+    # In what `run` returns, which under autocast may not be x's dtype.
+    dropped = parts[0].new_zeros(x.shape[0] - ends[E], parts[0].shape[1])
     return torch.cat([*parts, dropped])[routing.rows]
 
 
@@ -142,7 +142,7 @@ def moe_mlp(
             return mlp(rows, gate, down, bg, bd, activation)
         return gated_mlp(rows, gate, up, down, bg, bu, bd, activation, packed)
 
-    y = by_expert(x, routing, run, w_down.shape[1])
+    y = by_expert(x, routing, run)
     # Not prob * y alone: a NaN probability must leave a dropped token's row 0.
     scaled = (routing.prob.unsqueeze(1) * y).to(x.dtype)
     return torch.where(routing.kept.unsqueeze(1), scaled, 0)
@@ -152,7 +152,7 @@ def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) 
     """x w[e]' + b[e] with each token's own expert e; `prob` is not used."""
     ws, bs = w.unbind(), None if b is None else b.unbind()
     run = lambda rows, e: F.linear(rows, ws[e], None if bs is None else bs[e])  # noqa: E731
-    return by_expert(x, routing, run, w.shape[1])
+    return by_expert(x, routing, run)
 
 
 def tree_path(logits: Tensor, depth: int) -> Tensor:

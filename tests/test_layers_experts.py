@@ -1,0 +1,88 @@
+"""One expert of a stack: views that train the stack, and masks frozen for all experts at once."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from layer_checks import draw, randomise_
+
+import fusedmlp
+from fusedmlp.layers import SwitchFFN
+
+DIM = 16
+
+
+def switch(variant="swiglu", **kwargs):
+    ff_kwargs = {"mult": 1.5, "glu_variant": variant, **kwargs}
+    return randomise_(SwitchFFN(DIM, 3, None, ff_kwargs=ff_kwargs))
+
+
+def masked():
+    return switch("mswiglu", mask_mode="element", num_masks=2)
+
+
+@pytest.mark.parametrize("make", (switch, masked))
+def test_an_expert_alone_trains_its_part_of_the_stack(make):
+    layer = make()
+    layer.experts[1](draw(4, DIM)).sum().backward()
+    stacks = dict(layer.experts.named_parameters())
+    for name, p in layer.experts[1].named_parameters():
+        stacked = stacks[name.replace(".", "_")]
+        assert stacked.grad[1].any() and not stacked.grad[[0, 2]].any(), name
+        assert torch.equal(p.grad, stacked.grad[1])
+
+
+def test_an_expert_alone_is_no_leaf():
+    experts = switch().experts
+    with torch.no_grad():
+        expert = experts[0]
+    with pytest.raises(RuntimeError, match="only change requires_grad flags of leaf"):
+        expert.requires_grad_(False)
+    with pytest.raises(ValueError, match="can't optimize a non-leaf Tensor"):
+        torch.optim.SGD(experts[0].parameters(), 0.1)
+
+
+def test_freezing_the_masks_of_all_experts():
+    layer, x = masked(), draw(6, DIM)
+    y, _ = layer(x)
+    layer.experts.freeze_masks()
+    assert torch.equal(layer(x)[0], y)
+    assert not any("mask" in name for name, _ in layer.named_parameters())
+    assert torch.equal(layer.experts[2].net[0].packed.planes, layer.experts.net_0_packed_planes[2])
+    layer(x)[0].sum().backward()
+    assert layer.experts.get_parameter("net_0_proj_weight").grad.any()
+
+    state = layer.state_dict()
+    ours = {k.removeprefix("experts.1.") for k in state if k.startswith("experts.1.")}
+    assert ours == set(layer.experts[1].state_dict())
+    fresh = masked()
+    fresh.experts.freeze_masks()
+    with torch.no_grad():
+        for p in fresh.parameters():
+            p.add_(1)
+    fresh.load_state_dict(copy.deepcopy(state))
+    for other in (fresh, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x)[0], y)
+
+    width = "experts.1.net.0.packed._extra_state"
+    with pytest.raises(
+        ValueError, match=r"1.net.0.packed.planes must be masks of width 16, got width 12"
+    ):
+        fresh.load_state_dict({**state, width: torch.tensor(12)})
+    with pytest.raises(RuntimeError, match=f"Missing key.*{width}"):
+        fresh.load_state_dict({k: v for k, v in state.items() if k != width})
+
+
+def test_freezing_refusals():
+    with pytest.raises(RuntimeError, match="StackedExperts: freeze_masks.. needs experts with a "
+                                           "masked glu_variant, got 'swiglu'"):  # fmt: skip
+        switch().experts.freeze_masks()
+    with pytest.raises(RuntimeError, match="freeze_masks.. needs mask_mode='element'"):
+        switch("mswiglu").experts.freeze_masks()
+    layer = masked()
+    layer.experts.freeze_masks()
+    with pytest.raises(RuntimeError, match="freeze_masks.. needs logits, got frozen"):
+        layer.experts.freeze_masks()
+    with fusedmlp.backend("reference"):
+        assert layer.experts[0](draw(2, DIM)).shape == (2, DIM)
