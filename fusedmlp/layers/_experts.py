@@ -19,7 +19,7 @@ from ..reference import Routing
 from ..reference.moe import by_expert
 from ._activation import name_of
 from ._block import passes_through
-from .feedforward import FeedForward
+from .feedforward import FeedForward, drop_aliases
 from .glu import GLUBase
 from .masked_glu import MaskedGLU
 
@@ -139,6 +139,8 @@ def _unstack(module: nn.Module, state: dict[str, Any], prefix: str, metadata: An
 def _stack(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Keys of a missing expert stay as they are, and are reported as unexpected."""
     experts = cast(StackedExperts, module)
+    for i in range(experts.num_experts):
+        drop_aliases(experts._template[0], state, f"{prefix}{i}.")
     for own, name in experts._names.items():
         keys = [f"{prefix}{i}.{name}" for i in range(experts.num_experts)]
         if all(key in state for key in keys):

@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ._activation import build, describe, name_of
@@ -70,6 +71,7 @@ class FeedForward(nn.Module):
 
     Attributes: `net`, a Sequential of [Linear, activation, Dropout, Linear] or [GLU layer, Dropout,
     Linear]; `proj`, its first Linear; `pre_norm`, the norm or None; `glu_variant`, in lower case.
+    load_state_dict takes mlp_utils' checkpoints, which hold `proj` a second time under that name.
     Every Linear has a bias and starts with Kaiming-normal weights (fan-in, relu) and zero bias.
 
     The modules in `net` hold parameters and settings; forward reads them and does not call them
@@ -113,6 +115,7 @@ class FeedForward(nn.Module):
                 )
         self.net = nn.Sequential(*first, nn.Dropout(dropout), nn.Linear(hidden, dim))
         self._init_linears()
+        self.register_load_state_dict_pre_hook(drop_aliases)
 
     @property
     def proj(self) -> nn.Linear:
@@ -162,6 +165,25 @@ class FeedForward(nn.Module):
 
     def extra_repr(self) -> str:
         return self.path()
+
+
+def drop_aliases(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """mlp_utils registers the first projection twice: leave out of `state` what its `proj` repeats.
+
+    A `proj` that differs from what it repeats stays, and is reported as unexpected.
+    """
+    gated = isinstance(cast(FeedForward, module).net[0], GLUBase | MaskedGLU)
+    for leaf in ("weight", "bias"):
+        alias = f"{prefix}proj.{leaf}"
+        own = f"{prefix}net.0.proj.{leaf}" if gated else f"{prefix}net.0.{leaf}"
+        if alias in state and own in state and _same(state[alias], state[own]):
+            del state[alias]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    return a.is_meta or torch.equal(a, b)  # on meta there are no values to differ
 
 
 def _variant(glu_variant: str) -> str:
