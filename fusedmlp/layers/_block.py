@@ -97,6 +97,14 @@ def passes_through(dropout: nn.Module | None) -> bool:
     return type(dropout) in _DROPOUTS and (not dropout.training or bool(dropout.p == 0))
 
 
+def block_path(dropout: nn.Module | None, *, activation: str, gated: bool) -> str:
+    """For explain(): what gated_block, or plain_block, runs now."""
+    whole, first = ("gated_mlp", "gated_linear") if gated else ("mlp", "linear_act")
+    if passes_through(dropout):
+        return f"one {whole}, {activation!r}"
+    return f"{first}, {activation!r}, then {type(dropout).__name__} and a linear in PyTorch"
+
+
 def gated_block(
     owner: nn.Module,
     x: Tensor,

@@ -183,6 +183,12 @@ class BinaryLinear(nn.Module):
             return binary_linear(x, self.packed, self.bias)
         return F.linear(x, self.binarized(), self.bias)
 
+    def path(self) -> str:
+        """For explain(): true of a layer whose weight a BinaryGatedMLP reads, too."""
+        if self.packed is not None:
+            return "packed weight, read by a binary op"
+        return "latent weight, binarized in PyTorch at each call"
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -285,6 +291,11 @@ class BinaryGatedMLP(nn.Module):
             )
         latent = (layer.binarized() for layer in layers)
         return gated_mlp(x, *latent, *biases, activation=self.activation)
+
+    def path(self) -> str:
+        """For explain()."""
+        packed = all(layer.packed is not None for layer in self._layers())
+        return f"one {'binary_gated_mlp' if packed else 'gated_mlp'}, {self.activation!r}"
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

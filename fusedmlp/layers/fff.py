@@ -278,3 +278,7 @@ class PathWeightedFFF(nn.Module):
             own = moe_linear(flat, routing, self.w2s.mT, self.b2s)
             y = y + weights[:, level : level + 1] * own
         return y.view(*x.shape[:-1], self.output_width)
+
+    def path(self) -> str:
+        """For explain()."""
+        return f"one tree_path, then {self.depth + 1} times route_to and moe_linear"

@@ -116,6 +116,10 @@ class GMLPBlock(nn.Module):
         u, v = self.proj_in(x).chunk(2, -1)
         return self.proj_out(gated_act(u, self.sgu(v), activation="gelu"))
 
+    def path(self) -> str:
+        """For explain()."""
+        return "one gated_act, 'gelu', between linears in PyTorch"
+
 
 class GMLP(nn.Module):
     """x = x + block(norm(x)), `depth` times, on sequences of one length.

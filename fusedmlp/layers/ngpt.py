@@ -224,6 +224,10 @@ class SwiGLU(nn.Module):
         hidden = self.norm_linear_hidden.linear.scaled_weight(self.s_u)
         return gated_mlp(x, gate, hidden, self.norm_linear_out.weight, activation="silu")
 
+    def path(self) -> str:
+        """For explain()."""
+        return "one gated_mlp, 'silu', of weights normalised in PyTorch"
+
 
 class NGPT(nn.Module):
     """norm(h + alpha * (norm(net(h)) - h)), where h = norm(x).
@@ -296,6 +300,10 @@ class NGPT(nn.Module):
             )
         alpha = self.alpha_m().abs() if self.paper else self.alpha_m()
         return self.norm(h + alpha * (self.norm(m) - h))
+
+    def path(self) -> str:
+        """For explain(): what stands around the net, which speaks for itself."""
+        return "norms and step in PyTorch"
 
     def extra_repr(self) -> str:
         return f"paper={self.paper}"

@@ -26,7 +26,14 @@ from torch import Tensor, nn
 from .. import reference
 from ..kernels.activations import ACTIVATIONS
 from ..reference import Packed
-from ._block import gated_block, plain_block, positive_int, reset_others, scaled_width
+from ._block import (
+    block_path,
+    gated_block,
+    plain_block,
+    positive_int,
+    reset_others,
+    scaled_width,
+)
 from ._config import ModuleConfig, build_module
 
 PointwiseActivation = Literal["relu", "gelu", "silu", "glu", "swiglu"]
@@ -152,6 +159,13 @@ class PointwiseMLP(nn.Module):
                 packed=packed,
             )
         return self.layer2(self.dropout(reference.gated_act(self.layer1(x), None, gate, packed)))
+
+    def path(self) -> str:
+        """For explain()."""
+        if self.backend == "torch":
+            return f"every call in PyTorch, {self.activation!r}: backend='torch'"
+        gate = _GATES.get(self.activation)
+        return block_path(self.dropout, activation=gate or self.activation, gated=bool(gate))
 
     def extra_repr(self) -> str:
         order = f", glu_order={self.glu_order!r}" if self.activation == "glu" else ""
