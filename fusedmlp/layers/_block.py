@@ -15,6 +15,7 @@ from ..ops.gated_mlp import gated_mlp
 from ..ops.linear_act import linear_act
 from ..ops.mlp import mlp
 from ..reference import Packed
+from ._input import check_x
 
 # Exact types: a subclass may do something in eval, or at p = 0.
 _DROPOUTS = (
@@ -88,6 +89,18 @@ def affine(owner: nn.Module, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
             f"read without calling it, got {type(linear).__name__}; merge an adapter first"
         )
     return linear.weight, linear.bias  # type: ignore[return-value]
+
+
+def check_input(owner: str, x: Tensor, *modules: nn.Module | None) -> None:
+    """check_x against the nn.Linear among `modules`, which x reaches in its own width and dtype.
+
+    Exact type: a subclass may hold another dtype than it takes, or compute its weight on access.
+    """
+    for module in modules:
+        if type(module) is nn.Linear:
+            weight = module.weight
+            check_x(owner, x, weight.shape[-1], weight.dtype)
+            return
 
 
 def passes_through(dropout: nn.Module | None) -> bool:

@@ -38,6 +38,7 @@ from ..ops.gated_mlp import gated_mlp
 from ..reference.binary import binary_scales
 from ._activation import name_of
 from ._block import positive_int
+from ._input import check_x
 
 
 def binarized(v: Tensor, clip: float | None = None, detach_scale: bool = False) -> Tensor:
@@ -181,6 +182,7 @@ class BinaryLinear(nn.Module):
         """x (..., in_features) -> (..., out_features)."""
         if self.packed is not None:
             return binary_linear(x, self.packed, self.bias)
+        check_x(type(self).__name__, x, self.in_features, self.weight.dtype)
         return F.linear(x, self.binarized(), self.bias)
 
     def path(self) -> str:

@@ -28,7 +28,14 @@ import torch
 from torch import Tensor, nn
 
 from ._activation import build, describe, name_of
-from ._block import gated_block, plain_block, positive_int, reset_others, scaled_width
+from ._block import (
+    check_input,
+    gated_block,
+    plain_block,
+    positive_int,
+    reset_others,
+    scaled_width,
+)
 from .glu import GLU, Bilinear, GeGLU, GLUBase, ReGLU, SwiGLU
 from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
 
@@ -141,11 +148,13 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
         if self.pre_norm is not None:
+            check_input("FeedForward", x, self.proj)
             x = self.pre_norm(x)
         if self.glu_variant == "none":
             first, act, dropout, second = self.net
             activation = name_of(act)
             if activation is None:
+                check_input("FeedForward", x, first)
                 return self.net(x)
             return plain_block(self, x, first, second, dropout, activation=activation)
         glu: Any
@@ -153,7 +162,7 @@ class FeedForward(nn.Module):
         if isinstance(glu, MaskedGLU):
             return glu.block(x, dropout, second)
         activation = name_of(glu.activation)
-        if activation is None:
+        if activation is None:  # the GLU layer checks x
             return self.net(x)
         return gated_block(
             self, x, glu.proj, None, second, dropout, activation=activation, packed="up_gate"

@@ -20,8 +20,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ._activation import build
-from ._block import positive_int, probability, reset_others, scaled_width
-from ._sequential import FusedSequential
+from ._block import check_input, positive_int, probability, reset_others, scaled_width
+from ._sequential import FusedSequential, first_two
 from .init_weights import initialize_weights
 
 
@@ -46,7 +46,7 @@ class GatingMechanism(nn.Module):
     gain 0.1 and every bias at 1. Forward hooks on children of `gate` that are fused do not run.
 
     Raises AssertionError unless one of the two bottleneck arguments is given, and ValueError or
-    TypeError for a bad argument.
+    TypeError for a bad argument, and in forward for an x of another width or dtype.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class GatingMechanism(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., input_dim) -> (..., output_dim)."""
+        check_input("GatingMechanism", x, *first_two(self.gate))
         return self.gate(x)
 
 

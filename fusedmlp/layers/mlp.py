@@ -27,8 +27,8 @@ from typing import Literal, cast, get_args
 from torch import Tensor, nn
 
 from ._activation import build
-from ._block import positive_int, probability, reset_others, scaled_width
-from ._sequential import FusedSequential
+from ._block import check_input, positive_int, probability, reset_others, scaled_width
+from ._sequential import FusedSequential, first_two
 from .init_weights import initialize_weights
 from .residual import ResidualWrapper
 
@@ -60,7 +60,8 @@ class MLP(nn.Module):
     `input_dim`, `output_dim`, `norm_mode`. Every Linear starts with Kaiming-normal weights (fan-in,
     relu) and zero bias. Forward hooks on children of `model` that are fused do not run.
 
-    Raises ValueError or TypeError for a bad argument.
+    Raises ValueError or TypeError for a bad argument, and in forward for an x of another width or
+    dtype.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., input_dim) -> (..., output_dim)."""
+        check_input("MLP", x, *first_two(self._net))
         return self.model(x)
 
 

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 
 from ..ops.gated_mlp import gated_mlp
 from ._block import positive_int, reset_tree, scaled_width
+from ._input import check_x
 
 
 def l2norm(t: Tensor, dim: int = -1, norm_eps: float = 0.0) -> Tensor:
@@ -249,8 +250,8 @@ class NGPT(nn.Module):
     Attributes: `feedforward_net`, `alpha_m`, `norm`; `needs_normalized_target`, always True, for a
     training script that compares y with targets.
 
-    Raises ValueError or TypeError for a bad argument, and TypeError in forward for a net that does
-    not return one tensor.
+    Raises ValueError or TypeError for a bad argument, and in forward for an x of another width or
+    dtype and for a net that does not return one tensor of x's shape.
     """
 
     def __init__(
@@ -269,10 +270,14 @@ class NGPT(nn.Module):
             alpha_m_init = 0.05 if paper else 0.5
         if alpha_m_scale is None:
             alpha_m_scale = 1.0 if scalar_alpha else dim**-0.5
-        self.paper = paper
+        self.dim, self.paper = dim, paper
         self.norm = L2Norm(norm_eps=norm_eps)
         if feedforward_net is None:
             feedforward_net = SwiGLU(dim, norm_eps=norm_eps, scaled=paper)
+        elif not isinstance(feedforward_net, nn.Module):
+            raise TypeError(
+                f"NGPT: feedforward_net must be an nn.Module or None, got {feedforward_net!r}"
+            )
         self.feedforward_net = feedforward_net
         self.alpha_m = Scale(1 if scalar_alpha else dim, alpha_m_init, alpha_m_scale)
 
@@ -291,12 +296,18 @@ class NGPT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
+        check_x("NGPT", x, self.dim, self.alpha_m.scale.dtype)
         h = self.norm(x)
         m = self.feedforward_net(h)
         if not isinstance(m, Tensor):
             raise TypeError(
                 "NGPT: feedforward_net must return one tensor, got "
                 f"{type(m).__name__} from {type(self.feedforward_net).__name__}"
+            )
+        if m.shape != h.shape:
+            raise ValueError(
+                f"NGPT: feedforward_net must keep x's shape {tuple(h.shape)}, got "
+                f"{tuple(m.shape)} from {type(self.feedforward_net).__name__}"
             )
         alpha = self.alpha_m().abs() if self.paper else self.alpha_m()
         return self.norm(h + alpha * (self.norm(m) - h))

@@ -28,6 +28,7 @@ from ..kernels.activations import ACTIVATIONS
 from ..reference import Packed
 from ._block import (
     block_path,
+    check_input,
     gated_block,
     plain_block,
     positive_int,
@@ -74,7 +75,8 @@ class PointwiseMLP(nn.Module):
     of layer1 and layer2 without calling them: forward hooks on them run with "torch" only, and a
     replacement of either that is no nn.Linear raises TypeError.
 
-    Raises ValueError or TypeError for a bad argument, at construction.
+    Raises ValueError or TypeError for a bad argument, at construction, and in forward for an x of
+    another width or dtype.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class PointwiseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, *spatial, C) -> (B, *spatial, C)."""
+        check_input("PointwiseMLP", x, self.layer1)
         if not self.is_glu_variant:
             if self.backend == "fused":
                 return plain_block(
