@@ -7,8 +7,14 @@ import torch
 from layer_checks import draw
 from torch import nn
 
+import fusedmlp
 from fusedmlp import layers
 from fusedmlp.layers.gmlp import GMLPBlock, SpatialGatingUnit
+from fusedmlp.layers.init_weights import (
+    apply_initialization,
+    create_initializer,
+    initialize_weights,
+)
 
 D = 8
 # Layers that pass x to a module of PyTorch's first; (2, 4, 8) is right for all of them.
@@ -122,3 +128,67 @@ def test_ngpt_takes_a_module_and_its_own_width():
         layers.NGPT(D, "net")
     with pytest.raises(ValueError, match="^NGPT: x must have last dimension 8, got shape"):
         layers.NGPT(D, nn.Identity())(draw(2, 1))
+
+
+# --- construction
+
+
+NUMBER = "must be a number, got "
+NORM = "norm_layer must be a callable that makes an nn.Module from its width, got "
+FN = "must be an elementwise module or function, got "
+NAN = float("nan")
+CONSTRUCTIONS = [
+    (lambda: layers.MLP(D, dropout="a"), TypeError, f"MLP: dropout {NUMBER}'a'"),
+    (lambda: layers.MLP(D, norm_layer=None), TypeError, f"MLP: {NORM}None"),
+    (lambda: layers.MLP(D, norm_layer=nn.RMSNorm(D)), TypeError, f"MLP: {NORM}RMSNorm("),
+    (lambda: layers.MLP(D, norm_layer=lambda width: None), TypeError, f"MLP: {NORM}"),
+    (lambda: layers.MLP(D, act_fn=torch.relu), TypeError,
+     "MLP: act_fn must be an nn.Module or a callable that makes an nn.Module from no arguments, got "
+     "<built-in method relu"),
+    (lambda: layers.GatingMechanism(D, bottleneck_dim=4, norm_layer=None), TypeError,
+     f"GatingMechanism: {NORM}None"),
+    (lambda: layers.GatingMechanism(D, bottleneck_dim=4, dropout=None), TypeError,
+     f"GatingMechanism: dropout {NUMBER}None"),
+    (lambda: layers.FeedForward(D, dropout="a"), TypeError, f"FeedForward: dropout {NUMBER}'a'"),
+    (lambda: layers.FeedForward(D, activation=torch.relu), TypeError,
+     "FeedForward: activation must be a callable that makes an nn.Module from no arguments, got <bu"),
+    (lambda: layers.FeedForward(D, pre_norm=True, norm_layer=None), TypeError,
+     f"FeedForward: {NORM}None"),
+    (lambda: layers.GMLP(D, D, 4, 1, norm_layer=None), TypeError, f"GMLP: {NORM}None"),
+    (lambda: layers.GMLP(D, D, 4, 1, drop_path="a"), TypeError, f"GMLP: drop_path {NUMBER}'a'"),
+    (lambda: layers.GMLP(D, D, 4, 1, gate_activation=nn.Tanh()), TypeError,
+     "GMLP: gate_activation must be a callable that makes an nn.Module from no arguments, got Tanh("),
+    (lambda: SpatialGatingUnit(D, 4, None), TypeError, f"SpatialGatingUnit: {NORM}None"),
+    (lambda: SpatialGatingUnit(D, 4, gate_activation=nn.Tanh), TypeError,
+     "SpatialGatingUnit: gate_activation must be an nn.Module or None, got <class"),
+    (lambda: layers.NGPT(D, norm_eps="a"), TypeError, f"L2Norm: norm_eps {NUMBER}'a'"),
+    (lambda: layers.NGPT(D, alpha_m_init="a"), TypeError, f"Scale: init {NUMBER}'a'"),
+    (lambda: layers.NGPT(D, alpha_m_scale=NAN), ValueError, "Scale: scale must be finite, got nan"),
+    (lambda: fusedmlp.BSiLU("a"), TypeError, f"BSiLU: alpha {NUMBER}'a'"),
+    (lambda: fusedmlp.NeLU(None), TypeError, f"NeLU: alpha {NUMBER}None"),
+    (lambda: fusedmlp.ReluNelu(NAN), ValueError, "NeLU: alpha must be finite, got nan"),
+    (lambda: fusedmlp.Sugar("relu", "nelu"), TypeError, f"Sugar: forward_fn {FN}'relu'"),
+    (lambda: fusedmlp.Sugar(nn.ReLU(), nn.SiLU), TypeError, f"Sugar: backward_fn {FN}<class"),
+    (lambda: fusedmlp.StraightThroughEstimator(torch.sign, None), TypeError,
+     f"StraightThroughEstimator: backward_fn {FN}None"),
+    (lambda: initialize_weights(3), TypeError,
+     "initialize_weights: module must be an nn.Module, got int"),
+    (lambda: initialize_weights(nn.Linear(2, 2).weight), TypeError,
+     "initialize_weights: module must be an nn.Module, got Parameter"),
+    (lambda: apply_initialization("model"), TypeError,
+     "apply_initialization: model must be an nn.Module, got str"),
+    (lambda: initialize_weights(nn.Linear(2, 2), scale=NAN), ValueError,
+     "initialize_weights: scale must be finite, got nan"),
+    (lambda: apply_initialization(nn.Linear(2, 2), scale="1"), TypeError,
+     f"apply_initialization: scale {NUMBER}'1'"),
+    (lambda: create_initializer("default", scale=-1), ValueError,
+     "create_initializer: scale must not be negative, got -1"),
+    (lambda: create_initializer("default", nonlinearity="foo"), ValueError,
+     "create_initializer: nonlinearity must be a name of torch.nn.init.calculate_gain, got 'foo'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("make, error, message", CONSTRUCTIONS)
+def test_a_bad_argument_is_named_at_construction(make, error, message):
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        make()

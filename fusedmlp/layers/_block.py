@@ -7,9 +7,12 @@ and F.linear.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._numbers import number
 from ..ops.gated_linear import gated_linear
 from ..ops.gated_mlp import gated_mlp
 from ..ops.linear_act import linear_act
@@ -37,8 +40,7 @@ def positive_int(owner: str, name: str, value: object) -> None:
 
 def scaled_width(owner: str, dim: int, factor_name: str, factor: float) -> int:
     """floor(dim * factor), the hidden width; at least 1."""
-    if not isinstance(factor, int | float) or isinstance(factor, bool):
-        raise TypeError(f"{owner}: {factor_name} must be a number, got {factor!r}")
+    number(owner, factor_name, factor)
     if not 1 <= dim * factor < float("inf"):
         raise ValueError(
             f"{owner}: {factor_name} must be finite and give a hidden width of at least 1, "
@@ -48,8 +50,20 @@ def scaled_width(owner: str, dim: int, factor_name: str, factor: float) -> int:
 
 
 def probability(owner: str, name: str, value: float) -> None:
+    number(owner, name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{owner}: {name} must be in [0.0,1.0), got {value}")
+
+
+def build_norm(owner: str, norm_layer: Callable[[int], nn.Module], width: int) -> nn.Module:
+    """norm_layer(width). Raises TypeError for anything else than a callable that makes a module."""
+    expected = f"{owner}: norm_layer must be a callable that makes an nn.Module from its width"
+    if isinstance(norm_layer, nn.Module) or not callable(norm_layer):
+        raise TypeError(f"{expected}, got {norm_layer!r}")
+    made = norm_layer(width)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"{expected}, got {norm_layer!r}, which made {made!r}")
+    return made
 
 
 def reset_others(owner: nn.Module) -> None:

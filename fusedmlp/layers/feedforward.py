@@ -27,8 +27,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .._numbers import number
 from ._activation import build, describe, name_of
 from ._block import (
+    build_norm,
     check_input,
     gated_block,
     plain_block,
@@ -105,10 +107,11 @@ class FeedForward(nn.Module):
         super().__init__()
         positive_int("FeedForward", "dim", dim)
         hidden = scaled_width("FeedForward", dim, "mult", mult)
+        number("FeedForward", "dropout", dropout)
         if not 0 <= dropout <= 1:
             raise ValueError(f"FeedForward: dropout must be in [0, 1], got {dropout}")
         self.glu_variant = _variant(glu_variant)
-        self.pre_norm = norm_layer(dim) if pre_norm else None
+        self.pre_norm = build_norm("FeedForward", norm_layer, dim) if pre_norm else None
         first: list[nn.Module]
         if self.glu_variant == "none":
             first = [nn.Linear(dim, hidden), build("FeedForward: activation", activation, False)]

@@ -15,12 +15,13 @@ Constructor, names and initial values are mlp_utils'.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from ._activation import build
-from ._block import check_input, positive_int, probability, reset_others, scaled_width
+from ._block import build_norm, check_input, positive_int, probability, reset_others, scaled_width
 from ._sequential import FusedSequential, first_two
 from .init_weights import initialize_weights
 
@@ -68,10 +69,11 @@ class GatingMechanism(nn.Module):
         positive_int("GatingMechanism", "output_dim", output_dim)
         bottleneck = _bottleneck(input_dim, bottleneck_factor, bottleneck_dim)
         probability("GatingMechanism", "dropout", dropout)
+        norm = functools.partial(build_norm, "GatingMechanism", norm_layer)
         layers = [
-            norm_layer(input_dim) if use_norm and pre_norm else None,
+            norm(input_dim) if use_norm and pre_norm else None,
             nn.Linear(input_dim, bottleneck),
-            norm_layer(bottleneck) if use_norm and not pre_norm else None,
+            norm(bottleneck) if use_norm and not pre_norm else None,
             build("GatingMechanism: act_fn", act_fn),
             nn.Dropout(dropout) if dropout > 0 else None,
             nn.Linear(bottleneck, output_dim),

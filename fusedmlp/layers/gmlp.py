@@ -24,7 +24,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..ops.gated_act import gated_act
-from ._block import positive_int, probability, reset_tree
+from ._activation import build
+from ._block import build_norm, positive_int, probability, reset_tree
 from ._input import check_x
 
 NormLayer = Callable[[int], nn.Module]
@@ -66,7 +67,12 @@ class SpatialGatingUnit(nn.Module):
         positive_int("SpatialGatingUnit", "dim", dim)
         positive_int("SpatialGatingUnit", "seq_len", seq_len)
         self.dim, self.seq_len = dim, seq_len
-        self.norm = norm_layer(dim)
+        if not isinstance(gate_activation, nn.Module | None):
+            raise TypeError(
+                "SpatialGatingUnit: gate_activation must be an nn.Module or None, got "
+                f"{gate_activation!r}"
+            )
+        self.norm = build_norm("SpatialGatingUnit", norm_layer, dim)
         self.proj = nn.Linear(seq_len, seq_len)
         self.gate_activation = gate_activation
         self.canonical_gate = canonical_gate
@@ -183,10 +189,16 @@ class GMLP(nn.Module):
         assert seq_len is not None and depth is not None
         probability("GMLP", "drop_path", drop_path)
         self.dim, self.seq_len, self.drop_path = dim, seq_len, drop_path
-        gates = [None if gate_activation is None else gate_activation() for _ in range(depth)]
+        gates = [
+            None
+            if gate_activation is None
+            else build("GMLP: gate_activation", gate_activation, False)
+            for _ in range(depth)
+        ]
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                norm_layer(dim), GMLPBlock(dim, dim_ff, seq_len, norm_layer, canonical_gate, gate)
+                build_norm("GMLP", norm_layer, dim),
+                GMLPBlock(dim, dim_ff, seq_len, norm_layer, canonical_gate, gate),
             )
             for gate in gates
         )

@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._numbers import finite, number
 from ..ops.gated_mlp import gated_mlp
 from ._block import positive_int, reset_tree, scaled_width
 from ._input import check_x
@@ -98,6 +99,8 @@ class Scale(nn.Module):
     def __init__(self, dim: int, init: float = 1.0, scale: float = 1.0) -> None:
         super().__init__()
         positive_int("Scale", "dim", dim)
+        finite("Scale", "init", init)
+        finite("Scale", "scale", scale)
         if scale == 0:
             raise ValueError("Scale: scale must not be 0, got 0")
         self._start, self._factor = scale, init / scale
@@ -321,5 +324,6 @@ class NGPT(nn.Module):
 
 
 def _check_eps(owner: str, norm_eps: float) -> None:
+    number(owner, "norm_eps", norm_eps)
     if not 0 <= norm_eps < 1:
         raise ValueError(f"{owner}: norm_eps must be in [0, 1), got {norm_eps}")
