@@ -203,9 +203,8 @@ def read(path: str) -> Record:
         found: Record = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Refusal(f"{path}: {error}") from error
-    if not isinstance(found, dict) or {
-        record.get("kind") for record in found.get("records", [])
-    } != {"toy"}:
+    records = found.get("records", []) if isinstance(found, dict) else []
+    if {record.get("kind") for record in records} != {"toy"}:
         raise Refusal(f"{path}: expected a file that `table --json` wrote")
     return found
 

@@ -125,7 +125,7 @@ class GMLPBlock(nn.Module):
         super().__init__()
         positive_int("GMLPBlock", "dim", dim)
         positive_int("GMLPBlock", "dim_ff", dim_ff)
-        self.dim = dim
+        self.dim, self.seq_len = dim, seq_len
         self.proj_in = nn.Linear(dim, 2 * dim_ff)
         self.sgu = SpatialGatingUnit(dim_ff, seq_len, norm_layer, canonical_gate, gate_activation)
         self.proj_out = nn.Linear(dim_ff, dim)
@@ -137,7 +137,7 @@ class GMLPBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., N, dim) -> (..., N, dim)."""
-        _check_sequence("GMLPBlock", x, self.sgu.seq_len, self.dim, self.proj_in)
+        _check_sequence("GMLPBlock", x, self.seq_len, self.dim, self.proj_in)
         u, v = self.proj_in(x).chunk(2, -1)
         return self.proj_out(gated_act(u, self.sgu(v), activation="gelu"))
 
@@ -189,12 +189,9 @@ class GMLP(nn.Module):
         assert seq_len is not None and depth is not None
         probability("GMLP", "drop_path", drop_path)
         self.dim, self.seq_len, self.drop_path = dim, seq_len, drop_path
-        gates = [
-            None
-            if gate_activation is None
-            else build("GMLP: gate_activation", gate_activation, False)
-            for _ in range(depth)
-        ]
+        gates: list[nn.Module | None] = [None] * depth
+        if gate_activation is not None:
+            gates = [build("GMLP: gate_activation", gate_activation, False) for _ in gates]
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 build_norm("GMLP", norm_layer, dim),
@@ -215,8 +212,8 @@ class GMLP(nn.Module):
                 f"GMLP: x must be (B, {self.seq_len}, {self.dim}): batch, seq_len, dim; "
                 f"got {tuple(x.shape)}"
             )
-        block = self.blocks[0]._modules.get("1")  # None where a block was wrapped
-        _check_sequence("GMLP", x, self.seq_len, self.dim, getattr(block, "proj_in", None))
+        first = self.blocks[0]._modules.get("1")  # None where a block was wrapped
+        _check_sequence("GMLP", x, self.seq_len, self.dim, getattr(first, "proj_in", None))
         for block in self.blocks:
             x = x + self._drop(block(x))
         return x
