@@ -245,7 +245,7 @@ def test_explain_passes_over_another_packages_path():
 def test_explain_lists_every_op():
     ops = {name for name in fusedmlp.__all__ if _is_op(getattr(fusedmlp, name))}
     (line,) = [s for s in fusedmlp.explain().splitlines() if s.startswith("ops: ")]
-    assert ops - {"load_balancing_loss", "router_z_loss"} == set(line[5:].split(", "))
+    assert ops - {"jitter", "load_balancing_loss", "router_z_loss"} == set(line[5:].split(", "))
 
 
 def _is_op(found):
