@@ -27,7 +27,8 @@ from torch import Tensor, nn
 
 from ..ops.gated_linear import gated_linear
 from ._activation import describe, name_of
-from ._block import affine, check_input, positive_int, reset_others
+from ._block import affine, positive_int, reset_others
+from ._input import check_x
 from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
 
 __all__ = [
@@ -88,7 +89,7 @@ class GLUBase(nn.Module):
         activation = name_of(self.activation)
         w, b = affine(self, self.proj)
         if activation is None:
-            check_input(type(self).__name__, x, self.proj)
+            check_x(type(self).__name__, x, w.shape[1], w.dtype)
             value, gate = F.linear(x, w, b).chunk(2, -1)
             return value * self.activation(gate)
         return gated_linear(x, w, None, b, activation=activation, packed="up_gate")
