@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..kernels.activations import ACTIVATIONS
 from ..testing import CASES
@@ -40,7 +44,21 @@ def subparser(
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", metavar="FILE", help="also write machine and records to FILE")
+    parser.add_argument(
+        "--json", metavar="FILE", type=writable, help="also write machine and records to FILE"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, for `check_device`."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+
+
+def check_device(device: str) -> None:
+    """Refuse a GPU that is not there, before anything has begun."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Refusal("--device cuda needs a GPU; torch finds none")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +130,25 @@ def count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on; got {text!r}")
     return int(text)
+
+
+def positive(text: str) -> float:
+    """An argument that measures something: above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
+    return value
+
+
+def writable(text: str) -> str:
+    """An argument that is a file to write once all is done: refused before anything has begun."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a file that can be written; got {text!r}")
+    return text
 
 
 def collecting(records: list[Record]) -> Emit:

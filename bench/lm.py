@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from . import _render, lm_page, machine, plots
-from ._options import SCHEMA, Refusal, count, subparser
+from ._options import SCHEMA, Refusal, add_device, check_device, count, positive, subparser
 from .ledger import RESULTS
 from .lm_attention import MIXERS
 from .lm_models import MLPS, Plan, names
@@ -34,12 +34,19 @@ def read(folder: Path) -> list[Record]:
     if not path.exists():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["records"]
-        if all(record["kind"] == "lm" for record in found):
-            return list(found)
-    except (ValueError, KeyError, TypeError) as error:
-        raise Refusal(f"{path}: {error!r}") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise Refusal(f"{path}: {error}") from error
+    records = found.get("records") if isinstance(found, dict) else None
+    if isinstance(records, list) and all(map(_is_own, records)):
+        return records
     raise Refusal(f"{path}: expected a file that `lm` wrote")
+
+
+def _is_own(record: object) -> bool:
+    return (
+        isinstance(record, dict) and record.get("kind") == "lm" and record.keys() >= lm_page.NEEDED
+    )
 
 
 def _identity(record: Record) -> tuple[Any, ...]:
@@ -77,6 +84,11 @@ def plans(args: argparse.Namespace) -> list[Plan]:
 
 def train(wanted: Sequence[Plan], args: argparse.Namespace) -> int:
     """Run what results.json does not have; how many runs the deadline left unfinished."""
+    check_device(args.device)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"--out {args.out}: {error.strerror}") from error
     commit = machine.commit()  # before results are written, which would make the checkout dirty
     data = text()
     about = {"text": digest(data), "device": args.device}
@@ -116,6 +128,8 @@ def report(folder: Path) -> None:
 
 def main(args: argparse.Namespace) -> int:
     wanted = plans(args)
+    if args.report and not (args.out / "results.json").exists():
+        raise Refusal(f"{args.out}: expected a folder with a results.json that `lm` wrote")
     unfinished = 0 if args.report else train(wanted, args)
     report(args.out)
     if unfinished:
@@ -147,8 +161,7 @@ def register(subparsers: Any) -> None:
         parser.add_argument(f"--{name}", type=count, default=value, help=f"default: {value}")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=Plan.dtype,
                         help="bfloat16: by autocast")  # fmt: skip
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
+    add_device(parser)
+    parser.add_argument("--minutes", type=positive, default=math.inf, help="stop after so many")
     parser.add_argument("--out", type=Path, default=RESULTS / "lm", metavar="DIR")
     parser.add_argument("--report", action="store_true", help="train nothing: page and plots")

@@ -14,6 +14,8 @@ Record = dict[str, Any]
 # weights, and the width itself in runs from before that.
 _ALIKE = ("hidden", "dim", "layers", "heads", "context", "batch", "steps", "lr", "warmup",
           "weight_decay", "every", "held_out", "dtype", "text", "device")  # fmt: skip
+NEEDED = {*_ALIKE, "model", "mlp", "mixer", "seed", "mlp_weights", "mask_logits", "held_out_loss",
+          "curve", "bytes", "torch"} - {"hidden"}  # fmt: skip
 SEED_004 = {"swiglu": "3A", "gelu": "3B", "silu": "3C"}
 
 HEAD = """\
@@ -26,7 +28,7 @@ values wherever their parameters have the same name and shape: uniform with stan
 1 / sqrt(columns), zero where a matrix writes into the residual stream. AdamW on all of them, one
 learning rate for all, not tuned for any. Losses are on the held-out text after the last step.
 """
-FITTED = "Every MLP has as nearly {weights:,} weights as its widths allow."
+FITTED = "Every MLP has as nearly {weights:,} weights as its widths allow{but}."
 OF_ONE_WIDTH = """\
 Every MLP has hidden width {hidden}, hence not equal weights. Trained before widths were fitted,
 with initial weights from N(0, 0.02^2) and half that deviation in projections into the residual
@@ -119,8 +121,7 @@ def markdown(records: Sequence[Record]) -> str:
         one = next(iter(models.values()))[0]
         tokens = one["steps"] * one["batch"] * one["context"]
         fitted = one.get("hidden") is None
-        rule = FITTED.format(weights=8 * one["dim"] ** 2 * one["layers"])
-        rule = rule if fitted else OF_ONE_WIDTH.format(hidden=one["hidden"])
+        rule = _fitted(models) if fitted else OF_ONE_WIDTH.format(hidden=one["hidden"])
         commits = {str(r["commit"]) for runs in models.values() for r in runs if "commit" in r}
         header, rows = cells(models)
         lines += [
@@ -142,6 +143,16 @@ def markdown(records: Sequence[Record]) -> str:
             "",
         ]
     return "\n".join(lines)
+
+
+def _fitted(models: dict[str, list[Record]]) -> str:
+    """How equal the weights are: a width of its own may be far off where dim is small."""
+    one = next(iter(models.values()))[0]
+    weights = 8 * one["dim"] ** 2 * one["layers"]
+    off = {model: runs[0]["mlp_weights"] / weights - 1 for model, runs in models.items()}
+    far = [f"{model} {share:+.1%}" for model, share in off.items() if abs(share) > 0.01]
+    but = f"; more than 1% off: {', '.join(far)}" if far else ""
+    return FITTED.format(weights=weights, but=but)
 
 
 def plots(records: Sequence[Record]) -> list[Plot]:

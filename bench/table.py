@@ -18,7 +18,16 @@ from typing import Any
 import torch
 
 from . import _render, machine, toy
-from ._options import Refusal, add_json, count, subparser, write_json
+from ._options import (
+    Refusal,
+    add_device,
+    add_json,
+    check_device,
+    count,
+    subparser,
+    writable,
+    write_json,
+)
 from .toy_rows import Build, Row, count_text, models, rows
 
 TITLE = "Training Verification Summary"
@@ -194,12 +203,14 @@ def read(path: str) -> Record:
         found: Record = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Refusal(f"{path}: {error}") from error
-    if {record.get("kind") for record in found.get("records", [])} != {"toy"}:
+    records = found.get("records", []) if isinstance(found, dict) else []
+    if {record.get("kind") for record in records} != {"toy"}:
         raise Refusal(f"{path}: expected a file that `table --json` wrote")
     return found
 
 
 def _trained_table(args: argparse.Namespace) -> Record:
+    check_device(args.device)
     if args.resume and args.json is None:
         raise Refusal("--resume needs --json FILE, the file to go on with")
     chosen = [row for row in rows(args.published) if args.model is None or row.model in args.model]
@@ -244,10 +255,11 @@ def register(subparsers: Any) -> None:
         "--compile", action=argparse.BooleanOptionalAction, default=True,
         help="torch.compile each layer, as mlp_utils' table has it; default: yes",
     )  # fmt: skip
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+    add_device(parser)
     parser.add_argument("--compare", action="store_true", help="mlp_utils' own figures beside ours")
-    parser.add_argument("--markdown", metavar="FILE", help="also write the table as Markdown")
+    parser.add_argument(
+        "--markdown", metavar="FILE", type=writable, help="also write the table as Markdown"
+    )
     parser.add_argument(
         "--from", metavar="FILE", dest="source", help="train nothing: print what --json wrote"
     )

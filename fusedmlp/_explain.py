@@ -42,6 +42,7 @@ OPS = (
     masked_gated_mlp.OP,
     mlp.OP,
     top1_route.OP,
+    top1_route.route_to.__name__,
     moe_mlp.OP,
     moe_linear.OP,
 )
@@ -87,14 +88,19 @@ def _layer_lines(layer: nn.Module) -> list[str]:
     return [
         f"{name or 'the layer'} ({type(module).__name__}): {path}"
         for name, module in layer.named_modules()
-        if isinstance(module, HasPath) and (path := module.path())
+        if isinstance(module, HasPath) and callable(module.path) and (path := module.path())
     ]
 
 
 def explain(layer: nn.Module | None = None) -> str:
     """A text of what runs where: versions, the chosen backend, what the CUDA extension holds or why
     it is not there, each device's backend, what each kernel was last launched with, and which calls
-    in `layer` are fused."""
+    in `layer` are fused.
+
+    Raises TypeError unless `layer` is an nn.Module or None.
+    """
+    if layer is not None and not isinstance(layer, nn.Module):
+        raise TypeError(f"explain: layer must be an nn.Module or None, got {layer!r}")
     lines = [
         f"torch {torch.__version__}, triton {triton.__version__}, "
         f"backend {_backend.chosen()!r} (backend(), FUSEDMLP_BACKEND)",

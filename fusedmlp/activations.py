@@ -13,7 +13,9 @@
 
 f is `forward_fn`, b is `backward_fn`. Any shape, any floating dtype, both kept. A layer of
 `fusedmlp.layers` fuses ReluSquared, Gelu2 and BSiLU (at its default alpha) with the projection
-before them and runs the others in PyTorch; its repr says which.
+before them and runs the others in PyTorch; its repr says which. Constructors raise TypeError for an
+alpha that is no number or a function that is none (a class is none), ValueError for an infinite or
+NaN alpha.
 
 Sources: ReLU^2 Wins, arXiv 2402.03804; B-SiLU, NeLU and SUGAR: The Resurrection of the ReLU, arXiv
 2505.22074; names and arguments are mlp_utils'. SugarReLU's slope is that package's: the paper's own
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from ._numbers import finite
 from .kernels.activations import ACTIVATIONS, BSILU_ALPHA
 
 __all__ = [
@@ -44,6 +47,13 @@ __all__ = [
 
 Elementwise = Callable[[Tensor], Tensor]
 NELU_ALPHA = 0.05
+
+
+def _check_fn(owner: nn.Module, name: str, fn: object) -> None:
+    if isinstance(fn, type) or not callable(fn):
+        raise TypeError(
+            f"{type(owner).__name__}: {name} must be an elementwise module or function, got {fn!r}"
+        )
 
 
 class ReluSquared(nn.Module):
@@ -81,6 +91,7 @@ class BSiLU(nn.Module):
 
     def __init__(self, alpha: float = BSILU_ALPHA) -> None:
         super().__init__()
+        finite(type(self).__name__, "alpha", alpha)
         self.alpha = alpha
 
     def forward(self, x: Tensor) -> Tensor:
@@ -101,6 +112,7 @@ class NeLU(nn.Module):
 
     def __init__(self, alpha: float = NELU_ALPHA) -> None:
         super().__init__()
+        finite(type(self).__name__, "alpha", alpha)
         self.alpha = alpha
 
     def forward(self, x: Tensor) -> Tensor:
@@ -159,6 +171,8 @@ class StraightThroughEstimator(nn.Module):
 
     def __init__(self, forward_fn: Elementwise, backward_fn: Elementwise) -> None:
         super().__init__()
+        _check_fn(self, "forward_fn", forward_fn)
+        _check_fn(self, "backward_fn", backward_fn)
         self.forward_fn = forward_fn
         self.backward_fn = backward_fn
 
@@ -180,6 +194,8 @@ class Sugar(nn.Module):
 
     def __init__(self, forward_fn: Elementwise, backward_fn: Elementwise) -> None:
         super().__init__()
+        _check_fn(self, "forward_fn", forward_fn)
+        _check_fn(self, "backward_fn", backward_fn)
         self.forward_fn = forward_fn
         self.backward_fn = backward_fn
 

@@ -165,7 +165,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     command = ["lm", "--mlp", "relu_sq", "swiglu", "--seeds", "2", "--dim", "16", "--heads", "2",
                "--layers", "1", "--context", "8", "--batch", "2", "--steps", "4", "--device",
                "cpu", "--out", str(tmp_path)]  # fmt: skip
-    assert cli.main([*command, "--minutes", "0"]) == 0
+    assert cli.main([*command, "--minutes", "1e-9"]) == 0
     assert "4 of 4 runs unfinished" in capsys.readouterr().out
     assert lm.read(tmp_path) == [] and len(list(tmp_path.glob("checkpoints/*"))) == 1
 
@@ -190,6 +190,45 @@ def test_command(tmp_path, monkeypatch, capsys):
     (tmp_path / "results.json").write_text('{"records": [{"kind": "toy"}]}')
     assert cli.main(["lm", "--report", "--out", str(tmp_path)]) == 2
     assert "expected a file that `lm` wrote" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("minutes", ("-1", "0", "nan", "soon"))
+def test_minutes_are_positive(minutes, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["lm", "--minutes", minutes])
+    assert end.value.code == 2
+    assert f"--minutes: must be a number above 0; got '{minutes}'" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for command in (["lm", "--out", str(tmp_path / "lm")], ["table"]):
+        assert cli.main([*command, "--device", "cuda"]) == 2
+        assert "--device cuda needs a GPU; torch finds none" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["lm", "--device", "cpu", "--out", str(tmp_path / "file")]) == 2
+    assert f"--out {tmp_path / 'file'}: File exists" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "expected a folder with a results.json that `lm` wrote"),
+        ('[{"kind": "lm"}]', "results.json: expected a file that `lm` wrote"),
+        ('{"records": [{"kind": "lm"}]}', "results.json: expected a file that `lm` wrote"),
+        ('{"records": 3}', "results.json: expected a file that `lm` wrote"),
+        ("{", "results.json: Expecting property name"),
+    ],
+)
+def test_report_refuses_what_it_did_not_write(text, message, tmp_path, capsys):
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    assert cli.main(["lm", "--report", "--out", str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
 
 
 def record(model, seed, loss, **more):
@@ -222,6 +261,14 @@ def test_what_differs_is_not_compared():
     records = [record("relu_sq", 0, 1.0), record("swiglu", 0, 1.0, hidden=256)]
     (_, fitted), (_, of_one_width) = lm_page.comparisons(records)
     assert list(fitted) == ["relu_sq"] and list(of_one_width) == ["swiglu"]
+
+
+def test_weights_that_are_far_off_are_said():
+    """SwiGLUMLP rounds its width up to a multiple of 64, which is much where dim is small."""
+    page = lm_page.markdown([record("relu_sq", 0, 1.0, mlp_weights=2048)])
+    assert "Every MLP has as nearly 2,048 weights as its widths allow.\n" in page
+    page = lm_page.markdown([record("relu_sq", 0, 1.0, mlp_weights=2048), record("swiglu", 0, 1.0)])
+    assert "as its widths allow; more than 1% off: swiglu +50.0%.\n" in page
 
 
 def test_kept_page_and_plots_are_generated():

@@ -190,6 +190,68 @@ def test_explain_says_where_an_activation_runs(layer, activation, name):
 EXPLAINED = r"^(the layer|model|gate|experts) \("
 
 
+def explained(layer):
+    """What explain() says of the layer beyond what it says without."""
+    return fusedmlp.explain(layer).removeprefix(fusedmlp.explain()).strip()
+
+
+def test_explain_has_a_line_for_every_layer(make):
+    layer = make()
+    assert bool(explained(layer)) == any(True for _ in layer.parameters())
+
+
+def packed():
+    return layers.BinaryGatedMLP(128, 128).pack()
+
+
+@pytest.mark.parametrize(
+    "layer, text",
+    [
+        (lambda: layers.NGPT(8), "(SwiGLU): one gated_mlp, 'silu', of weights normalised in Py"),
+        (lambda: layers.NGPT(8, nn.Linear(8, 8)), "(NGPT): norms and step in PyTorch"),
+        (lambda: layers.GMLP(8, 8, 4, 1), "blocks.0.1 (GMLPBlock): one gated_act, 'gelu', betw"),
+        (lambda: layers.MGLU(8, 8), "the layer (MGLU): Sigmoid in PyTorch"),
+        (lambda: layers.MGLU(8, 8, mask_mode="element"), "(MGLU): Sigmoid fused as 'sigmoid'"),
+        (lambda: layers.FeedForward(8, glu_variant="mswiglu"), "net.0 (SwiMGLU): SiLU in PyTorch"),
+        (lambda: layers.PathWeightedFFF(8, 2, 8), "one tree_path, then 3 times route_to and moe_l"),
+        (lambda: layers.PointwiseMLP(8, "gelu"), "every call in PyTorch, 'gelu': backend='torch'"),
+        (lambda: layers.PointwiseMLP(8, "glu", backend="fused"), "one gated_mlp, 'sigmoid'"),
+        (lambda: layers.PointwiseMLP(8, "silu", nn.Dropout(0.5), backend="fused"),
+         "linear_act, 'silu', then Dropout and a linear in PyTorch"),
+        (lambda: layers.SwiGLUMLP(8), "one gated_mlp, 'silu'"),
+        (lambda: layers.ReluSquaredMLP(8), "one mlp, 'relu_sq'"),
+        (lambda: layers.Top1MoE(8, 8, 2), "top1_route, one moe_mlp, 'silu'"),
+        (lambda: layers.BinaryGatedMLP(128, 128), "the layer (BinaryGatedMLP): one gated_mlp, "),
+        (packed, "the layer (BinaryGatedMLP): one binary_gated_mlp, 'silu'"),
+        (packed, "gate_proj (BinaryLinear): packed weight"),
+    ],
+)  # fmt: skip
+def test_explain_says_which_calls_are_fused(layer, text):
+    assert text in explained(layer())
+
+
+@pytest.mark.parametrize("layer", ("x", layers.SwiGLU))
+def test_explain_wants_a_layer(layer):
+    with pytest.raises(TypeError, match=r"^explain: layer must be an nn\.Module or None, got "):
+        fusedmlp.explain(layer)
+
+
+def test_explain_passes_over_another_packages_path():
+    foreign = nn.Identity()
+    foreign.path = "weights.bin"
+    assert explained(foreign) == ""
+
+
+def test_explain_lists_every_op():
+    ops = {name for name in fusedmlp.__all__ if _is_op(getattr(fusedmlp, name))}
+    (line,) = [s for s in fusedmlp.explain().splitlines() if s.startswith("ops: ")]
+    assert ops - {"jitter", "load_balancing_loss", "router_z_loss"} == set(line[5:].split(", "))
+
+
+def _is_op(found):
+    return inspect.isfunction(found) and found.__module__.startswith("fusedmlp.ops.")
+
+
 # --- names
 
 

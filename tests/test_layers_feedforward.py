@@ -1,6 +1,8 @@
 """FeedForward against its equations in plain PyTorch; its structure, counts and messages."""
 
 import functools
+import pickle
+import re
 import warnings
 
 import pytest
@@ -18,7 +20,16 @@ from layer_checks import (
 from torch import nn
 
 import fusedmlp
-from fusedmlp.layers import GLU, Bilinear, FeedForward, GeGLU, ReGLU, SwiGLU
+from fusedmlp.layers import (
+    GLU,
+    Bilinear,
+    FastFeedForward,
+    FeedForward,
+    GeGLU,
+    ReGLU,
+    SwiGLU,
+    SwitchFFN,
+)
 
 GATES = {
     "glu": (GLU, torch.sigmoid),
@@ -189,6 +200,51 @@ def test_gated_structure(variant):
         "net.2.weight",
         "net.2.bias",
     ]
+
+
+def of_mlp_utils(layer):
+    """The layer's state as mlp_utils writes it: each first projection a second time, as `proj`."""
+    state = layer.state_dict()
+    for name in list(state):
+        before, found, leaf = name.rpartition("net.0.")
+        if found and "mask" not in leaf:
+            state[f"{before}proj.{leaf.removeprefix('proj.')}"] = state[name]
+    return state
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: FeedForward(8, 2),
+        lambda: FeedForward(8, 2, glu_variant="swiglu", pre_norm=True),
+        lambda: FeedForward(8, 2, glu_variant="mswiglu"),
+        lambda: SwitchFFN(8, 2, ff_kwargs={"glu_variant": "geglu"}),
+        lambda: SwitchFFN(8, 2, ff_kwargs={"mult": 1}),
+        lambda: FastFeedForward(8, 1, glu_variant="mglu", has_master_leaf=True),
+    ],
+    ids=("plain", "gated", "masked", "switch", "switch plain", "tree"),
+)
+def test_checkpoints_of_mlp_utils_load(make):
+    layer, fresh = make(), pickle.loads(pickle.dumps(make()))
+    state = of_mlp_utils(layer)
+    kept = dict(state)
+    aliases = sorted(set(state) - set(layer.state_dict()))
+    assert aliases
+    fresh.load_state_dict(state)
+    assert state == kept, "the caller's dict is left alone"
+    for name, value in layer.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], value), name
+
+    for alias in aliases:
+        different = {**state, alias: state[alias] + 1}
+        with pytest.raises(RuntimeError, match=rf"Unexpected key.*{re.escape(alias)}"):
+            make().load_state_dict(different)
+
+
+def test_checkpoints_of_mlp_utils_load_on_meta():
+    with torch.device("meta"):
+        layer, state = FeedForward(8), of_mlp_utils(FeedForward(8))
+    layer.load_state_dict(state, assign=True)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -276,7 +276,9 @@ def test_residual():
     torch.testing.assert_close(y, 4 * x)
     assert torch.equal(loss, x.sum()) and wrapped.has_aux_loss
     assert torch.compile(wrapped, backend="eager").has_aux_loss
-    with pytest.raises(RuntimeError, match="size of tensor"):
+    with pytest.raises(
+        ValueError, match=r"ResidualWrapper: module must keep .* got \(3, 3\) from Lin"
+    ):
         ResidualWrapper(nn.Linear(4, 3))(x)
     with pytest.raises(TypeError, match="ResidualWrapper: module must be an nn.Module, got 'x'"):
         ResidualWrapper("x")

@@ -197,6 +197,23 @@ def test_refuses_other_files(tmp_path):
         table.read(str(path))
 
 
+def test_refuses_a_list(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text('[{"kind": "toy"}]')
+    with pytest.raises(Refusal, match="expected a file that `table --json` wrote"):
+        table.read(str(path))
+
+
+@pytest.mark.parametrize("option", ("--json", "--markdown"))
+def test_files_that_cannot_be_written_are_refused_first(option, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(toy, "train", lambda *a: pytest.fail("trained before the refusal"))
+    for path in (tmp_path / "none" / "file", tmp_path):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["table", "--device", "cpu", option, str(path)])
+        assert end.value.code == 2
+        assert f"{option}: must be a file that can be written" in capsys.readouterr().err
+
+
 def test_worse_than_the_mean_is_said():
     record = table.record_of(
         PUBLISHED[0],

@@ -55,7 +55,10 @@ def build(
     expected = f"{where} must be {also}a callable that makes an nn.Module from no arguments"
     if isinstance(activation, nn.Module) or not callable(activation):
         raise TypeError(f"{expected}, got {activation!r}")
-    made = activation()
+    try:
+        made = activation()
+    except TypeError as error:
+        raise TypeError(f"{expected}, got {activation!r}") from error
     if not isinstance(made, nn.Module):
         raise TypeError(f"{expected}, got {activation!r}, which made {made!r}")
     return made

@@ -7,14 +7,18 @@ and F.linear.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._numbers import number
 from ..ops.gated_linear import gated_linear
 from ..ops.gated_mlp import gated_mlp
 from ..ops.linear_act import linear_act
 from ..ops.mlp import mlp
 from ..reference import Packed
+from ._input import check_x
 
 # Exact types: a subclass may do something in eval, or at p = 0.
 _DROPOUTS = (
@@ -36,8 +40,7 @@ def positive_int(owner: str, name: str, value: object) -> None:
 
 def scaled_width(owner: str, dim: int, factor_name: str, factor: float) -> int:
     """floor(dim * factor), the hidden width; at least 1."""
-    if not isinstance(factor, int | float) or isinstance(factor, bool):
-        raise TypeError(f"{owner}: {factor_name} must be a number, got {factor!r}")
+    number(owner, factor_name, factor)
     if not 1 <= dim * factor < float("inf"):
         raise ValueError(
             f"{owner}: {factor_name} must be finite and give a hidden width of at least 1, "
@@ -47,8 +50,20 @@ def scaled_width(owner: str, dim: int, factor_name: str, factor: float) -> int:
 
 
 def probability(owner: str, name: str, value: float) -> None:
+    number(owner, name, value)
     if not 0 <= value < 1:
         raise ValueError(f"{owner}: {name} must be in [0.0,1.0), got {value}")
+
+
+def build_norm(owner: str, norm_layer: Callable[[int], nn.Module], width: int) -> nn.Module:
+    """norm_layer(width). Raises TypeError for anything else than a callable that makes a module."""
+    expected = f"{owner}: norm_layer must be a callable that makes an nn.Module from its width"
+    if isinstance(norm_layer, nn.Module) or not callable(norm_layer):
+        raise TypeError(f"{expected}, got {norm_layer!r}")
+    made = norm_layer(width)
+    if not isinstance(made, nn.Module):
+        raise TypeError(f"{expected}, got {norm_layer!r}, which made {made!r}")
+    return made
 
 
 def reset_others(owner: nn.Module) -> None:
@@ -90,11 +105,31 @@ def affine(owner: nn.Module, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     return linear.weight, linear.bias  # type: ignore[return-value]
 
 
+def check_input(owner: str, x: Tensor, *modules: nn.Module | None) -> None:
+    """check_x against the nn.Linear among `modules`, which x reaches in its own width and dtype.
+
+    Exact type: a subclass may hold another dtype than it takes, or compute its weight on access.
+    """
+    for module in modules:
+        if type(module) is nn.Linear:
+            weight = module.weight
+            check_x(owner, x, weight.shape[-1], weight.dtype)
+            return
+
+
 def passes_through(dropout: nn.Module | None) -> bool:
     """Whether calling `dropout` now would return its input unchanged."""
     if dropout is None or type(dropout) is nn.Identity:
         return True
     return type(dropout) in _DROPOUTS and (not dropout.training or bool(dropout.p == 0))
+
+
+def block_path(dropout: nn.Module | None, *, activation: str, gated: bool) -> str:
+    """For explain(): what gated_block, or plain_block, runs now."""
+    whole, first = ("gated_mlp", "gated_linear") if gated else ("mlp", "linear_act")
+    if passes_through(dropout):
+        return f"one {whole}, {activation!r}"
+    return f"{first}, {activation!r}, then {type(dropout).__name__} and a linear in PyTorch"
 
 
 def gated_block(

@@ -23,7 +23,7 @@ from ..reference import Routing
 from ..reference.moe import by_expert
 from ._activation import name_of
 from ._block import passes_through
-from .feedforward import FeedForward
+from .feedforward import FeedForward, drop_aliases
 from .glu import GLUBase
 from .masked_glu import MaskedGLU
 
@@ -188,6 +188,8 @@ def _stack(
 ) -> None:
     """Keys of a missing expert stay as they are, and are reported as unexpected."""
     experts = cast(StackedExperts, module)
+    for i in range(experts.num_experts):
+        drop_aliases(experts._template[0], state, f"{prefix}{i}.")
     for i, (name, packed) in experts._packed():
         packed.check_saved(state, f"{prefix}{i}.{name}.")
         width = f"{prefix}{i}.{name}._extra_state"

@@ -49,6 +49,11 @@ class FusedSequential(nn.Sequential):
         return self.path()
 
 
+def first_two(net: nn.Module) -> Row:
+    """A linear, or a norm and a linear: what meets x before its width or dtype can change."""
+    return list(net._modules.values())[:2]  # type: ignore[return-value]
+
+
 def _row_length(children: Row) -> int:
     """How many children, from the first on, are one call."""
     if len(children) < 2 or not _is_linear(children[0]) or name_of(children[1]) is None:

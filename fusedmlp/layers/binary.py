@@ -38,6 +38,7 @@ from ..ops.gated_mlp import gated_mlp
 from ..reference.binary import binary_scales
 from ._activation import name_of
 from ._block import positive_int
+from ._input import check_x
 
 
 def binarized(v: Tensor, clip: float | None = None, detach_scale: bool = False) -> Tensor:
@@ -181,7 +182,14 @@ class BinaryLinear(nn.Module):
         """x (..., in_features) -> (..., out_features)."""
         if self.packed is not None:
             return binary_linear(x, self.packed, self.bias)
+        check_x(type(self).__name__, x, self.in_features, self.weight.dtype)
         return F.linear(x, self.binarized(), self.bias)
+
+    def path(self) -> str:
+        """For explain(): true of a layer whose weight a BinaryGatedMLP reads, too."""
+        if self.packed is not None:
+            return "packed weight, read by a binary op"
+        return "latent weight, binarized in PyTorch at each call"
 
     def extra_repr(self) -> str:
         return (
@@ -285,6 +293,11 @@ class BinaryGatedMLP(nn.Module):
             )
         latent = (layer.binarized() for layer in layers)
         return gated_mlp(x, *latent, *biases, activation=self.activation)
+
+    def path(self) -> str:
+        """For explain()."""
+        packed = all(layer.packed is not None for layer in self._layers())
+        return f"one {'binary_gated_mlp' if packed else 'gated_mlp'}, {self.activation!r}"
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

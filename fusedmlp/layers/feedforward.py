@@ -24,10 +24,20 @@ import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
+from .._numbers import number
 from ._activation import build, describe, name_of
-from ._block import gated_block, plain_block, positive_int, reset_others, scaled_width
+from ._block import (
+    build_norm,
+    check_input,
+    gated_block,
+    plain_block,
+    positive_int,
+    reset_others,
+    scaled_width,
+)
 from .glu import GLU, Bilinear, GeGLU, GLUBase, ReGLU, SwiGLU
 from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
 
@@ -70,6 +80,7 @@ class FeedForward(nn.Module):
 
     Attributes: `net`, a Sequential of [Linear, activation, Dropout, Linear] or [GLU layer, Dropout,
     Linear]; `proj`, its first Linear; `pre_norm`, the norm or None; `glu_variant`, in lower case.
+    load_state_dict takes mlp_utils' checkpoints, which hold `proj` a second time under that name.
     Every Linear has a bias and starts with Kaiming-normal weights (fan-in, relu) and zero bias.
 
     The modules in `net` hold parameters and settings; forward reads them and does not call them
@@ -96,10 +107,11 @@ class FeedForward(nn.Module):
         super().__init__()
         positive_int("FeedForward", "dim", dim)
         hidden = scaled_width("FeedForward", dim, "mult", mult)
+        number("FeedForward", "dropout", dropout)
         if not 0 <= dropout <= 1:
             raise ValueError(f"FeedForward: dropout must be in [0, 1], got {dropout}")
         self.glu_variant = _variant(glu_variant)
-        self.pre_norm = norm_layer(dim) if pre_norm else None
+        self.pre_norm = build_norm("FeedForward", norm_layer, dim) if pre_norm else None
         first: list[nn.Module]
         if self.glu_variant == "none":
             first = [nn.Linear(dim, hidden), build("FeedForward: activation", activation, False)]
@@ -113,6 +125,7 @@ class FeedForward(nn.Module):
                 )
         self.net = nn.Sequential(*first, nn.Dropout(dropout), nn.Linear(hidden, dim))
         self._init_linears()
+        self.register_load_state_dict_pre_hook(drop_aliases)
 
     @property
     def proj(self) -> nn.Linear:
@@ -138,11 +151,13 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
         if self.pre_norm is not None:
+            check_input("FeedForward", x, self.proj)
             x = self.pre_norm(x)
         if self.glu_variant == "none":
             first, act, dropout, second = self.net
             activation = name_of(act)
             if activation is None:
+                check_input("FeedForward", x, first)
                 return self.net(x)
             return plain_block(self, x, first, second, dropout, activation=activation)
         glu: Any
@@ -150,7 +165,7 @@ class FeedForward(nn.Module):
         if isinstance(glu, MaskedGLU):
             return glu.block(x, dropout, second)
         activation = name_of(glu.activation)
-        if activation is None:
+        if activation is None:  # the GLU layer checks x
             return self.net(x)
         return gated_block(
             self, x, glu.proj, None, second, dropout, activation=activation, packed="up_gate"
@@ -162,6 +177,25 @@ class FeedForward(nn.Module):
 
     def extra_repr(self) -> str:
         return self.path()
+
+
+def drop_aliases(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """mlp_utils registers the first projection twice: leave out of `state` what its `proj` repeats.
+
+    A `proj` that differs from what it repeats stays, and is reported as unexpected.
+    """
+    gated = isinstance(cast(FeedForward, module).net[0], GLUBase | MaskedGLU)
+    for leaf in ("weight", "bias"):
+        alias = f"{prefix}proj.{leaf}"
+        own = f"{prefix}net.0.proj.{leaf}" if gated else f"{prefix}net.0.{leaf}"
+        if alias in state and own in state and _same(state[alias], state[own]):
+            del state[alias]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
+        return False
+    return a.is_meta or torch.equal(a, b)  # on meta there are no values to differ
 
 
 def _variant(glu_variant: str) -> str:

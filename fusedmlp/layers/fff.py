@@ -299,3 +299,7 @@ class PathWeightedFFF(nn.Module):
             terms.append(weights[:, level : level + 1] * moe_linear(flat, routing, w.mT, b))
         y = functools.reduce(torch.add, terms)
         return y.view(*x.shape[:-1], self.output_width)
+
+    def path(self) -> str:
+        """For explain()."""
+        return f"one tree_path, then {self.depth + 1} times route_to and moe_linear"

@@ -15,13 +15,14 @@ Constructor, names and initial values are mlp_utils'.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from ._activation import build
-from ._block import positive_int, probability, reset_others, scaled_width
-from ._sequential import FusedSequential
+from ._block import build_norm, check_input, positive_int, probability, reset_others, scaled_width
+from ._sequential import FusedSequential, first_two
 from .init_weights import initialize_weights
 
 
@@ -46,7 +47,7 @@ class GatingMechanism(nn.Module):
     gain 0.1 and every bias at 1. Forward hooks on children of `gate` that are fused do not run.
 
     Raises AssertionError unless one of the two bottleneck arguments is given, and ValueError or
-    TypeError for a bad argument.
+    TypeError for a bad argument, and in forward for an x of another width or dtype.
     """
 
     def __init__(
@@ -68,10 +69,11 @@ class GatingMechanism(nn.Module):
         positive_int("GatingMechanism", "output_dim", output_dim)
         bottleneck = _bottleneck(input_dim, bottleneck_factor, bottleneck_dim)
         probability("GatingMechanism", "dropout", dropout)
+        norm = functools.partial(build_norm, "GatingMechanism", norm_layer)
         layers = [
-            norm_layer(input_dim) if use_norm and pre_norm else None,
+            norm(input_dim) if use_norm and pre_norm else None,
             nn.Linear(input_dim, bottleneck),
-            norm_layer(bottleneck) if use_norm and not pre_norm else None,
+            norm(bottleneck) if use_norm and not pre_norm else None,
             build("GatingMechanism: act_fn", act_fn),
             nn.Dropout(dropout) if dropout > 0 else None,
             nn.Linear(bottleneck, output_dim),
@@ -95,6 +97,7 @@ class GatingMechanism(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., input_dim) -> (..., output_dim)."""
+        check_input("GatingMechanism", x, *first_two(self.gate))
         return self.gate(x)
 
 

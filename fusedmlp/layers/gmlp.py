@@ -24,9 +24,21 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..ops.gated_act import gated_act
-from ._block import positive_int, probability, reset_tree
+from ._activation import build
+from ._block import build_norm, positive_int, probability, reset_tree
+from ._input import check_x
 
 NormLayer = Callable[[int], nn.Module]
+
+
+def _check_sequence(owner: str, x: Tensor, seq_len: int, dim: int, linear: object) -> None:
+    """x is (..., seq_len, dim), in the dtype of `linear` unless that was replaced."""
+    if isinstance(x, Tensor) and x.shape[-2:] != (seq_len, dim):
+        raise ValueError(
+            f"{owner}: x must be (..., {seq_len}, {dim}): seq_len, dim; got {tuple(x.shape)}"
+        )
+    if type(linear) is nn.Linear:
+        check_x(owner, x, dim, linear.weight.dtype)
 
 
 class SpatialGatingUnit(nn.Module):
@@ -39,7 +51,8 @@ class SpatialGatingUnit(nn.Module):
         canonical_gate: leave out the factor v, as the paper does.
         gate_activation: a module on the gate; None: none.
 
-    Raises ValueError for a sequence of another length.
+    Raises ValueError or TypeError for a bad argument, and in forward for an x of another shape or
+    dtype.
     """
 
     def __init__(
@@ -53,7 +66,13 @@ class SpatialGatingUnit(nn.Module):
         super().__init__()
         positive_int("SpatialGatingUnit", "dim", dim)
         positive_int("SpatialGatingUnit", "seq_len", seq_len)
-        self.norm = norm_layer(dim)
+        self.dim, self.seq_len = dim, seq_len
+        if not isinstance(gate_activation, nn.Module | None):
+            raise TypeError(
+                "SpatialGatingUnit: gate_activation must be an nn.Module or None, got "
+                f"{gate_activation!r}"
+            )
+        self.norm = build_norm("SpatialGatingUnit", norm_layer, dim)
         self.proj = nn.Linear(seq_len, seq_len)
         self.gate_activation = gate_activation
         self.canonical_gate = canonical_gate
@@ -70,7 +89,8 @@ class SpatialGatingUnit(nn.Module):
         self._init_proj()
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, dim) -> (B, N, dim)."""
+        """x (..., N, dim) -> (..., N, dim)."""
+        _check_sequence("SpatialGatingUnit", x, self.seq_len, self.dim, self.proj)
         gate = self.proj(self.norm(x).mT).mT
         if self.gate_activation is not None:
             gate = self.gate_activation(gate)
@@ -88,6 +108,9 @@ class GMLPBlock(nn.Module):
         dim_ff: width of u and v.
         seq_len: length of the sequence.
         norm_layer, canonical_gate, gate_activation: SpatialGatingUnit's.
+
+    Raises ValueError or TypeError for a bad argument, and in forward for an x of another shape or
+    dtype.
     """
 
     def __init__(
@@ -102,6 +125,7 @@ class GMLPBlock(nn.Module):
         super().__init__()
         positive_int("GMLPBlock", "dim", dim)
         positive_int("GMLPBlock", "dim_ff", dim_ff)
+        self.dim, self.seq_len = dim, seq_len
         self.proj_in = nn.Linear(dim, 2 * dim_ff)
         self.sgu = SpatialGatingUnit(dim_ff, seq_len, norm_layer, canonical_gate, gate_activation)
         self.proj_out = nn.Linear(dim_ff, dim)
@@ -112,9 +136,14 @@ class GMLPBlock(nn.Module):
             reset_tree(self, child)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, N, dim) -> (B, N, dim)."""
+        """x (..., N, dim) -> (..., N, dim)."""
+        _check_sequence("GMLPBlock", x, self.seq_len, self.dim, self.proj_in)
         u, v = self.proj_in(x).chunk(2, -1)
         return self.proj_out(gated_act(u, self.sgu(v), activation="gelu"))
+
+    def path(self) -> str:
+        """For explain()."""
+        return "one gated_act, 'gelu', between linears in PyTorch"
 
 
 class GMLP(nn.Module):
@@ -135,8 +164,8 @@ class GMLP(nn.Module):
     with nn.Linear's own values, those along the sequence with weight 0 and bias 1: a fresh model
     mixes no tokens.
 
-    Raises ValueError or TypeError for a bad argument, and ValueError for an x that is not
-    (B, seq_len, dim).
+    Raises ValueError or TypeError for a bad argument, and in forward for an x that is not
+    (B, seq_len, dim) or has another dtype.
     """
 
     def __init__(
@@ -160,10 +189,13 @@ class GMLP(nn.Module):
         assert seq_len is not None and depth is not None
         probability("GMLP", "drop_path", drop_path)
         self.dim, self.seq_len, self.drop_path = dim, seq_len, drop_path
-        gates = [None if gate_activation is None else gate_activation() for _ in range(depth)]
+        gates: list[nn.Module | None] = [None] * depth
+        if gate_activation is not None:
+            gates = [build("GMLP: gate_activation", gate_activation, False) for _ in gates]
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                norm_layer(dim), GMLPBlock(dim, dim_ff, seq_len, norm_layer, canonical_gate, gate)
+                build_norm("GMLP", norm_layer, dim),
+                GMLPBlock(dim, dim_ff, seq_len, norm_layer, canonical_gate, gate),
             )
             for gate in gates
         )
@@ -175,11 +207,13 @@ class GMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, seq_len, dim) -> (B, seq_len, dim)."""
-        if x.dim() != 3 or x.shape[1:] != (self.seq_len, self.dim):
+        if isinstance(x, Tensor) and (x.dim() != 3 or x.shape[1:] != (self.seq_len, self.dim)):
             raise ValueError(
                 f"GMLP: x must be (B, {self.seq_len}, {self.dim}): batch, seq_len, dim; "
                 f"got {tuple(x.shape)}"
             )
+        first = self.blocks[0]._modules.get("1")  # None where a block was wrapped
+        _check_sequence("GMLP", x, self.seq_len, self.dim, getattr(first, "proj_in", None))
         for block in self.blocks:
             x = x + self._drop(block(x))
         return x

@@ -17,7 +17,8 @@ gating; "q_proj", "k_proj", "v_proj" or "attention": attention; "embed" or "toke
 "expert" or "router": expert. Names and roles are mlp_utils', where `scale` had no effect on Kaiming
 values; here it has.
 
-Every function raises ValueError for an unknown method.
+Every function raises ValueError for an unknown method or nonlinearity and for a scale that is
+negative or not finite, and TypeError for what is no module or number.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
+
+from .._numbers import finite
 
 __all__ = ["apply_initialization", "create_initializer", "initialize_weights"]
 
@@ -60,7 +63,8 @@ def initialize_weights(
 
     A weight that is parametrised is assigned, so its parametrisation needs a right inverse.
     """
-    _check_method("initialize_weights", init_method)
+    _check_module("initialize_weights", "module", module)
+    _check("initialize_weights", init_method, nonlinearity, scale)
     if isinstance(module, nn.Linear):
         role = _role(layer_name) if init_method == "default" else init_method
         _linear(module, role, nonlinearity, scale)
@@ -84,7 +88,8 @@ def apply_initialization(
     model: nn.Module, init_method: str = "default", nonlinearity: str = "relu", scale: float = 1.0
 ) -> None:
     """`initialize_weights` on `model` and every module in it, each with its dotted name."""
-    _check_method("apply_initialization", init_method)
+    _check_module("apply_initialization", "model", model)
+    _check("apply_initialization", init_method, nonlinearity, scale)
     for name, module in model.named_modules():
         initialize_weights(module, init_method, nonlinearity, scale, name)
 
@@ -96,7 +101,7 @@ def create_initializer(
 
     No name reaches it: under "default" every Linear has the default role.
     """
-    _check_method("create_initializer", init_method)
+    _check("create_initializer", init_method, nonlinearity, scale)
 
     def initializer(module: nn.Module) -> None:
         initialize_weights(module, init_method, nonlinearity, scale)
@@ -104,11 +109,26 @@ def create_initializer(
     return initializer
 
 
-def _check_method(function: str, method: str) -> None:
+def _check_module(function: str, name: str, module: object) -> None:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{function}: {name} must be an nn.Module, got {type(module).__name__}")
+
+
+def _check(function: str, method: str, nonlinearity: str, scale: float) -> None:
     if method not in METHODS:
         raise ValueError(
             f"{function}: init_method must be one of {', '.join(METHODS)}; got {method!r}"
         )
+    try:
+        nn.init.calculate_gain(nonlinearity)  # type: ignore[arg-type]
+    except ValueError:
+        raise ValueError(
+            f"{function}: nonlinearity must be a name of torch.nn.init.calculate_gain, got "
+            f"{nonlinearity!r}"
+        ) from None
+    finite(function, "scale", scale)
+    if scale < 0:
+        raise ValueError(f"{function}: scale must not be negative, got {scale}")
 
 
 def _role(layer_name: str) -> str:

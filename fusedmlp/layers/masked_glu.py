@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from ..masks import MAX_MASKS, PackedMasks, pack_masks
 from ..ops.masked_gated_linear import masked_gated_linear
 from ..ops.masked_gated_mlp import masked_gated_mlp
-from ._activation import name_of
+from ._activation import describe, name_of
 from ._block import affine, passes_through, positive_int, reset_others
 from ._input import check_x
 
@@ -170,6 +170,12 @@ class MaskedGLU(nn.Module):
             return F.linear(dropout(self(x)), w_down, b_down)
         w, _ = affine(self, self.proj)
         return masked_gated_mlp(x, w, self.masks(), w_down, b_down, activation=self._activation())
+
+    def path(self) -> str:
+        """For explain(): where the activation runs."""
+        if self.mask_mode == "channel":
+            return f"{type(self.activation).__name__} in PyTorch"
+        return describe(self.activation)
 
     def _activation(self) -> str:
         name = name_of(self.activation)

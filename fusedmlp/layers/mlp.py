@@ -20,6 +20,7 @@ the norms keep it). Constructor, names and the norm of the output are mlp_utils'
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable
 from typing import Literal, cast, get_args
@@ -27,8 +28,8 @@ from typing import Literal, cast, get_args
 from torch import Tensor, nn
 
 from ._activation import build
-from ._block import positive_int, probability, reset_others, scaled_width
-from ._sequential import FusedSequential
+from ._block import build_norm, check_input, positive_int, probability, reset_others, scaled_width
+from ._sequential import FusedSequential, first_two
 from .init_weights import initialize_weights
 from .residual import ResidualWrapper
 
@@ -60,7 +61,8 @@ class MLP(nn.Module):
     `input_dim`, `output_dim`, `norm_mode`. Every Linear starts with Kaiming-normal weights (fan-in,
     relu) and zero bias. Forward hooks on children of `model` that are fused do not run.
 
-    Raises ValueError or TypeError for a bad argument.
+    Raises ValueError or TypeError for a bad argument, and in forward for an x of another width or
+    dtype.
     """
 
     def __init__(
@@ -87,14 +89,15 @@ class MLP(nn.Module):
         probability("MLP", "dropout", dropout)
         self.input_dim, self.output_dim = input_dim, output_dim
         self.norm_mode = mode = _norm_mode(norm_mode, use_norm, pre_norm)
+        norm = functools.partial(build_norm, "MLP", norm_layer)
         layers = [
-            norm_layer(input_dim) if mode in ("pre", "both") else None,
+            norm(input_dim) if mode in ("pre", "both") else None,
             nn.Linear(input_dim, hidden),
-            norm_layer(hidden) if mode in ("post", "both") else None,
+            norm(hidden) if mode in ("post", "both") else None,
             build("MLP: act_fn", act_fn),
             nn.Dropout(dropout) if dropout > 0 else None,
             nn.Linear(hidden, output_dim),
-            norm_layer(output_dim) if output_norm and mode != "none" else None,
+            norm(output_dim) if output_norm and mode != "none" else None,
         ]
         net = FusedSequential(*(layer for layer in layers if layer is not None))
         self.model = self._wrapped(net) if residual else net
@@ -130,6 +133,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., input_dim) -> (..., output_dim)."""
+        check_input("MLP", x, *first_two(self._net))
         return self.model(x)
 
 

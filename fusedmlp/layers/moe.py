@@ -131,6 +131,12 @@ class Top1MoE(nn.Module):
         y = y.view(x.shape)
         return (y, routing) if return_routing else y
 
+    def path(self) -> str:
+        """For explain()."""
+        own = "one moe_mlp" if self.group is None else "one moe_mlp of each rank's experts"
+        also = "" if self.shared is None else ", and one gated_mlp for the shared expert"
+        return f"top1_route, {own}, {self.activation!r}{also}"
+
     def _run(self, x: Tensor, routing: Routing) -> Tensor:
         weights = (self.w_gate, self.w_up, self.w_down)
         options: Any = {"activation": self.activation, "recompute": self.recompute}

@@ -35,8 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._numbers import finite, number
 from ..ops.gated_mlp import gated_mlp
 from ._block import positive_int, reset_tree, scaled_width
+from ._input import check_x
 
 
 def l2norm(t: Tensor, dim: int = -1, norm_eps: float = 0.0) -> Tensor:
@@ -97,6 +99,8 @@ class Scale(nn.Module):
     def __init__(self, dim: int, init: float = 1.0, scale: float = 1.0) -> None:
         super().__init__()
         positive_int("Scale", "dim", dim)
+        finite("Scale", "init", init)
+        finite("Scale", "scale", scale)
         if scale == 0:
             raise ValueError("Scale: scale must not be 0, got 0")
         self._start, self._factor = scale, init / scale
@@ -224,6 +228,10 @@ class SwiGLU(nn.Module):
         hidden = self.norm_linear_hidden.linear.scaled_weight(self.s_u)
         return gated_mlp(x, gate, hidden, self.norm_linear_out.weight, activation="silu")
 
+    def path(self) -> str:
+        """For explain()."""
+        return "one gated_mlp, 'silu', of weights normalised in PyTorch"
+
 
 class NGPT(nn.Module):
     """norm(h + alpha * (norm(net(h)) - h)), where h = norm(x).
@@ -245,8 +253,8 @@ class NGPT(nn.Module):
     Attributes: `feedforward_net`, `alpha_m`, `norm`; `needs_normalized_target`, always True, for a
     training script that compares y with targets.
 
-    Raises ValueError or TypeError for a bad argument, and TypeError in forward for a net that does
-    not return one tensor.
+    Raises ValueError or TypeError for a bad argument, and in forward for an x of another width or
+    dtype and for a net that does not return one tensor of x's shape.
     """
 
     def __init__(
@@ -265,10 +273,14 @@ class NGPT(nn.Module):
             alpha_m_init = 0.05 if paper else 0.5
         if alpha_m_scale is None:
             alpha_m_scale = 1.0 if scalar_alpha else dim**-0.5
-        self.paper = paper
+        self.dim, self.paper = dim, paper
         self.norm = L2Norm(norm_eps=norm_eps)
         if feedforward_net is None:
             feedforward_net = SwiGLU(dim, norm_eps=norm_eps, scaled=paper)
+        elif not isinstance(feedforward_net, nn.Module):
+            raise TypeError(
+                f"NGPT: feedforward_net must be an nn.Module or None, got {feedforward_net!r}"
+            )
         self.feedforward_net = feedforward_net
         self.alpha_m = Scale(1 if scalar_alpha else dim, alpha_m_init, alpha_m_scale)
 
@@ -287,6 +299,7 @@ class NGPT(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
+        check_x("NGPT", x, self.dim, self.alpha_m.scale.dtype)
         h = self.norm(x)
         m = self.feedforward_net(h)
         if not isinstance(m, Tensor):
@@ -294,13 +307,23 @@ class NGPT(nn.Module):
                 "NGPT: feedforward_net must return one tensor, got "
                 f"{type(m).__name__} from {type(self.feedforward_net).__name__}"
             )
+        if m.shape != h.shape:
+            raise ValueError(
+                f"NGPT: feedforward_net must keep x's shape {tuple(h.shape)}, got "
+                f"{tuple(m.shape)} from {type(self.feedforward_net).__name__}"
+            )
         alpha = self.alpha_m().abs() if self.paper else self.alpha_m()
         return self.norm(h + alpha * (self.norm(m) - h))
+
+    def path(self) -> str:
+        """For explain(): what stands around the net, which speaks for itself."""
+        return "norms and step in PyTorch"
 
     def extra_repr(self) -> str:
         return f"paper={self.paper}"
 
 
 def _check_eps(owner: str, norm_eps: float) -> None:
+    number(owner, "norm_eps", norm_eps)
     if not 0 <= norm_eps < 1:
         raise ValueError(f"{owner}: norm_eps must be in [0, 1), got {norm_eps}")

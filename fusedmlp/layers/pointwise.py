@@ -26,7 +26,15 @@ from torch import Tensor, nn
 from .. import reference
 from ..kernels.activations import ACTIVATIONS
 from ..reference import Packed
-from ._block import gated_block, plain_block, positive_int, reset_others, scaled_width
+from ._block import (
+    block_path,
+    check_input,
+    gated_block,
+    plain_block,
+    positive_int,
+    reset_others,
+    scaled_width,
+)
 from ._config import ModuleConfig, build_module
 
 PointwiseActivation = Literal["relu", "gelu", "silu", "glu", "swiglu"]
@@ -67,7 +75,8 @@ class PointwiseMLP(nn.Module):
     of layer1 and layer2 without calling them: forward hooks on them run with "torch" only, and a
     replacement of either that is no nn.Linear raises TypeError.
 
-    Raises ValueError or TypeError for a bad argument, at construction.
+    Raises ValueError or TypeError for a bad argument, at construction, and in forward for an x of
+    another width or dtype.
     """
 
     def __init__(
@@ -131,6 +140,7 @@ class PointwiseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, *spatial, C) -> (B, *spatial, C)."""
+        check_input("PointwiseMLP", x, self.layer1)
         if not self.is_glu_variant:
             if self.backend == "fused":
                 return plain_block(
@@ -152,6 +162,13 @@ class PointwiseMLP(nn.Module):
                 packed=packed,
             )
         return self.layer2(self.dropout(reference.gated_act(self.layer1(x), None, gate, packed)))
+
+    def path(self) -> str:
+        """For explain()."""
+        if self.backend == "torch":
+            return f"every call in PyTorch, {self.activation!r}: backend='torch'"
+        gate = _GATES.get(self.activation)
+        return block_path(self.dropout, activation=gate or self.activation, gated=bool(gate))
 
     def extra_repr(self) -> str:
         order = f", glu_order={self.glu_order!r}" if self.activation == "glu" else ""

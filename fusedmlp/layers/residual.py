@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ._block import reset_tree
 
@@ -16,7 +16,8 @@ class ResidualWrapper(nn.Module):
         module: the branch, kept as the attribute `module`. Where it returns a tuple, such as an
             output and an auxiliary loss, x is added to the first element.
 
-    forward hands further arguments on to `module`. A shape that does not fit is torch's error.
+    forward hands further arguments on to `module`. Raises TypeError for an x or a result that is no
+    tensor, and ValueError for a result of another shape than x: nothing is broadcast.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -40,7 +41,23 @@ class ResidualWrapper(nn.Module):
 
     def forward(self, x: Any, *args: Any, **kwargs: Any) -> Any:
         """x (...) -> (...)."""
+        if not isinstance(x, Tensor):
+            raise TypeError(f"ResidualWrapper: x must be a tensor, got {type(x).__name__}")
         y = self.module(x, *args, **kwargs)
         if isinstance(y, tuple):
-            return (x + y[0], *y[1:])
-        return x + y
+            return (x + self._branch(x, y[0] if y else None), *y[1:])
+        return x + self._branch(x, y)
+
+    def _branch(self, x: Tensor, y: object) -> Tensor:
+        """What `module` returned, if it can be added to x as it is."""
+        if not isinstance(y, Tensor):
+            raise TypeError(
+                "ResidualWrapper: module must return a tensor, or a tuple that begins with one, "
+                f"got {type(y).__name__} from {type(self.module).__name__}"
+            )
+        if y.shape != x.shape:
+            raise ValueError(
+                f"ResidualWrapper: module must keep x's shape {tuple(x.shape)}, got "
+                f"{tuple(y.shape)} from {type(self.module).__name__}"
+            )
+        return y

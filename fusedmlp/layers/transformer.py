@@ -28,7 +28,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ._block import gated_block, plain_block, positive_int
+from ._block import block_path, gated_block, plain_block, positive_int
 
 
 class HasWidth(Protocol):
@@ -97,6 +97,10 @@ class SwiGLUMLP(_TransformerMLP):
         """x (..., n_embd) -> (..., n_embd)."""
         return gated_block(self, x, self.c_gate, self.c_up, self.c_proj, None, activation="silu")
 
+    def path(self) -> str:
+        """For explain()."""
+        return block_path(None, activation="silu", gated=True)
+
 
 class _TwoMatrixMLP(_TransformerMLP):
     """c_proj(act(c_fc(x))), hidden width 4 n_embd."""
@@ -113,6 +117,10 @@ class _TwoMatrixMLP(_TransformerMLP):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n_embd) -> (..., n_embd)."""
         return plain_block(self, x, self.c_fc, self.c_proj, None, activation=self._activation)
+
+    def path(self) -> str:
+        """For explain()."""
+        return block_path(None, activation=self._activation, gated=False)
 
 
 class ReluSquaredMLP(_TwoMatrixMLP):
