@@ -1,5 +1,5 @@
-"""The check of a layer's input, where what the layer calls first would raise PyTorch's own error:
-layer, argument, what was expected, what was got."""
+"""Checks of a layer's input, where what the layer calls first would raise PyTorch's own error, and
+of its numbers: layer, argument, what was expected, what was got."""
 
 from __future__ import annotations
 
@@ -23,3 +23,30 @@ def check_x(owner: str, x: Tensor, dim: int, dtype: torch.dtype) -> None:
     if not (cast and x.dtype.is_floating_point):
         expected = "floating" if cast else dtype
         raise TypeError(f"{owner}: x must be {expected}, got {x.dtype}")
+
+
+def coefficient(owner: str, name: str, value: float) -> None:
+    """A weight of a loss."""
+    _number(owner, name, value)
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{owner}: {name} must be finite and at least 0, got {value}")
+
+
+def fraction(owner: str, name: str, value: float) -> None:
+    _number(owner, name, value)
+    if not 0 <= value <= 1:
+        raise ValueError(f"{owner}: {name} must be in [0, 1], got {value}")
+
+
+def capacity_factor(owner: str, value: float | None) -> None:
+    """What an expert takes of its equal share of the tokens; None is no limit."""
+    if value is None:
+        return
+    _number(owner, "capacity_factor", value)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"{owner}: capacity_factor must be positive or None, got {value}")
+
+
+def _number(owner: str, name: str, value: object) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")
