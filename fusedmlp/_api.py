@@ -7,6 +7,7 @@ from ._backend import backend
 from ._explain import explain
 from .activations import *  # noqa: F403
 from .binary import BinaryWeight, quantize_binary, read_gguf
+from .hyperglu import HyperGLU, HyperGLUConfig, HyperMLP
 from .layers import *  # noqa: F403
 from .masks import PackedMasks, pack_masks
 from .ops.binary_gated_linear import binary_gated_linear
@@ -42,6 +43,9 @@ __all__ = [
     "Routing",
     "PackedMasks",
     "BinaryWeight",
+    "HyperGLU",
+    "HyperGLUConfig",
+    "HyperMLP",
     "QuantizationReport",
     "backend",
     "binary_gated_linear",

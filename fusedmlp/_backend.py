@@ -53,8 +53,9 @@ def backend(name: str) -> Iterator[None]:
         _chosen = previous
 
 
-def pick(op: str, x: Tensor) -> str:
-    """The backend that runs `op` on tensors like `x`: "triton", "cuda" or "reference".
+def pick(op: str, x: Tensor, name: str = "x") -> str:
+    """The backend that runs `op` on tensors like its argument `name`, `x`: "triton", "cuda" or
+    "reference".
 
     Between triton and cuda each kernel chooses again at its launch (`launcher`), which compiled
     code and autograd reach without coming through here.
@@ -74,8 +75,8 @@ def pick(op: str, x: Tensor) -> str:
         )
     if x.dtype not in TRITON_DTYPES:
         raise TypeError(
-            f"{op}: x must be bfloat16, float16 or float32 on backend 'triton', got {x.dtype}; "
-            "backend('reference') takes any floating dtype"
+            f"{op}: {name} must be bfloat16, float16 or float32 on backend 'triton', got "
+            f"{x.dtype}; backend('reference') takes any floating dtype"
         )
     if _chosen == "auto" and _cuda.PROVEN and not torch.compiler.is_compiling():
         kernels = _cuda.KERNELS.get(op)

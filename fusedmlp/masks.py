@@ -139,5 +139,5 @@ def pack_masks(logits: Tensor) -> PackedMasks:
     if not bool(logits.isfinite().all()):
         bad = int((~logits.isfinite()).sum())
         raise ValueError(f"pack_masks: logits must be finite, got {bad} that are NaN or infinite")
-    triton = _backend.pick("pack_masks", logits) != "reference"
+    triton = _backend.pick("pack_masks", logits, "logits") != "reference"
     return PackedMasks((pack if triton else reference.pack_masks)(logits), logits.shape[2])

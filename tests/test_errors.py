@@ -90,6 +90,26 @@ def test_triton_refuses_what_it_cannot_run(on_triton, device):
         CASES["mlp"].run(CASES["mlp"].inputs(2, 4, 4, torch.float64, device))
 
 
+W = torch.ones(1, 2, 3, 4, dtype=torch.float64)
+ZERO = torch.zeros(1, dtype=torch.int64)
+WIDE = {  # op -> (its argument, a call with float64 for it)
+    "gated_act": ("g", lambda: fusedmlp.gated_act(W, W)),
+    "hyper_attention": ("q", lambda: fusedmlp.hyper_attention(W, W, W[:, :1])),
+    "hyper_attention_step": (
+        "q", lambda: fusedmlp.hyper_attention_step(W[:, :, 0], W, W[:, :1], ZERO)),
+    "pack_masks": ("logits", lambda: fusedmlp.pack_masks(W[0])),
+    "route_to": ("prob", lambda: fusedmlp.route_to(ZERO, W[0, 0, 0, :1], 2)),
+    "top1_route": ("logits", lambda: fusedmlp.top1_route(W)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", WIDE)
+def test_triton_names_the_argument_that_it_refuses(op, on_triton):
+    name, call = WIDE[op]
+    with pytest.raises(TypeError, match=f"^{op}: {name} must be bfloat16, float16 or float32 on"):
+        call()
+
+
 @pytest.mark.parametrize(
     "op, message",
     [("gated_mlp", "it needs CUDA tensors, got cpu"), ("gated_act", "it has no CUDA kernel")],

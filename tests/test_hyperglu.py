@@ -1,5 +1,7 @@
 """HyperGLU: the layer's formula, options, checkpoints' names, causality, memory, errors."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -116,12 +118,39 @@ def test_prefix_and_future(options):
     torch.testing.assert_close(layer(changed)[:, :9], y[:, :9])
 
 
-def test_the_last_unmasked_mixing_leaks_with_identity():
-    layer = perturbed(aligner_kind="identity", op2_do_masking=False)
+LEAKS = (
+    {"op2_do_masking": False},
+    {"use_op1": False, "op2_do_masking": False},
+    {"use_op2": False, "op1_do_masking": False},
+)
+
+
+@pytest.mark.parametrize("options", LEAKS, ids=str)
+def test_the_last_unmasked_mixing_leaks_with_identity_and_warns(options):
+    name = next(name for name in options if name.endswith("do_masking"))
+    with pytest.warns(UserWarning, match=f"{name}=False .* see later tokens") as caught:
+        layer = perturbed(aligner_kind="identity", **options)
+    assert caught[0].filename.endswith("hyper_checks.py")  # who wrote the configuration
     x = draw(1, 17, 24, dtype=torch.float64)
     changed = x.clone()
     changed[:, 9:] += 1
     assert not torch.allclose(layer(changed)[:, :9], layer(x)[:, :9])
+
+
+@pytest.mark.parametrize("options", (
+    {"op1_do_masking": False}, {"do_masking": False, "op2_do_masking": False},
+    {"aligner_kind": "offset", "op2_do_masking": False},
+    {"use_op1": False, "use_op2": False, "op1_do_masking": False, "op2_do_masking": False},
+), ids=str)  # fmt: skip
+def test_no_warning_without_a_leak(options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        config(**{"aligner_kind": "identity", **options})
+
+
+def test_offset_without_masking_warns():
+    with pytest.warns(UserWarning, match="causal all the same"):
+        config(do_masking=False)
 
 
 def test_slots_of_lags_that_never_occur_get_no_gradient():
@@ -304,17 +333,3 @@ def test_bad_options(options, error, message):
     with pytest.raises(error, match=message) as caught:
         config(**options)
     assert str(caught.value).startswith("HyperGLUConfig: ")
-
-
-def test_bad_calls():
-    layer = perturbed()
-    with pytest.raises(TypeError, match="config must be a HyperGLUConfig, got 3"):
-        HyperGLU(3)
-    with pytest.raises(ValueError, match="T must be at most block_size = 40, got 41"):
-        layer(draw(1, 41, 24, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"x must be \(B, T, 24\), got \(9, 24\)"):
-        layer(draw(9, 24, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"attention_mask must be \(1, 9\), got \(9,\)"):
-        layer(draw(1, 9, 24, dtype=torch.float64), torch.ones(9))
-    with pytest.warns(UserWarning, match="causal all the same"):
-        config(do_masking=False)

@@ -25,10 +25,7 @@ class HyperGLUCache:
 
     def append(self, window: Tensor, k: Tensor, v: Tensor) -> None:
         """Write the next token's k and v (B, heads, 1, width) at `length`, which the caller moves;
-        `window` is x's new content. TypeError for another dtype."""
-        if k.dtype is not self.k.dtype:
-            raise TypeError(f"HyperGLU: cache must hold {k.dtype}, as the projections come out "
-                            f"here, got {self.k.dtype}; see init_cache(dtype=...)")  # fmt: skip
+        `window` is x's new content."""
         room = self.length < self.k.shape[2]
         message = "HyperGLU: the cache is full: it holds block_size tokens"
         torch._assert_async(room.all(), message)
@@ -37,19 +34,22 @@ class HyperGLUCache:
         self.v.index_copy_(2, self.length, v)
 
 
+def shapes_of(config: HyperGLUConfig, batch: int) -> dict[str, tuple[int, ...]]:
+    L, Q, H = config.block_size, config.sub_heads, config.n_head
+    return {
+        "x": (batch, config.conv_kernel_size - 1, config.n_embd),
+        "k": (batch, Q, L, config.qk_width // Q),
+        "v": (batch, H, L, config.vo_width // H),
+        "length": (1,),
+    }
+
+
 def empty_cache(
     config: HyperGLUConfig, batch: int, dtype: torch.dtype, device: torch.device | str
 ) -> HyperGLUCache:
     if not isinstance(batch, int) or batch < 0:
         raise ValueError(f"HyperGLU: batch must be an int, at least 0, got {batch!r}")
-    L, Q, H = config.block_size, config.sub_heads, config.n_head
-
-    def zeros(*shape: int) -> Tensor:
-        return torch.zeros(batch, *shape, dtype=dtype, device=device)
-
-    return HyperGLUCache(
-        x=zeros(config.conv_kernel_size - 1, config.n_embd),
-        k=zeros(Q, L, config.qk_width // Q),
-        v=zeros(H, L, config.vo_width // H),
-        length=torch.zeros(1, dtype=torch.int64, device=device),
-    )
+    shapes = shapes_of(config, batch)
+    length = torch.zeros(shapes.pop("length"), dtype=torch.int64, device=device)
+    made = {name: torch.zeros(s, dtype=dtype, device=device) for name, s in shapes.items()}
+    return HyperGLUCache(**made, length=length)

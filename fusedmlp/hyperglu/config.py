@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from ..reference.hyper import Aligner, Kind, Norm
 
+Impl = Literal["dense", "chunked", "fused"]
+
 _POSITIVE = ("n_embd", "n_head", "block_size", "n_layer", "op1_rank", "op2_rank", "chunk_T",
              "conv_kernel_size")  # fmt: skip
 
@@ -30,7 +32,8 @@ class HyperGLUConfig:
     use_qk_gate, use_vo_gate: multiply queries, and the result, by gates made from x.
     opN_*: the mixings before and after the nonlinearity. opN_per_head must be True.
     impl_default: "dense", "chunked" (query blocks of chunk_T rows, recomputed for backward; on a
-        GPU the fused kernels where they serve the options) or "fused" (those kernels or an error).
+        GPU the fused kernels where they serve the options) or "fused" (those kernels or an error:
+        ValueError here where they do not serve the options, RuntimeError of a call on CPU tensors).
     norm_eps: least |P1| that is divided by, in float32.
     n_layer, aligner_impl_train, aligner_impl_eval: kept for published configurations, unused.
 
@@ -69,7 +72,7 @@ class HyperGLUConfig:
     op2_shortcut: bool = True
     op2_do_masking: bool = True
     op2_init_std: float = 0.02
-    impl_default: Literal["dense", "chunked", "fused"] = "chunked"
+    impl_default: Impl = "chunked"
     chunk_T: int = 1024
     norm_eps: float = 1e-12
     n_layer: int = 24
@@ -118,8 +121,23 @@ class HyperGLUConfig:
                 "same, and depends on the length; for a bidirectional layer use 'identity'",
                 stacklevel=3,
             )
-        if self.impl_default == "fused" and (reason := self.not_fused()):
-            raise ValueError(f"HyperGLUConfig: impl_default must not be 'fused' with {reason}")
+        if self.do_masking and self.aligner_kind == "identity" and (last := self._unmasked_last()):
+            warnings.warn(
+                f"HyperGLUConfig: {last}=False with aligner_kind='identity' lets results see later "
+                "tokens, do_masking=True all the same; for a causal layer use True, or 'offset'",
+                stacklevel=3,
+            )
+        self._check_impl("HyperGLUConfig: impl_default", self.impl_default)
+
+    def _unmasked_last(self) -> str | None:
+        """The switch that unmasks the last mixing, behind which nothing masks values again."""
+        for use, masked, name in (
+            (self.use_op2, self.op2_do_masking, "op2_do_masking"),
+            (self.use_op1, self.op1_do_masking, "op1_do_masking"),
+        ):
+            if use:
+                return None if masked else name
+        return None
 
     def _check_types(self) -> None:
         hints = get_type_hints(type(self))
@@ -137,6 +155,24 @@ class HyperGLUConfig:
     def _require(self, good: Any, name: str, what: str) -> None:
         if not good:
             raise ValueError(f"HyperGLUConfig: {name} must be {what}, got {getattr(self, name)!r}")
+
+    def _check_impl(self, name: str, impl: object) -> None:
+        if impl not in get_args(Impl):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(Impl))}, got {impl!r}")
+        if impl == "fused" and (reason := self.not_fused()):
+            raise ValueError(f"{name} must not be 'fused' with {reason}")
+
+    def for_call(self, impl: Impl | None = None, chunk_T: int | None = None) -> tuple[Impl, int]:
+        """impl_default and chunk_T, or what a call to the layer gives in their place. Raises
+        TypeError or ValueError naming the argument."""
+        if impl is not None:
+            self._check_impl("HyperGLU: impl", impl)
+        if chunk_T is not None:
+            if not isinstance(chunk_T, int) or isinstance(chunk_T, bool):
+                raise TypeError(f"HyperGLU: chunk_T must be int or None, got {chunk_T!r}")
+            if chunk_T < 1:
+                raise ValueError(f"HyperGLU: chunk_T must be at least 1, got {chunk_T}")
+        return impl or self.impl_default, chunk_T or self.chunk_T
 
     def not_fused(self) -> str | None:
         """Which option the fused kernels do not serve; None if they serve all."""

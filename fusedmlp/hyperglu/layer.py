@@ -28,58 +28,14 @@ from torch import Tensor, nn
 from .. import _backend
 from ..ops import _check
 from ..ops.hyper_attention import OP, hyper_attention
+from ..ops.hyper_attention_step import OP as STEP
 from ..ops.hyper_attention_step import hyper_attention_step
-from ..reference.hyper import Mixing
 from .cache import HyperGLUCache, empty_cache
+from .checks import check_prompt, check_token, no_kernel, where, working_dtype
 from .chunked import chunked_attention
-from .config import HyperGLUConfig
+from .config import HyperGLUConfig, Impl
+from .parts import CausalConv, Mix, Mixing, parameters_of
 from .rope import rope
-
-
-class _Mix(nn.Module):
-    """U (heads, L, r), Vt (heads, r, L) and d (heads, L) of one mixing."""
-
-    def __init__(self, heads: int, length: int, rank: int, diag: bool, std: float) -> None:
-        super().__init__()
-        self.std = std
-        self.U = nn.Parameter(torch.empty(heads, length, rank))
-        self.Vt = nn.Parameter(torch.empty(heads, rank, length))
-        self.d = nn.Parameter(torch.empty(heads, length)) if diag else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.U, std=self.std)
-        nn.init.normal_(self.Vt, std=self.std)
-        if self.d is not None:
-            nn.init.zeros_(self.d)
-
-
-class _Mixing(nn.Module):
-    """Holds `mix`: published checkpoints have the parameters one level down."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__()
-        self.mix = _Mix(*args)
-
-
-def _mix(op: _Mixing | None) -> Mixing:
-    return (None, None, None) if op is None else (op.mix.U, op.mix.Vt, op.mix.d)
-
-
-class _CausalConv(nn.Module):
-    """Depthwise convolution of x with its own past; tap K - 1 multiplies the current token."""
-
-    def __init__(self, channels: int, size: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv1d(channels, channels, size, groups=channels, bias=False)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.conv.weight, std=0.02)
-
-    def forward(self, padded: Tensor) -> Tensor:
-        """(B, K - 1 + T, D) with the past in front -> (B, T, D)."""
-        return self.conv(padded.transpose(1, 2)).transpose(1, 2)
 
 
 class HyperGLU(nn.Module):
@@ -104,35 +60,67 @@ class HyperGLU(nn.Module):
         self.control1 = nn.Linear(D, Q * r1) if config.use_op1 else None
         self.control2 = nn.Linear(D, H * r2) if config.use_op2 else None
         kernel = config.conv_kernel_size
-        self.conv1 = _CausalConv(D, kernel) if config.use_kv_conv else None
-        self.conv2 = _CausalConv(D, kernel) if config.use_kv_conv else None
+        self.conv1 = CausalConv(D, kernel) if config.use_kv_conv else None
+        self.conv2 = CausalConv(D, kernel) if config.use_kv_conv else None
         diag1, diag2 = config.op1_use_diag, config.op2_use_diag
-        self.op = _Mixing(Q, L, r1, diag1, config.op1_init_std) if config.use_op1 else None
-        self.op2 = _Mixing(H, L, r2, diag2, config.op2_init_std) if config.use_op2 else None
+        self.op = Mixing(Q, L, r1, diag1, config.op1_init_std) if config.use_op1 else None
+        self.op2 = Mixing(H, L, r2, diag2, config.op2_init_std) if config.use_op2 else None
 
     def init_weights_(self) -> None:
         """Give every parameter its initial value again, or at last on a layer built on meta."""
         for module in reversed(list(self.modules())):  # what holds a Conv1d after the Conv1d
-            if isinstance(module, nn.Linear | nn.Conv1d | _Mix | _CausalConv):
+            if isinstance(module, nn.Linear | nn.Conv1d | Mix | CausalConv):
                 module.reset_parameters()
 
+    def reset_parameters(self) -> None:
+        """Draw U and Vt of both mixings again and nothing else, as the published layer's does; see
+        `init_weights_` for all parameters."""
+        for op in (self.op, self.op2):
+            if op is not None:
+                op.mix.reset_low_rank()
+
+    @property
+    def cfg(self) -> HyperGLUConfig:
+        """`config` by its published name."""
+        return self.config
+
     def path(self) -> str:
-        """Which of its paths the layer takes."""
-        c, reason = self.config, self.config.not_fused()
-        if c.impl_default == "dense":
+        """For explain(): which path `forward` and `prefill` take where the parameters are now."""
+        impl, weight = self.config.impl_default, self.q.weight
+        if impl == "dense":
             return "dense, in PyTorch: impl_default='dense'"
-        if reason:
+        if reason := self.config.not_fused():
             return f"chunked, in PyTorch: no kernel has {reason}"
-        return "hyper_attention; in PyTorch, chunked, where that runs its reference"
+        try:
+            backend = _backend.pick(OP, weight, "q")
+        except (RuntimeError, TypeError) as error:
+            return f"none: {error}"
+        if backend != "reference":
+            return f"fused, {OP} by {backend}"
+        if impl == "fused":
+            return f"none: {no_kernel(weight)}"
+        return f"chunked, in PyTorch: no kernel runs {where(weight)}"
 
     def extra_repr(self) -> str:
         c = self.config
         return f"{c.attn_kind}, n_embd={c.n_embd}, n_head={c.n_head}, block_size={c.block_size}"
 
-    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """x (B, T, D) -> y (B, T, D). ValueError for T > block_size or another width."""
-        self._check(x, attention_mask)
-        y, _, _ = self._forward(x, attention_mask)
+    def forward(
+        self,
+        x: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        impl: Impl | None = None,
+        chunk_T: int | None = None,
+    ) -> Tensor:
+        """x (B, T, D) -> y (B, T, D). impl, chunk_T: in this call in place of the config's
+        impl_default and chunk_T.
+
+        Raises ValueError (shape, T > block_size, device, impl, chunk_T) or TypeError (type,
+        dtype) naming the argument; RuntimeError for "fused" where no kernel runs.
+        """
+        check_prompt(self.config, self.q.weight.dtype, x, attention_mask)
+        y, _, _ = self._forward(x, attention_mask, *self.config.for_call(impl, chunk_T))
         return y
 
     def init_cache(
@@ -153,16 +141,17 @@ class HyperGLU(nn.Module):
             )
         weight = self.q.weight
         return empty_cache(
-            self.config, batch, dtype or _working_dtype(weight), device or weight.device
+            self.config, batch, dtype or working_dtype(weight), device or weight.device
         )
 
     def prefill(
         self, x: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, HyperGLUCache]:
-        """y of a prompt x (B, T, D), and a cache that holds it."""
-        self._check(x, attention_mask)
-        cache = self.init_cache(x.shape[0], device=x.device, dtype=_working_dtype(x))
-        y, k, v = self._forward(x, attention_mask)
+        """y of a prompt x (B, T, D), and a cache that holds it. Raises as `forward` and
+        `init_cache` do."""
+        check_prompt(self.config, self.q.weight.dtype, x, attention_mask)
+        cache = self.init_cache(x.shape[0], device=x.device, dtype=working_dtype(x))
+        y, k, v = self._forward(x, attention_mask, *self.config.for_call())
         T = x.shape[1]
         with torch.no_grad():
             cache.k[:, :, :T], cache.v[:, :, :T] = k, v
@@ -175,22 +164,23 @@ class HyperGLU(nn.Module):
     def step(self, x: Tensor, cache: HyperGLUCache) -> tuple[Tensor, HyperGLUCache]:
         """y of the next token x, (B, D) or (B, 1, D), as the full forward would give it; the cache
         is written in place and returned. The host waits for nothing, so a CUDA graph of one step
-        serves all. RuntimeError once the cache holds block_size tokens: on a GPU an assertion
-        there."""
+        serves all. Its path is hyper_attention_step's; of impl_default only "fused" matters.
+
+        Raises ValueError (shape, device) or TypeError (no tensor, no cache, dtype) and leaves the
+        cache as it was; RuntimeError once it holds block_size tokens (on a GPU an assertion there),
+        and for "fused" where no kernel runs."""
+        c = self.config
+        check_token(c, self.q.weight.dtype, x, cache)
         token = x[:, None] if x.dim() == 2 else x
-        if token.shape != (cache.k.shape[0], 1, self.config.n_embd):
-            raise ValueError(
-                f"HyperGLU: x must be ({cache.k.shape[0]}, {self.config.n_embd}) or "
-                f"({cache.k.shape[0]}, 1, {self.config.n_embd}) for this cache, "
-                f"got {tuple(x.shape)}"
-            )
         window = torch.cat((cache.x, token), 1)
         q, k, v, c1, c2 = self._project(token, window, cache.length)
+        if c.impl_default == "fused" and _backend.pick(STEP, q, "q") == "reference":
+            raise RuntimeError(no_kernel(q))
         cache.append(window[:, 1:], k, v)
         c1, c2 = (None if c is None else c[:, :, 0] for c in (c1, c2))
         core = hyper_attention_step(
-            q[:, :, 0], cache.k, cache.v, cache.length, c1, *_mix(self.op), c2, *_mix(self.op2),
-            **self._options(),
+            q[:, :, 0], cache.k, cache.v, cache.length,
+            c1, *parameters_of(self.op), c2, *parameters_of(self.op2), **self._options(),
         )  # fmt: skip
         cache.length += 1
         y = self._out(token, core[:, :, None])
@@ -209,26 +199,17 @@ class HyperGLU(nn.Module):
         pairs = T * T if sees_all else T * (T + 1) // 2
         return 2 * batch * (T * weights + pairs * (Rq + 2 * rank1 + 2 * rank2 + Rv))
 
-    def _check(self, x: Tensor, attention_mask: Tensor | None) -> None:
-        D, L = self.config.n_embd, self.config.block_size
-        if x.dim() != 3 or x.shape[-1] != D:
-            raise ValueError(f"HyperGLU: x must be (B, T, {D}), got {tuple(x.shape)}")
-        if x.shape[1] > L:
-            raise ValueError(f"HyperGLU: T must be at most block_size = {L}, got {x.shape[1]}")
-        if attention_mask is not None and attention_mask.shape != x.shape[:2]:
-            raise ValueError(
-                f"HyperGLU: attention_mask must be {tuple(x.shape[:2])}, "
-                f"got {tuple(attention_mask.shape)}"
-            )
-
-    def _forward(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(
+        self, x: Tensor, mask: Tensor | None, impl: Impl, chunk: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(y, k, v)."""
         padded = F.pad(x, (0, 0, self.config.conv_kernel_size - 1, 0))
         q, k, v, c1, c2 = self._project(x, padded, 0)
         if mask is not None:
             keep = mask.to(k.dtype)[:, None, :, None]
             k, v = k * keep, v * keep
-        core = self._core(q, k, v, c1, *_mix(self.op), c2, *_mix(self.op2))
+        tensors = (q, k, v, c1, *parameters_of(self.op), c2, *parameters_of(self.op2))
+        core = self._core(impl, chunk, *tensors)
         return self._out(x, core), k, v
 
     def _phi(self, layer: nn.Linear, x: Tensor) -> Tensor:
@@ -264,17 +245,19 @@ class HyperGLU(nn.Module):
             "shortcut2": c.op2_shortcut, "eps": c.norm_eps,
         }  # fmt: skip
 
-    def _core(self, *tensors: Tensor | None) -> Tensor:
+    def _core(self, impl: Impl, chunk: int, *tensors: Tensor | None) -> Tensor:
         c, q, options = self.config, tensors[0], self._options()
         assert q is not None
-        fused = c.impl_default == "chunked" and not c.not_fused()
-        if c.impl_default == "fused" or (fused and _backend.pick(OP, q) != "reference"):
+        served = impl != "dense" and not c.not_fused()
+        if served and _backend.pick(OP, q, "q") != "reference":
             return hyper_attention(*tensors, **options)  # type: ignore[arg-type]
+        if impl == "fused":
+            raise RuntimeError(no_kernel(q))
         if dtype := _check.autocast_dtype("HyperGLU", q):
             tensors = _check.cast(dtype, *tensors)
         return chunked_attention(
             *tensors,  # type: ignore[arg-type]
-            chunk=None if c.impl_default == "dense" else c.chunk_T,
+            chunk=None if impl == "dense" else chunk,
             aligner=c.aligner_kind, causal=c.do_masking,
             mask1=c.op1_do_masking, mask2=c.op2_do_masking, **options,
         )  # fmt: skip
@@ -293,8 +276,3 @@ class HyperMLP(HyperGLU):
 def _heads(t: Tensor, heads: int) -> Tensor:
     """(B, T, heads * width) as (B, heads, T, width), a view."""
     return t.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _working_dtype(x: Tensor) -> torch.dtype:
-    """What projections of x come out in."""
-    return _check.autocast_dtype("HyperGLU", x) or x.dtype

@@ -55,7 +55,7 @@ def tree_path(logits: Tensor, *, depth: int) -> Tensor:
             f"{tuple(logits.shape)}"
         )
     flat = rows(logits.detach())
-    if _backend.pick(OP, logits) == "reference":
+    if _backend.pick(OP, logits, "logits") == "reference":
         path = reference.tree_path(flat, depth)
     else:
         path = fwd(flat, depth)

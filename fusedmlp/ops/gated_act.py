@@ -106,7 +106,7 @@ def gated_act(
         _check_pair(g, u)
     elif g.shape[-1] % 2:
         raise ValueError(f"{OP}: g must be (..., 2H) when packed, got {tuple(g.shape)}")
-    if _backend.pick(OP, g) == "reference":
+    if _backend.pick(OP, g, "g") == "reference":
         return reference.gated_act(g, u, activation, packed)
     g2, u2 = rows(g), None if u is None else rows(u)
     apply = GatedActFunction.apply if _check.wants_grad(g, u) else _forward

@@ -167,7 +167,7 @@ def hyper_attention(
         tensors = _check.cast(dtype, *tensors)
     _hyper.like_q(OP, dict(zip(NAMES, tensors, strict=True)))
     _check_all(tensors, kind, norm)
-    if _backend.pick(OP, tensors[0]) == "reference":
+    if _backend.pick(OP, tensors[0], "q") == "reference":
         rest = ("offset", True, shortcut1, shortcut2, True, True, eps)
         return reference.hyper_attention(*tensors, kind, norm, *rest)  # type: ignore[call-arg]
     lead = q.shape[:-3]

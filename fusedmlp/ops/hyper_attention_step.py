@@ -113,7 +113,7 @@ def hyper_attention_step(
     _hyper.like_q(OP, dict(zip(NAMES, tensors, strict=True)))
     _check_all(tensors, position, kind, norm)
     q, k, v, *mixings = tensors
-    if _backend.pick(OP, q) == "reference":
+    if _backend.pick(OP, q, "q") == "reference":
         rest: tuple[Any, ...] = (*mixings, kind, norm, shortcut1, shortcut2, eps)
         return reference.hyper_attention_step(q, k, v, position, *rest)
     if _check.wants_grad(*tensors):

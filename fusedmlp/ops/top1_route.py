@@ -136,7 +136,7 @@ def top1_route(logits: Tensor, *, capacity: int | None = None) -> Routing:
         raise ValueError(f"{OP}: logits must be (..., E), E at least 1, got {tuple(logits.shape)}")
     _check_capacity(OP, capacity)
     flat = rows(logits)
-    if _backend.pick(OP, logits) == "reference":
+    if _backend.pick(OP, logits, "logits") == "reference":
         return reference.top1_route(flat, capacity)
     if _check.wants_grad(logits):
         return Routing(*Top1RouteFunction.apply(flat, capacity))
@@ -178,7 +178,7 @@ def route_to(
     _check_capacity(op, capacity)
     T = math.prod(expert.shape)
     expert, prob = expert.reshape(T), prob.reshape(T)
-    if _backend.pick(op, prob) == "reference":
+    if _backend.pick(op, prob, "prob") == "reference":
         return reference.route_to(expert, prob, num_experts, capacity)
     return Routing(expert, prob, *given(expert, num_experts, capacity))
 
