@@ -113,6 +113,26 @@ def verdicts(models: dict[str, list[Record]]) -> list[str]:
     return found
 
 
+def one_bit(models: dict[str, list[Record]]) -> list[str]:
+    """What one-bit weights make of the models that were tried with them; see lm_one_bit.py."""
+    found = []
+    for model, runs in models.items():
+        for way in ("packed", "rounded"):
+            tried = {r["seed"]: r for r in runs if f"{way}_held_out_loss" in r}
+            if not tried:
+                continue
+            losses = ", ".join(f"{bits(r[f'{way}_held_out_loss']):.4f}" for r in tried.values())
+            errors = [e for r in tried.values() for e in r.get("relative_weight_error", ())]
+            what = f"its MLP weights {way} to one bit after training" if errors else way
+            off = f", each matrix off by {min(errors):.0%} to {max(errors):.0%}" if errors else ""
+            seeds = "seed" if len(tried) == 1 else "seeds"
+            found.append(
+                f"* {model}, {what}{off}: {losses} bits a byte "
+                f"({seeds} {', '.join(map(str, tried))})."
+            )
+    return found
+
+
 def markdown(records: Sequence[Record]) -> str:
     lines = [HEAD]
     for name, models in comparisons(records):
@@ -137,7 +157,7 @@ def markdown(records: Sequence[Record]) -> str:
             "|" + "---|" * len(header),
             *("| " + " | ".join(row) + " |" for row in rows),
             "",
-            *([*found, ""] if (found := verdicts(models)) else []),
+            *([*found, ""] if (found := verdicts(models) + one_bit(models)) else []),
             f"![Held-out loss over steps]({name}.svg)",
             "",
         ]
