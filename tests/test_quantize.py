@@ -100,7 +100,7 @@ def adapted(model):
         (lambda m: setattr(m, "also", m.blocks[0]), "tied: it also is blocks.0 and also"),
         (adapted, "Doubled is no plain projection"),
         (one_bias, "gate_proj and up_proj must both have a bias or none"),
-        (lambda m: parametrizations.weight_norm(m.blocks[0].up_proj), "its gate and up are no proj"),
+        (lambda m: parametrizations.weight_norm(m.blocks[0].up_proj), "its gate and up are no pro"),
     ],
 )  # fmt: skip
 def test_left_where_something_would_be_lost(change, why):
