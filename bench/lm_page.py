@@ -123,12 +123,15 @@ def one_bit(models: dict[str, list[Record]]) -> list[str]:
                 continue
             losses = ", ".join(f"{bits(r[f'{way}_held_out_loss']):.4f}" for r in tried.values())
             errors = [e for r in tried.values() for e in r.get("relative_weight_error", ())]
-            what = f"its MLP weights {way} to one bit after training" if errors else way
-            off = f", each matrix off by {min(errors):.0%} to {max(errors):.0%}" if errors else ""
+            what = (
+                f"its MLP weights rounded to one bit after training, each matrix off by "
+                f"{min(errors):.0%} to {max(errors):.0%}"
+                if errors
+                else "packed (its last projection starts at random: a scale of 0 would not learn)"
+            )
             seeds = "seed" if len(tried) == 1 else "seeds"
             found.append(
-                f"* {model}, {what}{off}: {losses} bits a byte "
-                f"({seeds} {', '.join(map(str, tried))})."
+                f"* {model}, {what}: {losses} bits a byte ({seeds} {', '.join(map(str, tried))})."
             )
     return found
 
