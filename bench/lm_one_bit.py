@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..binary import quantize_binary
 from ..layers import BinaryGatedMLP
@@ -40,7 +40,7 @@ def one_bit(mlp: str, model: Model, held_out_loss: Callable[[Model], float]) -> 
     return {"packed_held_out_loss": held_out_loss(model)} if one_bit_mlps else {}
 
 
-def _round(weight: nn.Parameter) -> float:
+def _round(weight: Tensor) -> float:
     rounded = quantize_binary(weight, pad=True).dequantize(weight.dtype)
     error = ((rounded - weight).norm() / weight.norm()).item()
     weight.copy_(rounded)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -165,18 +165,18 @@ class BinaryWeight(nn.Module):
                 raise TypeError(
                     f"BinaryWeight: {prefix}{name} must be {own.dtype}, got {loaded.dtype}"
                 )
+        key = prefix + "width"
+        # Of another width, padding would become weights, or weights padding.
+        if key in state_dict and (width := int(state_dict[key])) != self.width:
+            error_msgs.append(f"BinaryWeight: {key} must be {self.width}, got {width}")
+            return
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        key = prefix + "width"
         if key in unexpected_keys:
             unexpected_keys.remove(key)
-        groups = self.scales.shape[1]
         if self.width % GROUP and key not in state_dict:
             missing_keys.append(key)
-        elif (loaded := int(state_dict.get(key, GROUP * groups))) != self.width:
-            # Else padding would become weights, or weights padding.
-            error_msgs.append(f"BinaryWeight: {key} must be {self.width}, got {loaded}")
 
 
 def _moved(t: Tensor, fn: Any) -> Tensor:
@@ -225,11 +225,13 @@ def _width(width: Any, groups: int) -> int:
 
 
 def _shape(op: str, shape: Any) -> tuple[int, int]:
-    if not isinstance(shape, Sequence) or not all(isinstance(n, int) for n in shape):
-        raise TypeError(f"{op}: shape must be (H, D), two ints, got {shape!r}")
-    if len(shape) != 2 or min(shape) < 0:
-        raise ValueError(f"{op}: shape must be (H, D), none negative, got {tuple(shape)}")
-    return shape[0], shape[1]
+    try:
+        sizes = [operator.index(n) for n in shape]
+    except TypeError:
+        raise TypeError(f"{op}: shape must be (H, D), two ints, got {shape!r}") from None
+    if len(sizes) != 2 or min(sizes) < 0:
+        raise ValueError(f"{op}: shape must be (H, D), none negative, got {tuple(sizes)}")
+    return sizes[0], sizes[1]
 
 
 def _raw(op: str, buffer: Any) -> memoryview:

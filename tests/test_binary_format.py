@@ -141,6 +141,7 @@ def test_width_is_saved_where_it_is_padded(tmp_path):
     ):
         with pytest.raises(RuntimeError, match=message):
             other.load_state_dict(state)
+    assert torch.equal(wide.dequantize(), quantize_binary(draw(3, 250), pad=True).dequantize())
 
 
 def test_casting_a_model_leaves_scales_alone():
