@@ -115,6 +115,29 @@ def verdicts(models: dict[str, list[Record]]) -> list[str]:
     return found
 
 
+def one_bit(models: dict[str, list[Record]]) -> list[str]:
+    """What one-bit weights make of the models that were tried with them; see lm_one_bit.py."""
+    found = []
+    for model, runs in models.items():
+        for way in ("packed", "rounded"):
+            tried = {r["seed"]: r for r in runs if f"{way}_held_out_loss" in r}
+            if not tried:
+                continue
+            losses = ", ".join(f"{bits(r[f'{way}_held_out_loss']):.4f}" for r in tried.values())
+            errors = [e for r in tried.values() for e in r.get("relative_weight_error", ())]
+            what = (
+                f"its MLP weights rounded to one bit after training, each matrix off by "
+                f"{min(errors):.0%} to {max(errors):.0%}"
+                if errors
+                else "packed (its last projection starts at random: a scale of 0 would not learn)"
+            )
+            seeds = "seed" if len(tried) == 1 else "seeds"
+            found.append(
+                f"* {model}, {what}: {losses} bits a byte ({seeds} {', '.join(map(str, tried))})."
+            )
+    return found
+
+
 def markdown(records: Sequence[Record]) -> str:
     lines = [HEAD]
     for name, models in comparisons(records):
@@ -138,7 +161,7 @@ def markdown(records: Sequence[Record]) -> str:
             "|" + "---|" * len(header),
             *("| " + " | ".join(row) + " |" for row in rows),
             "",
-            *([*found, ""] if (found := verdicts(models)) else []),
+            *([*found, ""] if (found := verdicts(models) + one_bit(models)) else []),
             f"![Held-out loss over steps]({name}.svg)",
             "",
         ]

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from . import machine
 from ._options import Refusal
 from .lm_models import Model, Plan, is_matrix, mask_logits_of, weights_of
+from .lm_one_bit import one_bit
 
 Record = dict[str, Any]
 
@@ -97,21 +98,24 @@ class Run:
     def finished(self) -> bool:
         return bool(self.curve) and self.curve[-1]["step"] == self.plan.steps
 
-    def _loss(self, data: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _loss(
+        self, model: Model, data: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
         """(nats a byte, auxiliary loss)."""
         tokens, targets = (t.to(self.device) for t in batch(data, self.plan, generator))
         narrow = self.plan.dtype != "float32"
         with torch.autocast(self.device.type, getattr(torch, self.plan.dtype), enabled=narrow):
-            logits, aux = self.model(tokens)
+            logits, aux = model(tokens)
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), aux
 
     @torch.no_grad()
-    def held_out_loss(self) -> float:
-        """On the same batches at every step and for every model."""
+    def held_out_loss(self, model: Model | None = None) -> float:
+        """On the same batches at every step and for every model; None: the one that is trained."""
+        model = self.model if model is None else model
         generator = torch.Generator().manual_seed(self.plan.seed + 1)
-        self.model.eval()
-        losses = [self._loss(self.held, generator)[0] for _ in range(self.plan.held_out)]
-        self.model.train()
+        model.eval()
+        losses = [self._loss(model, self.held, generator)[0] for _ in range(self.plan.held_out)]
+        model.train()
         return torch.stack(losses).mean().item()
 
     def _point(self) -> None:
@@ -125,7 +129,7 @@ class Run:
     def _advance(self) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = _lr(self.plan, self.step)
-        loss, aux = self._loss(self.training, self.generator)
+        loss, aux = self._loss(self.model, self.training, self.generator)
         self.optimizer.zero_grad(set_to_none=True)
         (loss + aux).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -175,6 +179,7 @@ class Run:
             "commit": ", then ".join(self.commits) or None,
             "curve": self.curve,
             "held_out_loss": self.curve[-1]["held_out"],
+            **one_bit(self.plan.mlp, self.model, self.held_out_loss),
         }
 
     def save(self, path: Path) -> None:

@@ -5,8 +5,9 @@ from torch.nn import GELU, ReLU, Sigmoid, SiLU
 from . import activations, layers
 from ._backend import backend
 from ._explain import explain
+from ._gguf import read_gguf
 from .activations import *  # noqa: F403
-from .binary import BinaryWeight, quantize_binary, read_gguf
+from .binary import BinaryWeight, quantize_binary
 from .hyperglu import HyperGLU, HyperGLUConfig, HyperMLP
 from .layers import *  # noqa: F403
 from .masks import PackedMasks, pack_masks

@@ -18,12 +18,13 @@ least-squares scale: Rastegari et al., XNOR-Net, arXiv 1603.05279.
 
 from __future__ import annotations
 
-import os
+import operator
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .kernels.bits import GROUP
@@ -36,8 +37,8 @@ class BinaryWeight(nn.Module):
     """An (H, D) weight in one bit each; see the file.
 
     A module so that it moves with `.to()`, and is saved and loaded by `state_dict`: `qweight` and
-    `scales`, plain tensors that safetensors takes too. `.to(dtype)`, `.half()` and their kin leave
-    the scales' dtype alone.
+    `scales`, and of a padded one `width`, plain tensors that safetensors takes too. `.to(dtype)`,
+    `.half()` and their kin leave the scales' dtype alone.
 
     Args:
         qweight: int32 (H, 4 G), contiguous.
@@ -46,6 +47,7 @@ class BinaryWeight(nn.Module):
         width: D; None: 128 G. Less where the last group is padded.
 
     Raises ValueError or TypeError for tensors that cannot be those of such a weight.
+    load_state_dict raises TypeError for another dtype, and its RuntimeError for another width.
     """
 
     qweight: Tensor
@@ -53,8 +55,8 @@ class BinaryWeight(nn.Module):
 
     def __init__(self, qweight: Tensor, scales: Tensor, width: int | None = None) -> None:
         super().__init__()
-        _check_planes(qweight, scales, width)
-        self.width = GROUP * scales.shape[1] if width is None else width
+        _check_planes(qweight, scales)
+        self.width = _width(width, scales.shape[1])
         self.register_buffer("qweight", qweight)
         if isinstance(scales, nn.Parameter):
             self.scales = scales
@@ -94,14 +96,15 @@ class BinaryWeight(nn.Module):
         """The weight of `shape` (H, D) that `to_q1_0_bytes` or a GGUF file holds; copies.
 
         Args:
-            buffer: anything with the buffer protocol, of H * ceil(D / 128) * 18 bytes.
+            buffer: anything with the buffer protocol, contiguous, of H * ceil(D / 128) * 18 bytes.
             pad: allow a D that is no multiple of 128: the rest of a row's last group is padding.
 
-        Raises ValueError for another length or D, or scales that are not finite.
+        Raises ValueError for another length, shape or D, or scales that are not finite; TypeError
+        for what has no buffer or is no shape.
         """
-        H, D = shape
+        H, D = _shape("from_q1_0_bytes", shape)
         groups = _groups("from_q1_0_bytes", "shape", D, pad)
-        raw = memoryview(buffer).cast("B")
+        raw = _raw("from_q1_0_bytes", buffer)
         if len(raw) != H * groups * BLOCK_BYTES:
             raise ValueError(
                 f"from_q1_0_bytes: buffer must have {H * groups * BLOCK_BYTES} bytes, {groups} "
@@ -141,8 +144,20 @@ class BinaryWeight(nn.Module):
     def extra_repr(self) -> str:
         return "H={}, D={}".format(*self.shape)
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.width % GROUP:  # else the planes' own shapes tell it
+            destination[prefix + "width"] = torch.tensor(self.width, device="cpu")
+
     def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         for name in ("qweight", "scales"):
             loaded, own = state_dict.get(prefix + name), getattr(self, name)
@@ -150,7 +165,18 @@ class BinaryWeight(nn.Module):
                 raise TypeError(
                     f"BinaryWeight: {prefix}{name} must be {own.dtype}, got {loaded.dtype}"
                 )
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        key = prefix + "width"
+        # Of another width, padding would become weights, or weights padding.
+        if key in state_dict and (width := int(state_dict[key])) != self.width:
+            error_msgs.append(f"BinaryWeight: {key} must be {self.width}, got {width}")
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key in unexpected_keys:
+            unexpected_keys.remove(key)
+        if self.width % GROUP and key not in state_dict:
+            missing_keys.append(key)
 
 
 def _moved(t: Tensor, fn: Any) -> Tensor:
@@ -159,7 +185,7 @@ def _moved(t: Tensor, fn: Any) -> Tensor:
     return made if made.dtype == t.dtype else t.to(made.device)
 
 
-def _check_planes(qweight: Tensor, scales: Tensor, width: int | None) -> None:
+def _check_planes(qweight: Tensor, scales: Tensor) -> None:
     if not isinstance(qweight, Tensor) or qweight.dtype != torch.int32:
         got = qweight.dtype if isinstance(qweight, Tensor) else type(qweight).__name__
         raise TypeError(f"BinaryWeight: qweight must be an int32 Tensor, got {got}")
@@ -172,11 +198,6 @@ def _check_planes(qweight: Tensor, scales: Tensor, width: int | None) -> None:
             "BinaryWeight: qweight must be (H, 4 G) and scales (H, G), got "
             f"{tuple(qweight.shape)} and {tuple(scales.shape)}"
         )
-    if width is not None and -(-width // GROUP) != groups:
-        raise ValueError(
-            f"BinaryWeight: width must have {groups} groups of {GROUP} or a part of one, as the "
-            f"scales do, got {width}"
-        )
     if qweight.device != scales.device:
         raise ValueError(
             f"BinaryWeight: scales must be on qweight's device {qweight.device}, got "
@@ -185,6 +206,44 @@ def _check_planes(qweight: Tensor, scales: Tensor, width: int | None) -> None:
     for name, t in (("qweight", qweight), ("scales", scales)):
         if not t.is_contiguous():
             raise ValueError(f"BinaryWeight: {name} must be contiguous, got strides {t.stride()}")
+
+
+def _width(width: Any, groups: int) -> int:
+    """D, of an int or what stands for one: a tensor that a state_dict has."""
+    if width is None:
+        return GROUP * groups
+    try:
+        D = operator.index(width)
+    except TypeError:
+        raise TypeError(f"BinaryWeight: width must be an int or None, got {width!r}") from None
+    if D < 0 or groups != -(-D // GROUP):
+        raise ValueError(
+            f"BinaryWeight: width must have {groups} groups of {GROUP} or a part of one, as the "
+            f"scales do, got {D}"
+        )
+    return D
+
+
+def _shape(op: str, shape: Any) -> tuple[int, int]:
+    try:
+        sizes = [operator.index(n) for n in shape]
+    except TypeError:
+        raise TypeError(f"{op}: shape must be (H, D), two ints, got {shape!r}") from None
+    if len(sizes) != 2 or min(sizes) < 0:
+        raise ValueError(f"{op}: shape must be (H, D), none negative, got {tuple(sizes)}")
+    return sizes[0], sizes[1]
+
+
+def _raw(op: str, buffer: Any) -> memoryview:
+    """The bytes of `buffer`, without a copy."""
+    try:
+        view = memoryview(buffer)
+    except TypeError:
+        got = type(buffer).__name__
+        raise TypeError(f"{op}: buffer must have the buffer protocol, got {got}") from None
+    if not view.c_contiguous:
+        raise ValueError(f"{op}: buffer must be contiguous, got strides {view.strides}")
+    return view.cast("B") if view.nbytes else memoryview(b"")
 
 
 def _groups(op: str, name: str, D: int, pad: bool) -> int:
@@ -231,13 +290,15 @@ def quantize_binary(w: Tensor, *, pad: bool = False) -> BinaryWeight:
     _refuse_weights(op, w)
     scales = exact.to(torch.float16)
     _refuse(op, "mean |w| must be at most 65504, float16's largest", ~scales.isfinite())
-    lost = (scales == 0) & (exact > 0)
+    # Not by `exact`, which is float32 and may itself be 0 for weights in float64.
+    weights = F.pad(w != 0, (0, -w.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).any(2)
+    lost = (scales == 0) & weights
     if not lost.is_meta and bool(lost.any()):
         row, group = lost.nonzero()[0].tolist()
+        mean = w[row].double().split(GROUP)[group].abs().mean().item()
         warnings.warn(
             f"{op}: mean |w| underflows to 0 in float16 in {int(lost.sum())} groups, the first in "
-            f"row {row}, group {group}: {exact[row, group].item():.3g}; scale w up, and what it "
-            "multiplies down",
+            f"row {row}, group {group}: {mean:.3g}; scale w up, and what it multiplies down",
             stacklevel=2,
         )
     return BinaryWeight(pack_signs(w), scales, w.shape[1])
@@ -251,38 +312,3 @@ def _refuse_weights(op: str, w: Tensor) -> None:
             f"{op}: w must be finite, got {int(bad.sum())} NaN or infinite, the first in row "
             f"{row}, group {column // GROUP}"
         )
-
-
-def read_gguf(
-    path: str | os.PathLike[str], names: Iterable[str] | None = None
-) -> dict[str, BinaryWeight]:
-    """The Q1_0 tensors of a GGUF file by name, of `names` or all: pip install "fusedmlp[gguf]".
-
-    Raises ImportError without the package `gguf`; KeyError for a name that the file lacks,
-    TypeError for one of another type, ValueError for a tensor that is no matrix or does not have
-    the bytes that its shape needs.
-    """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(
-            'read_gguf: needs the package gguf; pip install "fusedmlp[gguf]"'
-        ) from error
-    tensors = {t.name: t for t in gguf.GGUFReader(os.fspath(path)).tensors}
-    if names is None:
-        wanted = [name for name, t in tensors.items() if t.tensor_type.name == "Q1_0"]
-    else:
-        wanted = list(names)
-    found = {}
-    for name in wanted:
-        if name not in tensors:
-            raise KeyError(f"read_gguf: {path} has no tensor {name!r}")
-        t = tensors[name]
-        if t.tensor_type.name != "Q1_0":
-            raise TypeError(f"read_gguf: {name} must be Q1_0, got {t.tensor_type.name}")
-        # GGUF counts from the innermost dimension.
-        shape = tuple(int(n) for n in reversed(t.shape))
-        if len(shape) != 2:
-            raise ValueError(f"read_gguf: {name} must be a matrix, got shape {shape}")
-        found[name] = BinaryWeight.from_q1_0_bytes(t.data.tobytes(), shape)
-    return found

@@ -1,33 +1,30 @@
 """quantize_model(model) -> report: the gated MLPs of a loaded model in one bit a weight, in place.
 
-A gated MLP is a module with nn.Linears `gate_proj`, `up_proj`, `down_proj` and an activation
-`act_fn`, as in Llama, Qwen, Mistral and their kin. Rounding a model that was not trained with
-one-bit weights leaves nothing of it (see fusedmlp/binary.py): this is for models that were, or to
-measure speed and memory.
+A gated MLP is a module whose forward is down_proj(act(gate_proj(x)) * up_proj(x)) and nothing else,
+with nn.Linears of these names, as in Llama, Qwen, Mistral and their kin: found, and left where a
+block put in its place would lose something, as by patch(). Rounding a model that was not trained
+with one-bit weights leaves nothing of it (see fusedmlp/binary.py): this is for models that were, or
+to measure speed and memory.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .kernels.bits import GROUP
-from .layers._activation import name_of
 from .layers.binary import BinaryGatedMLP
+from .patching.dense import Dense
+from .patching.patch import _checked, _plan, _Walk
+from .patching.plan import Plan, hooked
+from .patching.report import Entry
+from .patching.swap import Patched
 
 FORMATS = ("q1_0",)
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-# Classes of transformers, which are not PyTorch's: name -> ours.
-_ACTIVATIONS = {
-    "SiLUActivation": "silu",
-    "GELUActivation": "gelu",
-    "GELUTanh": "gelu_tanh",
-    "PytorchGELUTanh": "gelu_tanh",
-    "NewGELUActivation": "gelu_tanh",
-    "QuickGELUActivation": "quick_gelu",
-    "ReLUSquaredActivation": "relu_sq",
-}
 
 
 @dataclass(frozen=True)
@@ -41,12 +38,14 @@ class Quantized:
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What was quantised, and bytes: of the MLPs and of the whole model, before and after."""
+    """What was quantised, and bytes: of the MLPs and of the whole model, before and after; and what
+    was left, an entry with the reason for each."""
 
     format: str
     layers: tuple[Quantized, ...]
     model_before: int
     model_after: int
+    left: tuple[Entry, ...] = ()
 
     @property
     def before(self) -> int:
@@ -57,12 +56,14 @@ class QuantizationReport:
         return sum(layer.after for layer in self.layers)
 
     def __str__(self) -> str:
-        ratio = self.before / self.after
-        return (
-            f"{len(self.layers)} MLPs in {self.format}: {_mib(self.before)} -> {_mib(self.after)} "
-            f"({ratio:.1f} times smaller); the model {_mib(self.model_before)} -> "
-            f"{_mib(self.model_after)}"
-        )
+        head = f"no further MLP in {self.format}"
+        if self.layers:
+            head = (
+                f"{len(self.layers)} MLPs in {self.format}: {_mib(self.before)} -> "
+                f"{_mib(self.after)} ({self.before / self.after:.1f} times smaller); the model "
+                f"{_mib(self.model_before)} -> {_mib(self.model_after)}"
+            )
+        return "\n".join([head, *(f"not in {self.format}: {entry}" for entry in self.left)])
 
 
 def _mib(count: int) -> str:
@@ -75,79 +76,98 @@ def nbytes(module: nn.Module) -> int:
     return sum(t.nbytes for t in tensors.values())
 
 
-def activation_of(mlp: nn.Module) -> str | None:
-    """The name of a gated MLP's activation, or None."""
-    act = getattr(mlp, "act_fn", None)
-    if not isinstance(act, nn.Module):
+class _Blocks(_Walk):
+    """The gated MLPs of a model: `found`, name -> module and plan, and `left`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model, None, dtype_check=False)
+        self.found: dict[str, tuple[nn.Module, Dense]] = {}
+        self.left: list[Entry] = []
+        for name, module in model.named_modules():
+            patched = isinstance(module, Patched)
+            if type(module).__module__.startswith(f"{__package__}.") and not patched:
+                continue
+            plan: Any = module._plan if isinstance(module, Patched) else _plan(module)
+            if isinstance(plan, Dense) and plan.gated:
+                plan = self.reason(module, plan) or plan
+            elif not all(hasattr(module, projection) for projection in PROJECTIONS):
+                continue
+            if isinstance(plan, Dense) and plan.gated:
+                self.found[name] = module, plan
+            else:
+                reason = plan if isinstance(plan, str) else "it is no MLP of three projections"
+                self.left.append(Entry(name, type(module).__name__, None, None, reason))
+
+    def dtypes(self, plan: Plan, parameters: Sequence[Tensor]) -> str | None:
+        """Any floating dtype is rounded, and each matrix by itself."""
         return None
-    return name_of(act) or _ACTIVATIONS.get(type(act).__name__)
 
-
-def gated_mlps(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> module of every gated MLP in `model`."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if all(isinstance(getattr(module, p, None), nn.Linear) for p in PROJECTIONS)
-    }
-
-
-def _check(name: str, mlp: nn.Module) -> None:
-    op = "quantize_model"
-    if activation_of(mlp) is None:
-        act = getattr(mlp, "act_fn", None)
-        raise TypeError(f"{op}: {name}.act_fn must be an activation with a kernel, got {act!r}")
-    for projection in PROJECTIONS:
-        linear = getattr(mlp, projection)
-        if type(linear) is not nn.Linear:
-            raise TypeError(
-                f"{op}: {name}.{projection} must be a plain nn.Linear, got "
-                f"{type(linear).__name__}; merge an adapter first"
+    def reason(self, module: nn.Module, plan: Dense) -> str | None:
+        """Why a BinaryGatedMLP must not take the place of `module`."""
+        paths = (*plan.first, plan.down)
+        if paths != PROJECTIONS or plan.method != "forward":
+            return f"its projections must be {', '.join(PROJECTIONS)}, got {', '.join(paths)}"
+        if plan.tail or plan.dropout:
+            return (
+                f"a one-bit block would lose {', '.join(filter(None, (plan.dropout, *plan.tail)))}"
             )
-        if linear.in_features % GROUP:
-            raise ValueError(
-                f"{op}: {name}.{projection} must have rows of a multiple of {GROUP}, got "
-                f"{linear.in_features}"
-            )
+        if around := hooked(module):
+            return f"it {around}, which a one-bit block would lose"
+        linears = [getattr(module, projection) for projection in PROJECTIONS]
+        for projection, linear in zip(PROJECTIONS, linears, strict=True):
+            if type(linear) is not nn.Linear:
+                return f"{projection} is a {type(linear).__name__}, not a plain nn.Linear"
+            if linear.in_features % GROUP:
+                width = linear.in_features
+                return f"{projection} must have rows of a multiple of {GROUP}, got {width}"
+        if (linears[0].bias is None) != (linears[1].bias is None):
+            return "gate_proj and up_proj must both have a bias or none"
+        return self.obstacle(module, plan)
 
 
 def quantize_model(model: nn.Module, format: str = "q1_0") -> QuantizationReport:
     """Replace every gated MLP of `model` by a packed `layers.BinaryGatedMLP`, in place.
 
-    Nothing is changed unless all can be. The new blocks keep the names of the projections, have no
-    latent weights and give a gradient to their input.
+    The new blocks keep the names of the projections, have no latent weights and give a gradient to
+    their input. An MLP is left, with the reason in the report, where that would be something else:
+    other names, something between or after the projections, a hook, a forward set on the instance,
+    a projection that is adapted or tied, an activation without a kernel, a width that is no
+    multiple of 128. A second call changes nothing. To load a model that was saved after it, call it
+    on a fresh one before load_state_dict.
 
-    Raises ValueError for another format, a model without gated MLPs, a width that is no multiple of
-    128, or weights that `quantize_binary` refuses; TypeError for a projection that is no plain
-    nn.Linear or an activation without a kernel.
+    Raises ValueError, and changes nothing, for another format, a model that is wrapped by FSDP,
+    distributed or compiled, or has no MLP to quantise nor one that is, saying what was left and
+    why, or weights that `quantize_binary` refuses; TypeError for anything else than a module.
     """
+    op = "quantize_model"
     if format not in FORMATS:
+        raise ValueError(f"{op}: format must be one of {', '.join(FORMATS)}, got {format!r}")
+    blocks = _Blocks(_checked(op, model))
+    if "" in blocks.found:
         raise ValueError(
-            f"quantize_model: format must be one of {', '.join(FORMATS)}, got {format!r}"
-        )
-    found = gated_mlps(model)
-    if not found:
-        raise ValueError(
-            f"quantize_model: model must have a module with nn.Linears {', '.join(PROJECTIONS)}, "
-            f"got none in {type(model).__name__}"
-        )
-    if "" in found:
-        raise ValueError(
-            "quantize_model: model must hold its gated MLPs, got one itself; "
+            f"{op}: model must hold its gated MLPs, got one itself; "
             "layers.BinaryGatedMLP.from_dense makes a block of it"
         )
-    for name, mlp in found.items():
-        _check(name, mlp)
+    if not blocks.found and not any(map(_is_one_bit, model.modules())):
+        left = "".join(f"\n{entry}" for entry in blocks.left)
+        raise ValueError(
+            f"{op}: model must have a module that is {PROJECTIONS[2]}(act({PROJECTIONS[0]}(x)) * "
+            f"{PROJECTIONS[1]}(x)), got none in {type(model).__name__}{left}"
+        )
     model_before = nbytes(model)
-    blocks = {name: _block(mlp) for name, mlp in found.items()}
-    sizes = tuple(Quantized(name, nbytes(mlp), nbytes(blocks[name])) for name, mlp in found.items())
-    for name, block in blocks.items():
+    made = {name: _block(*found) for name, found in blocks.found.items()}
+    sizes = tuple(
+        Quantized(name, nbytes(mlp), nbytes(made[name])) for name, (mlp, _) in blocks.found.items()
+    )
+    for name, block in made.items():
         model.set_submodule(name, block)
-    return QuantizationReport(format, sizes, model_before, nbytes(model))
+    return QuantizationReport(format, sizes, model_before, nbytes(model), tuple(blocks.left))
 
 
-def _block(mlp: nn.Module) -> BinaryGatedMLP:
+def _is_one_bit(module: nn.Module) -> bool:
+    return isinstance(module, BinaryGatedMLP) and module.gate_proj.packed is not None
+
+
+def _block(mlp: nn.Module, plan: Dense) -> BinaryGatedMLP:
     gate, up, down = (getattr(mlp, projection) for projection in PROJECTIONS)
-    name = activation_of(mlp)
-    assert name is not None
-    return BinaryGatedMLP.from_dense(gate, up, down, name).train(mlp.training)
+    return BinaryGatedMLP.from_dense(gate, up, down, plan.activation).train(mlp.training)

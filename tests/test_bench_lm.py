@@ -12,6 +12,7 @@ from fusedmlp.bench import cli, lm, lm_page, lm_train, plots
 from fusedmlp.bench._options import Refusal
 from fusedmlp.bench.lm_attention import MIXERS
 from fusedmlp.bench.lm_models import MLPS, Model, Plan, build_mlp, names, weights_of
+from fusedmlp.bench.lm_one_bit import ROUNDED
 from fusedmlp.bench.lm_train import Run
 
 TINY = Plan("swiglu", layers=1, dim=16, heads=2, context=8, batch=2, steps=4, every=2, held_out=2,
@@ -82,6 +83,26 @@ def test_runs_repeat_and_learn(mlp, mixer):
     record = json.loads(json.dumps(once.record()))
     assert record["held_out_loss"] == once.curve[-1]["held_out"] < once.curve[0]["held_out"]
     assert all(p.isfinite().all() for p in once.model.parameters())
+
+
+@pytest.mark.parametrize("mlp", ("binary", *ROUNDED))
+def test_one_bit_after_training(mlp):
+    run = trained(dataclasses.replace(TINY, mlp=mlp))
+    before = [p.clone() for p in run.model.parameters()]
+    record = run.record()
+    assert all(map(torch.equal, before, run.model.parameters())), "the trained model changed"
+    if mlp == "binary":
+        assert record["packed_held_out_loss"] == pytest.approx(record["held_out_loss"], rel=1e-6)
+        assert "rounded_held_out_loss" not in record
+    else:
+        matrices = [p for p in run.model.blocks[0].mlp.parameters() if p.dim() == 2]
+        assert len(record["relative_weight_error"]) == len(matrices)
+        assert all(0.3 < e < 0.8 for e in record["relative_weight_error"])
+        assert record["rounded_held_out_loss"] != record["held_out_loss"]
+    ((_, models),) = lm_page.comparisons([record])
+    (sentence,) = lm_page.one_bit(models)
+    assert sentence.endswith("bits a byte (seed 0).") and sentence in lm_page.markdown([record])
+    assert ("off by" in sentence) == (mlp != "binary")
 
 
 def test_models_agree_but_for_their_mlp():

@@ -87,6 +87,14 @@ def test_underflow_is_told_with_its_group():
         assert quantize_binary(w).scales[1, 1] == 0
 
 
+def test_underflow_of_float64():
+    """Even where float32 has 0 for the mean."""
+    w = torch.zeros(2, 200, dtype=torch.float64)
+    w[1, 128:] = -1e-60
+    with pytest.warns(UserWarning, match="in 1 groups, the first in row 1, group 1: 1e-60"):
+        quantize_binary(w, pad=True)
+
+
 def test_mlx_arrays():
     bw = quantize_binary(draw(3, 256))
     arrays = bw.to_mlx()
@@ -114,6 +122,28 @@ def test_safetensors_and_state_dict(tmp_path):
         other.load_state_dict(quantize_binary(draw(3, 128)).state_dict())
 
 
+def test_width_is_saved_where_it_is_padded(tmp_path):
+    """Else padding would become weights of a wider one."""
+    from safetensors.torch import load_file, save_file
+
+    narrow, wide, full = (quantize_binary(draw(3, d), pad=True) for d in (200, 250, 256))
+    assert "width" in narrow.state_dict() and "width" not in full.state_dict()
+    save_file(narrow.state_dict(), tmp_path / "w.safetensors")
+    tensors = load_file(tmp_path / "w.safetensors")
+    assert BinaryWeight(**tensors).shape == (3, 200)
+    again = quantize_binary(-draw(3, 200), pad=True)
+    again.load_state_dict(tensors)
+    assert torch.equal(again.dequantize(), narrow.dequantize())
+    for other, state, message in (
+        (wide, tensors, "BinaryWeight: width must be 250, got 200"),
+        (full, tensors, "BinaryWeight: width must be 256, got 200"),
+        (narrow, {n: tensors[n] for n in ("qweight", "scales")}, r'Missing key.*"width"'),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            other.load_state_dict(state)
+    assert torch.equal(wide.dequantize(), quantize_binary(draw(3, 250), pad=True).dequantize())
+
+
 def test_casting_a_model_leaves_scales_alone():
     bw = quantize_binary(draw(3, 256))
     values = bw.dequantize()
@@ -131,22 +161,30 @@ def test_scales_may_be_trained():
     assert trained.scales.grad.shape == (3, 2)
 
 
-def test_gguf(tmp_path):
+def gguf_file(path, weights, experts=False):
+    """With a tensor in float32 last, and before it perhaps two stacked experts."""
     import gguf
 
     q1_0 = gguf.GGMLQuantizationType.Q1_0
-    weights = {f"blk.0.ffn_{n}.weight": quantize_binary(draw(*s)) for n, s in
-               (("gate", (5, 256)), ("down", (3, 128)))}  # fmt: skip
-    path = tmp_path / "model.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     for name, w in weights.items():
         raw = torch.frombuffer(bytearray(w.to_q1_0_bytes()), dtype=torch.uint8)
-        writer.add_tensor(name, raw.view(w.shape[0], -1).numpy(), raw_dtype=q1_0)
+        raw = raw.view(w.shape[0], -1)
+        writer.add_tensor(name, raw.numpy(), raw_dtype=q1_0)
+        if experts:
+            writer.add_tensor(f"{name}.exps", torch.stack((raw, raw)).numpy(), raw_dtype=q1_0)
     writer.add_tensor("norm", torch.ones(4).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def test_gguf(tmp_path):
+    weights = {f"blk.0.ffn_{n}.weight": quantize_binary(draw(*s)) for n, s in
+               (("gate", (5, 256)), ("down", (3, 128)))}  # fmt: skip
+    path = tmp_path / "model.gguf"
+    gguf_file(path, weights)
     found = read_gguf(path)
     assert found.keys() == weights.keys()
     for name, w in weights.items():
@@ -157,6 +195,27 @@ def test_gguf(tmp_path):
         read_gguf(path, ["output"])
     with pytest.raises(TypeError, match="read_gguf: norm must be Q1_0, got F32"):
         read_gguf(path, ["norm"])
+    with pytest.raises(TypeError, match="names must be several names or None, got the str 'norm'"):
+        read_gguf(path, "norm")
+
+
+def test_gguf_leaves_out_stacked_experts_and_says_so(tmp_path):
+    gguf_file(path := tmp_path / "moe.gguf", {"a": quantize_binary(draw(4, 256))}, experts=True)
+    with pytest.warns(
+        UserWarning, match=r"moe\.gguf has 1 Q1_0 .*, the first a.exps of shape \(2, 4"
+    ):
+        assert list(read_gguf(path)) == ["a"]
+    with pytest.raises(ValueError, match=r"a.exps must be a matrix, got shape \(2, 4, 256\)"):
+        read_gguf(path, ["a.exps"])
+
+
+def test_gguf_that_is_cut_short(tmp_path):
+    gguf_file(path := tmp_path / "cut.gguf", {"a": quantize_binary(draw(4, 256))})
+    whole = path.read_bytes()
+    for size in range(0, len(whole) - 32, 8):  # less cuts padding alone
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"read_gguf: .*cut\.gguf must be a whole GGUF file"):
+            read_gguf(path)
 
 
 def test_gguf_says_what_to_install(monkeypatch, tmp_path):

@@ -83,6 +83,21 @@ def test_gradient_is_straight_through():
     assert torch.equal(clipped, detached * (v.detach().abs() <= 0.5))
 
 
+@pytest.mark.filterwarnings("error")
+def test_scales_beyond_float16():
+    """Training says nothing of them; packing does."""
+    layer, x = BinaryLinear(128, 4), draw(2, 128)
+    layer.weight.data *= 1e-8
+    assert not layer(x).any()
+    with pytest.warns(UserWarning, match="underflows to 0 in float16"):
+        layer.pack()
+    layer = BinaryLinear(128, 4)
+    layer.weight.data *= 1e8
+    assert layer(x).isnan().all()
+    with pytest.raises(ValueError, match="at most 65504"):
+        layer.pack()
+
+
 def test_training_learns_and_flips_signs():
     torch.manual_seed(0)
     target = quantize_binary(0.05 * draw(16, 128))
@@ -136,10 +151,23 @@ def test_compiles_and_autocasts(packed):
         assert mlp(x).dtype == torch.bfloat16
 
 
+def linears(up=(128, 256), down=(256, 128)):
+    return nn.Linear(128, 256), nn.Linear(*up), nn.Linear(*down)
+
+
 BAD = [
     (lambda: BinaryLinear(100, 4), ValueError, "BinaryLinear: in_features must be a multiple of 128, got 100"),
     (lambda: BinaryLinear(128, 0), ValueError, "BinaryLinear: out_features must be at least 1, got 0"),
     (lambda: BinaryLinear(128, 4, clip=0.0), ValueError, "BinaryLinear: clip must be None or positive, got 0.0"),
+    (lambda: BinaryLinear(128, 4, clip="a"), ValueError, "BinaryLinear: clip must be None or positive, got 'a'"),
+    (lambda: BinaryLinear.from_packed(quantize_binary(draw(4, 128)), draw(5)), ValueError, "BinaryLinear: bias must have shape (4,), got (5,)"),
+    (lambda: BinaryLinear.from_packed(quantize_binary(draw(4, 128)), True), TypeError, "BinaryLinear: bias must be a Tensor, got bool"),
+    (lambda: BinaryGatedMLP(128, 256, "swish"), ValueError, "BinaryGatedMLP: activation must be one of silu, gelu"),
+    (lambda: BinaryGatedMLP.from_dense(*linears(), activation="swish"), ValueError, "BinaryGatedMLP: activation must be one of silu, gelu"),
+    (lambda: BinaryGatedMLP.from_dense(*linears(down=(128, 128))), ValueError, "BinaryGatedMLP: weight of down must have shape (128, 256), got (128, 128)"),
+    (lambda: BinaryGatedMLP.from_dense(*linears(up=(128, 128))), ValueError, "BinaryGatedMLP: weight of up must have shape (256, 128), got (128, 128)"),
+    (lambda: BinaryGatedMLP.of(1, 2, 3), TypeError, "BinaryGatedMLP: gate must be a BinaryLinear, got int"),
+    (lambda: BinaryGatedMLP.of(BinaryLinear(128, 256, True), BinaryLinear(128, 256), BinaryLinear(256, 128)), ValueError, "BinaryGatedMLP: gate and up must both have a bias or none"),
     (lambda: BinaryLinear.from_linear(nn.ReLU()), TypeError, "BinaryLinear: linear must be a plain nn.Linear, got ReLU"),
     (lambda: BinaryLinear.from_packed(draw(4, 128)), TypeError, "BinaryLinear: w must be a BinaryWeight, got Tensor"),
     (lambda: BinaryLinear(128, 4).pack().pack(), RuntimeError, "BinaryLinear: pack() needs a latent weight, got a packed one"),
@@ -210,13 +238,14 @@ def test_bytes_of_qwen3_8b():
     [
         (lambda: quantize_model(model(), "q4_0"), ValueError, "format must be one of q1_0, got 'q4_0'"),
         (lambda: quantize_model(nn.Linear(4, 4)), ValueError, "got none in Linear"),
-        (lambda: quantize_model(model(intermediate_size=200)), ValueError, "model.layers.0.mlp.down_proj must have rows of a multiple of 128, got 200"),
-        (lambda: quantize_model(model(hidden_act="mish")), TypeError, "model.layers.0.mlp.act_fn must be an activation with a kernel"),
+        (lambda: quantize_model(model(intermediate_size=200)), ValueError, "model.layers.0.mlp (LlamaMLP): left, down_proj must have rows of a multiple of 128, got 200"),
+        (lambda: quantize_model(model(hidden_act="mish")), ValueError, "model.layers.0.mlp (LlamaMLP): left, neither factor of its product is an activation"),
+        (lambda: quantize_model("llama"), TypeError, "model must be an nn.Module, got str"),
         (lambda: quantize_model(model().model.layers[0].mlp), ValueError, "model must hold its gated MLPs"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_quantised(make, error, message):
-    with pytest.raises(error, match=f"quantize_model: .*{re.escape(message)}"):
+    with pytest.raises(error, match=f"(?s)^quantize_model: .*{re.escape(message)}"):
         make()
 
 

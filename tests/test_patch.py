@@ -381,9 +381,14 @@ def test_quantize():
     quantized = report.quantized
     assert isinstance(blocks.blocks[0], BinaryGatedMLP)
     assert quantized.before == 4 * 3 * 128 * 256 and quantized.after == 3 * 128 * 256 * 18 // 128
-    assert [e.name for e in report.patched] == ["blocks.1"]
+    assert [(e.name, e.op) for e in report.patched] == [
+        ("blocks.0", "binary_gated_mlp"), ("blocks.1", "mlp"),
+    ]  # fmt: skip
     text = str(report).splitlines()
-    assert text[0] == str(quantized) and text[1].startswith("1 patched")
+    assert text[0] == str(quantized) and text[1].startswith("2 patched")
+    again = fusedmlp.patch(blocks, quantize="q1_0")
+    assert again.quantized.layers == () and str(again).startswith("no further MLP in q1_0\n2 pat")
+    assert fusedmlp.patch(blocks).entries == again.entries == report.entries
     with pytest.raises(ValueError, match="patch: only must be None with quantize='q1_0', got '0'"):
         fusedmlp.patch(Model(LlamaLike()), only="0", quantize="q1_0")
     with pytest.raises(ValueError, match="quantize_model: format must be one of q1_0, got 'q2'"):

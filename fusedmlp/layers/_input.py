@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._numbers import number
+
 
 def check_x(owner: str, x: Tensor, dim: int, dtype: torch.dtype) -> None:
     """x is (..., dim) in the parameters' `dtype`, or under autocast in any floating one.
@@ -27,13 +29,13 @@ def check_x(owner: str, x: Tensor, dim: int, dtype: torch.dtype) -> None:
 
 def coefficient(owner: str, name: str, value: float) -> None:
     """A weight of a loss."""
-    _number(owner, name, value)
+    number(owner, name, value)
     if not 0 <= value < float("inf"):
         raise ValueError(f"{owner}: {name} must be finite and at least 0, got {value}")
 
 
 def fraction(owner: str, name: str, value: float) -> None:
-    _number(owner, name, value)
+    number(owner, name, value)
     if not 0 <= value <= 1:
         raise ValueError(f"{owner}: {name} must be in [0, 1], got {value}")
 
@@ -42,11 +44,6 @@ def capacity_factor(owner: str, value: float | None) -> None:
     """What an expert takes of its equal share of the tokens; None is no limit."""
     if value is None:
         return
-    _number(owner, "capacity_factor", value)
+    number(owner, "capacity_factor", value)
     if not 0 < value < float("inf"):
         raise ValueError(f"{owner}: capacity_factor must be positive or None, got {value}")
-
-
-def _number(owner: str, name: str, value: object) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise TypeError(f"{owner}: {name} must be a number, got {value!r}")

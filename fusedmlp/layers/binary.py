@@ -15,7 +15,9 @@
 In training scale = mean |v| of 128 neighbours of a row, rounded to float16 as it will be packed;
 sign(0) = 1. The gradient passes sign and rounding straight through: dv = scale * dw, where `clip`
 is given only for |v| <= clip, plus, unless `detach_scale`, that of mean |v|. Packed and latent
-weights are the same numbers, so packing changes no result but by the order of sums.
+weights are the same numbers, so packing changes no result but by the order of sums. Scales are
+float16 in training too: a mean |v| below 3e-8 is 0 there, and one above 65504 makes y NaN. forward
+does not look, which would wait for the GPU; `pack()` does, and warns or raises.
 
 dtype: x has the parameters' floating dtype, which is kept (under autocast: the autocast dtype).
 Sources: Rastegari et al., XNOR-Net, arXiv 1603.05279 (scale and straight-through gradient); Q1_0 of
@@ -32,6 +34,7 @@ from torch import Tensor, nn
 
 from ..binary import BinaryWeight, quantize_binary
 from ..kernels.bits import GROUP
+from ..ops import _check
 from ..ops.binary_gated_mlp import binary_gated_mlp
 from ..ops.binary_linear import binary_linear
 from ..ops.gated_mlp import gated_mlp
@@ -88,8 +91,8 @@ class BinaryLinear(nn.Module):
                 f"{owner}: in_features must be a multiple of {GROUP}, got {in_features}; pad=True "
                 "pads the last group of each row"
             )
-        if clip is not None and not clip > 0:
-            raise ValueError(f"{owner}: clip must be None or positive, got {clip}")
+        if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+            raise ValueError(f"{owner}: clip must be None or positive, got {clip!r}")
         self.in_features, self.out_features = in_features, out_features
         self.clip, self.detach_scale, self.pad = clip, detach_scale, pad
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
@@ -117,10 +120,16 @@ class BinaryLinear(nn.Module):
 
     @classmethod
     def from_packed(cls, w: BinaryWeight, bias: Tensor | None = None) -> BinaryLinear:
-        """A packed layer, of the tensors of a file say. Raises TypeError for another type."""
+        """A packed layer, of the tensors of a file say. Raises TypeError for another type,
+        ValueError for a bias of another shape than (H,)."""
         if not isinstance(w, BinaryWeight):
             raise TypeError(f"{cls.__name__}: w must be a BinaryWeight, got {type(w).__name__}")
         H, D = w.shape
+        if bias is not None and not isinstance(bias, Tensor):
+            raise TypeError(f"{cls.__name__}: bias must be a Tensor, got {type(bias).__name__}")
+        if bias is not None and bias.shape != (H,):
+            got = tuple(bias.shape)
+            raise ValueError(f"{cls.__name__}: bias must have shape ({H},), got {got}")
         with torch.device("meta"):
             layer = cls(D, H, pad=True)
         layer.bias = None if bias is None else nn.Parameter(bias)
@@ -223,6 +232,7 @@ class BinaryGatedMLP(nn.Module):
         pad: bool = False,
     ) -> None:
         super().__init__()
+        _check.activation(type(self).__name__, activation)
         self.activation = activation
         options: dict[str, Any] = {"clip": clip, "detach_scale": detach_scale, "pad": pad}
         self.gate_proj = BinaryLinear(dim, hidden, bias, **options)
@@ -242,8 +252,8 @@ class BinaryGatedMLP(nn.Module):
         """A block of three linears: packed, their weights rounded to one bit; or with pack=False
         latent copies of them to train.
 
-        activation: a name, or a module that has one. Raises TypeError for one that has none,
-        ValueError as `quantize_binary` does.
+        activation: a name, or a module that has one. Raises TypeError for one that has none, and
+        as `of` and `quantize_binary` do.
         """
         name = activation if isinstance(activation, str) else name_of(activation)
         if name is None:
@@ -257,7 +267,26 @@ class BinaryGatedMLP(nn.Module):
     def of(
         cls, gate: BinaryLinear, up: BinaryLinear, down: BinaryLinear, activation: str = "silu"
     ) -> BinaryGatedMLP:
-        """A block of three layers that are there already."""
+        """A block of three layers that are there already.
+
+        Raises TypeError for other layers, ValueError for an activation without a kernel, widths
+        that do not fit, or a bias of gate or up alone.
+        """
+        _check.activation(cls.__name__, activation)
+        for name, layer in (("gate", gate), ("up", up), ("down", down)):
+            if not isinstance(layer, BinaryLinear):
+                got = type(layer).__name__
+                raise TypeError(f"{cls.__name__}: {name} must be a BinaryLinear, got {got}")
+        H, D = gate.out_features, gate.in_features
+        for name, layer, shape in (("up", up, (H, D)), ("down", down, (down.out_features, H))):
+            if (got := (layer.out_features, layer.in_features)) != shape:
+                raise ValueError(
+                    f"{cls.__name__}: weight of {name} must have shape {shape}, got {got}"
+                )
+        if (gate.bias is None) != (up.bias is None):
+            raise ValueError(
+                f"{cls.__name__}: gate and up must both have a bias or none, got one alone"
+            )
         block = cls.__new__(cls)
         nn.Module.__init__(block)
         block.activation = activation

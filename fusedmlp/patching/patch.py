@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _backend
-from ..quantize import quantize_model
+from ..layers.binary import BinaryGatedMLP
+from ..ops.binary_gated_mlp import OP
 from .dense import is_projection
 from .experts import register_experts
 from .match import METHODS, NoMatch, match
@@ -131,6 +132,8 @@ class _Walk:
     def visit(self, name: str, module: nn.Module) -> None:
         ours = type(module).__module__.startswith(f"{__name__.partition('.')[0]}.")
         if ours and not isinstance(module, Patched):
+            if isinstance(module, BinaryGatedMLP) and self.wanted(name, module):
+                self.one_bit(name, module)
             return
         inside: set[int] = set()
         if isinstance(module, Patched) or self.wanted(name, module):
@@ -164,6 +167,12 @@ class _Walk:
         kind, like = module._own_class.__name__, next(module.parameters())
         where = _backend.pick(plan.op, like)
         self.entries.append(Entry(name, kind, plan.op, where, plan.detail()))
+
+    def one_bit(self, name: str, block: BinaryGatedMLP) -> None:
+        """What quantize_model put there; a block that is in training is a layer like others."""
+        if (w := block.gate_proj.packed) is not None:
+            where, detail = _backend.pick(OP, w.scales), f"activation {block.activation!r}"
+            self.entries.append(Entry(name, type(block).__name__, OP, where, detail))
 
     def obstacle(self, module: nn.Module, plan: Plan) -> str | None:
         """Why `plan` must not run `module` now."""
@@ -224,7 +233,8 @@ def patch(
         dtype_check: leave an MLP whose parameters differ in dtype or have one that no kernel takes;
             False patches it all the same, and its call says what is wrong.
         quantize: "q1_0" puts every gated MLP of a Llama-type model into one bit a weight first, by
-            `quantize_model`; for good, which unpatch() does not undo. Not together with `only`.
+            `quantize_model`; for good, which unpatch() does not undo. Not together with `only`. The
+            report lists the blocks among the patched, then and later.
 
     Parameters, state_dict keys, hooks, device, dtype and the modules themselves stay. An MLP is
     left where a fused call would be something else: a projection that is quantised, adapted, hooked
@@ -239,6 +249,8 @@ def patch(
         return _run(model, only, dtype_check)[0]
     if only is not None:
         raise ValueError(f"patch: only must be None with quantize={quantize!r}, got {only!r}")
+    from ..quantize import quantize_model  # which finds its MLPs by this file
+
     quantized = quantize_model(model, format=quantize)
     return dataclasses.replace(_run(model, only, dtype_check)[0], quantized=quantized)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..quantize import QuantizationReport
+if TYPE_CHECKING:
+    from ..quantize import QuantizationReport
 
 LOOKED_FOR = (
     "modules that compute down(act(gate(x)) * up(x)) or down(act(first(x))) with nn.Linear or "
