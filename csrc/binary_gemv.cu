@@ -2,12 +2,14 @@
 // their bytes are the time. One weight at a time on CUDA cores, 1.125 bits would take three
 // instructions and more for each row of x; on the tensor cores it is one, for eight rows.
 //
-// A word's bits j and j + 16 become a pair of +-1 in 16 bits by one shift and one logical operation.
-// Such pairs are the left operand of mma.m16n8k16, whose order within K is free as long as x, the
-// right operand, has the same: x is staged in shared memory as pairs (j, j + 16). The four lanes of a
-// row of the fragment take the four words of a group of 128, so a group is eight products into an
-// accumulator of its own, which its scale multiplies in float32. Parts of D are summed by a second
-// kernel in a fixed order.
+// A word's bits j and j + 16 become a pair of 16-bit numbers by one logical operation and half a
+// shift: moved to bit 15, the sign, an odd j makes +-1; at bit 14 of either type an even j makes 2 or
+// 0, which is +-1 once the sum of its x is subtracted. That sum is a product with -1, shared by all
+// rows. The pairs are the left operand of mma.m16n8k16, whose order within K is free as long as x, the
+// right operand, has the same: x is staged in shared memory as pairs (j, j + 16), even j beside even
+// ones. The four lanes of a row of the fragment take the four words of a group of 128, so a group is
+// eight products into an accumulator of its own, which its scale multiplies in float32. Parts of D are
+// summed by a second kernel in a fixed order.
 #include "binary_gemv.h"
 
 #include "activations.cuh"
@@ -48,27 +50,20 @@ FUSEDMLP_DEVICE unsigned and_xor(unsigned a, unsigned b, unsigned c) {
 #endif
 }
 
-// Bits j and j + 16 of a word as +-1.
-template <class T>
-FUSEDMLP_DEVICE unsigned signs(unsigned word, int j) {
-  return and_xor(word << (15 - j), 0x80008000u, MinusOnes<T>::pair);
-}
-
 FUSEDMLP_DEVICE float to_float(bf16 value) { return __bfloat162float(value); }
 FUSEDMLP_DEVICE float to_float(__half value) { return __half2float(value); }
 FUSEDMLP_DEVICE void store(bf16* at, float value) { *at = __float2bfloat16_rn(value); }
 FUSEDMLP_DEVICE void store(__half* at, float value) { *at = __float2half_rn(value); }
 
-// What a lane reads: its word of each group, and the scale, of rows lane / 4 and lane / 4 + 8 of each
-// tile.
+// Where a lane reads, of rows lane / 4 and lane / 4 + 8 of each tile: its word of a group, and the scale
+// of the group lane % 4 further on.
 struct Rows {
   const uint32_t* words[kTiles][2];
-  const __half* scales[kTiles][2];
+  const __half* scales[kTiles];
+  unsigned at[kTiles][2];  // of scales
 };
-struct Weights {
-  unsigned words[kGroups][kTiles][2];
-  __half scales[kGroups][kTiles][2];
-};
+using Words = unsigned[kTiles][2];
+using Scales = float[kTiles][2];
 
 // The row of the weight that a warp's tile begins with.
 template <bool GATED>
@@ -77,50 +72,67 @@ FUSEDMLP_DEVICE int64_t first_row(int tile) {
   return 16 * (GATED ? warp : kTiles * warp + tile);
 }
 
-// Past H the last row again, which is not stored.
+// From group `begin` on. Past H the last row again, which is not stored.
 template <bool GATED>
-FUSEDMLP_DEVICE Rows rows_of(const BinaryGemv& p) {
+FUSEDMLP_DEVICE Rows rows_of(const BinaryGemv& p, int begin) {
   const int lane = threadIdx.x % 32;
-  const int64_t groups = p.D / 128;
   Rows rows;
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
     const bool up = GATED && tile == 1;
+    rows.scales[tile] = static_cast<const __half*>(up ? p.s_up : p.s_gate);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      int64_t row = first_row<GATED>(tile) + lane / 4 + 8 * half;
-      row = row < p.H ? row : p.H - 1;
-      rows.words[tile][half] = (up ? p.q_up : p.q_gate) + 4 * row * groups + lane % 4;
-      rows.scales[tile][half] = static_cast<const __half*>(up ? p.s_up : p.s_gate) + row * groups;
+      const int64_t row = first_row<GATED>(tile) + lane / 4 + 8 * half;
+      const int64_t at = (row < p.H ? row : p.H - 1) * (p.D / 128) + begin;
+      rows.words[tile][half] = (up ? p.q_up : p.q_gate) + 4 * at + lane % 4;
+      rows.at[tile][half] = unsigned(at) + lane % 4;
     }
   }
   return rows;
 }
 
-// Past `end` zeros.
-FUSEDMLP_DEVICE void load(const Rows& rows, int group, int end, Weights& w) {
+// Of the group `i` from where `rows` is.
+FUSEDMLP_DEVICE void load(const Rows& rows, int i, Words& words) {
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const uint32_t* words = rows.words[tile][half] + 4 * group;
-      const __half* scales = rows.scales[tile][half] + group;
-#pragma unroll
-      for (int i = 0; i < kGroups; ++i) {
-        const bool inside = group + i < end;
-        w.words[i][tile][half] = inside ? __ldg(words + 4 * i) : 0;
-        w.scales[i][tile][half] = inside ? __ldg(scales + i) : __half(0.f);
-      }
+      words[tile][half] = __ldg(rows.words[tile][half] + 4 * i);
     }
   }
 }
 
-// x of kGroups groups as pairs; zeros past M and past `end`. A thread takes a word's 32 elements.
+FUSEDMLP_DEVICE void load(const Rows& rows, Scales& scales) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      scales[tile][half] = __half2float(__ldg(rows.scales[tile] + rows.at[tile][half]));
+    }
+  }
+}
+
+FUSEDMLP_DEVICE void advance(Rows& rows, int groups) {
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      rows.words[tile][half] += 4 * groups;
+      rows.at[tile][half] += groups;
+    }
+  }
+}
+
+// x of kGroups groups as pairs; zeros past M and past `end`. A warp takes a group, a thread a word's
+// 32 elements.
 template <int NT>
 FUSEDMLP_DEVICE void stage(const BinaryGemv& p, int group, int end,
                            uint4 (&pairs)[kGroups][NT][32][kPitch / 4]) {
-  for (int task = threadIdx.x; task < kGroups * NT * 32; task += kThreads) {
-    const int lane = task % 32, n = task / 32 % NT, i = task / 32 / NT;
+  static_assert(kWarps == kGroups);
+  const int i = threadIdx.x / 32, lane = threadIdx.x % 32;
+#pragma unroll
+  for (int n = 0; n < NT; ++n) {
     const int64_t m = n * kTokens + lane / 4;
     uint4 low[2] = {}, high[2] = {};
     if (m < p.M && group + i < end) {
@@ -136,52 +148,60 @@ FUSEDMLP_DEVICE void stage(const BinaryGemv& p, int group, int end,
     for (int part = 0; part < 2; ++part) {
       const uint4 a = low[part], b = high[part];
       pairs[i][n][lane][2 * part] = {
-          __byte_perm(a.x, b.x, 0x5410), __byte_perm(a.x, b.x, 0x7632),
-          __byte_perm(a.y, b.y, 0x5410), __byte_perm(a.y, b.y, 0x7632)};
+          __byte_perm(a.x, b.x, 0x5410), __byte_perm(a.y, b.y, 0x5410),
+          __byte_perm(a.x, b.x, 0x7632), __byte_perm(a.y, b.y, 0x7632)};
       pairs[i][n][lane][2 * part + 1] = {
-          __byte_perm(a.z, b.z, 0x5410), __byte_perm(a.z, b.z, 0x7632),
-          __byte_perm(a.w, b.w, 0x5410), __byte_perm(a.w, b.w, 0x7632)};
+          __byte_perm(a.z, b.z, 0x5410), __byte_perm(a.w, b.w, 0x5410),
+          __byte_perm(a.z, b.z, 0x7632), __byte_perm(a.w, b.w, 0x7632)};
     }
   }
 }
 
-// sums += scale * (signs x') of kGroups groups.
+// sums += scale * (signs x') of one group, the `own`th of kGroups.
 template <class T, int NT>
-FUSEDMLP_DEVICE void multiply(const Weights& w,
-                              const uint4 (&pairs)[kGroups][NT][32][kPitch / 4],
+FUSEDMLP_DEVICE void multiply(const Words& words, const Scales& scales, int own,
+                              const uint4 (&pairs)[NT][32][kPitch / 4],
                               float (&sums)[kTiles][NT][4]) {
+  constexpr unsigned kMinus = MinusOnes<T>::pair, kSigns = 0x80008000u, kTwos = 0x40004000u;
   const int lane = threadIdx.x % 32;
+  uint4 x[NT][kPairs / 4];
+  float minus_even[NT][4] = {}, group[kTiles][NT][4];
 #pragma unroll
-  for (int i = 0; i < kGroups; ++i) {
-    float group[kTiles][NT][4] = {};
+  for (int n = 0; n < NT; ++n) {
 #pragma unroll
-    for (int quarter = 0; quarter < kPairs / 4; ++quarter) {
-      uint4 x[NT];
-#pragma unroll
-      for (int n = 0; n < NT; ++n) x[n] = pairs[i][n][lane][quarter];
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const unsigned upper = w.words[i][tile][0], lower = w.words[i][tile][1];
-#pragma unroll
-        for (int step = 0; step < 2; ++step) {
-          const int j = 4 * quarter + 2 * step;
-          const uint32_t a[4] = {signs<T>(upper, j), signs<T>(lower, j), signs<T>(upper, j + 1),
-                                 signs<T>(lower, j + 1)};
-#pragma unroll
-          for (int n = 0; n < NT; ++n) {
-            const uint32_t b[2] = {step ? x[n].z : x[n].x, step ? x[n].w : x[n].y};
-            mma_m16n8k16<T>(group[tile][n], a, b);
-          }
-        }
-      }
+    for (int i = 0; i < kPairs / 4; ++i) {
+      x[n][i] = pairs[n][lane][i];
+      mma_m16n8k16<T>(minus_even[n], {kMinus, kMinus, kMinus, kMinus}, {x[n][i].x, x[n][i].y});
     }
+  }
+#pragma unroll
+  for (int i = 0; i < kPairs / 4; ++i) {
 #pragma unroll
     for (int tile = 0; tile < kTiles; ++tile) {
+      const unsigned upper = words[tile][0], lower = words[tile][1];
+      const int left = kPairs - 2 - 4 * i;  // of the bits 4 i and 4 i + 1; 2 less for the next two
+      const unsigned u[2] = {upper << left, upper << (left - 2)};
+      const unsigned l[2] = {lower << left, lower << (left - 2)};
+      const uint32_t even[4] = {u[0] & kTwos, l[0] & kTwos, u[1] & kTwos, l[1] & kTwos};
+      const uint32_t odd[4] = {and_xor(u[0], kSigns, kMinus), and_xor(l[0], kSigns, kMinus),
+                               and_xor(u[1], kSigns, kMinus), and_xor(l[1], kSigns, kMinus)};
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        mma_m16n8k16<T>(group[tile][n], even, {x[n][i].x, x[n][i].y},
+                        i == 0 ? minus_even[n] : group[tile][n]);
+        mma_m16n8k16<T>(group[tile][n], odd, {x[n][i].z, x[n][i].w});
+      }
+    }
+  }
+#pragma unroll
+  for (int tile = 0; tile < kTiles; ++tile) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float scale = __shfl_sync(0xffffffffu, scales[tile][half], lane / 4 * 4 + own);
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
 #pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float scale = __half2float(w.scales[i][tile][c / 2]);
+        for (int c = 2 * half; c < 2 * half + 2; ++c) {
           sums[tile][n][c] = fmaf(scale, group[tile][n][c], sums[tile][n][c]);
         }
       }
@@ -200,22 +220,34 @@ FUSEDMLP_DEVICE void finish(const BinaryGemv& p, int64_t m, int64_t row, float g
 }
 
 template <class T, bool GATED, int NT>
-__global__ void __launch_bounds__(kThreads) gemv(BinaryGemv p) {
+// Left to itself the compiler spills a register of the one that bounds itself.
+__global__ void __launch_bounds__(kThreads, NT == 1 || GATED ? 0 : 2) gemv(BinaryGemv p) {
   __shared__ uint4 pairs[kGroups][NT][32][kPitch / 4];
   const int groups = int(p.D / 128), depth = (groups + p.splits - 1) / p.splits;
   const int begin = int(blockIdx.y) * depth;
   const int end = begin + depth < groups ? begin + depth : groups;
-  const Rows rows = rows_of<GATED>(p);
+  Rows rows = rows_of<GATED>(p, begin);
   float sums[kTiles][NT][4] = {};
-  Weights now, next;
-  load(rows, begin, end, now);
+  // Past `end` whatever was there stays, and meets an x of zeros.
+  Words words[kGroups] = {};
+  Scales scales = {};
+  const int own = threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    if (begin + i < end) load(rows, i, words[i]);
+  }
+  if (begin + own < end) load(rows, scales);
   for (int group = begin; group < end; group += kGroups) {
     stage<NT>(p, group, end, pairs);
-    load(rows, group + kGroups, end, next);
     __syncthreads();
-    multiply<T, NT>(now, pairs, sums);
+    advance(rows, kGroups);
+#pragma unroll
+    for (int i = 0; i < kGroups; ++i) {
+      multiply<T, NT>(words[i], scales, i, pairs[i], sums);
+      if (group + kGroups + i < end) load(rows, i, words[i]);
+    }
+    if (group + kGroups + own < end) load(rows, scales);
     __syncthreads();
-    now = next;
   }
   const int lane = threadIdx.x % 32;
 #pragma unroll

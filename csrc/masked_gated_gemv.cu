@@ -16,6 +16,7 @@ constexpr int kThreads = 32 * kWarps;
 constexpr int kOctet = 8;
 // Rows of w times rows of x in one warp: what keeps enough bytes in flight within the registers.
 constexpr int kPairs = 4;
+constexpr int kRows = 4;  // of x, at most, in one block
 
 using bf16 = __nv_bfloat16;
 
@@ -84,13 +85,23 @@ FUSEDMLP_DEVICE float combine(int activation, const float (&sums)[1 + N_M]) {
   return h;
 }
 
+// Of weights that may be read again, or not.
+template <int XS, class W>
+FUSEDMLP_DEVICE W read(const W* at) {
+  return XS < kRows ? __ldcs(at) : __ldcg(at);
+}
+
 // ROWS rows of w from row `first` on, over XS rows of x from row m0 on. What lies past H or M is
 // computed for the last row again and not stored.
 template <class T, int N_M, int ROWS, int XS>
 __global__ void __launch_bounds__(kThreads) gemv(MaskedGatedGemv p) {
   const int lane = threadIdx.x % 32;
-  const int64_t first = (int64_t(blockIdx.x) * kWarps + threadIdx.x / 32) * ROWS;
-  const int64_t m0 = int64_t(blockIdx.z) * XS;
+  // Blocks of the same weights follow one another, so that memory is read for the first alone.
+  const bool once = XS < kRows;
+  const unsigned passes = once ? 1 : (unsigned(p.M) + XS - 1) / XS;
+  const int64_t first = (int64_t(blockIdx.x / passes) * kWarps + threadIdx.x / 32) * ROWS;
+  // A constant 0 makes the compiler spill a register of sm_100.
+  const int64_t m0 = int64_t(once ? blockIdx.z : blockIdx.x % passes) * XS;
   if (first >= p.H) return;
   const int64_t octets = p.D / kOctet;
   const int64_t depth = (octets + p.splits - 1) / p.splits;
@@ -120,8 +131,8 @@ __global__ void __launch_bounds__(kThreads) gemv(MaskedGatedGemv p) {
     float values[XS][kOctet];
 #pragma unroll
     for (int r = 0; r < ROWS; ++r) {
-      weights[r] = __ldcs(w[r] + k);
-      kept[r].word = __ldcs(&masks[r][k].word);
+      weights[r] = read<XS>(w[r] + k);
+      kept[r].word = read<XS>(&masks[r][k].word);
     }
 #pragma unroll
     for (int m = 0; m < XS; ++m) unpack<T>(__ldg(x[m] + k), values[m]);
@@ -185,7 +196,7 @@ template <class T, int N_M, int XS>
 cudaError_t enqueue(const MaskedGatedGemv& p, cudaStream_t stream) {
   constexpr int ROWS = kPairs / XS;
   const auto cover = [](int64_t n, int64_t by) { return unsigned((n + by - 1) / by); };
-  const dim3 blocks(cover(p.H, ROWS * kWarps), p.splits, cover(p.M, XS));
+  const dim3 blocks(cover(p.H, ROWS * kWarps) * cover(p.M, XS), p.splits);
   cudaError_t error = launch(gemv<T, N_M, ROWS, XS>, blocks, dim3(kThreads), 0, stream, p);
   if (error == cudaSuccess && p.splits > 1) {
     error = launch(add_parts<T, N_M>, dim3(cover(p.M * p.H, kThreads)), dim3(kThreads), 0, stream,
@@ -194,12 +205,12 @@ cudaError_t enqueue(const MaskedGatedGemv& p, cudaStream_t stream) {
   return error;
 }
 
-// More than four rows of x read the weights again, from L2 at best.
+// More than kRows rows of x read the weights again, from L2.
 template <class T, int N_M>
 cudaError_t pick_rows(const MaskedGatedGemv& p, cudaStream_t stream) {
   if (p.M == 1) return enqueue<T, N_M, 1>(p, stream);
   if (p.M == 2) return enqueue<T, N_M, 2>(p, stream);
-  return enqueue<T, N_M, 4>(p, stream);
+  return enqueue<T, N_M, kRows>(p, stream);
 }
 
 template <class T>

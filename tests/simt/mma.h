@@ -119,10 +119,16 @@ inline void stmatrix_x4(void* row, uint32_t r0, uint32_t r1, uint32_t r2, uint32
 
 template <class T>
 void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
-                  simt::Site at = simt::Site::here()) {
-  const simt::Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {d[0], d[1], d[2], d[3]}};
+                  const float (&c)[4], simt::Site at = simt::Site::here()) {
+  const simt::Fragments mine{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}, {c[0], c[1], c[2], c[3]}};
   const auto result = simt::multiply<T>(mine, at);
   std::copy(result.begin(), result.end(), d);
+}
+
+template <class T>
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                  simt::Site at = simt::Site::here()) {
+  mma_m16n8k16<T>(d, a, b, d, at);
 }
 
 }  // namespace fusedmlp
