@@ -23,7 +23,7 @@ from .plan import child, with_parents
 # Methods that hold a whole MLP where it is spread over submodules.
 METHODS = ("feed_forward_chunk", "ff_chunk", "_ff_block", "forward")
 
-_MUL = (operator.mul, torch.mul)
+_MUL = (operator.mul, operator.imul, torch.mul)
 _ADD = (operator.add, operator.iadd, torch.add)
 
 
@@ -31,10 +31,23 @@ class NoMatch(Exception):
     pass
 
 
+class _Proxy(fx.Proxy):
+    """fx takes `a += b` for a + b; who writes into x has to be seen."""
+
+    def __iadd__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __imul__(self, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, method: str) -> None:
         super().__init__()
         self.traced_func_name = method
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return next(m.children(), None) is None
@@ -67,6 +80,9 @@ def _match(module: nn.Module, method: str) -> Dense:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         raise NoMatch(f"its {method} takes {len(inputs)} arguments, not x alone")
+    for node in graph.nodes:
+        if not node.users and node.op != "output":  # may write into x
+            raise NoMatch(f"its {method} makes no use of {node}")
     return _Matcher(module, inputs[0], method).plan(next(reversed(graph.nodes)).args[0])
 
 
@@ -99,9 +115,10 @@ class _Matcher:
 
     def before(self, node: Any) -> tuple[Any, str]:
         """One step of the tail, and what came before it."""
-        if self.calls(node) and len(node.args) == 1 and not node.kwargs:
+        if self.calls(node):
             return self.only(node.args[0]), str(node.target)
-        if self.is_call(node, _ADD) and self.x in node.args:
+        writes_x = self.is_call(node, (operator.iadd,)) and node.args[0] is self.x
+        if self.is_call(node, _ADD) and self.x in node.args and not writes_x:
             return self.only(next(a for a in node.args if a is not self.x)), RESIDUAL
         raise NoMatch(f"its {self.method} does not end in a projection: {node}")
 
@@ -129,7 +146,10 @@ class _Matcher:
         order = (g.args[1], u.args[1])
         if not chunk or u.args[0] is not pair or arguments != (2, -1) or len(pair.users) != 2:
             raise NoMatch("its gate and up are not chunk(2, dim=-1) of one projection")
-        return pair.args[0], {(0, 1): "gate_up", (1, 0): "up_gate"}[order]
+        halves = {(0, 1): "gate_up", (1, 0): "up_gate"}.get(order)
+        if halves is None:
+            raise NoMatch("its gate and up are the same half of one projection")
+        return pair.args[0], halves
 
     def activation(self, node: Any) -> tuple[tuple[str, tuple[str, ...]], Any]:
         """((its name, the module passed by), its argument)."""
@@ -160,13 +180,20 @@ class _Matcher:
         return node
 
     def calls(self, node: Any) -> bool:
-        return isinstance(node, fx.Node) and node.op == "call_module"
+        """A module called with one argument, by position."""
+        return self.is_node(node, "call_module", 1)
 
     def called(self, node: fx.Node) -> nn.Module:
         return child(self.module, str(node.target))
 
     def is_call(self, node: Any, functions: tuple[Any, ...]) -> bool:
-        return isinstance(node, fx.Node) and node.op == "call_function" and node.target in functions
+        """One of `functions` called with two arguments, by position."""
+        return self.is_node(node, "call_function", 2) and node.target in functions
+
+    def is_node(self, node: Any, op: str, arguments: int) -> bool:
+        # An option by name (alpha of torch.add) would be another function.
+        plain = isinstance(node, fx.Node) and node.op == op and not node.kwargs
+        return plain and len(node.args) == arguments
 
     def projects(self, node: Any) -> bool:
         return self.calls(node) and is_projection(self.called(node)) and len(node.users) == 1
