@@ -291,6 +291,31 @@ def test_patched_restores_whatever_happens():
     assert type(model.blocks[0]) is GatedMLP
 
 
+def test_patched_and_restored_inside():
+    """Unpatched by the block itself, or wrapped there by a class of another library."""
+    model = Model(GatedMLP(), MLP(), MLP())
+    kinds = [type(m) for m in model.blocks]
+    with fusedmlp.patched(model):
+        fusedmlp.unpatch(model)
+    assert [type(m) for m in model.blocks] == kinds
+    wrap = lambda m: setattr(m, "__class__", type("Wrapped", (type(m),), {}))  # noqa: E731
+    with (
+        pytest.warns(RuntimeWarning, match="patched: Wrapped was wrapped after patch") as told,
+        pytest.raises(KeyError, match="mine"),
+        fusedmlp.patched(model),
+    ):
+        wrap(model.blocks[0])
+        raise KeyError("mine")
+    assert told[0].filename == __file__
+    assert [type(m) for m in model.blocks[1:]] == kinds[1:]
+    with pytest.raises(ValueError, match="patched: Wrapped was wrapped after patch"):  # noqa: SIM117
+        with fusedmlp.patched(model, only="blocks.[12]"):
+            wrap(model.blocks[1])
+    assert type(model.blocks[2]) is kinds[2]
+    with pytest.raises(ValueError, match="unpatch: Wrapped was wrapped after patch"):
+        fusedmlp.unpatch(model)
+
+
 def test_a_failing_adapter_leaves_nothing_half_done():
     def fails(module):
         raise RuntimeError("no")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -249,8 +250,7 @@ def _run(model: nn.Module, only: Only, dtype_check: bool) -> tuple[Report, list[
     try:
         walk.visit("", model)
     except BaseException:
-        for module in walk.swapped:
-            restore(module)
+        restore("patch", walk.swapped)
         raise
     return Report(tuple(walk.entries)), walk.swapped
 
@@ -260,20 +260,24 @@ def unpatch(model: nn.Module) -> None:
 
     Raises ValueError, as patch() does, where the model was wrapped meanwhile.
     """
-    for module in _checked("unpatch", model).modules():
-        if isinstance(module, Patched):
-            restore(module)
+    restore("unpatch", _checked("unpatch", model).modules())
 
 
 @contextmanager
 def patched(model: nn.Module, *, only: Only = None, dtype_check: bool = True) -> Iterator[Report]:
     """patch() for the length of a with block, whatever ends it; gives the report.
 
-    What was patched before stays patched. Arguments and errors as in patch().
+    What was patched before stays patched. Arguments and errors as in patch(). Raises ValueError at
+    the end for a module that was wrapped inside (fully_shard), when all others are restored; a
+    warning where the block already ends in an exception.
     """
     report, swapped = _run(_checked("patched", model), only, dtype_check)
     try:
         yield report
-    finally:
-        for module in swapped:
-            restore(module)
+    except BaseException:
+        try:
+            restore("patched", swapped)
+        except ValueError as error:
+            warnings.warn(str(error), RuntimeWarning, stacklevel=3)
+        raise
+    restore("patched", swapped)

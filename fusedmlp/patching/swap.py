@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -61,11 +62,19 @@ def swap(module: nn.Module, plan: Plan) -> None:
     module.__class__ = patched_class(type(module), plan)
 
 
-def restore(module: nn.Module) -> None:
-    """Give a patched module its own class back."""
-    if "_own_class" not in type(module).__dict__:
+def restore(op: str, modules: Iterable[nn.Module]) -> None:
+    """Give patched modules their own classes back. One that is not patched any more is skipped.
+
+    Raises ValueError, when all others are restored, for one whose class another library replaced.
+    """
+    wrapped: list[str] = []
+    for module in modules:
+        if "_own_class" in type(module).__dict__:
+            module.__class__ = type(module)._own_class  # type: ignore[attr-defined]
+        elif isinstance(module, Patched):
+            wrapped.append(type(module).__name__)
+    if wrapped:
         raise ValueError(
-            f"unpatch: {type(module).__name__} was wrapped after patch(), by a class of another "
-            "library; unwrap it first"
+            f"{op}: {', '.join(dict.fromkeys(wrapped))} was wrapped after patch(), by a class of "
+            "another library; unwrap it first"
         )
-    module.__class__ = type(module)._own_class  # type: ignore[attr-defined]
