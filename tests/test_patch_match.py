@@ -1,5 +1,7 @@
 """Which forwards patch() takes for an MLP: one that is nearly one is left, and the rest patched."""
 
+import re
+
 import pytest
 import torch
 from patch_blocks import MLP, GatedMLP, Model
@@ -101,3 +103,94 @@ def test_an_odd_forward_is_left_alone(kind):
     assert [e.name for e in fusedmlp.patch(model).patched] == ["blocks.1"]
     assert torch.equal(model.blocks[0](again := X.clone()), expected)
     assert torch.equal(again, given)
+
+
+class Broadcast(GatedMLP):
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Linear(8, 1)
+
+
+class Adapter(nn.Module):
+    """A low-rank update around a projection."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.a, self.b = base, nn.Linear(8, 2), nn.Linear(2, 12)
+
+    def forward(self, t):
+        return self.base(t) + self.b(self.a(t))
+
+
+class Adapted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = Adapter(nn.Linear(8, 12)), nn.Linear(12, 8)
+
+    def feed_forward_chunk(self, t):
+        return self.last(torch.relu(self.first(t)))
+
+    forward = feed_forward_chunk
+
+
+class Counts(MLP):
+    """Every kind of state that a forward may write."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.seen, self.cache = 0, [], {}
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, t):
+        self.calls += 1
+        self.steps += 1
+        self.seen.append(t)
+        self.cache["h"] = self.last = self[1](self[0](t))
+        return self[2](self.last)
+
+
+@pytest.mark.parametrize(
+    "kind, why",
+    [
+        (Broadcast, "its gate and up are 1 and 12 wide: broadcast"),
+        (Adapted, r"first \(Adapter\) is no projection of x"),
+        (Counts, "its forward changes .*calls.* of the module"),
+    ],
+)
+def test_left_and_why(kind, why):
+    model = nn.ModuleDict({"mlp": (block := kind()), "other": MLP()})
+    expected = block(X)
+    before = vars(block).copy()
+    report = fusedmlp.patch(model)
+    assert [e.name for e in report.patched] == ["other"]
+    (entry,) = report.left
+    assert re.search(why, entry.detail), entry
+    assert vars(block) == before
+    torch.testing.assert_close(block(X), expected)
+
+
+def test_tracing_leaves_no_trace():
+    block = Counts()
+    fusedmlp.patch(block)
+    state = block.calls, block.steps.item(), block.seen, block.cache, hasattr(block, "last")
+    assert state == (0, 0, [], {}, False)
+
+
+class Path(GatedMLP):
+    """A submodule under a name that other layers of this library have for a method."""
+
+    def __init__(self):
+        super().__init__()
+        self.path = nn.LayerNorm(8)
+
+    def forward(self, t):
+        return self.path(super().forward(t))
+
+
+def test_a_submodule_of_any_name():
+    model = Model(Path())
+    expected = model(X)
+    assert "blocks" not in fusedmlp.explain(model)
+    assert fusedmlp.patch(model).patched
+    torch.testing.assert_close(model(X), expected)
+    assert "blocks.0 (Path): patched, gated_mlp" in fusedmlp.explain(model)

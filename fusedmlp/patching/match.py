@@ -19,38 +19,13 @@ from ..layers._block import _DROPOUTS
 from .activation import name_by_values
 from .dense import RESIDUAL, Dense, is_projection
 from .plan import child, with_parents
+from .trace import NoMatch, trace
 
 # Methods that hold a whole MLP where it is spread over submodules.
 METHODS = ("feed_forward_chunk", "ff_chunk", "_ff_block", "forward")
 
 _MUL = (operator.mul, operator.imul, torch.mul)
 _ADD = (operator.add, operator.iadd, torch.add)
-
-
-class NoMatch(Exception):
-    pass
-
-
-class _Proxy(fx.Proxy):
-    """fx takes `a += b` for a + b; who writes into x has to be seen."""
-
-    def __iadd__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
-
-    def __imul__(self, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
-
-
-class _Tracer(fx.Tracer):
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self.traced_func_name = method
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Proxy(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return next(m.children(), None) is None
 
 
 def match(module: nn.Module, method: str) -> Dense:
@@ -72,11 +47,7 @@ def match(module: nn.Module, method: str) -> Dense:
 
 
 def _match(module: nn.Module, method: str) -> Dense:
-    try:
-        graph = _Tracer(method).trace(module)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise NoMatch(f"its {method} cannot be traced: {type(error).__name__}: {reason}") from None
+    graph = trace(module, method)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         raise NoMatch(f"its {method} takes {len(inputs)} arguments, not x alone")
@@ -106,7 +77,9 @@ class _Matcher:
             (activation, by), z = self.activation(h)
             first, packed = (self.projection_of_x(z),), None
         projections = (*first, str(down.target))
-        around = [p for p in with_parents((*by, *projections)) if p not in projections]
+        called = {dropout, *tail}
+        paths = with_parents((*by, *projections, *sorted(called - {None, RESIDUAL})))
+        around = [p for p in paths if p not in projections and p not in called]
         return Dense(
             first=first, down=projections[-1], activation=activation,
             gated=self.is_call(h, _MUL), packed=packed, dropout=dropout, tail=tuple(tail),
@@ -169,8 +142,16 @@ class _Matcher:
 
     def projection_of_x(self, node: Any) -> str:
         if not self.projects(node) or node.args[0] is not self.x:
-            raise NoMatch(f"{node} is no projection of x")
+            raise NoMatch(f"{self.inside(node)} is no projection of x")
         return str(node.target)
+
+    def inside(self, node: Any) -> str:
+        """What a reader knows `node` by: the submodule that it comes from."""
+        stack = node.meta.get("nn_module_stack") if isinstance(node, fx.Node) else None
+        if not stack:
+            return str(node)
+        path, kind = next(reversed(stack.values()))
+        return f"{path} ({kind.__name__})"
 
     def only(self, node: Any) -> Any:
         """A value that is used once: else something is made of it that a fused call does not

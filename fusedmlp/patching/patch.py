@@ -19,6 +19,7 @@ from .. import _backend
 from ..quantize import quantize_model
 from .dense import is_projection
 from .experts import register_experts
+from .kept import stale
 from .match import METHODS, NoMatch, match
 from .moe import ADAPTERS
 from .plan import Plan, child, hooked
@@ -114,6 +115,11 @@ def _plan(module: nn.Module) -> Plan | str | None:
         return str(error)
 
 
+def _broken(name: str, module: Any, change: str) -> Entry:
+    reason = f"patched before, and its calls raise now: {change}; unpatch(model) first"
+    return Entry(name, module._own_class.__name__, None, None, reason)
+
+
 class _Walk:
     """One patch() over a model."""
 
@@ -137,6 +143,9 @@ class _Walk:
         if isinstance(module, Patched) or self.wanted(name, module):
             plan = module._plan if isinstance(module, Patched) else self.attempt(name, module)
             if plan is not None:
+                if change := stale(module):
+                    self.entries.append(_broken(name, module, change))
+                    return
                 self.entry(name, module, plan)
                 inside = {id(child(module, path)) for path in plan.bypassed()}
         for key, submodule in module.named_children():
@@ -179,7 +188,7 @@ class _Walk:
             inner = child(module, path)
             if around := hooked(inner):
                 return f"{path} {around}, which a fused call would pass by"
-            if len(self.names[id(inner)]) > 1:
+            if len(self.names[id(inner)]) > 1 and any(True for _ in inner.parameters()):
                 return f"tied: {path} also is {self.others(inner)}"
             for key, p in inner.named_parameters():
                 if type(p) is not nn.Parameter or not p.is_floating_point():
@@ -187,7 +196,7 @@ class _Walk:
                 if len(self.names[id(p)]) > 1:
                     return f"tied: {path}.{key} also is {self.others(p)}"
                 parameters.append(p)
-        return self.dtypes(plan, parameters)
+        return plan.obstacle(module) or self.dtypes(plan, parameters)
 
     def others(self, shared: object) -> str:
         return " and ".join(self.names[id(shared)][:2])
