@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -453,6 +455,21 @@ def test_experts_of_transformers(k, where, device):
         torch.testing.assert_close(ours, eager)
 
 
+def test_experts_are_entered_on_import():
+    """Where transformers' table is loaded: model.set_experts_implementation needs no patch()."""
+    code = """if True:
+        import sys, types
+        class Table(dict):
+            register = dict.__setitem__
+        table = types.ModuleType("transformers.integrations.moe")
+        table.ALL_EXPERTS_FUNCTIONS = Table()
+        sys.modules[table.__name__] = table
+        import fusedmlp
+        assert list(table.ALL_EXPERTS_FUNCTIONS) == ["fusedmlp"]
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_experts_that_do_not_fit():
     experts = MixtralForCausalLM(
         MixtralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
@@ -466,6 +483,11 @@ def test_experts_that_do_not_fit():
         ValueError, match="is_concatenated of MixtralExperts must be True, got False"
     ):
         call()
+    (left,) = fusedmlp.patch(nn.ModuleDict({"experts": experts})).left
+    assert left.detail == (
+        "experts implementation 'fusedmlp' does not take it: is_concatenated of MixtralExperts must "
+        "be True, got False"
+    )
     experts.is_concatenated, experts.act_fn = True, nn.Mish()
     with pytest.raises(
         ValueError, match="must multiply up by an activation .* got activation Mish"

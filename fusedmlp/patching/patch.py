@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .. import _backend
 from ..quantize import quantize_model
 from .dense import is_projection
-from .experts import register_experts
+from .experts import advice, register_experts
 from .kept import stale
 from .match import METHODS, NoMatch, match
 from .moe import ADAPTERS
@@ -99,7 +99,7 @@ def _selected(model: nn.Module, only: Only) -> Callable[[str, nn.Module], bool]:
 def _plan(module: nn.Module) -> Plan | str | None:
     """A plan, or why there is none, or None for what is like no MLP."""
     if hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate"):
-        return "experts by transformers' table: model.set_experts_implementation('fusedmlp')"
+        return advice(module)
     method = next(m for m in METHODS if hasattr(module, m))
     depth = 2 if method.endswith("_chunk") else 1
     inner = [m for name, m in module.named_modules() if name and name.count(".") < depth]
