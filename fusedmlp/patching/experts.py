@@ -96,8 +96,8 @@ def register_experts() -> bool:
     """Enter "fusedmlp" in transformers' table of experts implementations, if that is loaded (any
     model of transformers loads it); whether it is there now.
 
-    Importing fusedmlp calls it, and patch(): by itself it is for a fusedmlp that was imported before
-    transformers, where nothing is to be patched.
+    Importing fusedmlp calls it, and patch(); call it yourself where fusedmlp was imported before
+    transformers and nothing is to be patched.
     """
     table = sys.modules.get("transformers.integrations.moe")
     functions = getattr(table, "ALL_EXPERTS_FUNCTIONS", None)

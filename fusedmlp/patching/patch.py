@@ -7,7 +7,7 @@ import re
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -87,13 +87,27 @@ def _selected(model: nn.Module, only: Only) -> Callable[[str, nn.Module], bool]:
         return lambda name, module: True
     if callable(only):
         return only
-    patterns = [only] if isinstance(only, str) else list(only)
+    many = isinstance(only, Iterable) and not isinstance(only, str)
+    patterns = list(only) if many else [only]
     if not all(isinstance(p, str) for p in patterns):
         raise TypeError(f"patch: only must be a pattern, patterns or a function, got {only!r}")
+    if not patterns:
+        raise ValueError("patch: only must hold a pattern, got none")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name, _ in model.named_modules()):
             raise ValueError(f"patch: only must match names of modules, got {pattern!r}")
     return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _like_a_projection(module: nn.Module) -> bool:
+    """A projection of any library: sized like one, or with quantised values, as it may not say its
+    sizes."""
+    sizes = ("in_features", "infeatures", "nf")
+    if any(hasattr(module, name) for name in sizes):
+        return True
+    values = (*module._parameters.values(), *module._buffers.values())
+    whole = (torch.int8, torch.uint8, torch.int32)
+    return any(v is not None and v.dtype in whole and v.dim() == 2 for v in values)
 
 
 def _plan(module: nn.Module) -> Plan | str | None:
@@ -103,7 +117,7 @@ def _plan(module: nn.Module) -> Plan | str | None:
     method = next(m for m in METHODS if hasattr(module, m))
     depth = 2 if method.endswith("_chunk") else 1
     inner = [m for name, m in module.named_modules() if name and name.count(".") < depth]
-    alike = [m for m in inner if hasattr(m, "in_features") or hasattr(m, "nf")]
+    alike = [m for m in inner if _like_a_projection(m)]
     odd = [type(m).__name__ for m in alike if not is_projection(m)]
     if method == "forward" and len(alike) not in (2, 3):
         return None
@@ -118,6 +132,12 @@ def _plan(module: nn.Module) -> Plan | str | None:
 def _broken(name: str, module: Any, change: str) -> Entry:
     reason = f"patched before, and its calls raise now: {change}; unpatch(model) first"
     return Entry(name, module._own_class.__name__, None, None, reason)
+
+
+def _not_called(module: nn.Module) -> str:
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return "; in eval without gradients torch's fast path of the whole layer is taken instead"
+    return ""
 
 
 class _Walk:
@@ -173,7 +193,7 @@ class _Walk:
     def entry(self, name: str, module: Any, plan: Plan) -> None:
         kind, like = module._own_class.__name__, next(module.parameters())
         where = _backend.pick(plan.op, like)
-        self.entries.append(Entry(name, kind, plan.op, where, plan.detail()))
+        self.entries.append(Entry(name, kind, plan.op, where, plan.detail() + _not_called(module)))
 
     def obstacle(self, module: nn.Module, plan: Plan) -> str | None:
         """Why `plan` must not run `module` now."""
@@ -241,8 +261,8 @@ def patch(
     or tied, a dtype or an activation without a kernel. A second patch() changes nothing.
 
     Returns a `Report`, a line for each module. Raises ValueError for a model that is wrapped by FSDP,
-    distributed or compiled, and for a pattern that matches nothing; TypeError for anything else than
-    a module; with `quantize` what quantize_model raises.
+    distributed or compiled, for a pattern that matches nothing and for no pattern; TypeError for
+    another type of an argument; with `quantize` what quantize_model raises.
     """  # noqa: E501
     _checked("patch", model)
     if quantize is None:
@@ -254,6 +274,8 @@ def patch(
 
 
 def _run(model: nn.Module, only: Only, dtype_check: bool) -> tuple[Report, list[nn.Module]]:
+    if not isinstance(dtype_check, bool):
+        raise TypeError(f"patch: dtype_check must be True or False, got {dtype_check!r}")
     register_experts()
     walk = _Walk(model, only, dtype_check)
     try:
