@@ -105,6 +105,23 @@ def test_an_odd_forward_is_left_alone(kind):
     assert torch.equal(again, given)
 
 
+class LooksAtItsDtype(MLP):
+    """As T5's: what is read and not used in the end is no obstacle."""
+
+    def forward(self, t):
+        h = self[1](self[0](t))
+        if isinstance(self[2].weight, torch.Tensor) and h.dtype != self[2].weight.dtype:
+            h = h.to(self[2].weight.dtype)
+        return self[2](h)
+
+
+def test_reading_is_no_obstacle():
+    block = LooksAtItsDtype()
+    expected = block(X)
+    assert fusedmlp.patch(block).patched
+    torch.testing.assert_close(block(X), expected)
+
+
 class Broadcast(GatedMLP):
     def __init__(self):
         super().__init__()

@@ -18,7 +18,8 @@ from torch import fx, nn
 from ..layers._block import _DROPOUTS
 from .activation import name_by_values
 from .dense import RESIDUAL, Dense, is_projection
-from .plan import child, with_parents
+from .experts import advice
+from .plan import Plan, child, with_parents
 from .trace import NoMatch, trace
 
 # Methods that hold a whole MLP where it is spread over submodules.
@@ -26,6 +27,36 @@ METHODS = ("feed_forward_chunk", "ff_chunk", "_ff_block", "forward")
 
 _MUL = (operator.mul, operator.imul, torch.mul)
 _ADD = (operator.add, operator.iadd, torch.add)
+
+
+def _like_a_projection(module: nn.Module) -> bool:
+    """A projection of any library: sized like one, or with quantised values, as it may not say its
+    sizes."""
+    sizes = ("in_features", "infeatures", "nf")
+    if any(hasattr(module, name) for name in sizes):
+        return True
+    values = (*module._parameters.values(), *module._buffers.values())
+    whole = (torch.int8, torch.uint8, torch.int32)
+    return any(v is not None and v.dtype in whole and v.dim() == 2 for v in values)
+
+
+def find(module: nn.Module) -> Plan | str | None:
+    """A plan, or why there is none, or None for what is like no MLP."""
+    if hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate"):
+        return advice(module)
+    method = next(m for m in METHODS if hasattr(module, m))
+    depth = 2 if method.endswith("_chunk") else 1
+    inner = [m for name, m in module.named_modules() if name and name.count(".") < depth]
+    alike = [m for m in inner if _like_a_projection(m)]
+    odd = [type(m).__name__ for m in alike if not is_projection(m)]
+    if method == "forward" and len(alike) not in (2, 3):
+        return None
+    if odd and method == "forward":
+        return f"{', '.join(dict.fromkeys(odd))} is no plain projection: quantised or adapted"
+    try:
+        return match(module, method)
+    except NoMatch as error:
+        return str(error)
 
 
 def match(module: nn.Module, method: str) -> Dense:
@@ -52,7 +83,8 @@ def _match(module: nn.Module, method: str) -> Dense:
     if len(inputs) != 1:
         raise NoMatch(f"its {method} takes {len(inputs)} arguments, not x alone")
     for node in graph.nodes:
-        if not node.users and node.op != "output":  # may write into x
+        reads = node.op in ("output", "get_attr") or node.target is getattr
+        if not node.users and not reads:  # it may write into x
             raise NoMatch(f"its {method} makes no use of {node}")
     return _Matcher(module, inputs[0], method).plan(next(reversed(graph.nodes)).args[0])
 

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from .. import _backend
 from ..quantize import quantize_model
-from .dense import is_projection
-from .experts import advice, register_experts
+from .experts import register_experts
 from .kept import stale
-from .match import METHODS, NoMatch, match
+from .match import find
 from .moe import ADAPTERS
 from .plan import Plan, child, hooked
 from .report import Entry, Report
@@ -99,36 +98,6 @@ def _selected(model: nn.Module, only: Only) -> Callable[[str, nn.Module], bool]:
     return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _like_a_projection(module: nn.Module) -> bool:
-    """A projection of any library: sized like one, or with quantised values, as it may not say its
-    sizes."""
-    sizes = ("in_features", "infeatures", "nf")
-    if any(hasattr(module, name) for name in sizes):
-        return True
-    values = (*module._parameters.values(), *module._buffers.values())
-    whole = (torch.int8, torch.uint8, torch.int32)
-    return any(v is not None and v.dtype in whole and v.dim() == 2 for v in values)
-
-
-def _plan(module: nn.Module) -> Plan | str | None:
-    """A plan, or why there is none, or None for what is like no MLP."""
-    if hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate"):
-        return advice(module)
-    method = next(m for m in METHODS if hasattr(module, m))
-    depth = 2 if method.endswith("_chunk") else 1
-    inner = [m for name, m in module.named_modules() if name and name.count(".") < depth]
-    alike = [m for m in inner if _like_a_projection(m)]
-    odd = [type(m).__name__ for m in alike if not is_projection(m)]
-    if method == "forward" and len(alike) not in (2, 3):
-        return None
-    if odd and method == "forward":
-        return f"{', '.join(dict.fromkeys(odd))} is no plain projection: quantised or adapted"
-    try:
-        return match(module, method)
-    except NoMatch as error:
-        return str(error)
-
-
 def _broken(name: str, module: Any, change: str) -> Entry:
     reason = f"patched before, and its calls raise now: {change}; unpatch(model) first"
     return Entry(name, module._own_class.__name__, None, None, reason)
@@ -175,7 +144,7 @@ class _Walk:
     def attempt(self, name: str, module: nn.Module) -> Plan | None:
         kind = type(module)
         adapter = _adapters.get(kind) or ADAPTERS.get(f"{kind.__module__}.{kind.__qualname__}")
-        plan = _plan(module) if adapter is None else adapter(module)
+        plan = find(module) if adapter is None else adapter(module)
         if plan is None:
             return None
         reason = plan if isinstance(plan, str) else self.obstacle(module, plan)
