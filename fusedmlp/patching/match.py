@@ -109,8 +109,8 @@ class _Matcher:
             (activation, by), z = self.activation(h)
             first, packed = (self.projection_of_x(z),), None
         projections = (*first, str(down.target))
-        called = {dropout, *tail}
-        paths = with_parents((*by, *projections, *sorted(called - {None, RESIDUAL})))
+        called = [p for p in (dropout, *tail) if p and p != RESIDUAL]
+        paths = with_parents((*by, *projections, *called))
         around = [p for p in paths if p not in projections and p not in called]
         return Dense(
             first=first, down=projections[-1], activation=activation,

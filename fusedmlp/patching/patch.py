@@ -86,8 +86,8 @@ def _selected(model: nn.Module, only: Only) -> Callable[[str, nn.Module], bool]:
         return lambda name, module: True
     if callable(only):
         return only
-    many = isinstance(only, Iterable) and not isinstance(only, str)
-    patterns = list(only) if many else [only]
+    one = isinstance(only, str) or not isinstance(only, Iterable)
+    patterns: list[Any] = [only] if one else list(only)
     if not all(isinstance(p, str) for p in patterns):
         raise TypeError(f"patch: only must be a pattern, patterns or a function, got {only!r}")
     if not patterns:
