@@ -70,8 +70,12 @@ def _empty_model(folder: Path) -> tuple[Any, Any]:
     return config, model.to(dtype) if isinstance(dtype, torch.dtype) else model
 
 
-def _as_quantised(report: Report, quantization: dict[str, Any]) -> Report:
-    """The report on the loaded checkpoint, whose projections are quantised but for exceptions."""
+def _as_quantised(report: Report, config: Any) -> Report:
+    """The report on the loaded checkpoint: where it is quantised, all projections are, but those
+    that its configuration excepts."""
+    quantization = getattr(config, "quantization_config", None)
+    if not isinstance(quantization, dict):
+        return report
     method = quantization.get("quant_method", "its quantization_config")
     keys = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore")
     whole = [name for key in keys for name in quantization.get(key) or ()]
@@ -104,9 +108,7 @@ def patch_report(folder: str) -> int:
     except Exception as error:  # whatever transformers raises at a configuration
         what = f"{type(error).__name__}: {error}".partition("\n")[0]
         return _wrong(f"config.json must describe a model of transformers, got {what}")
-    report = patch(model)
-    if quantization := getattr(config, "quantization_config", None):
-        report = _as_quantised(report, quantization)
+    report = _as_quantised(patch(model), config)
     print(f"{type(model).__name__}: {report}")
     return 0 if report.patched else 1
 
