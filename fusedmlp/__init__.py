@@ -6,6 +6,7 @@ The public names live in `_api` and are loaded on first use: Triton alone takes 
 
 import importlib
 import importlib.util
+import sys
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
@@ -37,3 +38,9 @@ def __getattr__(name: str) -> object:
 
 def __dir__() -> list[str]:
     return sorted(_load())
+
+
+# model.set_experts_implementation("fusedmlp") asks transformers' table alone, and may be the first
+# call that needs anything of this package.
+if "transformers.integrations.moe" in sys.modules:
+    importlib.import_module(f"{__name__}.patching.experts").register_experts()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
-
 import torch
 import triton
 from torch import nn
@@ -27,6 +25,7 @@ from .ops import (
     moe_mlp,
     top1_route,
 )
+from .patching.swap import Patched
 
 OPS = (
     binary_gated_linear.OP,
@@ -46,13 +45,6 @@ OPS = (
     moe_mlp.OP,
     moe_linear.OP,
 )
-
-
-@runtime_checkable
-class HasPath(Protocol):
-    """A layer that says which of its calls are fused."""
-
-    def path(self) -> str: ...
 
 
 def _device_line(device: torch.device) -> str:
@@ -83,12 +75,20 @@ def _last_launch(kernel: str) -> str:
     return f"last launch of {kernel}: tile {LAST.get(kernel, 'none, it was empty')}{why}"
 
 
+def _path(module: nn.Module) -> str | None:
+    if isinstance(module, Patched):
+        return module._path()
+    # Of its class: a submodule may have the name.
+    method = getattr(type(module), "path", None)
+    return method(module) if callable(method) else None
+
+
 def _layer_lines(layer: nn.Module) -> list[str]:
     """One line for each module in `layer` that chooses between a fused call and PyTorch's."""
     return [
         f"{name or 'the layer'} ({type(module).__name__}): {path}"
         for name, module in layer.named_modules()
-        if isinstance(module, HasPath) and callable(module.path) and (path := module.path())
+        if (path := _path(module))
     ]
 
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .kernels.bits import GROUP
 from .layers.binary import BinaryGatedMLP
 from .patching.dense import Dense
-from .patching.patch import _checked, _plan, _Walk
+from .patching.match import find
+from .patching.patch import _checked, _Walk
 from .patching.plan import Plan, hooked
 from .patching.report import Entry
 from .patching.swap import Patched
@@ -87,7 +88,7 @@ class _Blocks(_Walk):
             patched = isinstance(module, Patched)
             if type(module).__module__.startswith(f"{__package__}.") and not patched:
                 continue
-            plan: Any = module._plan if isinstance(module, Patched) else _plan(module)
+            plan: Any = module._plan if isinstance(module, Patched) else find(module)
             if isinstance(plan, Dense) and plan.gated:
                 plan = self.reason(module, plan) or plan
             elif not all(hasattr(module, projection) for projection in PROJECTIONS):

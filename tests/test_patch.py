@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -70,7 +72,8 @@ def test_torchs_own_encoder_layer():
     layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, activation="gelu", batch_first=True)
     x = torch.randn(2, 3, 8)
     expected = layer(x)
-    assert [e.op for e in fusedmlp.patch(layer).patched] == ["mlp"]
+    (entry,) = fusedmlp.patch(layer).entries
+    assert entry.op == "mlp" and "torch's fast path of the whole layer" in entry.detail
     torch.testing.assert_close(layer(x), expected)
 
 
@@ -97,6 +100,21 @@ class Scaled(nn.Linear):
 
     def forward(self, t):
         return 2 * super().forward(t)
+
+
+class Bare(nn.Module):
+    """Quantised, and without its sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("qweight", torch.zeros(1, 12, dtype=torch.int32))
+
+    def forward(self, t):
+        return t
+
+
+class AutoGPTQ(Bare):
+    infeatures, outfeatures = 8, 12
 
 
 def replaced(**changes):
@@ -135,6 +153,14 @@ def mixed():
     return model
 
 
+def other_sizes():
+    return replaced(**{name: AutoGPTQ() for name in ("w1", "w2", "w3")})
+
+
+def no_sizes():
+    return replaced(**{name: Bare() for name in ("w1", "w2", "w3")})
+
+
 def quantised():
     model = Model(GatedMLP())
     weight = torch.ones(12, 8, dtype=torch.int8)
@@ -147,6 +173,8 @@ def quantised():
     [
         (lambda: replaced(w1=Scaled(8, 12)), "Scaled is no plain projection: quantised or adapted"),
         (quantised, "w1.weight is a Parameter of torch.int8: quantised"),
+        (other_sizes, "AutoGPTQ is no plain projection: quantised or adapted"),
+        (no_sizes, "Bare is no plain projection: quantised or adapted"),
         (with_hook, "w2 has hooks, which a fused call would pass by"),
         (with_forward, "w1 has a forward of its own, set on the instance"),
         (tied, "tied: w1.weight also is blocks.0.w1.weight and blocks.1.weight"),
@@ -173,6 +201,14 @@ def test_what_is_no_mlp_is_not_touched(block):
     report = fusedmlp.patch(Model(block))
     assert not report.patched
     assert str(report).startswith("nothing was patched; looked for modules that compute down(act(")
+
+
+def test_layers_may_share_an_activation():
+    act = nn.SiLU()
+    model = Model(GatedMLP(act), GatedMLP(act))
+    expected = model(X)
+    assert len(fusedmlp.patch(model).patched) == 2
+    torch.testing.assert_close(model(X), expected)
 
 
 def test_parametrised_weights_are_left():
@@ -206,6 +242,12 @@ def test_only():
         names(only="block.0")
     with pytest.raises(TypeError, match="patch: only must be a pattern, patterns or a function"):
         names(only=[1])
+    with pytest.raises(TypeError, match="only must be a pattern, patterns or a function, got 3"):
+        names(only=3)
+    with pytest.raises(ValueError, match="patch: only must hold a pattern, got none"):
+        names(only=[])
+    with pytest.raises(TypeError, match="patch: dtype_check must be True or False, got 'no'"):
+        names(dtype_check="no")
 
 
 def test_hooks_and_projections_of_later():
@@ -289,6 +331,31 @@ def test_patched_restores_whatever_happens():
     assert [type(m) for m in model.modules()] == kinds
     fusedmlp.unpatch(model)
     assert type(model.blocks[0]) is GatedMLP
+
+
+def test_patched_and_restored_inside():
+    """Unpatched by the block itself, or wrapped there by a class of another library."""
+    model = Model(GatedMLP(), MLP(), MLP())
+    kinds = [type(m) for m in model.blocks]
+    with fusedmlp.patched(model):
+        fusedmlp.unpatch(model)
+    assert [type(m) for m in model.blocks] == kinds
+    wrap = lambda m: setattr(m, "__class__", type("Wrapped", (type(m),), {}))  # noqa: E731
+    with (
+        pytest.warns(RuntimeWarning, match="patched: Wrapped was wrapped after patch") as told,
+        pytest.raises(KeyError, match="mine"),
+        fusedmlp.patched(model),
+    ):
+        wrap(model.blocks[0])
+        raise KeyError("mine")
+    assert told[0].filename == __file__
+    assert [type(m) for m in model.blocks[1:]] == kinds[1:]
+    with pytest.raises(ValueError, match="patched: Wrapped was wrapped after patch"):  # noqa: SIM117
+        with fusedmlp.patched(model, only="blocks.[12]"):
+            wrap(model.blocks[1])
+    assert type(model.blocks[2]) is kinds[2]
+    with pytest.raises(ValueError, match="unpatch: Wrapped was wrapped after patch"):
+        fusedmlp.unpatch(model)
 
 
 def test_a_failing_adapter_leaves_nothing_half_done():
@@ -433,6 +500,21 @@ def test_experts_of_transformers(k, where, device):
         torch.testing.assert_close(ours, eager)
 
 
+def test_experts_are_entered_on_import():
+    """Where transformers' table is loaded: model.set_experts_implementation needs no patch()."""
+    code = """if True:
+        import sys, types
+        class Table(dict):
+            register = dict.__setitem__
+        table = types.ModuleType("transformers.integrations.moe")
+        table.ALL_EXPERTS_FUNCTIONS = Table()
+        sys.modules[table.__name__] = table
+        import fusedmlp
+        assert list(table.ALL_EXPERTS_FUNCTIONS) == ["fusedmlp"]
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_experts_that_do_not_fit():
     experts = MixtralForCausalLM(
         MixtralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
@@ -446,6 +528,11 @@ def test_experts_that_do_not_fit():
         ValueError, match="is_concatenated of MixtralExperts must be True, got False"
     ):
         call()
+    (left,) = fusedmlp.patch(nn.ModuleDict({"experts": experts})).left
+    assert left.detail == (
+        "experts implementation 'fusedmlp' does not take it: is_concatenated of MixtralExperts must "
+        "be True, got False"
+    )
     experts.is_concatenated, experts.act_fn = True, nn.Mish()
     with pytest.raises(
         ValueError, match="must multiply up by an activation .* got activation Mish"

@@ -54,6 +54,49 @@ def test_patch_report(tmp_path, capsys):
     assert stop.value.code == 2
 
 
+def test_patch_report_of_a_quantised_checkpoint(tmp_path, capsys):
+    """What the report says is what patch() would say of the loaded model."""
+    config = build("llama").config
+    config.architectures = ["LlamaForCausalLM"]
+    config.quantization_config = {"quant_method": "gptq", "bits": 4}
+    config.save_pretrained(tmp_path)
+    assert cli.main(["patch-report", str(tmp_path)]) == 1
+    text = capsys.readouterr().out
+    assert text.startswith("LlamaForCausalLM: nothing was patched")
+    assert text.count("left, its projections are quantised in the checkpoint (gptq)") == 2
+    config.quantization_config = {"quant_method": "fp8", "modules_to_not_convert": ["layers.1.mlp"]}
+    config.save_pretrained(tmp_path)
+    assert cli.main(["patch-report", str(tmp_path)]) == 0
+    assert "LlamaForCausalLM: 1 patched, 1 left" in capsys.readouterr().out
+
+
+def test_patch_report_in_the_checkpoints_dtype(tmp_path, capsys):
+    config = build("llama").config
+    config.dtype = torch.float64
+    config.save_pretrained(tmp_path)
+    assert cli.main(["patch-report", str(tmp_path)]) == 1
+    assert capsys.readouterr().out.count("left, its dtypes are torch.float64") == 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    (
+        "{not json",
+        "[1]",
+        '{"model_type": "nosuch"}',
+        '{"hidden_size": 4}',
+        '{"model_type": "llama", "hidden_size": "abc"}',
+        '{"model_type": "mine", "auto_map": {"AutoConfig": "mine.Config"}}',
+    ),
+)
+def test_patch_report_of_what_is_no_configuration(text, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "mine.py").write_text("raise SystemExit('code beside a configuration was run')")
+    assert cli.main(["patch-report", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "patch-report: config.json must describe a model of transformers, got " in line
+
+
 def test_the_console_script_is_declared():
     text = (ROOT / "pyproject.toml").read_text()
     assert 'fusedmlp = "fusedmlp.cli:main"' in text

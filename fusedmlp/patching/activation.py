@@ -12,14 +12,17 @@ from ..kernels.activations import ACTIVATIONS
 
 
 def name_by_values(fn: Callable[[Tensor], Any]) -> str | None:
-    """The activation whose values `fn` has in float64 on a grid over -30 .. 30, or None.
+    """The activation whose values `fn` has in float64 on -30 .. 30 and +-(1e-6 .. 1e5), or None.
 
     By value, because libraries have many classes of one function. 1e-9 tells tanh-gelu from gelu
-    (5e-4 apart) and takes a constant written to ten digits.
+    (5e-4 apart) and takes a constant written to ten digits. Points close to 0 and far from it tell
+    a threshold or a clamp from relu and identity.
     """
     if isinstance(fn, nn.Module) and (any(True for _ in fn.parameters()) or any(fn.buffers())):
         return None
-    x = torch.linspace(-30, 30, 481, dtype=torch.float64, device="cpu")
+    grid: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    decades = torch.logspace(-6, 5, 111, **grid)
+    x = torch.cat((torch.linspace(-30, 30, 481, **grid), decades, -decades))
     try:
         with torch.no_grad():
             y = fn(x.clone())

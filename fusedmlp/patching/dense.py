@@ -8,7 +8,7 @@ the activation, as one call of gated_mlp or mlp.
 | gated | whether act(g) is multiplied by u |
 | dropout | path of a dropout before `down`; at work, it splits the call in two |
 | tail | what follows: paths of modules that are called, "+" for adding x |
-| around | paths of the activation and of modules that hold these |
+| around | paths of the activation and of modules that hold any of these |
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..ops.gated_mlp import gated_mlp
 from ..ops.linear_act import linear_act
 from ..ops.mlp import mlp
 from ..reference import Packed
-from .plan import Plan, child, passed_by, unhooked
+from .plan import Plan, child, hooked, passed_by, unhooked
 
 RESIDUAL = "+"
 
@@ -49,6 +49,11 @@ def affine(owner: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
         raise passed_by(owner, f"{path} is now a {type(linear).__name__}")
     weight, bias = local(linear.weight), local(linear.bias)
     return weight if plain else weight.t(), bias
+
+
+def idle(dropout: nn.Module | None) -> bool:
+    """Whether nothing is lost where `dropout` is not called."""
+    return passes_through(dropout) and (dropout is None or hooked(dropout) is None)
 
 
 def local(t: Any) -> Any:
@@ -80,6 +85,18 @@ class Dense(Plan):
     def bypassed(self) -> tuple[str, ...]:
         return (*self.around, *self.first, self.down)
 
+    def passes_by(self) -> tuple[str, ...]:
+        return self.around
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        for path in (*self.first, self.down):
+            if not is_projection(inner := child(module, path)):
+                return f"{path} is a {type(inner).__name__}, no plain projection"
+        widths = [affine(module, path)[0].shape[0] for path in self.first]
+        if len(set(widths)) > 1:
+            return f"its gate and up are {widths[0]} and {widths[1]} wide: broadcast"
+        return None
+
     def run(self, module: Any, *args: Any, **kwargs: Any) -> Tensor:
         (x,) = (*args, *kwargs.values())
         y = self.block(module, x) if module._split is None else module._split(self, module, x)
@@ -89,8 +106,6 @@ class Dense(Plan):
 
     def block(self, module: nn.Module, x: Tensor, bias: bool = True) -> Tensor:
         """Up to and with `down`; its bias only if asked for."""
-        for path in self.around:
-            unhooked(module, path)
         w, b = zip(*(affine(module, path) for path in self.first), strict=True)
         w_down, b_down = affine(module, self.down)
         b_down = b_down if bias else None
@@ -99,7 +114,7 @@ class Dense(Plan):
         if self.gated:
             options["packed"] = self.packed
             (w, b) = ((*w, None), (*b, None)) if self.packed else (w, b)
-        if passes_through(dropout):
+        if idle(dropout):
             whole: Any = gated_mlp if self.gated else mlp
             return whole(x, *w, w_down, *b, b_down, **options)
         part: Any = gated_linear if self.gated else linear_act

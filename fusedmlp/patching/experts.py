@@ -20,23 +20,40 @@ from .activation import name_by_values
 NAME = "fusedmlp"
 
 
-def _activation(experts: Any) -> str:
-    table = sys.modules["transformers.integrations.moe"]
-    own_gate = experts.has_gate and type(experts)._apply_gate is not table._default_apply_gate
-    name = None if own_gate else _ACTIVATIONS.get(type(experts.act_fn))
-    if name is None and not own_gate:
-        name = _ACTIVATIONS[type(experts.act_fn)] = name_by_values(experts.act_fn)
-    if name is None:
-        what = "a gate of its own" if own_gate else f"activation {type(experts.act_fn).__name__}"
-        raise ValueError(
-            f"experts implementation {NAME!r}: {type(experts).__name__} must multiply up by an "
-            f"activation of gate that has a kernel, got {what}"
-        )
-    return name
-
-
 # A module's class decides its function: those of transformers take no arguments that change it.
 _ACTIVATIONS: dict[type, str | None] = {}
+
+
+def _activation(experts: Any) -> str | None:
+    act = getattr(experts, "act_fn", None)
+    if type(act) not in _ACTIVATIONS:
+        _ACTIVATIONS[type(act)] = None if act is None else name_by_values(act)
+    return _ACTIVATIONS[type(act)]
+
+
+def misfit(experts: Any) -> str | None:
+    """Why `experts_forward` cannot run `experts`."""
+    for name, wanted in (("is_concatenated", True), ("has_post_expert_norm", False)):
+        if getattr(experts, name, wanted) is not wanted:
+            return f"{name} of {type(experts).__name__} must be {wanted}, got {not wanted}"
+    table = sys.modules["transformers.integrations.moe"]
+    own_gate = experts.has_gate and type(experts)._apply_gate is not table._default_apply_gate
+    if own_gate or _activation(experts) is None:
+        act = type(getattr(experts, "act_fn", None)).__name__
+        what = "a gate of its own" if own_gate else f"activation {act}"
+        return (
+            f"{type(experts).__name__} must multiply up by an activation of gate that has a "
+            f"kernel, got {what}"
+        )
+    return None
+
+
+def advice(experts: Any) -> str:
+    """For the report: what to do with experts of transformers' table, or why nothing."""
+    reason = misfit(experts)
+    if reason is not None:
+        return f"experts implementation {NAME!r} does not take it: {reason}"
+    return f"experts by transformers' table: model.set_experts_implementation({NAME!r})"
 
 
 def experts_forward(
@@ -52,12 +69,8 @@ def experts_forward(
     Raises ValueError for experts that interleave gate and up, have a norm after each expert, or
     whose gate or activation has no kernel.
     """
-    for name, wanted in (("is_concatenated", True), ("has_post_expert_norm", False)):
-        if getattr(experts, name, wanted) is not wanted:
-            raise ValueError(
-                f"experts implementation {NAME!r}: {name} of {type(experts).__name__} must be "
-                f"{wanted}, got {not wanted}"
-            )
+    if (reason := misfit(experts)) is not None:
+        raise ValueError(f"experts implementation {NAME!r}: {reason}")
     first = "gate_up_proj" if experts.has_gate else "up_proj"
     w, w_down = getattr(experts, first), experts.down_proj
     b, b_down = (
@@ -72,15 +85,20 @@ def experts_forward(
     prob = top_k_weights.reshape(-1)
     routing = route_to(top_k_index.reshape(-1), prob, w.shape[0])
     y = moe_mlp(
-        x, routing, w, None, w_down, b, None, b_down, activation=_activation(experts),
+        x, routing, w, None, w_down, b, None, b_down,
+        activation=_activation(experts),  # type: ignore[arg-type]
         packed="gate_up" if experts.has_gate else None,
     )  # fmt: skip
     return y if k == 1 else y.view(T, k, -1).sum(1)
 
 
 def register_experts() -> bool:
-    """Enter "fusedmlp" in transformers' table, if transformers is loaded and has one; whether it
-    is there now. patch() calls it."""
+    """Enter "fusedmlp" in transformers' table of experts implementations, if that is loaded (any
+    model of transformers loads it); whether it is there now.
+
+    Importing fusedmlp calls it, and patch(); call it yourself where fusedmlp was imported before
+    transformers and nothing is to be patched.
+    """
     table = sys.modules.get("transformers.integrations.moe")
     functions = getattr(table, "ALL_EXPERTS_FUNCTIONS", None)
     if functions is None:

@@ -18,26 +18,45 @@ from torch import fx, nn
 from ..layers._block import _DROPOUTS
 from .activation import name_by_values
 from .dense import RESIDUAL, Dense, is_projection
-from .plan import child, with_parents
+from .experts import advice
+from .plan import Plan, child, with_parents
+from .trace import NoMatch, trace
 
 # Methods that hold a whole MLP where it is spread over submodules.
 METHODS = ("feed_forward_chunk", "ff_chunk", "_ff_block", "forward")
 
-_MUL = (operator.mul, torch.mul)
+_MUL = (operator.mul, operator.imul, torch.mul)
 _ADD = (operator.add, operator.iadd, torch.add)
 
 
-class NoMatch(Exception):
-    pass
+def _like_a_projection(module: nn.Module) -> bool:
+    """A projection of any library: sized like one, or with quantised values, as it may not say its
+    sizes."""
+    sizes = ("in_features", "infeatures", "nf")
+    if any(hasattr(module, name) for name in sizes):
+        return True
+    values = (*module._parameters.values(), *module._buffers.values())
+    whole = (torch.int8, torch.uint8, torch.int32)
+    return any(v is not None and v.dtype in whole and v.dim() == 2 for v in values)
 
 
-class _Tracer(fx.Tracer):
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self.traced_func_name = method
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return next(m.children(), None) is None
+def find(module: nn.Module) -> Plan | str | None:
+    """A plan, or why there is none, or None for what is like no MLP."""
+    if hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate"):
+        return advice(module)
+    method = next(m for m in METHODS if hasattr(module, m))
+    depth = 2 if method.endswith("_chunk") else 1
+    inner = [m for name, m in module.named_modules() if name and name.count(".") < depth]
+    alike = [m for m in inner if _like_a_projection(m)]
+    odd = [type(m).__name__ for m in alike if not is_projection(m)]
+    if method == "forward" and len(alike) not in (2, 3):
+        return None
+    if odd and method == "forward":
+        return f"{', '.join(dict.fromkeys(odd))} is no plain projection: quantised or adapted"
+    try:
+        return match(module, method)
+    except NoMatch as error:
+        return str(error)
 
 
 def match(module: nn.Module, method: str) -> Dense:
@@ -59,14 +78,14 @@ def match(module: nn.Module, method: str) -> Dense:
 
 
 def _match(module: nn.Module, method: str) -> Dense:
-    try:
-        graph = _Tracer(method).trace(module)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise NoMatch(f"its {method} cannot be traced: {type(error).__name__}: {reason}") from None
+    graph = trace(module, method)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         raise NoMatch(f"its {method} takes {len(inputs)} arguments, not x alone")
+    for node in graph.nodes:
+        reads = node.op in ("output", "get_attr") or node.target is getattr
+        if not node.users and not reads:  # it may write into x
+            raise NoMatch(f"its {method} makes no use of {node}")
     return _Matcher(module, inputs[0], method).plan(next(reversed(graph.nodes)).args[0])
 
 
@@ -90,7 +109,9 @@ class _Matcher:
             (activation, by), z = self.activation(h)
             first, packed = (self.projection_of_x(z),), None
         projections = (*first, str(down.target))
-        around = [p for p in with_parents((*by, *projections)) if p not in projections]
+        called = [p for p in (dropout, *tail) if p and p != RESIDUAL]
+        paths = with_parents((*by, *projections, *called))
+        around = [p for p in paths if p not in projections and p not in called]
         return Dense(
             first=first, down=projections[-1], activation=activation,
             gated=self.is_call(h, _MUL), packed=packed, dropout=dropout, tail=tuple(tail),
@@ -99,9 +120,10 @@ class _Matcher:
 
     def before(self, node: Any) -> tuple[Any, str]:
         """One step of the tail, and what came before it."""
-        if self.calls(node) and len(node.args) == 1 and not node.kwargs:
+        if self.calls(node):
             return self.only(node.args[0]), str(node.target)
-        if self.is_call(node, _ADD) and self.x in node.args:
+        writes_x = self.is_call(node, (operator.iadd,)) and node.args[0] is self.x
+        if self.is_call(node, _ADD) and self.x in node.args and not writes_x:
             return self.only(next(a for a in node.args if a is not self.x)), RESIDUAL
         raise NoMatch(f"its {self.method} does not end in a projection: {node}")
 
@@ -129,7 +151,10 @@ class _Matcher:
         order = (g.args[1], u.args[1])
         if not chunk or u.args[0] is not pair or arguments != (2, -1) or len(pair.users) != 2:
             raise NoMatch("its gate and up are not chunk(2, dim=-1) of one projection")
-        return pair.args[0], {(0, 1): "gate_up", (1, 0): "up_gate"}[order]
+        halves = {(0, 1): "gate_up", (1, 0): "up_gate"}.get(order)
+        if halves is None:
+            raise NoMatch("its gate and up are the same half of one projection")
+        return pair.args[0], halves
 
     def activation(self, node: Any) -> tuple[tuple[str, tuple[str, ...]], Any]:
         """((its name, the module passed by), its argument)."""
@@ -149,8 +174,16 @@ class _Matcher:
 
     def projection_of_x(self, node: Any) -> str:
         if not self.projects(node) or node.args[0] is not self.x:
-            raise NoMatch(f"{node} is no projection of x")
+            raise NoMatch(f"{self.inside(node)} is no projection of x")
         return str(node.target)
+
+    def inside(self, node: Any) -> str:
+        """What a reader knows `node` by: the submodule that it comes from."""
+        stack = node.meta.get("nn_module_stack") if isinstance(node, fx.Node) else None
+        if not stack:
+            return str(node)
+        path, kind = next(reversed(stack.values()))
+        return f"{path} ({kind.__name__})"
 
     def only(self, node: Any) -> Any:
         """A value that is used once: else something is made of it that a fused call does not
@@ -160,13 +193,20 @@ class _Matcher:
         return node
 
     def calls(self, node: Any) -> bool:
-        return isinstance(node, fx.Node) and node.op == "call_module"
+        """A module called with one argument, by position."""
+        return self.is_node(node, "call_module", 1)
 
     def called(self, node: fx.Node) -> nn.Module:
         return child(self.module, str(node.target))
 
     def is_call(self, node: Any, functions: tuple[Any, ...]) -> bool:
-        return isinstance(node, fx.Node) and node.op == "call_function" and node.target in functions
+        """One of `functions` called with two arguments, by position."""
+        return self.is_node(node, "call_function", 2) and node.target in functions
+
+    def is_node(self, node: Any, op: str, arguments: int) -> bool:
+        # An option by name (alpha of torch.add) would be another function.
+        plain = isinstance(node, fx.Node) and node.op == op and not node.kwargs
+        return plain and len(node.args) == arguments
 
     def projects(self, node: Any) -> bool:
         return self.calls(node) and is_projection(self.called(node)) and len(node.users) == 1

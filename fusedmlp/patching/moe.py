@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers._block import passes_through
 from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import route_to
 from .activation import name_by_values
-from .dense import local
-from .plan import Plan, hooked, passed_by, unhooked
+from .dense import idle, is_projection, local
+from .plan import Plan, child, hooked, passed_by
 from .stack import lie_together, stacked
 
 
@@ -41,9 +40,10 @@ class Llama4(Plan):
     def bypassed(self) -> tuple[str, ...]:
         return ("experts", "experts.act_fn")
 
+    def passes_by(self) -> tuple[str, ...]:
+        return self.bypassed()
+
     def run(self, module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        for path in self.bypassed():
-            unhooked(module, path)
         x = hidden_states.reshape(-1, module.hidden_dim)
         scores, logits = module.router(x)
         expert = logits.argmax(1)
@@ -78,18 +78,34 @@ class Switch(Plan):
             "dropout is at work"
         )
 
+    def experts(self) -> tuple[str, ...]:
+        return tuple(f"experts.expert_{i}" for i in range(self.num_experts))
+
+    def projections(self) -> tuple[str, ...]:
+        return tuple(f"{e}.{name}" for e in self.experts() for name in ("wi", "wo"))
+
+    def passes_by(self) -> tuple[str, ...]:
+        return ("experts", *self.experts(), *(f"{e}.act" for e in self.experts()))
+
     def bypassed(self) -> tuple[str, ...]:
-        each = [f"experts.expert_{i}" for i in range(self.num_experts)]
-        inner = [f"{e}.{name}" for e in each for name in ("wi", "wo", "act", "dropout")]
-        return ("experts", *each, *inner)
+        return (*self.passes_by(), *self.projections())
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        for path in self.projections():
+            if not is_projection(inner := child(module, path)):
+                return f"{path} is a {type(inner).__name__}, no plain projection"
+        return None
 
     def run(self, module: Any, hidden_states: Tensor) -> Tensor:
-        experts = list(unhooked(module, "experts").values())
+        experts = list(module.experts.values())
         for i, e in enumerate(experts):
-            for inner in (e, e.wi, e.wo):
+            for inner in (e.wi, e.wo):
                 if around := hooked(inner):
-                    raise passed_by(module, f"expert {i} {around}")
-        if not all(passes_through(e.dropout) for e in experts):
+                    raise passed_by(module, f"a projection of expert {i} {around}")
+                if not is_projection(inner):
+                    what = type(inner).__name__
+                    raise passed_by(module, f"a projection of expert {i} is now a {what}")
+        if not all(idle(e.dropout) for e in experts):
             return module._own_class.forward(module, hidden_states)
         one_hot, prob, _ = module.router(hidden_states)
         # Past its capacity a token has no 1: an expert that does not exist drops it.

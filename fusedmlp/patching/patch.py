@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import sys
+import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
@@ -17,9 +18,9 @@ from torch import Tensor, nn
 from .. import _backend
 from ..layers.binary import BinaryGatedMLP
 from ..ops.binary_gated_mlp import OP
-from .dense import is_projection
 from .experts import register_experts
-from .match import METHODS, NoMatch, match
+from .kept import stale
+from .match import find
 from .moe import ADAPTERS
 from .plan import Plan, child, hooked
 from .report import Entry, Report
@@ -86,32 +87,27 @@ def _selected(model: nn.Module, only: Only) -> Callable[[str, nn.Module], bool]:
         return lambda name, module: True
     if callable(only):
         return only
-    patterns = [only] if isinstance(only, str) else list(only)
+    one = isinstance(only, str) or not isinstance(only, Iterable)
+    patterns: list[Any] = [only] if one else list(only)
     if not all(isinstance(p, str) for p in patterns):
         raise TypeError(f"patch: only must be a pattern, patterns or a function, got {only!r}")
+    if not patterns:
+        raise ValueError("patch: only must hold a pattern, got none")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name, _ in model.named_modules()):
             raise ValueError(f"patch: only must match names of modules, got {pattern!r}")
     return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _plan(module: nn.Module) -> Plan | str | None:
-    """A plan, or why there is none, or None for what is like no MLP."""
-    if hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate"):
-        return "experts by transformers' table: model.set_experts_implementation('fusedmlp')"
-    method = next(m for m in METHODS if hasattr(module, m))
-    depth = 2 if method.endswith("_chunk") else 1
-    inner = [m for name, m in module.named_modules() if name and name.count(".") < depth]
-    alike = [m for m in inner if hasattr(m, "in_features") or hasattr(m, "nf")]
-    odd = [type(m).__name__ for m in alike if not is_projection(m)]
-    if method == "forward" and len(alike) not in (2, 3):
-        return None
-    if odd and method == "forward":
-        return f"{', '.join(dict.fromkeys(odd))} is no plain projection: quantised or adapted"
-    try:
-        return match(module, method)
-    except NoMatch as error:
-        return str(error)
+def _broken(name: str, module: Any, change: str) -> Entry:
+    reason = f"patched before, and its calls raise now: {change}; unpatch(model) first"
+    return Entry(name, module._own_class.__name__, None, None, reason)
+
+
+def _not_called(module: nn.Module) -> str:
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return "; in eval without gradients torch's fast path of the whole layer is taken instead"
+    return ""
 
 
 class _Walk:
@@ -139,6 +135,9 @@ class _Walk:
         if isinstance(module, Patched) or self.wanted(name, module):
             plan = module._plan if isinstance(module, Patched) else self.attempt(name, module)
             if plan is not None:
+                if change := stale(module):
+                    self.entries.append(_broken(name, module, change))
+                    return
                 self.entry(name, module, plan)
                 inside = {id(child(module, path)) for path in plan.bypassed()}
         for key, submodule in module.named_children():
@@ -148,7 +147,7 @@ class _Walk:
     def attempt(self, name: str, module: nn.Module) -> Plan | None:
         kind = type(module)
         adapter = _adapters.get(kind) or ADAPTERS.get(f"{kind.__module__}.{kind.__qualname__}")
-        plan = _plan(module) if adapter is None else adapter(module)
+        plan = find(module) if adapter is None else adapter(module)
         if plan is None:
             return None
         reason = plan if isinstance(plan, str) else self.obstacle(module, plan)
@@ -166,7 +165,7 @@ class _Walk:
     def entry(self, name: str, module: Any, plan: Plan) -> None:
         kind, like = module._own_class.__name__, next(module.parameters())
         where = _backend.pick(plan.op, like)
-        self.entries.append(Entry(name, kind, plan.op, where, plan.detail()))
+        self.entries.append(Entry(name, kind, plan.op, where, plan.detail() + _not_called(module)))
 
     def one_bit(self, name: str, block: BinaryGatedMLP) -> None:
         """What quantize_model put there; a block that is in training is a layer like others."""
@@ -187,7 +186,7 @@ class _Walk:
             inner = child(module, path)
             if around := hooked(inner):
                 return f"{path} {around}, which a fused call would pass by"
-            if len(self.names[id(inner)]) > 1:
+            if len(self.names[id(inner)]) > 1 and any(True for _ in inner.parameters()):
                 return f"tied: {path} also is {self.others(inner)}"
             for key, p in inner.named_parameters():
                 if type(p) is not nn.Parameter or not p.is_floating_point():
@@ -195,7 +194,7 @@ class _Walk:
                 if len(self.names[id(p)]) > 1:
                     return f"tied: {path}.{key} also is {self.others(p)}"
                 parameters.append(p)
-        return self.dtypes(plan, parameters)
+        return plan.obstacle(module) or self.dtypes(plan, parameters)
 
     def others(self, shared: object) -> str:
         return " and ".join(self.names[id(shared)][:2])
@@ -241,8 +240,8 @@ def patch(
     or tied, a dtype or an activation without a kernel. A second patch() changes nothing.
 
     Returns a `Report`, a line for each module. Raises ValueError for a model that is wrapped by FSDP,
-    distributed or compiled, and for a pattern that matches nothing; TypeError for anything else than
-    a module; with `quantize` what quantize_model raises.
+    distributed or compiled, for a pattern that matches nothing and for no pattern; TypeError for
+    another type of an argument; with `quantize` what quantize_model raises.
     """  # noqa: E501
     _checked("patch", model)
     if quantize is None:
@@ -256,13 +255,14 @@ def patch(
 
 
 def _run(model: nn.Module, only: Only, dtype_check: bool) -> tuple[Report, list[nn.Module]]:
+    if not isinstance(dtype_check, bool):
+        raise TypeError(f"patch: dtype_check must be True or False, got {dtype_check!r}")
     register_experts()
     walk = _Walk(model, only, dtype_check)
     try:
         walk.visit("", model)
     except BaseException:
-        for module in walk.swapped:
-            restore(module)
+        restore("patch", walk.swapped)
         raise
     return Report(tuple(walk.entries)), walk.swapped
 
@@ -272,20 +272,24 @@ def unpatch(model: nn.Module) -> None:
 
     Raises ValueError, as patch() does, where the model was wrapped meanwhile.
     """
-    for module in _checked("unpatch", model).modules():
-        if isinstance(module, Patched):
-            restore(module)
+    restore("unpatch", _checked("unpatch", model).modules())
 
 
 @contextmanager
 def patched(model: nn.Module, *, only: Only = None, dtype_check: bool = True) -> Iterator[Report]:
     """patch() for the length of a with block, whatever ends it; gives the report.
 
-    What was patched before stays patched. Arguments and errors as in patch().
+    What was patched before stays patched. Arguments and errors as in patch(). Raises ValueError at
+    the end for a module that was wrapped inside (fully_shard), when all others are restored; a
+    warning where the block already ends in an exception.
     """
     report, swapped = _run(_checked("patched", model), only, dtype_check)
     try:
         yield report
-    finally:
-        for module in swapped:
-            restore(module)
+    except BaseException:
+        try:
+            restore("patched", swapped)
+        except ValueError as error:
+            warnings.warn(str(error), RuntimeWarning, stacklevel=3)
+        raise
+    restore("patched", swapped)

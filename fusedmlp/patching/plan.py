@@ -33,6 +33,15 @@ class Plan:
         not run, so they must have none; nothing inside them is patched on its own."""
         return ()
 
+    def passes_by(self) -> tuple[str, ...]:
+        """Those of `bypassed()` of which `run` reads nothing (an activation) or that hold others,
+        each after what holds it. With another in its place after patch(), a call raises."""
+        return ()
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        """Why `run` would not compute what the module's own method computes now."""
+        return None
+
     def prepare(self, module: nn.Module) -> None:
         """What patch() does to the module before it swaps its class."""
 

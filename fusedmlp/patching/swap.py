@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 
-from .plan import Plan
+from .kept import Kept, changed, keep
+from .plan import Plan, passed_by
 
 
 class Patched:
@@ -17,14 +19,26 @@ class Patched:
     _plan: Plan
     # Set by fusedmlp.distributed where the module's weights are sharded over ranks.
     _split: Any = None
+    _kept: Kept | None = None
 
-    def path(self) -> str:
-        """For explain()."""
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # A new module of the same type (a slice of a Sequential is one) was not patched.
+        object.__setattr__(self, "__class__", self._own_class)
+        self.__init__(*args, **kwargs)  # type: ignore[misc]
+
+    def _path(self) -> str:
+        """For explain(). No public name: the module's own submodules may have it."""
         return f"patched, {self._plan.op} {self._plan.detail()}".rstrip()
 
     def extra_repr(self) -> str:
         own = super().extra_repr()  # type: ignore[misc]
-        return f"{own}, {self.path()}" if own else self.path()
+        return f"{own}, {self._path()}" if own else self._path()
+
+    def _replicate_for_data_parallel(self) -> Any:
+        # Its submodules are replicas too, others than those kept.
+        replica = super()._replicate_for_data_parallel()  # type: ignore[misc]
+        replica._kept = None
+        return replica
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, where pickle cannot find it by name.
@@ -45,6 +59,9 @@ def patched_class(own: type, plan: Plan) -> type:
 def _make(own: type, plan: Plan) -> type:
     @functools.wraps(getattr(own, plan.method))
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kept = self._kept
+        if kept is not None and (change := changed(self, kept)):
+            raise passed_by(self, change)
         return self._plan.run(self, *args, **kwargs)
 
     body = {"_own_class": own, "_plan": plan, plan.method: method}
@@ -58,14 +75,24 @@ def _rebuild(own: type, plan: Plan) -> Any:
 
 
 def swap(module: nn.Module, plan: Plan) -> None:
+    vars(module)["_kept"] = keep(module, plan)
     module.__class__ = patched_class(type(module), plan)
 
 
-def restore(module: nn.Module) -> None:
-    """Give a patched module its own class back."""
-    if "_own_class" not in type(module).__dict__:
+def restore(op: str, modules: Iterable[nn.Module]) -> None:
+    """Give patched modules their own classes back. One that is not patched any more is skipped.
+
+    Raises ValueError, when all others are restored, for one whose class another library replaced.
+    """
+    wrapped: list[str] = []
+    for module in modules:
+        if "_own_class" in type(module).__dict__:
+            module.__class__ = type(module)._own_class  # type: ignore[attr-defined]
+            vars(module).pop("_kept", None)
+        elif isinstance(module, Patched):
+            wrapped.append(type(module).__name__)
+    if wrapped:
         raise ValueError(
-            f"unpatch: {type(module).__name__} was wrapped after patch(), by a class of another "
-            "library; unwrap it first"
+            f"{op}: {', '.join(dict.fromkeys(wrapped))} was wrapped after patch(), by a class of "
+            "another library; unwrap it first"
         )
-    module.__class__ = type(module)._own_class  # type: ignore[attr-defined]

@@ -1,0 +1,179 @@
+"""What is done to a patched module later: seen, and never passed by in silence."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from patch_blocks import MLP, GatedMLP, Model
+from patch_models import build
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fusedmlp
+from fusedmlp.patching.swap import Patched
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Nested(nn.Module):
+    """Its MLP and what follows are in containers of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.ffn, self.after = MLP(), nn.Sequential(nn.LayerNorm(8))
+
+    def feed_forward_chunk(self, t):
+        return self.after(self.ffn(t))
+
+    def forward(self, t):
+        return self.feed_forward_chunk(t)
+
+
+class Adapter(nn.Module):
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+
+    def forward(self, t):
+        return self.base(t)
+
+
+def set_item(block, key, module):
+    block[key] = module
+
+
+CHANGES = {
+    "an activation": (GatedMLP, lambda m: setattr(m, "act", nn.ReLU()), "act is another module"),
+    "a function": (
+        lambda: GatedMLP(torch.sigmoid),
+        lambda m: setattr(m, "act", torch.relu),
+        "act is another function",
+    ),
+    "an item": (MLP, lambda m: set_item(m, 1, nn.ReLU()), "1 is another module"),
+    "one more": (MLP, lambda m: m.append(nn.ReLU()), "the number of its submodules has changed"),
+    "one less": (MLP, lambda m: m.pop(1), "the number of its submodules has changed"),
+    "one more inside": (
+        Nested,
+        lambda m: m.ffn.append(nn.ReLU()),
+        "the number of submodules of ffn has changed",
+    ),
+    "one more behind": (
+        Nested,
+        lambda m: m.after.append(nn.ReLU()),
+        "the number of submodules of after has changed",
+    ),
+    "a hook behind": (
+        Nested,
+        lambda m: m.after.register_forward_hook(lambda *_: None),
+        "after has hooks",
+    ),
+    "an adapter": (MLP, lambda m: set_item(m, 0, Adapter(m[0])), "0 is (now )?a[n]? ?Adapter"),
+}
+
+
+@pytest.mark.parametrize("make, change, why", CHANGES.values(), ids=CHANGES)
+def test_a_change_raises_and_is_reported(make, change, why):
+    model = Model(make(), MLP())
+    fusedmlp.patch(model)
+    model(X)
+    change(model.blocks[0])
+    with pytest.raises(TypeError, match=f"patched .*: {why}.*, which the fused call would pass by"):
+        model(X)
+    again = fusedmlp.patch(model)
+    assert [e.name for e in again.patched] == ["blocks.1"]
+    (left,) = again.left
+    assert left.name == "blocks.0" and left.detail.startswith("patched before, and its calls raise")
+    fusedmlp.unpatch(model)
+    model(X)
+    assert not any("_kept" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    "name, path", [("llama4", "experts.act_fn"), ("switch", "experts.expert_1.act")]
+)
+def test_an_activation_of_experts(name, path):
+    model = build(name)
+    fusedmlp.patch(model)
+    block = next(m for m in model.modules() if isinstance(m, Patched) and m._plan.op == "moe_mlp")
+    block(x := torch.randn(1, 5, 64))
+    owner, _, key = path.rpartition(".")
+    setattr(block.get_submodule(owner), key, nn.Tanh())
+    with pytest.raises(TypeError, match=f"{path} is another module"):
+        block(x)
+
+
+def test_a_projection_of_an_expert():
+    model = build("switch")
+    fusedmlp.patch(model)
+    block = next(m for m in model.modules() if isinstance(m, Patched) and m._plan.op == "moe_mlp")
+    block.experts.expert_1.wi = Adapter(block.experts.expert_1.wi)
+    with pytest.raises(TypeError, match="a projection of expert 1 is now a Adapter"):
+        block(torch.randn(1, 5, 64))
+
+
+def test_projections_may_be_replaced():
+    """Their parameters are read at every call."""
+    model = Model(GatedMLP())
+    fusedmlp.patch(model)
+    model.blocks[0].w2 = nn.Linear(12, 8)
+    y = model(X)
+    fusedmlp.unpatch(model)
+    torch.testing.assert_close(y, model(X))
+
+
+@pytest.mark.parametrize("make", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))))
+@pytest.mark.parametrize("act", (nn.SiLU(), torch.sigmoid), ids=str)
+def test_a_copy_has_its_own(make, act):
+    model = Model(GatedMLP(act))
+    fusedmlp.patch(model)
+    twin = make(model)
+    assert torch.equal(twin(X), model(X))
+    model.blocks[0].act = None
+    twin(X)
+    twin.blocks[0].act = nn.Tanh() if isinstance(act, nn.Module) else torch.tanh
+    with pytest.raises(TypeError, match="act is another"):
+        twin(X)
+
+
+def test_a_replica_of_data_parallel():
+    """Its submodules are replicas, put in place of the originals."""
+    block = GatedMLP()
+    fusedmlp.patch(block)
+    replica = block._replicate_for_data_parallel()
+    replica.act = block.act._replicate_for_data_parallel()
+    assert torch.equal(replica(X), block(X))
+
+
+def test_a_slice_is_not_patched():
+    block = MLP(nn.GELU(), nn.Dropout(0.0))
+    fusedmlp.patch(plain := nn.Sequential(*block))
+    part = plain[:2]
+    assert type(part) is nn.Sequential and isinstance(plain, Patched)
+    torch.testing.assert_close(part(X), block[1](block[0](X)))
+
+
+def test_a_hook_on_an_idle_dropout_runs():
+    block, seen = MLP(nn.GELU(), nn.Dropout(0.5)).eval(), []
+    expected = block(X)
+    fusedmlp.patch(block)
+    handle = block[2].register_forward_hook(lambda m, args, out: seen.append(out.shape))
+    torch.testing.assert_close(block(X), expected)
+    assert seen == [(3, 12)]
+    handle.remove()
+    block(X)
+    assert len(seen) == 1
+
+
+def test_one_graph_that_sees_a_change():
+    """The checks are traced, and the compiled code is guarded by them."""
+    model = Model(GatedMLP(torch.sigmoid), Nested())
+    fusedmlp.patch(model)
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    torch.testing.assert_close(compiled(X), model(X))
+    assert counter.frame_count == 1
+    model.blocks[1].ffn[1] = nn.ReLU()
+    with pytest.raises(Exception, match="ffn.1 is another module than at patch"):
+        compiled(X)

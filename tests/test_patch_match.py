@@ -1,0 +1,213 @@
+"""Which forwards patch() takes for an MLP: one that is nearly one is left, and the rest patched."""
+
+import re
+
+import pytest
+import torch
+from patch_blocks import MLP, GatedMLP, Model
+from torch import nn
+
+import fusedmlp
+from fusedmlp.patching.activation import name_by_values
+
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    (
+        nn.Threshold(0.01, 0.0),
+        lambda t: torch.where(t > 0.01, t, 0.0),
+        nn.Hardshrink(0.1),
+        nn.Hardtanh(-50, 50),
+    ),
+    ids=str,
+)
+def test_what_is_nearly_an_activation(fn):
+    assert name_by_values(fn) is None
+
+
+class Alpha(GatedMLP):
+    def forward(self, t):
+        return torch.add(super().forward(t), t, alpha=0.5)
+
+
+class IntoX(GatedMLP):
+    def forward(self, t):
+        t += super().forward(t)
+        return t
+
+
+class XChanged(GatedMLP):
+    def forward(self, t):
+        t.mul_(2)
+        return super().forward(t)
+
+
+class SameHalf(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 24), nn.Linear(12, 8)
+
+    def forward(self, t):
+        halves = self.up(t).chunk(2, dim=-1)
+        return self.down(torch.sigmoid(halves[0]) * halves[0])
+
+
+class DownByName(GatedMLP):
+    def forward(self, t):
+        return self.w2(input=self.w3(t) * self.act(self.w1(t)))
+
+
+class ActByName(GatedMLP):
+    def forward(self, t):
+        return self.w2(self.w3(t) * self.act(input=self.w1(t)))
+
+
+class FirstByName(GatedMLP):
+    def forward(self, t):
+        return self.w2(self.w3(t) * self.act(self.w1(input=t)))
+
+
+class MulByName(GatedMLP):
+    def forward(self, t):
+        return self.w2(torch.mul(self.w3(t), other=self.act(self.w1(t))))
+
+
+class InPlace(GatedMLP):
+    """Writes into its own intermediate results alone."""
+
+    def forward(self, t):
+        h = self.act(self.w1(t))
+        h *= self.w3(t)
+        y = self.w2(h)
+        y += t
+        return y
+
+
+def test_in_place_on_its_own_results():
+    expected = (block := InPlace().requires_grad_(False))(X)
+    assert fusedmlp.patch(block).patched
+    torch.testing.assert_close(block(X), expected)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    (Alpha, IntoX, XChanged, SameHalf, DownByName, ActByName, FirstByName, MulByName),
+    ids=lambda kind: kind.__name__,
+)
+def test_an_odd_forward_is_left_alone(kind):
+    """It is not patched, what it does stays, and its neighbour is patched."""
+    model = Model(kind(), MLP())
+    expected = model.blocks[0](given := X.clone())
+    assert [e.name for e in fusedmlp.patch(model).patched] == ["blocks.1"]
+    assert torch.equal(model.blocks[0](again := X.clone()), expected)
+    assert torch.equal(again, given)
+
+
+class LooksAtItsDtype(MLP):
+    """As T5's: what is read and not used in the end is no obstacle."""
+
+    def forward(self, t):
+        h = self[1](self[0](t))
+        if isinstance(self[2].weight, torch.Tensor) and h.dtype != self[2].weight.dtype:
+            h = h.to(self[2].weight.dtype)
+        return self[2](h)
+
+
+def test_reading_is_no_obstacle():
+    block = LooksAtItsDtype()
+    expected = block(X)
+    assert fusedmlp.patch(block).patched
+    torch.testing.assert_close(block(X), expected)
+
+
+class Broadcast(GatedMLP):
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Linear(8, 1)
+
+
+class Adapter(nn.Module):
+    """A low-rank update around a projection."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.a, self.b = base, nn.Linear(8, 2), nn.Linear(2, 12)
+
+    def forward(self, t):
+        return self.base(t) + self.b(self.a(t))
+
+
+class Adapted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = Adapter(nn.Linear(8, 12)), nn.Linear(12, 8)
+
+    def feed_forward_chunk(self, t):
+        return self.last(torch.relu(self.first(t)))
+
+    forward = feed_forward_chunk
+
+
+class Counts(MLP):
+    """Every kind of state that a forward may write."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls, self.seen, self.cache = 0, [], {}
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, t):
+        self.calls += 1
+        self.steps += 1
+        self.seen.append(t)
+        self.cache["h"] = self.last = self[1](self[0](t))
+        return self[2](self.last)
+
+
+@pytest.mark.parametrize(
+    "kind, why",
+    [
+        (Broadcast, "its gate and up are 1 and 12 wide: broadcast"),
+        (Adapted, r"first \(Adapter\) is no projection of x"),
+        (Counts, "its forward changes .*calls.* of the module"),
+    ],
+)
+def test_left_and_why(kind, why):
+    model = nn.ModuleDict({"mlp": (block := kind()), "other": MLP()})
+    expected = block(X)
+    before = vars(block).copy()
+    report = fusedmlp.patch(model)
+    assert [e.name for e in report.patched] == ["other"]
+    (entry,) = report.left
+    assert re.search(why, entry.detail), entry
+    assert vars(block) == before
+    torch.testing.assert_close(block(X), expected)
+
+
+def test_tracing_leaves_no_trace():
+    block = Counts()
+    fusedmlp.patch(block)
+    state = block.calls, block.steps.item(), block.seen, block.cache, hasattr(block, "last")
+    assert state == (0, 0, [], {}, False)
+
+
+class Path(GatedMLP):
+    """A submodule under a name that other layers of this library have for a method."""
+
+    def __init__(self):
+        super().__init__()
+        self.path = nn.LayerNorm(8)
+
+    def forward(self, t):
+        return self.path(super().forward(t))
+
+
+def test_a_submodule_of_any_name():
+    model = Model(Path())
+    expected = model(X)
+    assert "blocks" not in fusedmlp.explain(model)
+    assert fusedmlp.patch(model).patched
+    torch.testing.assert_close(model(X), expected)
+    assert "blocks.0 (Path): patched, gated_mlp" in fusedmlp.explain(model)
