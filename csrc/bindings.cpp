@@ -2,6 +2,7 @@
 // Python (fusedmlp/_cuda_gated_linear.py, _cuda_masked.py, _cuda_route.py, _cuda_binary.py).
 #include <pybind11/pybind11.h>
 
+#include <sstream>
 #include <stdexcept>
 #include <string>
 
@@ -106,14 +107,15 @@ struct Ops {
   py::dict launchers, variants;
 
   template <class Launcher>
-  void add(const char* op, const char* arch, Launcher launcher) {
+  void add(const char* op, const std::string& arch, Launcher launcher) {
     const py::tuple key = py::make_tuple(op, arch);
     launchers[key] = py::cpp_function(launcher, py::name(op));
     variants[key] = py::list();
   }
 
   template <class Launcher, size_t COUNT>
-  void add(const char* op, const char* arch, Launcher launcher, const Variant (&table)[COUNT]) {
+  void add(const char* op, const std::string& arch, Launcher launcher,
+           const Variant (&table)[COUNT]) {
     add(op, arch, launcher);
     py::list names = variants[py::make_tuple(op, arch)];
     for (const Variant& variant : table) names.append(variant.name);
@@ -134,12 +136,15 @@ Ops ops() {
   all.add("linear_act_fwd", "sm_100a", &gated_linear_fwd<gated_linear_fwd_sm100>, kSm100);
   all.add("linear_act_bwd", "sm_100a", &gated_linear_bwd<gated_linear_bwd_sm100>, kSm100);
 #endif
-#ifdef FUSEDMLP_PORTABLE  // the oldest architecture that every .cu without its own runs on
-  all.add("masked_gated_linear_fwd", FUSEDMLP_PORTABLE, &masked_gated_linear_fwd);
-  all.add("top1_route_fwd", FUSEDMLP_PORTABLE, &top1_route_fwd);
-  all.add("route_to_fwd", FUSEDMLP_PORTABLE, &top1_route_fwd);  // without logits
-  all.add("binary_linear_fwd", FUSEDMLP_PORTABLE, &binary_linear_fwd);
-  all.add("binary_gated_linear_fwd", FUSEDMLP_PORTABLE, &binary_linear_fwd);
+#ifdef FUSEDMLP_PORTABLE  // each architecture that a .cu without its own serves
+  std::istringstream portable(FUSEDMLP_PORTABLE);
+  for (std::string arch; portable >> arch;) {
+    all.add("masked_gated_linear_fwd", arch, &masked_gated_linear_fwd);
+    all.add("top1_route_fwd", arch, &top1_route_fwd);
+    all.add("route_to_fwd", arch, &top1_route_fwd);  // without logits
+    all.add("binary_linear_fwd", arch, &binary_linear_fwd);
+    all.add("binary_gated_linear_fwd", arch, &binary_linear_fwd);
+  }
 #endif
   return all;
 }

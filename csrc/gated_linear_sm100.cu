@@ -27,6 +27,7 @@ struct Config : Operands<T, GATED, BACKWARD, BACKWARD ? 128 : 256> {
   static constexpr int BOXES = BACKWARD ? 6 : 2;
   static constexpr int STAGES =
       (kSharedMemory - kBarrierBytes - BOXES * kBoxBytes) / Base::STAGE_BYTES;
+  static_assert(STAGES >= 4, "fewer do not hide a TMA load");
   static constexpr int CHUNKS = Base::COLUMNS / kBox;
 };
 

@@ -33,6 +33,7 @@ struct Config : Operands<T, GATED, BACKWARD, IS_PINGPONG ? 128 : 256> {
   static constexpr int STAGES =
       (kSharedMemory - kBarrierBytes - 2 * BOXES * kBoxBytes) / Base::STAGE_BYTES;
   static constexpr int CHUNKS = ROW_BLOCKS * Base::COLUMNS / kBox;  // boxes of a result tile
+  static_assert(STAGES == (PINGPONG && !BACKWARD ? 6 : 4), "fewer stages do not hide a TMA load");
   static_assert(!BACKWARD || PINGPONG, "the backward's boxes leave a cooperative tile 3 stages");
   static_assert(!BACKWARD || CHUNKS % 4 == 0, "parities of `loaded` repeat every two uses a set");
 };

@@ -86,21 +86,27 @@ def _check_sizes(op: str, M: int, H: int, D: int) -> None:
         raise _unfit(op, "M, D and H below 2^31", f"M={M}, D={D}, H={H}")
 
 
+def _row_stride(t: Tensor) -> int:
+    # Whatever the tensor says of one row: there is no second.
+    return t.shape[1] if t.shape[0] == 1 else t.stride(0)
+
+
+def _readable(t: Tensor) -> bool:
+    """By TMA, 16 bytes at a time."""
+    outer = _row_stride(t)
+    return not (t.stride(1) != 1 or outer % 8 or outer < t.shape[1] or t.data_ptr() % 16)
+
+
 def _matrix(op: str, name: str, t: Tensor) -> tuple[int, int]:
     """Address and row stride of a 16-bit matrix whose columns are a multiple of 8."""
-    rows, columns = t.shape
-    outer, inner = t.stride()
-    if rows == 1:
-        outer = columns  # whatever the tensor says: there is no second row
-    address = t.data_ptr()
-    if inner != 1 or outer % 8 or outer < columns or address % 16:
+    if not _readable(t):
         raise _unfit(
             op,
             f"{name} to start on 16 bytes, with columns contiguous and rows apart by a multiple "
             "of 16 bytes and not overlapping",
-            f"strides {tuple(t.stride())} for shape {tuple(t.shape)}, {address % 16} bytes off",
+            f"strides {tuple(t.stride())} for shape {tuple(t.shape)}, {t.data_ptr() % 16} bytes off",
         )
-    return address, outer
+    return t.data_ptr(), _row_stride(t)
 
 
 def _bias(op: str, name: str, b: Tensor | None) -> int:
@@ -184,7 +190,8 @@ def _bwd(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """Fill dg and du (M, H), of one layout; returns h (M or 0, H) and the column sums of dg and du
-    (1 or 2 or 0, H)."""
+    (1 or 2 or 0, H). A dy that TMA does not read is copied: its strides are autograd's choice, 0
+    behind `y.sum()`, and nobody could choose others."""
     op = names.op
     M, D = dy.shape
     H = w_down.shape[1]
@@ -193,6 +200,8 @@ def _bwd(
     if M == 0 or H == 0:
         return h, dy.new_zeros((halves if want_db else 0, H))
     _check_sizes(op, M, H, D)
+    if not _readable(dy):
+        dy = dy.clone(memory_format=torch.contiguous_format)
     at_dy, stride_dy = _matrix(op, "dy", dy)
     at_down, stride_down = _matrix(op, names.down, w_down)
     at_g, stride_gu = _matrix(op, names.g, g)

@@ -157,6 +157,8 @@ def test_wide_rows_and_an_expanded_gradient(on_host):
     }
     assert wide["x"].stride(0) == 56
     check(case, wide)
+    for dy in (torch.ones(()).expand(50, 40), torch.randn(40, 50).mT):  # as after y.sum()
+        check(case, inputs, dy=dy.half())
 
 
 @pytest.mark.parametrize("cluster", (1, 2))

@@ -26,12 +26,12 @@ def test_tables(extension):
     known = {kernel for kernels in _cuda.KERNELS.values() for kernel in kernels}
     plain = {kernel for kernels in _cuda.PORTABLE.values() for kernel in kernels}
     assert {kernel for kernel, _ in extension.OPS} <= known | plain
-    archs = set(extension.ARCHS.split())
-    portable = {arch for arch in archs if not arch.endswith("a")}
-    for arch in archs - portable:
-        assert {kernel for kernel, a in extension.OPS if a == arch} == known
-    rest = {kernel for kernel, arch in extension.OPS if arch in portable}
-    assert rest == (plain if portable else set())
+    archs = extension.ARCHS.split()
+    for arch in archs:
+        own = {kernel for kernel, a in extension.OPS if a == arch} & known
+        assert own == (known if arch.endswith("a") else set())
+        capability = int(arch.removeprefix("sm_").removesuffix("a"))
+        assert all(_cuda.find(kernel, capability)[0] for kernel in plain), arch
     assert extension.VARIANTS.keys() == extension.OPS.keys()
     for kernel in ladder.KERNELS if "sm_90a" in archs else ():
         assert tuple(extension.VARIANTS[kernel, "sm_90a"]) == ladder.variants_of(kernel)
