@@ -1,5 +1,5 @@
-"""The rivals of masked_gated_linear on fixed masks. The best
-two-matrix GLU of the same widths is in the records of gated_linear.
+"""The rivals of masked_gated_linear: on fixed masks what computes it, and the gated linear of the
+same widths with two weights, which it is to replace.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..kernels.activations import ACTIVATIONS
+from ..ops.gated_linear import gated_linear
 from .kernels.flash_mglu import flash_mglu_sums
 from .rivals_dense import Arguments, Function, Rival
 from .work import Work
@@ -79,4 +80,21 @@ class FlashMGLU(FixedMasks):
         return call
 
 
-RIVALS = (NaiveMasked(), FlashMGLU())
+class TwoMatrixGLU(Rival):
+    """gated_linear, whatever backend auto takes for it: a measure."""
+
+    name = "two-matrix-glu"
+    ops = ("masked_gated_linear",)
+    trusted = True
+
+    def arguments(self, work: Work, inputs: Arguments) -> dict[str, Tensor]:
+        x, w = inputs["x"], inputs["w"]
+        generator = torch.Generator(w.device).manual_seed(0)
+        up = torch.randn(w.shape, device=w.device, dtype=w.dtype, generator=generator)
+        return {"x": x, "w_gate": w, "w_up": up / w.shape[1] ** 0.5}
+
+    def function(self, work: Work) -> Function:
+        return lambda t: gated_linear(t["x"], t["w_gate"], t["w_up"], activation=work.activation)
+
+
+RIVALS = (NaiveMasked(), FlashMGLU(), TwoMatrixGLU())

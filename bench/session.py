@@ -32,8 +32,13 @@ COPY_BYTES = 1 << 29
 GRAPH_BELOW_MS = 0.5
 
 
-# One way of calling each op; the others differ in layout or bias, hardly in speed.
-PLAIN_CASES = tuple(name for name, case in CASES.items() if name == case.op)
+# One way of calling each op, the case of its name; the others differ in layout or bias, hardly in
+# speed. Of an op that has no such case, whose cases differ in more, all without options.
+PLAIN_CASES = tuple(
+    name
+    for name, case in CASES.items()
+    if name == case.op or (case.op not in CASES and not case.options)
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,8 +68,10 @@ def _decoding(*cases: str) -> tuple[str, ...]:
 # op -> what checks the kernels of every architecture that it launches, all of them among these; and
 # of masks the case that exercises them: as bits they are decoded.
 _MASKED = "masked_gated_linear"
+_OF_LOGITS = tuple(name for name, c in CASES.items() if c.op == _MASKED and not c.draws)
+_OF_BITS = tuple(name for name, c in CASES.items() if c.op == _MASKED and c.draws)
 _PORTABLE = {
-    _MASKED: _decoding(*(name for name in CASES if name.startswith(_MASKED) and "-bits" in name)),
+    _MASKED: _decoding(*_OF_BITS),
     "binary_gated_mlp": _decoding("binary_gated_mlp", "binary_gated_mlp-recompute-bias"),
     "top1_route": ("--op", "top1_route"),
 }
@@ -122,9 +124,22 @@ def _sanitizers_cuda(tools: Sequence[str]) -> Iterator[Step]:
 
 
 def _time(name: str, budget_s: float, op: str, *arguments: str) -> Step:
-    made = python_step(name, budget_s, COMMAND, "time", "--op", op, *arguments)
+    made = python_step(name, budget_s, COMMAND, "time", *arguments)
     without = {CUDA: f"check:cuda:{op}"} if op in (*_cuda.KERNELS, *_PORTABLE) else {}
     return dataclasses.replace(made, without=without)
+
+
+def _time_op(op: str) -> Iterator[Step]:
+    """Masks that are trained at all sizes, packed ones where they are decoded."""
+    if op in _OF_HYPERGLU:
+        yield _time_layer(op)
+        return
+    yield _time(
+        f"time:{op}", 420, op, *(("--case", *_OF_LOGITS) if op == _MASKED else ("--op", op))
+    )
+    if op == _MASKED:
+        argv = ("--case", *_OF_BITS, "--m", "1", "4", "16", "--dtype", "bfloat16", "float16")
+        yield _time(f"time:{op}:decode", 420, op, *argv, "--phase", "forward")
 
 
 def _time_layer(op: str) -> Step:
@@ -140,9 +155,7 @@ def plan() -> list[Step]:
     tokens = tuple(map(str, TOP1_TOKENS))
     steps = [python_step(f"check:{op}", 240, COMMAND, "check", "--op", op) for op in cases]
     steps += _cuda_first()
-    steps += [
-        _time_layer(op) if op in _OF_HYPERGLU else _time(f"time:{op}", 420, op) for op in cases
-    ]
+    steps += [step for op in cases for step in _time_op(op)]
     steps += [python_step("tests", 600, WORKER, "tests")]
     steps += [
         python_step(f"{tool}:{op}", 180, WORKER, "sanitize", tool, name)
@@ -162,7 +175,7 @@ def plan() -> list[Step]:
     ]
     steps += [python_step(f"tune:{k}", 420, COMMAND, "tune", "--kernel", k) for k in LAUNCHES]
     steps += [
-        _time(f"time:{op}:{model}", 600, op, "--model", model, "--m", *TOKENS)
+        _time(f"time:{op}:{model}", 600, op, "--op", op, "--model", model, "--m", *TOKENS)
         for model in CAMPAIGN
         for op in cases
         if op not in _OTHER_WIDTHS

@@ -73,6 +73,10 @@ def _narrow(record: Record) -> bool:
     return bool(record["D"] <= 2048)
 
 
+def masks(n: int) -> str:
+    return f"{n} mask{'s' * (n > 1)}"
+
+
 _COMPILED = ("compile", "compile-packed")
 
 TARGETS: tuple[Target, ...] = (
@@ -96,10 +100,21 @@ TARGETS: tuple[Target, ...] = (
            over=_COMPILED, where=_narrow),
     Target("gated_act", "forward and backward, past L2: 92% of copy", 0.92, ("forward", "backward"),
            share="of_copy", where=_past_l2),
-    Target("masked_gated_linear", "decode, 1 to 4 masks: 85% of copy; 8 masks: 75%", 0.85),
+    *(
+        Target("masked_gated_linear", f"decode, {masks(n)}: {share:.0%} of copy", share,
+               share="of_copy", where=_few, case=f"masked_gated_linear-{n}-bits")
+        for n, share in ((1, 0.85), (2, 0.85), (4, 0.85), (8, 0.75))
+    ),
     Target("masked_gated_linear", "decode, 4096 x 14336, 1 mask: 1.5 x the best two-matrix GLU",
-           1.5),
-    Target("masked_gated_linear", "large M: within 10% of (n + 1)/2 gated_linear", 0.9),
+           1.5, over=("two-matrix-glu",), case="masked_gated_linear-1-bits",
+           where=lambda r: (r["M"], r["D"], r["H"]) == (1, 4096, 14336)),
+    *(
+        Target("masked_gated_linear",
+               f"{masks(n)}, M >= 4096: within 10% of {(n + 1) / 2:g} x gated_linear's time",
+               0.9 / ((n + 1) / 2), ("forward", "both"), over=("two-matrix-glu",), where=_many,
+               case=f"masked_gated_linear-{n}")
+        for n in (1, 4)
+    ),
     Target("moe_mlp", "forward, H >= 2048, 512 tokens an expert: 75% of cuBLAS", 0.75),
     Target("moe_mlp", "forward: no slower than SonicMoE", 1.0, over=("sonicmoe",)),
     Target("moe_mlp", "forward: 1.3 x torch's grouped GEMMs", 1.3, over=("grouped-mm",)),

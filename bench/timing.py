@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .. import _backend
+from ..testing import CASES
 from . import base, machine
 from ._options import (
     Emit,
@@ -132,8 +133,8 @@ def options_of(args: argparse.Namespace) -> Options:
         "phases": tuple(args.phase),
     }
     if args.case or args.op:
-        named = (*(args.case or ()), *(case for case in PLAIN_CASES if case in (args.op or ())))
-        chosen["cases"] = named
+        of_ops = (case for case in PLAIN_CASES if CASES[case].op in (args.op or ()))
+        chosen["cases"] = (*(args.case or ()), *of_ops)
     elif args.model:
         chosen["cases"] = None
     if args.dtype:

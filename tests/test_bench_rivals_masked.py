@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fusedmlp import reference
 from fusedmlp.bench import calls
 from fusedmlp.bench.rivals import RIVALS
 from fusedmlp.bench.work import Work, case_of
@@ -46,3 +47,15 @@ def test_wrong_masks_are_seen(device):
             return {**super().arguments(work, inputs), "masks": ones}
 
     assert "computes something else" in calls.disagreement(Wrong(), work(1), device)
+
+
+@pytest.mark.parametrize("name", ("masked_gated_linear-1", "masked_gated_linear-1-bits"))
+def test_two_matrices_are_timed_beside_it(name, device):
+    """At its sizes, whatever the masks; it is a measure and computes something else."""
+    sized = Work(case_of(name), "silu", "float32", 3, 40, 24)
+    rival = RIVALS["two-matrix-glu"]
+    assert rival.skip(sized, "forward") is None
+    arguments = rival.arguments(sized, calls.draw(sized, device, 0))
+    y = rival.function(sized)(arguments)
+    expected = reference.gated_linear(arguments["x"], arguments["w_gate"], arguments["w_up"])
+    torch.testing.assert_close(y, expected)
