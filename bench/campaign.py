@@ -14,7 +14,6 @@ import argparse
 import datetime
 import hashlib
 import json
-import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -210,18 +209,12 @@ def run_campaign(
     return ledger
 
 
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
 def main(args: argparse.Namespace) -> int:
     """0: all that ran is ok; 1: some is not; 2: no GPU, nothing written; 130: interrupted."""
     machine = discover()
     if not machine.get("gpu"):
         print("campaign: no GPU here; nothing was run and nothing written")
         return 2
-    # A machine that is called back sends SIGTERM: end the child, keep the ledger, tell.
-    signal.signal(signal.SIGTERM, _interrupt)
     say = lambda line: print(line, flush=True)  # noqa: E731
     steps = plan()
     code = 0

@@ -24,6 +24,7 @@ import fusedmlp
 
 from .. import _backend
 from .._cuda_gated_linear import forced, variant
+from ..kernels.arch import capability_of
 from ..testing import CASES, Error, judge
 from . import machine, process
 from ._options import (
@@ -266,6 +267,8 @@ def main(args: argparse.Namespace) -> int:
     options = options_of(args)
     if args.variant and args.backend != "cuda":
         raise Refusal("check --variant is of the CUDA kernels: it needs --backend cuda")
+    if args.backend == "cuda" and not capability_of(torch.device(_device())):
+        raise Refusal("check --backend cuda needs a GPU; tests/simt runs those kernels on the host")
     if args.model and _device() == "cpu":
         raise Refusal("check --model needs a GPU for such widths; --shape takes smaller ones")
     records: list[Record] = []

@@ -27,6 +27,9 @@ examples:
   python -m fusedmlp.bench check --dtype float16
   python -m fusedmlp.bench time --case gated_mlp --m 4096 --json times.json
   python -m fusedmlp.bench COMMAND --help
+
+Gates that need no GPU are modules of their own: python -m fusedmlp.bench.aot (Triton's kernels) and
+python -m fusedmlp.bench.aot_csrc (csrc/).
 """
 
 

@@ -33,6 +33,15 @@ class Outcome:
     detail: str
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def end_on_sigterm() -> None:
+    """Whoever ends this process, or calls its machine back: children end, what is known is kept."""
+    signal.signal(signal.SIGTERM, _interrupt)
+
+
 class Lines:
     """The complete JSON lines that appeared in a growing file since the last look."""
 

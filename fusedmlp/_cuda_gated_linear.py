@@ -104,7 +104,8 @@ def _matrix(op: str, name: str, t: Tensor) -> tuple[int, int]:
             op,
             f"{name} to start on 16 bytes, with columns contiguous and rows apart by a multiple "
             "of 16 bytes and not overlapping",
-            f"strides {tuple(t.stride())} for shape {tuple(t.shape)}, {t.data_ptr() % 16} bytes off",
+            f"strides {tuple(t.stride())} for shape {tuple(t.shape)}, "
+            f"{t.data_ptr() % 16} bytes off",
         )
     return t.data_ptr(), _row_stride(t)
 

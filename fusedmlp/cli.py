@@ -118,6 +118,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:
         from .bench.cli import main as bench
+        from .bench.process import end_on_sigterm
+
+        end_on_sigterm()
 
         return bench(arguments[1:])
     parser = argparse.ArgumentParser(

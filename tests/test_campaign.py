@@ -291,9 +291,9 @@ def test_sigterm_ends_the_child_and_keeps_the_ledger(tmp_path):
     pid = tmp_path / "pid"
     child = emitting(1) + f"open({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(60)"
     code = f"""
-import pathlib, signal, sys
-from fusedmlp.bench import campaign
-signal.signal(signal.SIGTERM, campaign._interrupt)
+import pathlib, sys
+from fusedmlp.bench import campaign, process
+process.end_on_sigterm()
 step = campaign.Step("slow", (sys.executable, "-c", {PRELUDE + child!r}), 60)
 campaign.run_campaign({MACHINE!r}, [step], pathlib.Path({str(tmp_path / "out")!r}), 5)
 """
@@ -333,7 +333,6 @@ def test_the_command_runs_the_plan_and_copies_its_records(tmp_path, monkeypatch,
     assert code == 1  # b failed
     assert [r["bytes"] for r in json.loads(file.read_text())["records"]] == [7]
     assert "b" in capsys.readouterr().out
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_the_commit_of_a_tree_without_git_comes_from_the_environment(tmp_path, monkeypatch):

@@ -26,6 +26,11 @@ def test_example_runs(page, line, code):
     exec(compile("\n" * (line - 1) + code, str(page), "exec"), {})
 
 
+def test_the_readme_starts_with_an_example_that_runs():
+    first = BLOCK.search((DOCS.parent / "README.md").read_text()).group(1)
+    exec(first.replace('"cuda"', '"cpu"').replace("512", "4"), {})
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_page(page):
     text = page.read_text()

@@ -14,6 +14,9 @@ from torch import Tensor
 def poison() -> Iterator[None]:
     """Fill memory from torch.empty, empty_like and new_empty with NaN: an unwritten element
     shows."""
+    # First imported inside, it would take ours for PyTorch's own for good.
+    import torch._dynamo  # noqa: F401
+
     empties = (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")
     originals = [(owner, name, getattr(owner, name)) for owner, name in empties]
 
