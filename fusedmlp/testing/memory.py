@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,7 @@ def poison() -> Iterator[None]:
     """Fill memory from torch.empty, empty_like and new_empty with NaN: an unwritten element
     shows."""
     # First imported inside, it would take ours for PyTorch's own for good.
-    import torch._dynamo  # noqa: F401
+    importlib.import_module("torch._dynamo")
 
     empties = (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")
     originals = [(owner, name, getattr(owner, name)) for owner, name in empties]
