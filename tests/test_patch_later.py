@@ -122,8 +122,10 @@ def test_projections_may_be_replaced():
     torch.testing.assert_close(y, model(X))
 
 
-@pytest.mark.parametrize("make", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))))
-@pytest.mark.parametrize("act", (nn.SiLU(), torch.sigmoid), ids=str)
+@pytest.mark.parametrize(
+    "make", (copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))), ids=("copy", "pickle")
+)
+@pytest.mark.parametrize("act", (nn.SiLU(), torch.sigmoid), ids=("module", "function"))
 def test_a_copy_has_its_own(make, act):
     model = Model(GatedMLP(act))
     fusedmlp.patch(model)

@@ -21,7 +21,7 @@ X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
         nn.Hardshrink(0.1),
         nn.Hardtanh(-50, 50),
     ),
-    ids=str,
+    ids=("Threshold", "FATReLU", "Hardshrink", "Hardtanh"),
 )
 def test_what_is_nearly_an_activation(fn):
     assert name_by_values(fn) is None
