@@ -199,45 +199,32 @@ def command(*arguments):
     environment = {k: v for k, v in os.environ.items() if k not in ours}
     return subprocess.run(
         [sys.executable, "-m", "fusedmlp.bench", *arguments],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200,
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def default_run(tmp_path_factory):
-    file = tmp_path_factory.mktemp("bench") / "all.json"
-    done = command("--model", "llama3-8b", "--json", str(file))
-    return done, json.loads(file.read_text())
-
-
 @pytest.mark.interpreter
-class TestDefaultCommand:
-    def test_it_succeeds_and_says_what_it_found(self, default_run):
-        done, _ = default_run
-        assert done.returncode == 0, done.stderr
-        assert "GPU: none found by torch" in done.stdout
-        assert f"torch {torch.__version__}" in done.stdout
-        assert done.stderr == "", "progress is for terminals"
+def test_default_command(tmp_path):
+    """One run, of a minute or two: every kernel is checked in the interpreter."""
+    file = tmp_path / "all.json"
+    done = command("--model", "llama3-8b", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    assert "GPU: none found by torch" in done.stdout
+    assert f"torch {torch.__version__}" in done.stdout
+    assert done.stderr == "", "progress is for terminals"
+    assert "backend triton (interpreter)" in done.stdout
+    assert "Nothing was timed" in done.stdout
 
-    def test_every_kernel_was_checked_in_the_interpreter(self, default_run):
-        done, written = default_run
-        checks = [r for r in written["records"] if r["kind"] == "check"]
-        assert {r["case"] for r in checks} == set(CASES)
-        assert {r["backend"] for r in checks} == {"triton (interpreter)"}
-        assert all(r["passed"] for r in checks)
-        assert "backend triton (interpreter)" in done.stdout
-
-    def test_nothing_looks_measured(self, default_run):
-        done, written = default_run
-        assert "Nothing was timed" in done.stdout
-        assert {r["kind"] for r in written["records"]} == {"check", "predict"}
-        predicted = [r for r in written["records"] if r["kind"] == "predict"]
-        assert {(r["D"], r["H"]) for r in predicted} == {(4096, 14336)}
-
-    def test_the_file_says_where_it_comes_from(self, default_run):
-        _, written = default_run
-        assert set(written) == {"schema", "machine", "records"}
-        assert written["machine"]["gpu"] is None
+    written = json.loads(file.read_text())
+    assert set(written) == {"schema", "machine", "records"}
+    assert written["machine"]["gpu"] is None
+    assert {r["kind"] for r in written["records"]} == {"check", "predict"}
+    checks = [r for r in written["records"] if r["kind"] == "check"]
+    assert {r["case"] for r in checks} == set(CASES)
+    assert {r["backend"] for r in checks} == {"triton (interpreter)"}
+    assert all(r["passed"] for r in checks)
+    predicted = [r for r in written["records"] if r["kind"] == "predict"]
+    assert {(r["D"], r["H"]) for r in predicted} == {(4096, 14336)}
 
 
 @pytest.mark.interpreter
