@@ -303,7 +303,7 @@ campaign.run_campaign({MACHINE!r}, [step], pathlib.Path({str(tmp_path / "out")!r
             break
         time.sleep(0.05)
     parent.send_signal(signal.SIGTERM)
-    parent.communicate(timeout=20)
+    parent.communicate(timeout=60)
     assert gone(int(pid.read_text()))
     (ledger,) = book.load_all(tmp_path / "out")
     assert ledger.steps[0]["detail"] == campaign.INTERRUPTED

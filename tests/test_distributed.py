@@ -30,7 +30,7 @@ def _join(rank, ranks, store, body, timeout, backend):
     dist.destroy_process_group()
 
 
-def spawn(ranks, body, timeout=60, backend="gloo"):
+def spawn(ranks, body, timeout=180, backend="gloo"):
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
         mp.spawn(_join, (ranks, store, body, timeout, backend), nprocs=ranks)
