@@ -78,9 +78,10 @@ def _last_launch(kernel: str) -> str:
 def _path(module: nn.Module) -> str | None:
     if isinstance(module, Patched):
         return module._path()
-    # Of its class: a submodule may have the name.
+    # Of a class of ours: a submodule, or another library's method, may have the name.
     method = getattr(type(module), "path", None)
-    return method(module) if callable(method) else None
+    ours = getattr(method, "__module__", "").startswith(f"{__package__}.")
+    return method(module) if callable(method) and ours else None
 
 
 def _layer_lines(layer: nn.Module) -> list[str]:

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from transformers.activations import ACT2FN
 
 import fusedmlp
 from fusedmlp.layers import BinaryGatedMLP
-from fusedmlp.patching import Plan
+from fusedmlp.patching import Plan, experts
 from fusedmlp.patching.activation import name_by_values
 
 
@@ -513,6 +514,12 @@ def test_experts_are_entered_on_import():
         assert list(table.ALL_EXPERTS_FUNCTIONS) == ["fusedmlp"]
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_activations_of_one_class_are_told_apart():
+    acts = (nn.GELU(), nn.GELU("tanh"), torch.relu, torch.sigmoid)
+    named = [experts._activation(SimpleNamespace(act_fn=act)) for act in acts]
+    assert named == ["gelu", "gelu_tanh", "relu", "sigmoid"]
 
 
 def test_experts_that_do_not_fit():

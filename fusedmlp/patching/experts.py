@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import route_to
@@ -20,15 +20,16 @@ from .activation import name_by_values
 NAME = "fusedmlp"
 
 
-# A module's class decides its function: those of transformers take no arguments that change it.
-_ACTIVATIONS: dict[type, str | None] = {}
+# By class and, of nn.GELU, its option; of a plain function, by itself.
+_ACTIVATIONS: dict[Any, str | None] = {}
 
 
 def _activation(experts: Any) -> str | None:
     act = getattr(experts, "act_fn", None)
-    if type(act) not in _ACTIVATIONS:
-        _ACTIVATIONS[type(act)] = None if act is None else name_by_values(act)
-    return _ACTIVATIONS[type(act)]
+    key = (type(act), getattr(act, "approximate", None)) if isinstance(act, nn.Module) else act
+    if key not in _ACTIVATIONS:
+        _ACTIVATIONS[key] = None if act is None else name_by_values(act)
+    return _ACTIVATIONS[key]
 
 
 def misfit(experts: Any) -> str | None:
