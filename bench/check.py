@@ -22,12 +22,13 @@ from torch import Tensor
 
 import fusedmlp
 
-from .. import _backend
-from .._cuda_gated_linear import forced, variant
-from ..kernels.arch import capability_of
+from ..backends import choice
+from ..backends.cuda.gated_linear import forced, variant
+from ..kernels.device import capability_of
 from ..testing import CASES, Error, judge
 from . import machine, process
-from ._options import (
+from .check_sizes import ON_CUDA, ON_GPU, SMALL, Class
+from .options import (
     Emit,
     Record,
     Refusal,
@@ -38,9 +39,8 @@ from ._options import (
     subparser,
     write_json,
 )
-from ._render import Progress, number, table
-from .check_sizes import ON_CUDA, ON_GPU, SMALL, Class
-from .ladder import VARIANTS
+from .render import Progress, number, table
+from .report.ladder import VARIANTS
 from .work import Work, activations_of, case_of
 
 INTERPRETER_LIMIT_S = 3600
@@ -87,14 +87,14 @@ def _in_force(asked: str) -> AbstractContextManager[None]:
     interprets Triton, the kernels, which `auto` would leave aside for CPU tensors."""
     if asked != "auto":
         return fusedmlp.backend(asked)
-    if _backend.chosen() == "auto" and _backend.INTERPRETED and _device() == "cpu":
+    if choice.chosen() == "auto" and choice.INTERPRETED and _device() == "cpu":
         return fusedmlp.backend("triton")
     return nullcontext()
 
 
 def _backend_name(work: Work) -> str:
     """The backend, and whether it is interpreted: such a result says nothing of a GPU."""
-    name = _backend.pick(work.case.op, torch.empty(0, dtype=work.torch_dtype, device=_device()))
+    name = choice.pick(work.case.op, torch.empty(0, dtype=work.torch_dtype, device=_device()))
     return "triton (interpreter)" if name == "triton" and _device() == "cpu" else name
 
 
@@ -143,8 +143,8 @@ def run(options: Options, emit: Emit) -> bool:
 
 def needs_interpreter(backend: str) -> bool:
     """Are the kernels asked for where only a process that interprets them can run them?"""
-    asked = backend if backend != "auto" else _backend.chosen()
-    return _device() == "cpu" and asked in ("auto", "triton") and not _backend.INTERPRETED
+    asked = backend if backend != "auto" else choice.chosen()
+    return _device() == "cpu" and asked in ("auto", "triton") and not choice.INTERPRETED
 
 
 def run_interpreted(options: Options, emit: Emit) -> bool:
@@ -292,7 +292,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     add_selection(parser)
     parser.add_argument(
-        "--backend", choices=_backend.BACKENDS, default="auto",
+        "--backend", choices=choice.BACKENDS, default="auto",
         help="default: the GPU's kernels, or without a GPU the kernels in Triton's interpreter",
     )  # fmt: skip
     parser.add_argument(

@@ -15,10 +15,20 @@ import sys
 from collections.abc import Sequence
 
 from . import overview
-from ._options import Refusal
+from .options import Refusal
 
 # Modules with a subcommand, in the order of --help.
-COMMANDS = ("check", "timing", "predict", "campaign", "tune", "report", "plots", "table", "lm")
+COMMANDS = (
+    "check",
+    "timing.command",
+    "predict",
+    "campaign.command",
+    "timing.tune",
+    "report.command",
+    "report.plots",
+    "experiments.table",
+    "experiments.lm",
+)
 
 EPILOG = """\
 examples:
@@ -28,8 +38,8 @@ examples:
   python -m fusedmlp.bench time --case gated_mlp --m 4096 --json times.json
   python -m fusedmlp.bench COMMAND --help
 
-Gates that need no GPU are modules of their own: python -m fusedmlp.bench.aot (Triton's kernels) and
-python -m fusedmlp.bench.aot_csrc (csrc/).
+Gates that need no GPU are modules of their own: python -m fusedmlp.bench.gate.kernels (kernels/)
+and python -m fusedmlp.bench.gate.csrc (csrc/).
 """
 
 

@@ -8,11 +8,12 @@ import torch
 
 import fusedmlp
 
-from . import check, machine, predict, timing
-from ._options import Record, add_json, add_model, collecting, write_json
-from ._render import number
-from .session import Options, plan
+from . import check, machine, predict
+from .options import Record, add_json, add_model, collecting, write_json
+from .render import number
 from .shapes import DEFAULT_MODEL, DENSE, Model, cases_of
+from .timing import command as timing
+from .timing.session import Options, plan
 from .work import PHASES
 
 TOKENS = 4096

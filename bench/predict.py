@@ -22,21 +22,18 @@ from typing import Any
 
 import torch
 
-from ..kernels import arch as arches
-from ..kernels.grouped import most_tiles
+from ..kernels import pick
+from ..kernels.arch import ARCHES, Arch
+from ..kernels.arch.tile import Tile
+from ..kernels.device import pretend
+from ..kernels.moe.grouped import most_tiles
 from ..kernels.tiles import aligned
 from . import machine
-from ._options import (
-    Record,
-    Refusal,
-    collecting,
-    subparser,
-    write_json,
-)
-from ._render import number, size, table
 from .machine import ROOFS, Roof
-from .session import DEFAULT_WIDTHS, plan
-from .timing import add_sizes, options_of
+from .options import Record, Refusal, collecting, subparser, write_json
+from .render import number, size, table
+from .timing.command import add_sizes, options_of
+from .timing.session import DEFAULT_WIDTHS, plan
 from .work import PHASES, Work
 
 _MASKED = {
@@ -94,7 +91,7 @@ class Launch:
     """One kernel's launch as it is planned for a GPU that is not there."""
 
     kernel: str
-    tile: arches.Tile
+    tile: Tile
     tiles: int
     waves: float
     splits: int
@@ -117,15 +114,15 @@ def launches(work: Work, phase: str, roof: Roof) -> list[Launch]:
         for shape in ((work.M, work.D), (work.H, work.D), (work.M, work.H))
     ]
     made = []
-    with arches.pretend(arches.ARCHES[roof.arch], roof.multiprocessors):
+    with pretend(ARCHES[roof.arch], roof.multiprocessors):
         for name in names:
             if name in GROUPED:
                 made.append(_grouped_launch(name, work, x, aligned(*matrices), roof))
                 continue
             rows, columns = (getattr(work, size) for size in RESULTS.get(name, "MH"))
-            tile = arches.pick_tile(name, x, rows, columns, aligned(*matrices))
+            tile = pick.pick_tile(name, x, rows, columns, aligned(*matrices))
             count = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n)
-            splits = arches.pick_splits(tile, x, work.H, work.D) if tile.skinny else 1
+            splits = pick.pick_splits(tile, x, work.H, work.D) if tile.skinny else 1
             waves = count * splits / roof.multiprocessors
             made.append(Launch(name, tile, count, waves, splits))
     return made
@@ -136,17 +133,17 @@ def _grouped_launch(name: str, work: Work, x: torch.Tensor, fits: bool, roof: Ro
     shapes = work.case.shapes(work.M, work.D, work.H).values()
     experts = next(shape[0] for shape in shapes if len(shape) == 3)
     if name == "moe_wgrad":
-        tile = arches.pick_grouped_tile(name, x, work.H, 1, fits)
+        tile = pick.pick_grouped_tile(name, x, work.H, 1, fits)
         rows, columns = experts * math.ceil(work.H / tile.block_m), work.D
     else:
-        tile = arches.pick_grouped_tile(name, x, work.M, experts, fits)
+        tile = pick.pick_grouped_tile(name, x, work.M, experts, fits)
         rows = most_tiles(work.M, experts, tile.block_m)
         columns = work.D if name == "moe_down" else work.H
     count = rows * math.ceil(columns / tile.block_n)
     return Launch(name, tile, count, count / roof.multiprocessors, 1)
 
 
-def blocks_at_once(arch: arches.Arch, tile: arches.Tile, registers: int, shared: int) -> int:
+def blocks_at_once(arch: Arch, tile: Tile, registers: int, shared: int) -> int:
     """Blocks that fit one multiprocessor by registers, shared memory and threads.
 
     sm_100's tensor memory is not counted: the compiler does not report it.
@@ -228,7 +225,7 @@ def compile_kernels(records: Sequence[Record]) -> list[Mapping[str, Any]]:
     )
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "aot.json"
-        argv = [sys.executable, "-m", "fusedmlp.bench.aot", "--json", str(file)]
+        argv = [sys.executable, "-m", "fusedmlp.bench.gate.kernels", "--json", str(file)]
         argv += ["--arch", *names, "--kernel", *kernels, "--dtype", *dtypes]
         print(f"compiling for {', '.join(names)}: minutes", file=sys.stderr, flush=True)
         # On a terminal the gate's own rows are the progress.
@@ -248,7 +245,7 @@ def add_compiled(records: Sequence[Record], compiled: Sequence[Mapping[str, Any]
         if row["variant"] == "train" and not row["kernel"].endswith(HELPERS)
     }
     for record in records:
-        arch = arches.ARCHES[ROOFS[record["gpu"]].arch]
+        arch = ARCHES[ROOFS[record["gpu"]].arch]
         for launch in record["launches"]:
             key = (arch.name, launch["kernel"], record["dtype"], launch["tile"])
             row = found.get(key)

@@ -156,3 +156,8 @@ def case_of(name: str) -> Case:
     if name not in ALL_CASES:
         raise ValueError(f"case must be one of {', '.join(ALL_CASES)}; got {name!r}")
     return ALL_CASES[name]
+
+
+def ops() -> list[str]:
+    """Every op that a case calls."""
+    return list(dict.fromkeys(case.op for case in CASES.values()))

@@ -1,5 +1,5 @@
 // What the kernel for few rows over one-bit weights is asked to do: plain integers and raw pointers,
-// no torch. Python (fusedmlp/_cuda_binary.py) checks and allocates.
+// no torch. Python (fusedmlp/backends/cuda/binary.py) checks and allocates.
 #pragma once
 
 #include <cstdint>

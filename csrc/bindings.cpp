@@ -1,5 +1,5 @@
 // fusedmlp._C: integers into params structs, and nothing else. What they may be is checked once, in
-// Python (fusedmlp/_cuda_gated_linear.py, _cuda_masked.py, _cuda_route.py, _cuda_binary.py).
+// Python (fusedmlp/backends/cuda/gated_linear.py, _cuda_masked.py, _cuda_route.py, _cuda_binary.py).
 #include <pybind11/pybind11.h>
 
 #include <sstream>

@@ -1,5 +1,5 @@
 // What the gated linear kernels are asked to do: plain integers and raw pointers, no torch. Python
-// (fusedmlp/_cuda_gated_linear.py) checks and allocates; bindings.cpp fills these; a launcher obeys.
+// (fusedmlp/backends/cuda/gated_linear.py) checks and allocates; bindings.cpp fills these; a launcher obeys.
 #pragma once
 
 #include <cstdint>

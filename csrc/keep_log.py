@@ -1,5 +1,5 @@
-"""Run a compiler and keep what it says beside the object it makes: fusedmlp.bench.aot_csrc reads it
-there, for what ptxas warns of cannot be seen in the object."""
+"""Run a compiler and keep what it says beside the object it makes, where fusedmlp.bench.gate.csrc
+reads it: for what ptxas warns of cannot be seen in the object."""
 
 import subprocess
 import sys

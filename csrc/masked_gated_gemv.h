@@ -1,5 +1,5 @@
 // What the masked gated linear's kernel for few rows is asked to do: plain integers and raw
-// pointers, no torch. Python (fusedmlp/_cuda_masked.py) checks and allocates.
+// pointers, no torch. Python (fusedmlp/backends/cuda/masked.py) checks and allocates.
 #pragma once
 
 #include <cstdint>

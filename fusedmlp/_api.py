@@ -3,14 +3,11 @@
 from torch.nn import GELU, ReLU, Sigmoid, SiLU
 
 from . import activations, layers
-from ._backend import backend
-from ._explain import explain
-from ._gguf import read_gguf
 from .activations import *  # noqa: F403
-from .binary import BinaryWeight, quantize_binary
+from .backends.choice import backend
+from .explaining import explain
 from .hyperglu import HyperGLU, HyperGLUConfig, HyperMLP
 from .layers import *  # noqa: F403
-from .masks import PackedMasks, pack_masks
 from .ops.binary_gated_linear import binary_gated_linear
 from .ops.binary_gated_mlp import binary_gated_mlp
 from .ops.binary_linear import binary_linear
@@ -25,16 +22,14 @@ from .ops.masked_gated_mlp import masked_gated_mlp
 from .ops.mlp import mlp
 from .ops.moe_linear import moe_linear
 from .ops.moe_mlp import moe_mlp
-from .ops.top1_route import (
-    jitter,
-    load_balancing_loss,
-    route_to,
-    router_z_loss,
-    top1_route,
-)
+from .ops.top1_route import jitter, load_balancing_loss, route_to, router_z_loss, top1_route
 from .patching import patch, patched, register_patch, unpatch
-from .quantize import QuantizationReport, quantize_model
+from .patching.quantize import quantize_model
+from .patching.report import QuantizationReport
 from .reference import Routing
+from .weights.binary import BinaryWeight, quantize_binary
+from .weights.gguf import read_gguf
+from .weights.masks import PackedMasks, pack_masks
 
 __all__ = [
     "GELU",

@@ -31,8 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from ._numbers import finite
-from .kernels.activations import ACTIVATIONS, BSILU_ALPHA
+from .check.numbers import finite
+from .reference.activations import ACTIVATIONS, BSILU_ALPHA
 
 __all__ = [
     "BSiLU",

@@ -1,39 +1,20 @@
-"""Every activation of the library, once: device code x -> (f(x), f'(x)) beside its PyTorch
-reference.
+"""Device code of every activation, x -> (f(x), f'(x)), in float32.
 
-A row of `ACTIVATIONS` is all it takes: layers accept the name, error messages list it, and the
-tests, the ahead-of-time gate and the bench run it. Device functions take and return float32. A
-slope at a kink follows PyTorch: relu'(0) = 0.
+The table of activations is fusedmlp/reference/activations.py; each row of it has a function here of
+its name behind an underscore. A slope at a kink follows PyTorch: relu'(0) = 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from ..reference.activations import ACTIVATIONS, BSILU_ALPHA
 from .tiles import INTERPRETED
 
-BSILU_ALPHA = 1.67  # SUGAR's B-SiLU, arXiv 2505.22074: (x + a) sigmoid(x) - a / 2
 _BSILU_ALPHA = tl.constexpr(BSILU_ALPHA)
-
-
-@dataclass(frozen=True)
-class Activation:
-    """One activation: `device` is a Triton function x -> (f(x), f'(x)), `reference` is PyTorch.
-
-    `kink`: f' jumps at 0, so an input within rounding of 0 has no single right gradient.
-    """
-
-    name: str
-    device: Any
-    reference: Callable[[Tensor], Tensor]
-    kink: bool = False
 
 
 @triton.jit
@@ -149,19 +130,5 @@ def _identity(x):
     return x, tl.full(x.shape, 1.0, tl.float32)
 
 
-ACTIVATIONS: dict[str, Activation] = {
-    row.name: row
-    for row in (
-        Activation("silu", _silu, F.silu),
-        Activation("gelu", _gelu, F.gelu),
-        Activation("gelu_tanh", _gelu_tanh, lambda x: F.gelu(x, approximate="tanh")),
-        Activation("quick_gelu", _quick_gelu, lambda x: x * (1.702 * x).sigmoid()),
-        Activation("relu", _relu, F.relu, kink=True),
-        Activation("relu_sq", _relu_sq, lambda x: F.relu(x).square()),
-        Activation("sigmoid", _sigmoid, lambda x: x.sigmoid()),
-        Activation("tanh", _tanh, lambda x: x.tanh()),
-        Activation("identity", _identity, lambda x: x),
-        Activation("gelu2", _gelu2, lambda x: F.gelu(x).square()),
-        Activation("bsilu", _bsilu, lambda x: (x + BSILU_ALPHA) * x.sigmoid() - BSILU_ALPHA / 2),
-    )
-}
+# Functions here are named as the rows of reference/activations.py, behind an underscore.
+DEVICE: dict[str, Any] = {name: globals()[f"_{name}"] for name in ACTIVATIONS}

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import ACTIVATIONS
-from .arch import Tile, cdiv
+from .activations import DEVICE
+from .arch.tile import Tile, cdiv
 from .epilogues import store_fwd
 from .tiles import compiler_options, load_tile, multiply, precision, store_tile
 
@@ -126,5 +126,5 @@ def launch_split(
     )  # fmt: skip
     _reduce_kernel[columns,](
         parts, b_gate, b_up, h, g, u, M, H, splits, *strides,
-        ACT=ACTIVATIONS[activation].device, GATED=gated, **shared,
+        ACT=DEVICE[activation], GATED=gated, **shared,
     )  # fmt: skip

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._backend import INTERPRETED as _interpreted
-from .arch import Tile, cdiv, multiprocessors
+from .arch.tile import Tile, cdiv
+from .device import INTERPRETED as _interpreted, multiprocessors
 
 # Triton's interpreter neither multiplies bf16 nor rounds to it as a GPU does (kernels/README.md).
 INTERPRETED = tl.constexpr(_interpreted)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import _backend
-from ..layers._input import check_x
-from ..ops._check import autocast_dtype
+from ..backends import choice
+from ..check import autocast_dtype
+from ..check.layer import check_x
 from .cache import HyperGLUCache, shapes_of
 from .config import HyperGLUConfig
 
@@ -79,7 +79,7 @@ def _on(name: str, t: Tensor, x: Tensor) -> None:
 
 
 def where(like: Tensor) -> str:
-    return f"on {like.device.type} tensors with backend {_backend.chosen()!r}"
+    return f"on {like.device.type} tensors with backend {choice.chosen()!r}"
 
 
 def no_kernel(like: Tensor) -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..ops._check import wants_grad
+from ..check import wants_grad
 from ..reference.hyper import Mixing, gate, mixed, scaled
 
 

@@ -25,11 +25,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import _backend
-from ..ops import _check
+from .. import check
+from ..backends import choice
 from ..ops.hyper_attention import OP, hyper_attention
-from ..ops.hyper_attention_step import OP as STEP
-from ..ops.hyper_attention_step import hyper_attention_step
+from ..ops.hyper_attention_step import OP as STEP, hyper_attention_step
 from .cache import HyperGLUCache, empty_cache
 from .checks import check_prompt, check_token, no_kernel, where, working_dtype
 from .chunked import chunked_attention
@@ -92,7 +91,7 @@ class HyperGLU(nn.Module):
         if reason := self.config.not_fused():
             return f"chunked, in PyTorch: no kernel has {reason}"
         try:
-            backend = _backend.pick(OP, weight, "q")
+            backend = choice.pick(OP, weight, "q")
         except (RuntimeError, TypeError) as error:
             return f"none: {error}"
         if backend != "reference":
@@ -174,7 +173,7 @@ class HyperGLU(nn.Module):
         token = x[:, None] if x.dim() == 2 else x
         window = torch.cat((cache.x, token), 1)
         q, k, v, c1, c2 = self._project(token, window, cache.length)
-        if c.impl_default == "fused" and _backend.pick(STEP, q, "q") == "reference":
+        if c.impl_default == "fused" and choice.pick(STEP, q, "q") == "reference":
             raise RuntimeError(no_kernel(q))
         cache.append(window[:, 1:], k, v)
         c1, c2 = (None if c is None else c[:, :, 0] for c in (c1, c2))
@@ -249,12 +248,12 @@ class HyperGLU(nn.Module):
         c, q, options = self.config, tensors[0], self._options()
         assert q is not None
         served = impl != "dense" and not c.not_fused()
-        if served and _backend.pick(OP, q, "q") != "reference":
+        if served and choice.pick(OP, q, "q") != "reference":
             return hyper_attention(*tensors, **options)  # type: ignore[arg-type]
         if impl == "fused":
             raise RuntimeError(no_kernel(q))
-        if dtype := _check.autocast_dtype("HyperGLU", q):
-            tensors = _check.cast(dtype, *tensors)
+        if dtype := check.autocast_dtype("HyperGLU", q):
+            tensors = check.cast(dtype, *tensors)
         return chunked_attention(
             *tensors,  # type: ignore[arg-type]
             chunk=None if impl == "dense" else chunk,

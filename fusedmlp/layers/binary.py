@@ -32,16 +32,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..binary import BinaryWeight, quantize_binary
-from ..kernels.bits import GROUP
-from ..ops import _check
+from .. import check
+from ..check.layer import check_x
 from ..ops.binary_gated_mlp import binary_gated_mlp
 from ..ops.binary_linear import binary_linear
 from ..ops.gated_mlp import gated_mlp
-from ..reference.binary import binary_scales
-from ._activation import name_of
-from ._block import positive_int
-from ._input import check_x
+from ..reference.binary import GROUP, binary_scales
+from ..weights.binary import BinaryWeight, quantize_binary
+from .parts.activation import name_of
+from .parts.block import positive_int
 
 
 def binarized(v: Tensor, clip: float | None = None, detach_scale: bool = False) -> Tensor:
@@ -213,7 +212,7 @@ class BinaryGatedMLP(nn.Module):
     Args:
         dim: width of x, a multiple of 128, or any with `pad`.
         hidden: width between, likewise.
-        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
         bias, clip, detach_scale, pad: of each projection, as in BinaryLinear.
 
     The three are packed all or none. Raises ValueError or TypeError for a bad argument, and
@@ -232,7 +231,7 @@ class BinaryGatedMLP(nn.Module):
         pad: bool = False,
     ) -> None:
         super().__init__()
-        _check.activation(type(self).__name__, activation)
+        check.activation(type(self).__name__, activation)
         self.activation = activation
         options: dict[str, Any] = {"clip": clip, "detach_scale": detach_scale, "pad": pad}
         self.gate_proj = BinaryLinear(dim, hidden, bias, **options)
@@ -272,7 +271,7 @@ class BinaryGatedMLP(nn.Module):
         Raises TypeError for other layers, ValueError for an activation without a kernel, widths
         that do not fit, or a bias of gate or up alone.
         """
-        _check.activation(cls.__name__, activation)
+        check.activation(cls.__name__, activation)
         for name, layer in (("gate", gate), ("up", up), ("down", down)):
             if not isinstance(layer, BinaryLinear):
                 got = type(layer).__name__

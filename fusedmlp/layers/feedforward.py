@@ -27,9 +27,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .._numbers import number
-from ._activation import build, describe, name_of
-from ._block import (
+from ..check.numbers import number
+from .glu import GLU, Bilinear, GeGLU, GLUBase, ReGLU, SwiGLU
+from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
+from .parts.activation import build, describe, name_of
+from .parts.block import (
     build_norm,
     check_input,
     gated_block,
@@ -38,8 +40,6 @@ from ._block import (
     reset_others,
     scaled_width,
 )
-from .glu import GLU, Bilinear, GeGLU, GLUBase, ReGLU, SwiGLU
-from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
 
 GLU_VARIANTS: dict[str, Callable[[int, int], GLUBase]] = {
     "glu": GLU,

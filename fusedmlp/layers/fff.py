@@ -26,13 +26,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops._tree_path import tree_path
+from ..check import layer as check_layer
 from ..ops.moe_linear import moe_linear
 from ..ops.top1_route import route_to
-from . import _input
-from ._block import positive_int
-from ._experts import StackedExperts
+from ..ops.tree_path import tree_path
 from .feedforward import FeedForward
+from .parts.block import positive_int
+from .parts.experts import StackedExperts
 
 _CLAMP = 1e-6  # of probabilities in the hardening loss
 
@@ -125,9 +125,9 @@ class FastFeedForward(nn.Module):
         positive_int("FastFeedForward", "dim", dim)
         if not isinstance(depth, int) or depth < 1:
             raise ValueError(f"FastFeedForward: depth {depth!r}: Tree depth must be at least 1.")
-        _input.coefficient("FastFeedForward", "load_balancing_alpha", load_balancing_alpha)
-        _input.coefficient("FastFeedForward", "hardening_coef", hardening_coef)
-        _input.fraction("FastFeedForward", "region_leak", region_leak)
+        check_layer.coefficient("FastFeedForward", "load_balancing_alpha", load_balancing_alpha)
+        check_layer.coefficient("FastFeedForward", "hardening_coef", hardening_coef)
+        check_layer.fraction("FastFeedForward", "region_leak", region_leak)
         self.dim, self.depth, self.num_experts = dim, depth, 2**depth
         self.expert_dim = dim if expert_dim is None else expert_dim
         positive_int("FastFeedForward", "expert_dim", self.expert_dim)
@@ -164,7 +164,7 @@ class FastFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """x (..., dim) -> y (..., dim), or with return_aux (y, aux)."""
-        _input.check_x("FastFeedForward", x, self.dim, self.routers.weight.dtype)
+        check_layer.check_x("FastFeedForward", x, self.dim, self.routers.weight.dtype)
         flat = x.reshape(-1, self.dim)
         logits = self.routers(flat)
         aux = flat.new_zeros((), dtype=torch.float32)
@@ -283,7 +283,7 @@ class PathWeightedFFF(nn.Module):
                 f"PathWeightedFFF: x must be (N, {self.input_width}) or (B, S, "
                 f"{self.input_width}), got {tuple(x.shape)}"
             )
-        _input.check_x("PathWeightedFFF", x, self.input_width, self.w1s.dtype)
+        check_layer.check_x("PathWeightedFFF", x, self.input_width, self.w1s.dtype)
         flat = x.reshape(-1, self.input_width)
         logits = F.linear(flat, self.w1s, self.b1s)
         path = tree_path(logits, depth=self.depth)

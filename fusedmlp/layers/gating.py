@@ -20,10 +20,17 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ._activation import build
-from ._block import build_norm, check_input, positive_int, probability, reset_others, scaled_width
-from ._sequential import FusedSequential, first_two
 from .init_weights import initialize_weights
+from .parts.activation import build
+from .parts.block import (
+    build_norm,
+    check_input,
+    positive_int,
+    probability,
+    reset_others,
+    scaled_width,
+)
+from .parts.sequential import FusedSequential, first_two
 
 
 class GatingMechanism(nn.Module):

@@ -25,11 +25,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..check.layer import check_x
 from ..ops.gated_linear import gated_linear
-from ._activation import describe, name_of
-from ._block import affine, positive_int, reset_others
-from ._input import check_x
 from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
+from .parts.activation import describe, name_of
+from .parts.block import affine, positive_int, reset_others
 
 __all__ = [
     "GLU",

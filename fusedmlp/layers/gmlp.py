@@ -23,10 +23,10 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from ..check.layer import check_x
 from ..ops.gated_act import gated_act
-from ._activation import build
-from ._block import build_norm, positive_int, probability, reset_tree
-from ._input import check_x
+from .parts.activation import build
+from .parts.block import build_norm, positive_int, probability, reset_tree
 
 NormLayer = Callable[[int], nn.Module]
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .._numbers import finite
+from ..check.numbers import finite
 
 __all__ = ["apply_initialization", "create_initializer", "initialize_weights"]
 

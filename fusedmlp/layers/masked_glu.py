@@ -35,12 +35,12 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..masks import MAX_MASKS, PackedMasks, pack_masks
+from ..check.layer import check_x
 from ..ops.masked_gated_linear import masked_gated_linear
 from ..ops.masked_gated_mlp import masked_gated_mlp
-from ._activation import describe, name_of
-from ._block import affine, passes_through, positive_int, reset_others
-from ._input import check_x
+from ..weights.masks import MAX_MASKS, PackedMasks, pack_masks
+from .parts.activation import describe, name_of
+from .parts.block import affine, passes_through, positive_int, reset_others
 
 MASK_MODES = ("channel", "element")
 

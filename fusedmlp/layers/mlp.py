@@ -27,10 +27,17 @@ from typing import Literal, cast, get_args
 
 from torch import Tensor, nn
 
-from ._activation import build
-from ._block import build_norm, check_input, positive_int, probability, reset_others, scaled_width
-from ._sequential import FusedSequential, first_two
 from .init_weights import initialize_weights
+from .parts.activation import build
+from .parts.block import (
+    build_norm,
+    check_input,
+    positive_int,
+    probability,
+    reset_others,
+    scaled_width,
+)
+from .parts.sequential import FusedSequential, first_two
 from .residual import ResidualWrapper
 
 NormMode = Literal["pre", "post", "both", "none"]

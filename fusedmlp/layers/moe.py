@@ -19,19 +19,20 @@ Shazeer, Switch Transformers, arXiv 2101.03961.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import _check
+from .. import check
+from ..check import layer as check_layer
 from ..ops.gated_mlp import gated_mlp
 from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import top1_route
 from ..reference import Routing
-from . import _input
-from ._block import positive_int
+from .parts.block import positive_int
 
 Score = Literal["softmax", "sigmoid"]
 Scaled = Literal["output", "input"]
@@ -43,7 +44,7 @@ class Top1MoE(nn.Module):
     Args:
         dim, hidden: width of x, and of each expert.
         num_experts: E.
-        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
         capacity_factor: an expert takes up to max(1, floor(T / E * capacity_factor)) of T tokens,
             later ones get 0; None, the default, drops none.
         shared_hidden: width of an expert that every token passes; None for none.
@@ -72,15 +73,16 @@ class Top1MoE(nn.Module):
         super().__init__()
         for name, value in (("dim", dim), ("hidden", hidden), ("num_experts", num_experts)):
             positive_int("Top1MoE", name, value)
-        _check.activation("Top1MoE", activation)
-        _input.capacity_factor("Top1MoE", capacity_factor)
+        check.activation("Top1MoE", activation)
+        check_layer.capacity_factor("Top1MoE", capacity_factor)
         if score not in ("softmax", "sigmoid"):
             raise ValueError(f"Top1MoE: score must be 'softmax' or 'sigmoid', got {score!r}")
         if scaled not in ("output", "input"):
             raise ValueError(f"Top1MoE: scaled must be 'output' or 'input', got {scaled!r}")
         self.activation, self.capacity_factor = activation, capacity_factor
         self.score, self.scaled, self.recompute = score, scaled, recompute
-        self.group: Any = None  # that its experts are spread over: fusedmlp.distributed
+        # moe_mlp, or what shard_experts puts in its place: the experts of every rank.
+        self.parallel_mlp: Callable[..., Tensor] | None = None
         self.router = nn.Linear(dim, num_experts, bias=False)
         self.w_gate = nn.Parameter(torch.empty(num_experts, hidden, dim))
         self.w_up = nn.Parameter(torch.empty(num_experts, hidden, dim))
@@ -117,7 +119,7 @@ class Top1MoE(nn.Module):
 
     def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:
         """x (..., dim) -> y (..., dim), and with `return_routing` the routing of its tokens."""
-        _input.check_x("Top1MoE", x, self.router.in_features, self.router.weight.dtype)
+        check_layer.check_x("Top1MoE", x, self.router.in_features, self.router.weight.dtype)
         flat = x.reshape(-1, x.shape[-1])
         routing = self.route(flat)
         rows, used = flat, routing
@@ -133,15 +135,11 @@ class Top1MoE(nn.Module):
 
     def path(self) -> str:
         """For explain()."""
-        own = "one moe_mlp" if self.group is None else "one moe_mlp of each rank's experts"
+        own = "one moe_mlp" + (" of each rank's experts" if self.parallel_mlp else "")
         also = "" if self.shared is None else ", and one gated_mlp for the shared expert"
         return f"top1_route, {own}, {self.activation!r}{also}"
 
     def _run(self, x: Tensor, routing: Routing) -> Tensor:
         weights = (self.w_gate, self.w_up, self.w_down)
         options: Any = {"activation": self.activation, "recompute": self.recompute}
-        if self.group is None:
-            return moe_mlp(x, routing, *weights, **options)
-        from ..distributed import parallel_moe_mlp  # torch.distributed where it is used
-
-        return parallel_moe_mlp(x, routing, *weights, **options, group=self.group)
+        return (self.parallel_mlp or moe_mlp)(x, routing, *weights, **options)

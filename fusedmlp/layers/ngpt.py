@@ -35,10 +35,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._numbers import finite, number
+from ..check.layer import check_x
+from ..check.numbers import finite, number
 from ..ops.gated_mlp import gated_mlp
-from ._block import positive_int, reset_tree, scaled_width
-from ._input import check_x
+from .parts.block import positive_int, reset_tree, scaled_width
 
 
 def l2norm(t: Tensor, dim: int = -1, norm_eps: float = 0.0) -> Tensor:

@@ -24,9 +24,9 @@ from typing import Literal, get_args
 from torch import Tensor, nn
 
 from .. import reference
-from ..kernels.activations import ACTIVATIONS
-from ..reference import Packed
-from ._block import (
+from ..packing import Packed
+from ..reference.activations import ACTIVATIONS
+from .parts.block import (
     block_path,
     check_input,
     gated_block,
@@ -35,7 +35,7 @@ from ._block import (
     reset_others,
     scaled_width,
 )
-from ._config import ModuleConfig, build_module
+from .parts.config import ModuleConfig, build_module
 
 PointwiseActivation = Literal["relu", "gelu", "silu", "glu", "swiglu"]
 Backend = Literal["torch", "fused"]

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ._block import reset_tree
+from .parts.block import reset_tree
 
 
 class ResidualWrapper(nn.Module):

@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..check import layer as check_layer
 from ..ops.top1_route import jitter, load_balancing_loss, router_z_loss, top1_route
-from . import _input
-from ._block import positive_int
-from ._experts import StackedExperts
 from .feedforward import FeedForward
+from .parts.block import positive_int
+from .parts.experts import StackedExperts
 
 
 class SwitchFFN(nn.Module):
@@ -78,10 +78,10 @@ class SwitchFFN(nn.Module):
             raise ValueError(
                 f"SwitchFFN: num_experts must be a positive integer, got {num_experts!r}"
             )
-        _input.capacity_factor("SwitchFFN", capacity_factor)
-        _input.coefficient("SwitchFFN", "loss_coef", loss_coef)
-        _input.coefficient("SwitchFFN", "z_loss_coef", z_loss_coef)
-        _input.fraction("SwitchFFN", "jitter", jitter)
+        check_layer.capacity_factor("SwitchFFN", capacity_factor)
+        check_layer.coefficient("SwitchFFN", "loss_coef", loss_coef)
+        check_layer.coefficient("SwitchFFN", "z_loss_coef", z_loss_coef)
+        check_layer.fraction("SwitchFFN", "jitter", jitter)
         if dropped not in ("identity", "zero"):
             raise ValueError(f"SwitchFFN: dropped must be 'identity' or 'zero', got {dropped!r}")
         self.num_experts = num_experts
@@ -98,7 +98,7 @@ class SwitchFFN(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (..., dim) -> y (..., dim) and aux, a float32 scalar."""
-        _input.check_x("SwitchFFN", x, self.router.in_features, self.router.weight.dtype)
+        check_layer.check_x("SwitchFFN", x, self.router.in_features, self.router.weight.dtype)
         flat = x.reshape(-1, x.shape[-1])
         seen = jitter(flat, self.jitter) if self.training else flat
         capacity = None

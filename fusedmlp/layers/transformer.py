@@ -28,7 +28,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from ._block import block_path, gated_block, plain_block, positive_int
+from .parts.block import block_path, gated_block, plain_block, positive_int
 
 
 class HasWidth(Protocol):

@@ -22,11 +22,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .. import _backend, _cuda_binary, _library, reference
-from .._shapes import empty_pair, rows, split_pair
-from ..binary import BinaryWeight
-from ..kernels import binary_gated_linear as _triton
-from . import _check, binary_linear, gated_act
+from .. import check, reference
+from ..backends import choice, library
+from ..backends.cuda import binary as cuda_binary
+from ..kernels.binary import binary_gated_linear as _triton
+from ..packing import empty_pair, rows, split_pair
+from ..weights.binary import BinaryWeight
+from . import binary_linear, gated_act
 from .binary_linear import planes
 
 OP = "binary_gated_linear"
@@ -42,9 +44,9 @@ def check_projection(
     activation: str,
 ) -> int:
     """The shape rule of gate and up, for this op and for whole blocks. Returns H."""
-    _check.activation(op, activation)
+    check.activation(op, activation)
     H, D = binary_linear.check_weight(op, "w_gate", w_gate, x.device)
-    _check.columns(op, "x", x, D, "D of w_gate")
+    check.columns(op, "x", x, D, "D of w_gate")
     if binary_linear.check_weight(op, "w_up", w_up, x.device) != (H, D):
         raise ValueError(f"{op}: w_up must have shape {(H, D)}, got {w_up.shape}")
     if (b_gate is None) != (b_up is None):
@@ -54,7 +56,7 @@ def check_projection(
         )
     for name, b in (("b_gate", b_gate), ("b_up", b_up)):
         if b is not None:
-            _check.shape(op, name, b, H)
+            check.shape(op, name, b, H)
     return H
 
 
@@ -75,12 +77,12 @@ def _fwd_fake(
 
 
 # x (M, D) -> h (M, H) and gu (2, M, H), each with M = 0 if not wanted.
-fwd = _library.define(
+fwd = library.define(
     "binary_gated_linear_fwd(Tensor x, Tensor q_gate, Tensor s_gate, Tensor q_up, Tensor s_up, "
     "Tensor? b_gate, Tensor? b_up, str activation, bool want_h, bool want_gu) -> (Tensor, Tensor)",
     _triton.binary_gated_linear_fwd,
     _fwd_fake,
-    _cuda_binary.binary_gated_linear_fwd,
+    cuda_binary.binary_gated_linear_fwd,
 )
 
 
@@ -150,21 +152,21 @@ def binary_gated_linear(
         x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
         w_gate, w_up: (H, D) each. Signs are frozen, scales get a gradient if they require one.
         b_gate, b_up: (H,) each, both or neither.
-        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
 
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype).
 
     Raises ValueError (shape, device, activation) or TypeError (dtype, type), naming the argument.
     """
-    if dtype := _check.autocast_dtype(OP, x):
-        x, b_gate, b_up = _check.cast(dtype, x, b_gate, b_up)  # type: ignore[assignment]
-    _check.like_x(OP, x, b_gate=b_gate, b_up=b_up)
+    if dtype := check.autocast_dtype(OP, x):
+        x, b_gate, b_up = check.cast(dtype, x, b_gate, b_up)  # type: ignore[assignment]
+    check.like_x(OP, x, b_gate=b_gate, b_up=b_up)
     H = check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation)
     tensors = (*planes(w_gate, w_up), b_gate, b_up)
-    if _backend.pick(OP, x) == "reference":
+    if choice.pick(OP, x) == "reference":
         arguments: tuple[Any, ...] = (x, *tensors, activation)
         return reference.binary_gated_linear(*arguments)
-    if _check.wants_grad(x, *tensors):
+    if check.wants_grad(x, *tensors):
         h = BinaryGatedLinearFunction.apply(rows(x), *tensors, activation)
     else:
         h, _ = fwd(rows(x), *tensors, activation, True, False)

@@ -32,11 +32,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .. import _backend, _library, reference
-from .._shapes import rows
-from ..binary import BinaryWeight
-from ..kernels import binary_bwd as _triton_bwd
-from . import _check, binary_gated_linear, binary_linear
+from .. import check, reference
+from ..backends import choice, library
+from ..kernels.binary import backward as _triton_bwd
+from ..packing import rows
+from ..weights.binary import BinaryWeight
+from . import binary_gated_linear, binary_linear
 from .binary_linear import planes
 
 OP = "binary_gated_mlp"
@@ -50,7 +51,7 @@ def _bwd_fake(
 
 
 # dy (M, D_out), gu (2, M, H) -> with dh = dy w_down: dgu, and h (M, or 0 if not wanted, H).
-bwd = _library.define(
+bwd = library.define(
     "binary_gated_mlp_bwd(Tensor dy, Tensor q_down, Tensor s_down, Tensor gu, str activation, "
     "bool want_h) -> (Tensor, Tensor)",
     _triton_bwd.binary_gated_mlp_bwd,
@@ -130,7 +131,7 @@ def binary_gated_mlp(
         w_down: (D_out, H), likewise.
         b_gate, b_up: (H,) each, both or neither.
         b_down: (D_out,).
-        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
         recompute: save x alone for backward and run the first product again there, instead of
             saving g and u: 2 M H values less, 4 M D H FLOPs more.
 
@@ -138,24 +139,24 @@ def binary_gated_mlp(
 
     Raises ValueError (shape, device, activation) or TypeError (dtype, type), naming the argument.
     """
-    if dtype := _check.autocast_dtype(OP, x):
-        x, b_gate, b_up, b_down = _check.cast(  # type: ignore[assignment]
+    if dtype := check.autocast_dtype(OP, x):
+        x, b_gate, b_up, b_down = check.cast(  # type: ignore[assignment]
             dtype, x, b_gate, b_up, b_down
         )
-    _check.like_x(OP, x, b_gate=b_gate, b_up=b_up, b_down=b_down)
+    check.like_x(OP, x, b_gate=b_gate, b_up=b_up, b_down=b_down)
     H = binary_gated_linear.check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation)
     D_out, width = binary_linear.check_weight(OP, "w_down", w_down, x.device)
     if width != H:
         raise ValueError(f"{OP}: w_down must have shape {(D_out, H)}, got {w_down.shape}")
     if b_down is not None:
-        _check.shape(OP, "b_down", b_down, D_out)
+        check.shape(OP, "b_down", b_down, D_out)
     tensors: tuple[Any, ...] = (*planes(w_gate, w_up, w_down), b_gate, b_up, b_down)
-    if _backend.pick(OP, x) == "reference":
+    if choice.pick(OP, x) == "reference":
         arguments: tuple[Any, ...] = (x, *tensors, activation)
-        if recompute and _check.wants_grad(x, *tensors):
+        if recompute and check.wants_grad(x, *tensors):
             return checkpoint(reference.binary_gated_mlp, *arguments, use_reentrant=False)
         return reference.binary_gated_mlp(*arguments)
-    if _check.wants_grad(x, *tensors):
+    if check.wants_grad(x, *tensors):
         y = BinaryGatedMLPFunction.apply(rows(x), *tensors, activation, recompute)
     else:
         *weights, _, _, _ = tensors

@@ -19,7 +19,7 @@ gradient; signs have none.
 | dscales_nG = sum over G of sign (dy' x) | binary_linear_ds |
 | db = sum dy | PyTorch |
 
-Source: Q1_0 of llama.cpp and Bonsai (see fusedmlp/binary.py), here with x in 16 bits.
+Source: Q1_0 of llama.cpp and Bonsai (see fusedmlp/weights/binary.py), here with x in 16 bits.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .. import _backend, _cuda_binary, _library, reference
-from .._shapes import rows
-from ..binary import BinaryWeight
-from ..kernels import binary_bwd as _triton_bwd
-from ..kernels import binary_linear as _triton
-from . import _check
+from .. import check, reference
+from ..backends import choice, library
+from ..backends.cuda import binary as cuda_binary
+from ..kernels.binary import backward as _triton_bwd, binary_linear as _triton
+from ..packing import rows
+from ..weights.binary import BinaryWeight
 
 OP = "binary_linear"
 
@@ -76,21 +76,21 @@ def _ds_fake(dy: Tensor, x: Tensor, qweight: Tensor, dtype: torch.dtype) -> Tens
 
 
 # x (M, D) -> y (M, H).
-fwd = _library.define(
+fwd = library.define(
     "binary_linear_fwd(Tensor x, Tensor qweight, Tensor scales, Tensor? b) -> Tensor",
     _triton.binary_linear_fwd,
     _fwd_fake,
-    _cuda_binary.binary_linear_fwd,
+    cuda_binary.binary_linear_fwd,
 )
 # dy1, dy2 (M, H), the second or None -> dx = dy1 w1 + dy2 w2 (M, D).
-dx = _library.define(
+dx = library.define(
     "binary_linear_dx(Tensor dy1, Tensor q1, Tensor s1, Tensor? dy2, Tensor? q2, Tensor? s2, "
     "SymInt D) -> Tensor",
     _triton_bwd.binary_linear_dx,
     _dx_fake,
 )
 # dy (M, H), x (M, D) -> the gradient of the scales (H, G) in `dtype`.
-ds = _library.define(
+ds = library.define(
     "binary_linear_ds(Tensor dy, Tensor x, Tensor qweight, ScalarType dtype) -> Tensor",
     _triton_bwd.binary_linear_ds,
     _ds_fake,
@@ -130,15 +130,15 @@ def binary_linear(x: Tensor, w: BinaryWeight, b: Tensor | None = None) -> Tensor
 
     Raises ValueError (shape, device) or TypeError (dtype, type), naming the argument.
     """
-    if dtype := _check.autocast_dtype(OP, x):
-        x, b = _check.cast(dtype, x, b)  # type: ignore[assignment]
-    _check.like_x(OP, x, b=b)
+    if dtype := check.autocast_dtype(OP, x):
+        x, b = check.cast(dtype, x, b)  # type: ignore[assignment]
+    check.like_x(OP, x, b=b)
     H, D = check_weight(OP, "w", w, x.device)
-    _check.columns(OP, "x", x, D, "D of w")
+    check.columns(OP, "x", x, D, "D of w")
     if b is not None:
-        _check.shape(OP, "b", b, H)
-    if _backend.pick(OP, x) == "reference":
+        check.shape(OP, "b", b, H)
+    if choice.pick(OP, x) == "reference":
         return reference.binary_linear(x, w.qweight, w.scales, b)
-    apply = BinaryLinearFunction.apply if _check.wants_grad(x, w.scales, b) else fwd
+    apply = BinaryLinearFunction.apply if check.wants_grad(x, w.scales, b) else fwd
     y = apply(rows(x), *planes(w), b)
     return y.view(*x.shape[:-1], H)

@@ -18,11 +18,10 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .. import _backend, _library, reference
-from .._shapes import empty_pair, rows, split_pair
-from ..kernels import gated_act as _triton
-from ..reference import Packed, halves
-from . import _check
+from .. import check, reference
+from ..backends import choice, library
+from ..kernels.dense import gated_act as _triton
+from ..packing import Packed, empty_pair, halves, rows, split_pair
 
 OP = "gated_act"
 
@@ -43,10 +42,10 @@ def _bwd_fake(dh: Tensor, g: Tensor, u: Tensor, activation: str, packed: Packed 
 
 
 # Both take matrices: g, u and dh are (M, H).
-fwd = _library.define(
+fwd = library.define(
     "gated_act_fwd(Tensor g, Tensor u, str activation) -> Tensor", _triton.gated_act_fwd, _fwd_fake
 )
-bwd = _library.define(
+bwd = library.define(
     "gated_act_bwd(Tensor dh, Tensor g, Tensor u, str activation, str? packed) -> Tensor",
     _triton.gated_act_bwd,
     _bwd_fake,
@@ -88,27 +87,27 @@ def gated_act(
     Args:
         g: gate pre-activation (..., H); or, with `packed`, both halves (..., 2H).
         u: up projection (..., H), or None with `packed`.
-        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
         packed: order of the halves of a packed g: "gate_up" or "up_gate". Read in place.
 
     Returns h (..., H) in g's dtype (under autocast: the autocast dtype).
 
     Raises ValueError (shape, device, activation, packed) or TypeError (dtype), naming the argument.
     """
-    if dtype := _check.autocast_dtype(OP, g):
-        g, u = _check.cast(dtype, g, u)  # type: ignore[assignment]
-    _check.like_x(OP, g, u=u)
-    _check.activation(OP, activation)
-    _check.packed(OP, "g", "u", u is None, packed)
+    if dtype := check.autocast_dtype(OP, g):
+        g, u = check.cast(dtype, g, u)  # type: ignore[assignment]
+    check.like_x(OP, g, u=u)
+    check.activation(OP, activation)
+    check.packed(OP, "g", "u", u is None, packed)
     if g.dim() < 1:
         raise ValueError(f"{OP}: g must be (..., H), got a scalar")
     if u is not None:
         _check_pair(g, u)
     elif g.shape[-1] % 2:
         raise ValueError(f"{OP}: g must be (..., 2H) when packed, got {tuple(g.shape)}")
-    if _backend.pick(OP, g, "g") == "reference":
+    if choice.pick(OP, g, "g") == "reference":
         return reference.gated_act(g, u, activation, packed)
     g2, u2 = rows(g), None if u is None else rows(u)
-    apply = GatedActFunction.apply if _check.wants_grad(g, u) else _forward
+    apply = GatedActFunction.apply if check.wants_grad(g, u) else _forward
     h = apply(g2, u2, activation, packed)
     return h.view(*g.shape[:-1], h.shape[-1])

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .. import _backend, _cuda_gated_linear, _library, reference
-from .._shapes import empty_pair, rows, split_pair
-from ..kernels import gated_linear as _triton
-from ..reference import Packed, halves
-from . import _check, gated_act
+from .. import check, reference
+from ..backends import choice, library
+from ..backends.cuda import gated_linear as cuda_gated_linear
+from ..kernels.dense import gated_linear as _triton
+from ..packing import Packed, empty_pair, halves, rows, split_pair
+from . import gated_act
 
 OP = "gated_linear"
 
@@ -42,27 +43,27 @@ def check_projection(
     packed: Packed | None,
 ) -> int:
     """The shape rule of x, gate and up, for this op and for whole blocks. Returns H."""
-    _check.activation(op, activation)
+    check.activation(op, activation)
     if packed is not None or w_up is None:
-        _check.packed(op, "w_gate", "w_up", w_up is None, packed)
-    N, D = _check.matrix(op, "w_gate", w_gate, "(H, D), or (2H, D) when packed")
-    _check.columns(op, "x", x, D, "D of w_gate")
+        check.packed(op, "w_gate", "w_up", w_up is None, packed)
+    N, D = check.matrix(op, "w_gate", w_gate, "(H, D), or (2H, D) when packed")
+    check.columns(op, "x", x, D, "D of w_gate")
     if packed:
         if N % 2:
             raise ValueError(f"{op}: w_gate must be (2H, D) when packed, got {tuple(w_gate.shape)}")
         if b_up is not None:
             raise ValueError(f"{op}: b_up must be None when packed (b_gate is (2H,)), got a tensor")
     else:
-        _check.shape(op, "w_up", w_up, N, D)  # type: ignore[arg-type]
+        check.shape(op, "w_up", w_up, N, D)  # type: ignore[arg-type]
         if (b_gate is None) != (b_up is None):
             raise ValueError(
                 f"{op}: b_gate and b_up must both be given or both be None, got "
                 f"{'no' if b_gate is None else 'a'} b_gate and {'no' if b_up is None else 'a'} b_up"
             )
         if b_up is not None:
-            _check.shape(op, "b_up", b_up, N)
+            check.shape(op, "b_up", b_up, N)
     if b_gate is not None:
-        _check.shape(op, "b_gate", b_gate, N)
+        check.shape(op, "b_gate", b_gate, N)
     return N // 2 if packed else N
 
 
@@ -96,21 +97,21 @@ def _bwd_fake(
 
 
 # x (M, D) -> h (M, H) and gu (2, M, H), each with M = 0 if not wanted.
-fwd = _library.define(
+fwd = library.define(
     "gated_linear_fwd(Tensor x, Tensor w_gate, Tensor w_up, Tensor? b_gate, Tensor? b_up, "
     "str activation, bool want_h, bool want_gu) -> (Tensor, Tensor)",
     _triton.gated_linear_fwd,
     _fwd_fake,
-    _cuda_gated_linear.gated_linear_fwd,
+    cuda_gated_linear.gated_linear_fwd,
 )
 # dy (M, D), w_down (D, H) -> with dh = dy w_down: dgu, h, and the column sums of dg, du (2, H) in
 # the order of `packed`.
-bwd = _library.define(
+bwd = library.define(
     "gated_linear_bwd(Tensor dy, Tensor w_down, Tensor gu, str activation, str? packed, "
     "bool want_h, bool want_db) -> (Tensor, Tensor, Tensor)",
     _triton.gated_linear_bwd,
     _bwd_fake,
-    _cuda_gated_linear.gated_linear_bwd,
+    cuda_gated_linear.gated_linear_bwd,
 )
 
 
@@ -205,22 +206,22 @@ def gated_linear(
         x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
         w_gate, w_up: (H, D) each, any strides; or, with `packed`, w_gate (2H, D) and w_up None.
         b_gate, b_up: (H,) each, both or neither; or, with `packed`, b_gate (2H,) and b_up None.
-        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
         packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made.
 
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype).
 
     Raises ValueError (shape, device, activation, packed) or TypeError (dtype), naming the argument.
     """
-    if dtype := _check.autocast_dtype(OP, x):
-        x, w_gate, w_up, b_gate, b_up = _check.cast(  # type: ignore[assignment]
+    if dtype := check.autocast_dtype(OP, x):
+        x, w_gate, w_up, b_gate, b_up = check.cast(  # type: ignore[assignment]
             dtype, x, w_gate, w_up, b_gate, b_up
         )
-    _check.like_x(OP, x, ("w_gate",), w_gate=w_gate, w_up=w_up, b_gate=b_gate, b_up=b_up)
+    check.like_x(OP, x, ("w_gate",), w_gate=w_gate, w_up=w_up, b_gate=b_gate, b_up=b_up)
     check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
-    if _backend.pick(OP, x) == "reference":
+    if choice.pick(OP, x) == "reference":
         return reference.gated_linear(x, w_gate, w_up, b_gate, b_up, activation, packed)
-    if _check.wants_grad(x, w_gate, w_up, b_gate, b_up):
+    if check.wants_grad(x, w_gate, w_up, b_gate, b_up):
         h = GatedLinearFunction.apply(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
     else:
         h, _ = project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)

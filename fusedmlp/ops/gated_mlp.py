@@ -31,10 +31,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .. import _backend, reference
-from .._shapes import rows, split_pair
-from ..reference import Packed
-from . import _check, gated_act, gated_linear
+from .. import check, reference
+from ..backends import choice
+from ..packing import Packed, rows, split_pair
+from . import gated_act, gated_linear
 
 OP = "gated_mlp"
 
@@ -116,7 +116,7 @@ def gated_mlp(
         w_down: (D_out, H), any strides.
         b_gate, b_up: (H,) each, both or neither; or, with `packed`, b_gate (2H,) and b_up None.
         b_down: (D_out,).
-        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
         packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made, and
             its gradient comes from one GEMM.
         recompute: save x alone for backward and run the first GEMM again there, instead of saving g
@@ -126,24 +126,24 @@ def gated_mlp(
 
     Raises ValueError (shape, device, activation, packed) or TypeError (dtype), naming the argument.
     """
-    if dtype := _check.autocast_dtype(OP, x):
-        x, w_gate, w_up, w_down, b_gate, b_up, b_down = _check.cast(  # type: ignore[assignment]
+    if dtype := check.autocast_dtype(OP, x):
+        x, w_gate, w_up, w_down, b_gate, b_up, b_down = check.cast(  # type: ignore[assignment]
             dtype, x, w_gate, w_up, w_down, b_gate, b_up, b_down
         )
-    _check.like_x(
+    check.like_x(
         OP, x, ("w_gate", "w_down"), w_gate=w_gate, w_up=w_up, w_down=w_down,
         b_gate=b_gate, b_up=b_up, b_down=b_down,
     )  # fmt: skip
     H = gated_linear.check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
-    _check.down(OP, "w_down", w_down, H, "b_down", b_down)
+    check.down(OP, "w_down", w_down, H, "b_down", b_down)
     tensors = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
-    if _backend.pick(OP, x) == "reference":
-        if recompute and _check.wants_grad(*tensors):
+    if choice.pick(OP, x) == "reference":
+        if recompute and check.wants_grad(*tensors):
             return checkpoint(
                 reference.gated_mlp, *tensors, activation, packed, use_reentrant=False
             )
         return reference.gated_mlp(*tensors, activation, packed)
-    if _check.wants_grad(*tensors):
+    if check.wants_grad(*tensors):
         y = GatedMLPFunction.apply(rows(x), *tensors[1:], activation, packed, recompute)
     else:
         h, _ = gated_linear.project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)

@@ -31,11 +31,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .. import _backend, _library, reference
-from ..kernels import hyper_attention as _triton
-from ..kernels import hyper_gradients as _triton_bwd
+from .. import check, reference
+from ..backends import choice, library
+from ..check import hyper as check_hyper
+from ..kernels.hyper import gradients as _triton_bwd, hyper_attention as _triton
 from ..reference.hyper import Kind, Norm
-from . import _check, _hyper
 
 OP = "hyper_attention"
 NAMES = ("q", "k", "v", "c1", "u1", "vt1", "d1", "c2", "u2", "vt2", "d2")
@@ -45,15 +45,15 @@ Optional = Tensor | None
 def _check_all(tensors: Sequence[Optional], kind: str, norm: str) -> None:
     q, k, v = tensors[:3]
     assert q is not None and k is not None and v is not None
-    _hyper.options(OP, kind, norm)
+    check_hyper.options(OP, kind, norm)
     if q.dim() < 3:
         raise ValueError(f"{OP}: q must be (..., Q, T, dq), got {tuple(q.shape)}")
     lead, (Q, T) = q.shape[:-3], q.shape[-3:-1]
-    _check.shape(OP, "k", k, *q.shape)
-    H = _hyper.heads(OP, kind, Q)
+    check.shape(OP, "k", k, *q.shape)
+    H = check_hyper.heads(OP, kind, Q)
     if v.dim() < 3 or v.shape[:-1] != (*lead, H, T):
         raise ValueError(f"{OP}: v must be {(*lead, H, T)} + (dv,), got {tuple(v.shape)}")
-    _hyper.mixings(OP, tensors[3:7], tensors[7:11], lead, (Q, H), (T,), ("T", T))
+    check_hyper.mixings(OP, tensors[3:7], tensors[7:11], lead, (Q, H), (T,), ("T", T))
 
 
 def _heads_last(t: Tensor) -> Tensor:
@@ -94,13 +94,13 @@ def _bwd_fake(
 _TENSORS = "Tensor q, Tensor k, Tensor v, " + ", ".join(f"Tensor? {n}" for n in NAMES[3:])
 _OPTIONS = "bool normed, bool shortcut1, bool shortcut2, float eps"
 # -> out (B, H, T, dv); h1 (B, Q, T, r1), h2 (B, H, T, r2), n (B, H, T) in float32.
-fwd = _library.define(
+fwd = library.define(
     f"hyper_attention_fwd({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _triton.hyper_attention_fwd,
     _fwd_fake,
 )
 # -> the gradients of NAMES, empty where not wanted.
-bwd = _library.define(
+bwd = library.define(
     f"hyper_attention_bwd(Tensor do, Tensor out, {_TENSORS}, Tensor h1, Tensor h2, Tensor n, "
     f"{_OPTIONS}, bool[] wanted) -> Tensor[]",
     _triton_bwd.hyper_attention_bwd,
@@ -163,11 +163,11 @@ def hyper_attention(
     Raises ValueError (shape, device, kind, norm) or TypeError (dtype), naming the argument.
     """
     tensors: tuple[Any, ...] = (q, k, v, c1, u1, vt1, d1, c2, u2, vt2, d2)
-    if dtype := _check.autocast_dtype(OP, q, "q"):
-        tensors = _check.cast(dtype, *tensors)
-    _hyper.like_q(OP, dict(zip(NAMES, tensors, strict=True)))
+    if dtype := check.autocast_dtype(OP, q, "q"):
+        tensors = check.cast(dtype, *tensors)
+    check_hyper.like_q(OP, dict(zip(NAMES, tensors, strict=True)))
     _check_all(tensors, kind, norm)
-    if _backend.pick(OP, tensors[0], "q") == "reference":
+    if choice.pick(OP, tensors[0], "q") == "reference":
         rest = ("offset", True, shortcut1, shortcut2, True, True, eps)
         return reference.hyper_attention(*tensors, kind, norm, *rest)  # type: ignore[call-arg]
     lead = q.shape[:-3]
@@ -177,7 +177,7 @@ def hyper_attention(
         for i, t in enumerate(tensors)
     )
     options = (norm != "none", shortcut1, shortcut2, eps)
-    if _check.wants_grad(*tensors):
+    if check.wants_grad(*tensors):
         out = HyperAttentionFunction.apply(*options, *flat)
     else:
         out, *_ = fwd(*flat, *options)

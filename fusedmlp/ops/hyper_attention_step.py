@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _backend, _library, reference
-from ..kernels import hyper_attention_step as _triton
+from .. import check, reference
+from ..backends import choice, library
+from ..check import hyper as check_hyper
+from ..kernels.hyper import hyper_attention_step as _triton
 from ..reference.hyper import Kind, Norm
-from . import _check, _hyper
 from .hyper_attention import NAMES
 
 OP = "hyper_attention_step"
@@ -40,22 +41,22 @@ Optional = Tensor | None
 def _check_all(tensors: Sequence[Optional], position: Tensor, kind: str, norm: str) -> None:
     q, k, v = tensors[:3]
     assert q is not None and k is not None and v is not None
-    _hyper.options(OP, kind, norm)
+    check_hyper.options(OP, kind, norm)
     if q.dim() < 2:
         raise ValueError(f"{OP}: q must be (..., Q, dq), got {tuple(q.shape)}")
     *lead, Q, dq = q.shape
     if k.dim() != q.dim() + 1 or (*k.shape[:-2], k.shape[-1]) != q.shape:
         raise ValueError(f"{OP}: k must be {(*lead, Q)} + (N, {dq}), got {tuple(k.shape)}")
-    H, N = _hyper.heads(OP, kind, Q), k.shape[-2]
+    H, N = check_hyper.heads(OP, kind, Q), k.shape[-2]
     if v.dim() != k.dim() or v.shape[:-1] != (*lead, H, N):
         raise ValueError(f"{OP}: v must be {(*lead, H, N)} + (dv,), got {tuple(v.shape)}")
     if not isinstance(position, Tensor) or position.dtype is not torch.int64:
         got = position.dtype if isinstance(position, Tensor) else type(position).__name__
         raise TypeError(f"{OP}: position must be an int64 Tensor, got {got}")
-    _check.shape(OP, "position", position, 1)
+    check.shape(OP, "position", position, 1)
     if position.device != q.device:
         raise ValueError(f"{OP}: position must be on q's device {q.device}, got {position.device}")
-    _hyper.mixings(OP, tensors[3:7], tensors[7:11], q.shape[:-2], (Q, H), (), ("N", N))
+    check_hyper.mixings(OP, tensors[3:7], tensors[7:11], q.shape[:-2], (Q, H), (), ("N", N))
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
@@ -64,7 +65,7 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
 
 _TENSORS = ", ".join(f"Tensor? {n}" for n in NAMES[3:])
 # q (B, Q, dq), k and v (B, heads, N, width) -> out (B, H, dv)
-step = _library.define(
+step = library.define(
     f"hyper_attention_step(Tensor q, Tensor k, Tensor v, Tensor position, {_TENSORS}, bool normed, "
     "bool shortcut1, bool shortcut2, float eps) -> Tensor",
     _triton.hyper_attention_step,
@@ -108,15 +109,15 @@ def hyper_attention_step(
     RuntimeError where a gradient is wanted of the kernels.
     """
     tensors: tuple[Any, ...] = (q, k, v, c1, u1, vt1, d1, c2, u2, vt2, d2)
-    if dtype := _check.autocast_dtype(OP, q, "q"):
-        tensors = _check.cast(dtype, *tensors)
-    _hyper.like_q(OP, dict(zip(NAMES, tensors, strict=True)))
+    if dtype := check.autocast_dtype(OP, q, "q"):
+        tensors = check.cast(dtype, *tensors)
+    check_hyper.like_q(OP, dict(zip(NAMES, tensors, strict=True)))
     _check_all(tensors, position, kind, norm)
     q, k, v, *mixings = tensors
-    if _backend.pick(OP, q, "q") == "reference":
+    if choice.pick(OP, q, "q") == "reference":
         rest: tuple[Any, ...] = (*mixings, kind, norm, shortcut1, shortcut2, eps)
         return reference.hyper_attention_step(q, k, v, position, *rest)
-    if _check.wants_grad(*tensors):
+    if check.wants_grad(*tensors):
         raise RuntimeError(
             f"{OP}: the kernels have no gradient; call it under torch.no_grad(), or "
             "backend('reference')"

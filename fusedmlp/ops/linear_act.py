@@ -20,10 +20,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .. import _backend, _cuda_gated_linear, _library, reference
-from .._shapes import rows
-from ..kernels import linear_act as _triton
-from . import _check
+from .. import check, reference
+from ..backends import choice, library
+from ..backends.cuda import gated_linear as cuda_gated_linear
+from ..kernels.dense import linear_act as _triton
+from ..packing import rows
 
 OP = "linear_act"
 
@@ -32,11 +33,11 @@ def check_projection(
     op: str, x: Tensor, w_name: str, w: Tensor, b_name: str, b: Tensor | None, activation: str
 ) -> int:
     """The shape rule of x, w, b, for this op and for whole blocks. Returns H."""
-    _check.activation(op, activation)
-    H, D = _check.matrix(op, w_name, w, "(H, D)")
-    _check.columns(op, "x", x, D, f"D of {w_name}")
+    check.activation(op, activation)
+    H, D = check.matrix(op, w_name, w, "(H, D)")
+    check.columns(op, "x", x, D, f"D of {w_name}")
     if b is not None:
-        _check.shape(op, b_name, b, H)
+        check.shape(op, b_name, b, H)
     return H
 
 
@@ -64,26 +65,26 @@ def _h_fake(z: Tensor, activation: str) -> Tensor:
 
 
 # x (M, D) -> h (M, H) and z (M, H), each with M = 0 if not wanted.
-fwd = _library.define(
+fwd = library.define(
     "linear_act_fwd(Tensor x, Tensor w, Tensor? b, str activation, bool want_h, bool want_z) "
     "-> (Tensor, Tensor)",
     _triton.linear_act_fwd,
     _fwd_fake,
-    _cuda_gated_linear.linear_act_fwd,
+    cuda_gated_linear.linear_act_fwd,
 )
 # dy (M, D), w_out (D, H) -> with dh = dy w_out: dz, h and the column sums of dz (1, H).
-bwd = _library.define(
+bwd = library.define(
     "linear_act_bwd(Tensor dy, Tensor w_out, Tensor z, str activation, bool want_h, bool want_db) "
     "-> (Tensor, Tensor, Tensor)",
     _triton.linear_act_bwd,
     _bwd_fake,
-    _cuda_gated_linear.linear_act_bwd,
+    cuda_gated_linear.linear_act_bwd,
 )
 # Elementwise: dz from dh when there is no GEMM to fuse it into, h from z.
-dz = _library.define(
+dz = library.define(
     "linear_act_dz(Tensor dh, Tensor z, str activation) -> Tensor", _triton.linear_act_dz, _dz_fake
 )
-act = _library.define(
+act = library.define(
     "linear_act_h(Tensor z, str activation) -> Tensor", _triton.linear_act_h, _h_fake
 )
 
@@ -115,19 +116,19 @@ def linear_act(
         x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
         w: (H, D), any strides.
         b: (H,) or None.
-        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
 
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype).
 
     Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
     """
-    if dtype := _check.autocast_dtype(OP, x):
-        x, w, b = _check.cast(dtype, x, w, b)  # type: ignore[assignment]
-    _check.like_x(OP, x, ("w",), w=w, b=b)
+    if dtype := check.autocast_dtype(OP, x):
+        x, w, b = check.cast(dtype, x, w, b)  # type: ignore[assignment]
+    check.like_x(OP, x, ("w",), w=w, b=b)
     check_projection(OP, x, "w", w, "b", b, activation)
-    if _backend.pick(OP, x) == "reference":
+    if choice.pick(OP, x) == "reference":
         return reference.linear_act(x, w, b, activation)
-    if _check.wants_grad(x, w, b):
+    if check.wants_grad(x, w, b):
         h = LinearActFunction.apply(rows(x), w, b, activation)
     else:
         h, _ = fwd(rows(x), w, b, activation, True, False)

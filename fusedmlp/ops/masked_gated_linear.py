@@ -32,12 +32,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .. import _backend, _cuda_masked, _library, reference
-from .._shapes import rows
-from ..kernels import masked_gated_bwd as _triton_bwd
-from ..kernels import masked_gated_linear as _triton
-from ..masks import PackedMasks, check_logits, pack
-from . import _check
+from .. import check, reference
+from ..backends import choice, library
+from ..backends.cuda import masked as cuda_masked
+from ..kernels.masked import backward as _triton_bwd, masked_gated_linear as _triton
+from ..packing import rows
+from ..weights.masks import PackedMasks, check_logits, pack
 
 OP = "masked_gated_linear"
 
@@ -46,9 +46,9 @@ def check_projection(
     op: str, x: Tensor, w: Tensor, masks: Tensor | PackedMasks, activation: str
 ) -> int:
     """The shape rule of x, w and masks, for this op and for whole blocks. Returns H."""
-    _check.activation(op, activation)
-    H, D = _check.matrix(op, "w", w, "(H, D)")
-    _check.columns(op, "x", x, D, "D of w")
+    check.activation(op, activation)
+    H, D = check.matrix(op, "w", w, "(H, D)")
+    check.columns(op, "x", x, D, "D of w")
     if not isinstance(masks, PackedMasks):
         check_logits(op, "masks", masks)
     n_m, *size = masks.shape
@@ -92,26 +92,26 @@ def _dw_fake(
 
 # x (M, D), planes (H, ceil(D / 8), n_m) -> h (M, H) and t, g_1, .. as gt (1 + n_m, M, H), each with
 # M = 0 if not wanted.
-fwd = _library.define(
+fwd = library.define(
     "masked_gated_linear_fwd(Tensor x, Tensor w, Tensor planes, str activation, bool want_h, "
     "bool want_gt) -> (Tensor, Tensor)",
     _triton.masked_gated_linear_fwd,
     _fwd_fake,
-    _cuda_masked.masked_gated_linear_fwd,
+    cuda_masked.masked_gated_linear_fwd,
 )
 # dh (M, H) -> V, e_1, .. as ev (1 + n_m, M, H), and h (M, H) again, with M = 0 if not wanted.
-ev = _library.define(
+ev = library.define(
     "masked_gated_linear_ev(Tensor dh, Tensor gt, str activation, bool want_h) -> (Tensor, Tensor)",
     _triton_bwd.masked_gated_linear_ev,
     _ev_fake,
 )
-dx = _library.define(
+dx = library.define(
     "masked_gated_linear_dx(Tensor ev, Tensor w, Tensor planes) -> Tensor",
     _triton_bwd.masked_gated_linear_dx,
     _dx_fake,
 )
 # -> dw (H, D) and dmasks (n_m, H, D) in `dtype`, each with no rows if not wanted.
-dw = _library.define(
+dw = library.define(
     "masked_gated_linear_dw(Tensor ev, Tensor x, Tensor w, Tensor planes, bool want_dw, "
     "bool want_dmasks, ScalarType dtype) -> (Tensor, Tensor)",
     _triton_bwd.masked_gated_linear_dw,
@@ -180,21 +180,21 @@ def masked_gated_linear(
         masks: logits (n_m, H, D), n_m from 1 to 16, of any floating dtype, which autocast leaves:
             mask i is 1 where masks[i] > 0, and its gradient is the logit's. Or PackedMasks, which
             have none and are read as they are; logits are packed in every call.
-        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
 
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype). A logit that is NaN counts
     as 0 in the kernels and is NaN in the reference; `pack_masks` refuses it.
 
     Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
     """
-    if dtype := _check.autocast_dtype(OP, x):
-        x, w = _check.cast(dtype, x, w)  # type: ignore[assignment]
-    _check.like_x(OP, x, ("w",), w=w)
+    if dtype := check.autocast_dtype(OP, x):
+        x, w = check.cast(dtype, x, w)  # type: ignore[assignment]
+    check.like_x(OP, x, ("w",), w=w)
     check_projection(OP, x, w, masks, activation)
-    if _backend.pick(OP, x) == "reference":
+    if choice.pick(OP, x) == "reference":
         return reference.masked_gated_linear(x, w, unpacked(masks), activation)
     tensor = tensor_of(masks)
-    if _check.wants_grad(x, w, tensor):
+    if check.wants_grad(x, w, tensor):
         h = MaskedGatedLinearFunction.apply(rows(x), w, tensor, activation)
     else:
         h, _ = fwd(rows(x), w, planes_of(tensor), activation, True, False)

@@ -33,10 +33,11 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .. import _backend, reference
-from .._shapes import rows
-from ..masks import PackedMasks
-from . import _check, masked_gated_linear
+from .. import check, reference
+from ..backends import choice
+from ..packing import rows
+from ..weights.masks import PackedMasks
+from . import masked_gated_linear
 
 OP = "masked_gated_mlp"
 
@@ -97,7 +98,7 @@ def masked_gated_mlp(
             have none.
         w_down: (D_out, H), any strides.
         b_down: (D_out,).
-        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
         recompute: save x alone for backward and run the first product again there: (1 + n_m) M H
             values less, 2 (1 + n_m) M D H FLOPs more.
 
@@ -105,18 +106,18 @@ def masked_gated_mlp(
 
     Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
     """
-    if dtype := _check.autocast_dtype(OP, x):
-        x, w, w_down, b_down = _check.cast(dtype, x, w, w_down, b_down)  # type: ignore[assignment]
-    _check.like_x(OP, x, ("w", "w_down"), w=w, w_down=w_down, b_down=b_down)
+    if dtype := check.autocast_dtype(OP, x):
+        x, w, w_down, b_down = check.cast(dtype, x, w, w_down, b_down)  # type: ignore[assignment]
+    check.like_x(OP, x, ("w", "w_down"), w=w, w_down=w_down, b_down=b_down)
     H = masked_gated_linear.check_projection(OP, x, w, masks, activation)
-    _check.down(OP, "w_down", w_down, H, "b_down", b_down)
-    if _backend.pick(OP, x) == "reference":
+    check.down(OP, "w_down", w_down, H, "b_down", b_down)
+    if choice.pick(OP, x) == "reference":
         plain = (x, w, masked_gated_linear.unpacked(masks), w_down, b_down)
-        if recompute and _check.wants_grad(*plain):
+        if recompute and check.wants_grad(*plain):
             return checkpoint(reference.masked_gated_mlp, *plain, activation, use_reentrant=False)
         return reference.masked_gated_mlp(*plain, activation)
     tensors = (rows(x), w, masked_gated_linear.tensor_of(masks), w_down, b_down)
-    if _check.wants_grad(*tensors):
+    if check.wants_grad(*tensors):
         y = MaskedGatedMLPFunction.apply(*tensors, activation, recompute)
     else:
         planes = masked_gated_linear.planes_of(tensors[2])

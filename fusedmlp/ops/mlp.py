@@ -23,9 +23,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .. import _backend, reference
-from .._shapes import rows
-from . import _check, linear_act
+from .. import check, reference
+from ..backends import choice
+from ..packing import rows
+from . import linear_act
 
 OP = "mlp"
 
@@ -87,7 +88,7 @@ def mlp(
     Args:
         x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
         w_in, b_in: (H, D), any strides, and (H,) or None. w_out, b_out: (D_out, H), any strides,
-        and (D_out,) or None. activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        and (D_out,) or None. activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
         recompute: save x alone for backward and run the first GEMM again there, instead of saving
         z:
             M H values less, 2 M D H FLOPs more.
@@ -96,19 +97,19 @@ def mlp(
 
     Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
     """
-    if dtype := _check.autocast_dtype(OP, x):
-        x, w_in, w_out, b_in, b_out = _check.cast(  # type: ignore[assignment]
+    if dtype := check.autocast_dtype(OP, x):
+        x, w_in, w_out, b_in, b_out = check.cast(  # type: ignore[assignment]
             dtype, x, w_in, w_out, b_in, b_out
         )
-    _check.like_x(OP, x, ("w_in", "w_out"), w_in=w_in, w_out=w_out, b_in=b_in, b_out=b_out)
+    check.like_x(OP, x, ("w_in", "w_out"), w_in=w_in, w_out=w_out, b_in=b_in, b_out=b_out)
     H = linear_act.check_projection(OP, x, "w_in", w_in, "b_in", b_in, activation)
-    _check.down(OP, "w_out", w_out, H, "b_out", b_out)
+    check.down(OP, "w_out", w_out, H, "b_out", b_out)
     tensors = (x, w_in, w_out, b_in, b_out)
-    if _backend.pick(OP, x) == "reference":
-        if recompute and _check.wants_grad(*tensors):
+    if choice.pick(OP, x) == "reference":
+        if recompute and check.wants_grad(*tensors):
             return checkpoint(reference.mlp, *tensors, activation, use_reentrant=False)
         return reference.mlp(*tensors, activation)
-    if _check.wants_grad(*tensors):
+    if check.wants_grad(*tensors):
         y = MLPFunction.apply(rows(x), *tensors[1:], activation, recompute)
     else:
         h, _ = linear_act.fwd(rows(x), w_in, b_in, activation, True, False)

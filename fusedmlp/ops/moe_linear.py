@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .. import _backend, reference
-from .._shapes import rows
+from .. import check, reference
+from ..backends import choice
+from ..check.experts import check_routing
+from ..packing import rows
 from ..reference import Routing
-from . import _check, moe_mlp
-from ._check_moe import check_routing
+from . import moe_mlp
 
 OP = "moe_linear"
 
@@ -65,20 +66,20 @@ def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) 
 
     Raises ValueError (shape, device) or TypeError (dtype), naming the argument.
     """
-    if dtype := _check.autocast_dtype(OP, x):
-        x, w, b = _check.cast(dtype, x, w, b)  # type: ignore[assignment]
-    _check.like_x(OP, x, ("w",), w=w, b=b)
+    if dtype := check.autocast_dtype(OP, x):
+        x, w, b = check.cast(dtype, x, w, b)  # type: ignore[assignment]
+    check.like_x(OP, x, ("w",), w=w, b=b)
     if w.dim() != 3 or not w.shape[0]:
         raise ValueError(f"{OP}: w must be (E, N, K), E at least 1, got {tuple(w.shape)}")
     E, N, K = w.shape
-    _check.columns(OP, "x", x, K, "K of w")
+    check.columns(OP, "x", x, K, "K of w")
     if b is not None:
-        _check.shape(OP, "b", b, E, N)
+        check.shape(OP, "b", b, E, N)
     check_routing(OP, x, routing, E, uses_prob=False)
     flat = rows(x)
-    if _backend.pick(OP, x) == "reference":
+    if choice.pick(OP, x) == "reference":
         y = reference.moe_linear(flat, routing, w, b)
     else:
-        run = MoELinearFunction.apply if _check.wants_grad(x, w, b) else _forward
+        run = MoELinearFunction.apply if check.wants_grad(x, w, b) else _forward
         y = run(flat, w, b, routing.tokens, routing.offsets)
     return y.view(*x.shape[:-1], N)

@@ -37,13 +37,12 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .. import _backend, _library, reference
-from .._shapes import empty_pair, rows
-from ..kernels import moe_mlp as _triton
-from ..kernels import moe_mlp_bwd as _triton_bwd
-from ..reference import Packed, Routing, halves
-from . import _check
-from ._check_moe import autocast_prob, check_experts, check_routing
+from .. import check, reference
+from ..backends import choice, library
+from ..check.experts import autocast_prob, check_experts, check_routing
+from ..kernels.moe import backward as _triton_bwd, moe_mlp as _triton
+from ..packing import Packed, empty_pair, halves, rows
+from ..reference import Routing
 
 OP = "moe_mlp"
 
@@ -111,21 +110,21 @@ def _bias_grad_fake(dy: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
 
 
 # x (T, D) -> h (T, H), gu (2 or 1, T, H) in expert order, each with no rows if not wanted.
-up = _library.define(
+up = library.define(
     "moe_up(Tensor x, Tensor tokens, Tensor offsets, Tensor w_gate, Tensor? w_up, Tensor? b_gate, "
     "Tensor? b_up, str activation, bool want_h, bool want_gu) -> (Tensor, Tensor)",
     _triton.moe_up,
     _up_fake,
 )
 # prob (a w' + a2 w2' + b) in token order.
-down = _library.define(
+down = library.define(
     "moe_down(Tensor a, Tensor tokens, Tensor offsets, Tensor w, Tensor? a2, Tensor? w2, Tensor? b,"
     " Tensor? prob, bool gather) -> Tensor",
     _triton.moe_down,
     _down_fake,
 )
 # -> dgu, prob h, dprob, db, db_down
-dh = _library.define(
+dh = library.define(
     "moe_dh(Tensor dy, Tensor tokens, Tensor offsets, Tensor prob, Tensor w_down, Tensor gu, "
     "Tensor? b_down, str activation, str? packed, bool want_h, bool want_dprob, bool want_db, "
     "bool want_db_down) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -133,14 +132,14 @@ dh = _library.define(
     _dh_fake,
 )
 # a (T, N), b (T, K) -> a' b of each expert's rows, (E, N, K)
-wgrad = _library.define(
+wgrad = library.define(
     "moe_wgrad(Tensor a, Tensor b, Tensor tokens, Tensor offsets, bool gather_a, bool gather_b) "
     "-> Tensor",
     _triton_bwd.moe_wgrad,
     _wgrad_fake,
 )
 # dy (T, N) in token order -> its sums over each expert's tokens, (E, N)
-bias_grad = _library.define(
+bias_grad = library.define(
     "moe_bias_grad(Tensor dy, Tensor tokens, Tensor offsets) -> Tensor",
     _triton_bwd.moe_bias_grad,
     _bias_grad_fake,
@@ -269,7 +268,7 @@ def moe_mlp(
         b_gate, b_up: (E, H) each, both or neither; or b_gate alone where w_up is None, (E, 2H) with
             `packed`.
         b_down: (E, D_out).
-        activation: a name of `fusedmlp.kernels.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
         packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made.
         recompute: save neither g nor u for backward and run the first GEMM again there.
 
@@ -278,8 +277,8 @@ def moe_mlp(
 
     Raises ValueError (shape, device, activation, packed) or TypeError (dtype), naming the argument.
     """
-    if dtype := _check.autocast_dtype(OP, x):
-        x, w_gate, w_up, w_down, b_gate, b_up, b_down = _check.cast(  # type: ignore[assignment]
+    if dtype := check.autocast_dtype(OP, x):
+        x, w_gate, w_up, w_down, b_gate, b_up, b_down = check.cast(  # type: ignore[assignment]
             dtype, x, w_gate, w_up, w_down, b_gate, b_up, b_down
         )
     tensors = (w_gate, w_up, w_down, b_gate, b_up, b_down)
@@ -287,9 +286,9 @@ def moe_mlp(
     if dtype and isinstance(routing, Routing):
         routing = autocast_prob(routing, dtype)
     check_routing(OP, x, routing, E)
-    wants_grad = _check.wants_grad(x, routing.prob, *tensors)
+    wants_grad = check.wants_grad(x, routing.prob, *tensors)
     flat = rows(x)
-    if _backend.pick(OP, x) == "reference":
+    if choice.pick(OP, x) == "reference":
         arguments = (flat, routing, *tensors, activation, packed)
         if recompute and wants_grad:
             y = checkpoint(reference.moe_mlp, *arguments, use_reentrant=False)

@@ -30,12 +30,13 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .. import _backend, _cuda_route, _library, reference
-from .._shapes import rows
-from ..kernels import top1_route as _triton
+from .. import check, reference
+from ..backends import choice, library
+from ..backends.cuda import route as cuda_route
+from ..check.experts import check_kind
+from ..kernels.moe import top1_route as _triton
+from ..packing import rows
 from ..reference import Routing
-from . import _check
-from ._check_moe import check_kind
 
 OP = "top1_route"
 Groups = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -68,22 +69,22 @@ def _bwd_fake(
 
 
 # logits (T, E) -> expert, prob, tokens, rows, offsets, counts, mean_prob, log_sum_exp
-fwd = _library.define(
+fwd = library.define(
     "top1_route_fwd(Tensor logits, SymInt? capacity) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _triton.top1_route_fwd,
     _fwd_fake,
-    _cuda_route.top1_route_fwd,
+    cuda_route.top1_route_fwd,
 )
 # expert (T,) -> tokens, rows, offsets, counts
-given = _library.define(
+given = library.define(
     "route_to_fwd(Tensor expert, SymInt num_experts, SymInt? capacity) -> "
     "(Tensor, Tensor, Tensor, Tensor)",
     _triton.route_to_fwd,
     _given_fake,
-    _cuda_route.route_to_fwd,
+    cuda_route.route_to_fwd,
 )
-bwd = _library.define(
+bwd = library.define(
     "top1_route_bwd(Tensor logits, Tensor expert, Tensor? dprob, Tensor? dmean, Tensor? dlse) "
     "-> Tensor",
     _triton.top1_route_bwd,
@@ -136,9 +137,9 @@ def top1_route(logits: Tensor, *, capacity: int | None = None) -> Routing:
         raise ValueError(f"{OP}: logits must be (..., E), E at least 1, got {tuple(logits.shape)}")
     _check_capacity(OP, capacity)
     flat = rows(logits)
-    if _backend.pick(OP, logits, "logits") == "reference":
+    if choice.pick(OP, logits, "logits") == "reference":
         return reference.top1_route(flat, capacity)
-    if _check.wants_grad(logits):
+    if check.wants_grad(logits):
         return Routing(*Top1RouteFunction.apply(flat, capacity))
     return Routing(*fwd(flat, capacity))
 
@@ -168,7 +169,7 @@ def route_to(
         raise TypeError(f"{op}: expert must be int64, got {expert.dtype}")
     if not prob.dtype.is_floating_point:
         raise TypeError(f"{op}: prob must have a floating dtype, got {prob.dtype}")
-    _check.shape(op, "prob", prob, *expert.shape)
+    check.shape(op, "prob", prob, *expert.shape)
     if prob.device != expert.device:
         raise ValueError(f"{op}: prob must be on {expert.device}, as expert is, got {prob.device}")
     if not isinstance(num_experts, int | torch.SymInt) or isinstance(num_experts, bool):
@@ -178,7 +179,7 @@ def route_to(
     _check_capacity(op, capacity)
     T = math.prod(expert.shape)
     expert, prob = expert.reshape(T), prob.reshape(T)
-    if _backend.pick(op, prob, "prob") == "reference":
+    if choice.pick(op, prob, "prob") == "reference":
         return reference.route_to(expert, prob, num_experts, capacity)
     return Routing(expert, prob, *given(expert, num_experts, capacity))
 

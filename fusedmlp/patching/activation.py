@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kernels.activations import ACTIVATIONS
+from ..reference.activations import ACTIVATIONS
 
 
 def name_by_values(fn: Callable[[Tensor], Any]) -> str | None:

@@ -19,12 +19,12 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers._block import passes_through
+from ..layers.parts.block import passes_through
 from ..ops.gated_linear import gated_linear
 from ..ops.gated_mlp import gated_mlp
 from ..ops.linear_act import linear_act
 from ..ops.mlp import mlp
-from ..reference import Packed
+from ..packing import Packed
 from .plan import Plan, child, hooked, passed_by, unhooked
 
 RESIDUAL = "+"

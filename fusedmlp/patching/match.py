@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..layers._block import _DROPOUTS
+from ..layers.parts.block import _DROPOUTS
 from .activation import name_by_values
 from .dense import RESIDUAL, Dense, is_projection
 from .experts import advice

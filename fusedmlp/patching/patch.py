@@ -3,37 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import sys
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import _backend
-from ..layers.binary import BinaryGatedMLP
-from ..ops.binary_gated_mlp import OP
 from .experts import register_experts
-from .kept import stale
-from .match import find
-from .moe import ADAPTERS
-from .plan import Plan, child, hooked
-from .report import Entry, Report
-from .swap import Patched, restore, swap
-
-Only = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
-Adapter = Callable[[nn.Module], "Plan | str"]
-
-ORDER = "patch(model), then parallelize_module, then fully_shard, then torch.compile"
-# What a report lists among the modules that were left. A module is patched by what it computes.
-_LIKE_AN_MLP = re.compile(r"mlp|ffn|feed_?forward|experts?\b|moe", re.IGNORECASE)
-
-_adapters: dict[type[nn.Module], Adapter] = {}
+from .quantize import quantize_model
+from .report import Report
+from .swap import restore
+from .walk import REGISTERED, Adapter, Only, Walk, checked
 
 
 def register_patch(cls: type[nn.Module], adapter: Adapter) -> None:
@@ -51,164 +31,7 @@ def register_patch(cls: type[nn.Module], adapter: Adapter) -> None:
         raise TypeError(f"register_patch: cls must be a class of nn.Modules, got {cls!r}")
     if not callable(adapter):
         raise TypeError(f"register_patch: adapter must be callable, got {adapter!r}")
-    _adapters[cls] = adapter
-
-
-def _refuse_wrapped(op: str, model: nn.Module) -> None:
-    """Nothing may hold on to a module's class or hooks yet: FSDP, torch.compile, DTensors."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    fsdps = (fsdp.FSDPModule, fsdp.FullyShardedDataParallel) if fsdp else ()
-    dynamo = sys.modules.get("torch._dynamo.eval_frame")
-    optimised = (dynamo.OptimizedModule,) if dynamo else ()
-    for name, module in model.named_modules():
-        what = None
-        if isinstance(module, fsdps):
-            what = "wrapped by FSDP"
-        elif isinstance(module, optimised) or module._compiled_call_impl is not None:
-            what = "compiled"
-        elif any(hasattr(p, "placements") for p in module._parameters.values()):
-            what = "distributed, with DTensors for parameters"
-        if what:
-            raise ValueError(
-                f"{op}: model must be a plain model, got {name or 'the model itself'} "
-                f"({type(module).__name__}), {what}; in this order: {ORDER}"
-            )
-
-
-def _checked(op: str, model: Any) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"{op}: model must be an nn.Module, got {type(model).__name__}")
-    _refuse_wrapped(op, model)
-    return model
-
-
-def _selected(model: nn.Module, only: Only) -> Callable[[str, nn.Module], bool]:
-    if only is None:
-        return lambda name, module: True
-    if callable(only):
-        return only
-    one = isinstance(only, str) or not isinstance(only, Iterable)
-    patterns: list[Any] = [only] if one else list(only)
-    if not all(isinstance(p, str) for p in patterns):
-        raise TypeError(f"patch: only must be a pattern, patterns or a function, got {only!r}")
-    if not patterns:
-        raise ValueError("patch: only must hold a pattern, got none")
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name, _ in model.named_modules()):
-            raise ValueError(f"patch: only must match names of modules, got {pattern!r}")
-    return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _broken(name: str, module: Any, change: str) -> Entry:
-    reason = f"patched before, and its calls raise now: {change}; unpatch(model) first"
-    return Entry(name, module._own_class.__name__, None, None, reason)
-
-
-def _not_called(module: nn.Module) -> str:
-    if isinstance(module, nn.TransformerEncoderLayer):
-        return "; in eval without gradients torch's fast path of the whole layer is taken instead"
-    return ""
-
-
-class _Walk:
-    """One patch() over a model."""
-
-    def __init__(self, model: nn.Module, only: Only, dtype_check: bool) -> None:
-        self.wanted, self.dtype_check = _selected(model, only), dtype_check
-        self.entries: list[Entry] = []
-        self.swapped: list[nn.Module] = []
-        # parameter or module -> all names that lead to it
-        self.names: dict[int, list[str]] = defaultdict(list)
-        for prefix, module in model.named_modules(remove_duplicate=False):
-            self.names[id(module)].append(prefix)
-            for name, p in module._parameters.items():
-                if p is not None:
-                    self.names[id(p)].append(f"{prefix}.{name}".lstrip("."))
-
-    def visit(self, name: str, module: nn.Module) -> None:
-        ours = type(module).__module__.startswith(f"{__name__.partition('.')[0]}.")
-        if ours and not isinstance(module, Patched):
-            if isinstance(module, BinaryGatedMLP) and self.wanted(name, module):
-                self.one_bit(name, module)
-            return
-        inside: set[int] = set()
-        if isinstance(module, Patched) or self.wanted(name, module):
-            plan = module._plan if isinstance(module, Patched) else self.attempt(name, module)
-            if plan is not None:
-                if change := stale(module):
-                    self.entries.append(_broken(name, module, change))
-                    return
-                self.entry(name, module, plan)
-                inside = {id(child(module, path)) for path in plan.bypassed()}
-        for key, submodule in module.named_children():
-            if id(submodule) not in inside:
-                self.visit(f"{name}.{key}".lstrip("."), submodule)
-
-    def attempt(self, name: str, module: nn.Module) -> Plan | None:
-        kind = type(module)
-        adapter = _adapters.get(kind) or ADAPTERS.get(f"{kind.__module__}.{kind.__qualname__}")
-        plan = find(module) if adapter is None else adapter(module)
-        if plan is None:
-            return None
-        reason = plan if isinstance(plan, str) else self.obstacle(module, plan)
-        if reason is None:
-            assert isinstance(plan, Plan)
-            plan.prepare(module)
-            swap(module, plan)
-            self.swapped.append(module)
-            return plan
-        alike = any(map(_LIKE_AN_MLP.search, (name.rpartition(".")[2], kind.__name__)))
-        if adapter is not None or isinstance(plan, Plan) or alike:
-            self.entries.append(Entry(name, kind.__name__, None, None, reason))
-        return None
-
-    def entry(self, name: str, module: Any, plan: Plan) -> None:
-        kind, like = module._own_class.__name__, next(module.parameters())
-        where = _backend.pick(plan.op, like)
-        self.entries.append(Entry(name, kind, plan.op, where, plan.detail() + _not_called(module)))
-
-    def one_bit(self, name: str, block: BinaryGatedMLP) -> None:
-        """What quantize_model put there; a block that is in training is a layer like others."""
-        if (w := block.gate_proj.packed) is not None:
-            where, detail = _backend.pick(OP, w.scales), f"activation {block.activation!r}"
-            self.entries.append(Entry(name, type(block).__name__, OP, where, detail))
-
-    def obstacle(self, module: nn.Module, plan: Plan) -> str | None:
-        """Why `plan` must not run `module` now."""
-        if plan.method in module.__dict__:
-            return f"its {plan.method} is set on the instance"
-        if isinstance(module, torch.jit.ScriptModule):
-            return "it is a ScriptModule"
-        if len(self.names[id(module)]) > 1:
-            return f"tied: it also is {self.others(module)}"
-        parameters: list[nn.Parameter] = []
-        for path in plan.bypassed():
-            inner = child(module, path)
-            if around := hooked(inner):
-                return f"{path} {around}, which a fused call would pass by"
-            if len(self.names[id(inner)]) > 1 and any(True for _ in inner.parameters()):
-                return f"tied: {path} also is {self.others(inner)}"
-            for key, p in inner.named_parameters():
-                if type(p) is not nn.Parameter or not p.is_floating_point():
-                    return f"{path}.{key} is a {type(p).__name__} of {p.dtype}: quantised"
-                if len(self.names[id(p)]) > 1:
-                    return f"tied: {path}.{key} also is {self.others(p)}"
-                parameters.append(p)
-        return plan.obstacle(module) or self.dtypes(plan, parameters)
-
-    def others(self, shared: object) -> str:
-        return " and ".join(self.names[id(shared)][:2])
-
-    def dtypes(self, plan: Plan, parameters: Sequence[Tensor]) -> str | None:
-        found = list(dict.fromkeys(p.dtype for p in parameters))
-        if self.dtype_check and (len(found) > 1 or found[0] not in _backend.TRITON_DTYPES):
-            takes = ", ".join(str(d).removeprefix("torch.") for d in _backend.TRITON_DTYPES)
-            return f"its dtypes are {', '.join(map(str, found))}; kernels take one of {takes}"
-        try:
-            _backend.pick(plan.op, parameters[0])
-        except (RuntimeError, TypeError) as error:
-            return str(error)
-        return None
+    REGISTERED[cls] = adapter
 
 
 def patch(
@@ -243,13 +66,11 @@ def patch(
     distributed or compiled, for a pattern that matches nothing and for no pattern; TypeError for
     another type of an argument; with `quantize` what quantize_model raises.
     """  # noqa: E501
-    _checked("patch", model)
+    checked("patch", model)
     if quantize is None:
         return _run(model, only, dtype_check)[0]
     if only is not None:
         raise ValueError(f"patch: only must be None with quantize={quantize!r}, got {only!r}")
-    from ..quantize import quantize_model  # which finds its MLPs by this file
-
     quantized = quantize_model(model, format=quantize)
     return dataclasses.replace(_run(model, only, dtype_check)[0], quantized=quantized)
 
@@ -258,7 +79,7 @@ def _run(model: nn.Module, only: Only, dtype_check: bool) -> tuple[Report, list[
     if not isinstance(dtype_check, bool):
         raise TypeError(f"patch: dtype_check must be True or False, got {dtype_check!r}")
     register_experts()
-    walk = _Walk(model, only, dtype_check)
+    walk = Walk(model, only, dtype_check)
     try:
         walk.visit("", model)
     except BaseException:
@@ -272,7 +93,7 @@ def unpatch(model: nn.Module) -> None:
 
     Raises ValueError, as patch() does, where the model was wrapped meanwhile.
     """
-    restore("unpatch", _checked("unpatch", model).modules())
+    restore("unpatch", checked("unpatch", model).modules())
 
 
 @contextmanager
@@ -283,7 +104,7 @@ def patched(model: nn.Module, *, only: Only = None, dtype_check: bool = True) ->
     the end for a module that was wrapped inside (fully_shard), when all others are restored; a
     warning where the block already ends in an exception.
     """
-    report, swapped = _run(_checked("patched", model), only, dtype_check)
+    report, swapped = _run(checked("patched", model), only, dtype_check)
     try:
         yield report
     except BaseException:

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ..quantize import QuantizationReport
 
 LOOKED_FOR = (
     "modules that compute down(act(gate(x)) * up(x)) or down(act(first(x))) with nn.Linear or "
@@ -30,6 +26,49 @@ class Entry:
         if self.op is None:
             return f"{where}: left, {self.detail}"
         return f"{where}: {self.op} on {self.backend}, {self.detail}"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """One MLP: bytes of its parameters and buffers, before and after."""
+
+    name: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class QuantizationReport:
+    """What was quantised, and bytes: of the MLPs and of the whole model, before and after; and what
+    was left, an entry with the reason for each."""
+
+    format: str
+    layers: tuple[Quantized, ...]
+    model_before: int
+    model_after: int
+    left: tuple[Entry, ...] = ()
+
+    @property
+    def before(self) -> int:
+        return sum(layer.before for layer in self.layers)
+
+    @property
+    def after(self) -> int:
+        return sum(layer.after for layer in self.layers)
+
+    def __str__(self) -> str:
+        head = f"no further MLP in {self.format}"
+        if self.layers:
+            head = (
+                f"{len(self.layers)} MLPs in {self.format}: {_mib(self.before)} -> "
+                f"{_mib(self.after)} ({self.before / self.after:.1f} times smaller); the model "
+                f"{_mib(self.model_before)} -> {_mib(self.model_after)}"
+            )
+        return "\n".join([head, *(f"not in {self.format}: {entry}" for entry in self.left)])
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:,.2f} MiB"
 
 
 @dataclass(frozen=True)

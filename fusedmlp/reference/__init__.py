@@ -11,7 +11,7 @@ from .binary import (
     dequantize_binary,
     unpack_signs,
 )
-from .dense import Packed, gated_act, gated_linear, gated_mlp, halves, linear_act, mlp
+from .dense import gated_act, gated_linear, gated_mlp, linear_act, mlp
 from .hyper import hyper_attention, hyper_attention_step
 from .masked import masked_gated_linear, masked_gated_mlp, pack_masks, unpack_masks
 from .moe import (
@@ -26,7 +26,6 @@ from .moe import (
 )
 
 __all__ = [
-    "Packed",
     "Routing",
     "binary_gated_linear",
     "binary_gated_mlp",
@@ -35,7 +34,6 @@ __all__ = [
     "gated_act",
     "gated_linear",
     "gated_mlp",
-    "halves",
     "hyper_attention",
     "hyper_attention_step",
     "linear_act",

@@ -5,20 +5,11 @@ and up along its first dimension, (2H, D), in the order that `packed` names.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.activations import ACTIVATIONS
-
-Packed = Literal["gate_up", "up_gate"]
-
-
-def halves(t: Tensor, packed: Packed, dim: int = -1) -> tuple[Tensor, Tensor]:
-    """(gate half, up half) of `t` along `dim`, as views."""
-    first, second = t.chunk(2, dim)
-    return (first, second) if packed == "gate_up" else (second, first)
+from ..packing import Packed, halves
+from .activations import ACTIVATIONS
 
 
 def gated_act(

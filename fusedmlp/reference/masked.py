@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..kernels.activations import ACTIVATIONS
+from .activations import ACTIVATIONS
 
 
 def hard_masks(masks: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dense import Packed, gated_mlp, mlp
+from ..packing import Packed
+from .dense import gated_mlp, mlp
 
 
 class Routing(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _api, reference
-from ..kernels.activations import ACTIVATIONS
+from ..reference.activations import ACTIVATIONS
 from .rule import Error, error_of
 
 Shapes = dict[str, tuple[int, ...]]

@@ -1,4 +1,4 @@
-// csrc/moe_route.cu for tests/simt_build.py.
+// csrc/moe_route.cu for tests/support/simt_build.py.
 #include "moe_route.cu"
 
 using fusedmlp::MoeRoute;

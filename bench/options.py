@@ -1,0 +1,169 @@
+"""Command-line arguments that subcommands share, and the JSON file that all of them write."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..reference.activations import ACTIVATIONS
+from ..testing import CASES
+from . import process
+from .shapes import DENSE, HYPER, TOP1, Model
+from .work import ALL_CASES, DTYPES, ops
+
+SCHEMA = 1
+Record = dict[str, Any]
+Emit = Callable[[Record], None]
+
+
+class Refusal(RuntimeError):
+    """An end whose message is all that a user needs."""
+
+
+def subparser(
+    subparsers: Any, name: str, summary: str, examples: Sequence[str], main: Callable[..., int]
+) -> argparse.ArgumentParser:
+    """Add a subcommand whose --help ends in examples."""
+    lines = "\n".join(f"  python -m fusedmlp.bench {example}" for example in examples)
+    made: argparse.ArgumentParser = subparsers.add_parser(
+        name,
+        help=summary,
+        description=summary[:1].upper() + summary[1:] + ".",
+        epilog=f"examples:\n{lines}\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.set_defaults(main=main)
+    return made
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--json", metavar="FILE", type=writable, help="also write machine and records to FILE"
+    )
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device, for `check_device`."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=default)
+
+
+def check_device(device: str) -> None:
+    """Refuse a GPU that is not there, before anything has begun."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Refusal("--device cuda needs a GPU; torch finds none")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", nargs="+", metavar="NAME", type=_model, default=[],
+        help=f"widths of these models: {', '.join(DENSE | TOP1 | HYPER)}",
+    )  # fmt: skip
+
+
+def add_selection(parser: argparse.ArgumentParser, of_op: str = "every case of these ops") -> None:
+    """What to run: cases or ops, dtypes, activations, sizes."""
+    parser.add_argument(
+        "--case", nargs="+", metavar="NAME", choices=ALL_CASES, default=None,
+        help=f"cases: {', '.join(CASES)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--op", nargs="+", metavar="NAME", default=None, choices=sorted(ops()),
+        help=f"{of_op}: {', '.join(sorted(ops()))}",
+    )  # fmt: skip
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=None)
+    parser.add_argument(
+        "--activation", nargs="+", metavar="NAME", choices=(*ACTIVATIONS, "all"), default=None,
+        help="activations, or all; default: the function's own",
+    )  # fmt: skip
+    add_model(parser)
+    parser.add_argument(
+        "--shape", nargs="+", metavar="MxDxH", type=_shape, default=[],
+        help="tokens x width x hidden width, such as 4096x2048x8192",
+    )  # fmt: skip
+    add_json(parser)
+
+
+def chosen_cases(args: argparse.Namespace) -> tuple[str, ...] | None:
+    """The cases that --case and --op name; None if neither was given."""
+    if args.case is None and args.op is None:
+        return None
+    wanted = list(args.case or [])
+    wanted += [c.name for c in CASES.values() if c.op in (args.op or []) and c.name not in wanted]
+    return tuple(wanted)
+
+
+def chosen_activations(args: argparse.Namespace) -> tuple[str, ...] | None:
+    if args.activation and "all" in args.activation:
+        return tuple(ACTIVATIONS)
+    return tuple(args.activation) if args.activation else None
+
+
+def _model(name: str) -> Model:
+    known = DENSE | TOP1 | HYPER
+    if name not in known:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}; got {name!r}")
+    return known[name]
+
+
+def _shape(text: str) -> tuple[int, int, int]:
+    parts = text.split("x")
+    if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
+        raise argparse.ArgumentTypeError(f"must be MxDxH, such as 4096x2048x8192; got {text!r}")
+    M, D, H = map(int, parts)
+    return M, D, H
+
+
+def count(text: str) -> int:
+    """An argument that counts something: 1 or more."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on; got {text!r}")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """An argument that measures something: above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be a number above 0; got {text!r}")
+    return value
+
+
+def writable(text: str) -> str:
+    """An argument that is a file to write once all is done: refused before anything has begun."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a file that can be written; got {text!r}")
+    return text
+
+
+def collecting(records: list[Record]) -> Emit:
+    """An emit that keeps records, and hands them on where a parent process asked for them."""
+    forward = process.emitter() if process.RECORDS in os.environ else None
+
+    def emit(record: Record) -> None:
+        records.append(record)
+        if forward is not None:
+            forward(record)
+
+    return emit
+
+
+def write_json(path: str | None, found: Mapping[str, Any], records: Sequence[Record]) -> None:
+    if path is None:
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(
+            {"schema": SCHEMA, "machine": dict(found), "records": list(records)}, file, indent=1
+        )
+        file.write("\n")

@@ -1,0 +1,1 @@
+"""A published kernel of a rival, for timing beside ours."""

@@ -1,0 +1,213 @@
+"""`time`: forward, backward, both, and peak memory, of this library, eager, torch.compile and every
+rival found.
+
+What makes two numbers comparable here: one process, one GPU, the same random values, buffers
+rotated past the L2 cache, CUDA graphs for short calls, rounds that interleave everyone and cuBLAS,
+clocks on record. An op whose check fails on this device gets no speed; neither does a rival that
+computes something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ...backends import choice
+from ...testing import CASES
+from .. import machine
+from ..options import (
+    Emit,
+    Record,
+    Refusal,
+    add_selection,
+    chosen_activations,
+    collecting,
+    count,
+    subparser,
+    write_json,
+)
+from ..render import Progress, number, percent, size, table
+from ..rivals import RIVALS
+from ..work import DGLU, PHASES
+from . import base
+from .clock import CudaTimer, Timer
+from .session import PLAIN_CASES, Options, Session, plan
+
+
+class NothingTimed(Refusal):
+    """There is no GPU to time on."""
+
+
+def require_gpu() -> None:
+    """Raise NothingTimed where no time could mean anything."""
+    if choice.INTERPRETED:
+        raise NothingTimed(
+            "nothing was timed: TRITON_INTERPRET is set, and an interpreter has no speed"
+        )
+    if not torch.cuda.is_available():
+        raise NothingTimed("nothing was timed: torch finds no GPU; `predict` computes what it can")
+
+
+def run(options: Options, emit: Emit, timer: Timer | None = None) -> list[dict[str, int]]:
+    """Time everything, one record each as it is ready; returns the clocks seen in between.
+
+    Raises NothingTimed without a GPU.
+    """
+    if timer is None:
+        require_gpu()
+        timer = CudaTimer()
+    session = Session(options, emit, timer)
+    works = plan(options)
+    with timer.session(), Progress("time", len(works)) as progress:
+        session.time_copy()
+        session.note_clocks()
+        for work in works:
+            session.time(work)
+            progress.step(f"{work.case.name} {work.size}")
+            _free()
+    return session.clocks
+
+
+def _free() -> None:
+    """Give one work's buffers and graphs back before the next asks for its own."""
+    gc.collect()
+    if "torch._dynamo" in sys.modules:
+        # Or the next sizes would count as recompilations, and end as refusals.
+        torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def show(records: Sequence[Record]) -> None:
+    """The table of times, then why whatever is missing was not timed."""
+    timed = [r for r in records if r["kind"] == "time" and r["skipped"] is None]
+    for stick in (r for r in records if r["kind"] == "stick" and r["name"] == "copy"):
+        print(f"device copy: {number(stick['gbps'])} GB/s")
+    if timed:
+        rows = [
+            [
+                r["case"], r["activation"], r["dtype"], f"{r['M']}x{r['D']}x{r['H']}", r["phase"],
+                r["provider"], number(r["median_ms"]),
+                f"{number(r['q20_ms'])}-{number(r['q80_ms'])}", number(r["tflops"]),
+                percent(r["of_cublas"]), number(r["gbps"]), percent(r["of_copy"]),
+                size(r["peak_memory_bytes"]),
+            ]
+            for r in timed
+        ]  # fmt: skip
+        header = (
+            "case", "activation", "dtype", "M x D x H", "phase", "provider", "median ms", "20-80%",
+            "TFLOP/s", "of cuBLAS", "GB/s", "of copy", "peak memory",
+        )  # fmt: skip
+        table("Times measured on this GPU", header, rows)
+    reasons = dict.fromkeys(
+        f"{r['provider']}, {r['case']} {r['phase']}: {r['skipped']}"
+        for r in records
+        if r["kind"] == "time" and r["skipped"] is not None
+    )
+    if reasons:
+        print("\nNot timed:", *reasons, sep="\n  ")
+
+
+def clock_range(seen: Sequence[dict[str, int]]) -> dict[str, Any] | None:
+    """SM clocks seen between pieces of work, as the GPU came out of load."""
+    if not seen:
+        return None
+    sm = [now["sm_mhz"] for now in seen]
+    return {
+        "samples": len(sm), "min_mhz": min(sm), "median_mhz": statistics.median(sm),
+        "max_mhz": max(sm),
+    }  # fmt: skip
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """What `time` and `predict` share of their command lines."""
+    chosen: dict[str, Any] = {
+        "activations": chosen_activations(args),
+        "shapes": tuple(args.shape),
+        "phases": tuple(args.phase),
+    }
+    if args.case or args.op:
+        of_ops = (case for case in PLAIN_CASES if CASES[case].op in (args.op or ()))
+        chosen["cases"] = (*(args.case or ()), *of_ops)
+    elif args.model:
+        chosen["cases"] = None
+    if args.dtype:
+        chosen["dtypes"] = tuple(args.dtype)
+    if args.model:
+        chosen["widths"] = tuple((m.D, m.H, m.name) for m in args.model)
+    if args.m:
+        chosen["tokens"] = tuple(args.m)
+    return Options(**chosen)
+
+
+def add_sizes(
+    parser: argparse.ArgumentParser, phases: Sequence[str], choices: Sequence[str] = PHASES
+) -> None:
+    """The arguments that `options_of` reads."""
+    add_selection(parser, "the plain case of each of these ops")
+    parser.add_argument("--m", nargs="+", type=count, metavar="M", help="tokens in a call")
+    parser.add_argument("--phase", nargs="+", choices=choices, default=phases)
+
+
+def main(args: argparse.Namespace) -> int:
+    options = dataclasses.replace(
+        options_of(args),
+        rounds=args.rounds,
+        keep_samples=args.keep_samples,
+        providers=tuple(args.provider or ()),
+        without=tuple(args.without),
+    )
+    records: list[Record] = []
+    found = machine.describe()
+    if args.base is not None:
+        require_gpu()
+        return base.main(args.base, options, args.json, found)
+    try:
+        seen = run(options, collecting(records))
+    except NothingTimed:
+        write_json(args.json, found, records)
+        raise
+    found["sm_clocks_while_timing"] = clock_range(seen)
+    show(records)
+    print(f"\nSM clocks between rounds: {found['sm_clocks_while_timing'] or 'could not be read'}")
+    write_json(args.json, found, records)
+    failed = any(r["kind"] == "check" and not r["passed"] for r in records)
+    return 1 if failed else 0
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparser(
+        subparsers, "time", "times and peak memory beside eager, torch.compile and rivals",
+        (
+            "time",
+            "time --op gated_mlp --model llama3-8b qwen3-8b --m 1 16 2048 8192",
+            "time --case gated_linear --shape 8192x4096x14336 --provider fusedmlp quack",
+            "time --op gated_mlp --base HEAD~1",
+            "time --case gated_mlp --phase dglu --provider fusedmlp fusedmlp-cuda eager",
+            "time --json times.json",
+        ),
+        main,
+    )  # fmt: skip
+    add_sizes(parser, PHASES, (*PHASES, DGLU))
+    parser.add_argument(
+        "--provider", nargs="+", choices=RIVALS, metavar="NAME",
+        help=f"default: those that serve the op, of {', '.join(RIVALS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--without", nargs="+", choices=RIVALS, default=(), metavar="NAME",
+        help="providers to leave out",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=count, default=20, metavar="N", help="default: 20")
+    parser.add_argument(
+        "--base", metavar="REF", help="time this tree against that commit, fusedmlp only"
+    )
+    parser.add_argument(
+        "--keep-samples", action="store_true", help="keep every sample in the records"
+    )

@@ -1,0 +1,298 @@
+"""The rounds: each piece of work with everyone who can do it, and cuBLAS beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...testing import CASES
+from .. import machine
+from ..check import check_one
+from ..options import Emit, Record
+from ..rivals import RIVALS, Fusedmlp, Rival
+from ..shapes import DEFAULT_TOKENS, MODELS, cases_of
+from ..work import ALL_CASES, DGLU, PHASES, Work, activations_of, case_of
+from .calls import calls_of, checked, disagreement, rotated
+from .clock import Call, Sampler, Timer
+from .stats import Summary, interleave, summarize
+
+# (D, H, model): where fusing gains least, and where most.
+Width = tuple[int, int, "str | None"]
+DEFAULT_WIDTHS: tuple[Width, ...] = (
+    (4096, 14336, "llama3-8b"),
+    (2048, 8192, "llama3.2-1b"),
+)
+COPY_BYTES = 1 << 29
+# Below this the launches of an eager call may last as long as its kernels: everyone gets a CUDA
+# graph.
+GRAPH_BELOW_MS = 0.5
+
+
+# One way of calling each op, the case of its name; the others differ in layout or bias, hardly in
+# speed. Of an op that has no such case, whose cases differ in more, all without options.
+PLAIN_CASES = tuple(
+    name
+    for name, case in CASES.items()
+    if name == case.op or (case.op not in CASES and not case.options)
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to time or predict.
+
+    cases: None for each model's own calls. activations: None for each model's own, or the
+    function's default. shapes: whole sizes, in place of widths x tokens. providers: () for all that
+    serve the op, but those that want to be named. without: providers left out. keep_samples: add
+    every sample to a record, as "samples_ms".
+    """
+
+    cases: tuple[str, ...] | None = PLAIN_CASES
+    dtypes: tuple[str, ...] = ("bfloat16",)
+    activations: tuple[str, ...] | None = None
+    widths: tuple[Width, ...] = DEFAULT_WIDTHS
+    tokens: tuple[int, ...] = DEFAULT_TOKENS
+    shapes: tuple[tuple[int, int, int], ...] = ()
+    phases: tuple[str, ...] = PHASES
+    providers: tuple[str, ...] = ()
+    without: tuple[str, ...] = ()
+    rounds: int = 20
+    keep_samples: bool = False
+
+
+def plan(options: Options) -> list[Work]:
+    """Every piece of work that `options` names, in the order of its cases."""
+    sizes: list[tuple[int, int, int, str | None]] = [(*s, None) for s in options.shapes] or [
+        (M, D, H, model) for D, H, model in options.widths for M in options.tokens
+    ]
+    works = []
+    for M, D, H, name in sizes:
+        model = MODELS.get(name or "")
+        own = cases_of(model) if model else PLAIN_CASES
+        asked = options.activations or ((model.activation,) if model else None)
+        works += [
+            Work(case, activation, dtype, M, D, H, name)
+            for case in map(case_of, own if options.cases is None else options.cases)
+            for activation in activations_of(case, asked)
+            for dtype in options.dtypes
+        ]
+    # --case and --op may name the same one.
+    return sorted(dict.fromkeys(works), key=lambda work: list(ALL_CASES).index(work.case.name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sticks:
+    """What this GPU reaches in this run. cublas: TFLOP/s on the work's own first GEMM."""
+
+    cublas: float | None
+    copy: float | None
+
+
+Key = tuple[str, str]  # provider, phase
+CUBLAS = "cublas"  # the provider of a key; its phase is that of _gemm_of
+
+
+@dataclasses.dataclass
+class Prepared:
+    """What is ready to be sampled for one piece of work, and why the rest is not."""
+
+    takers: dict[Key, Sampler] = dataclasses.field(default_factory=dict)
+    peaks: dict[Key, int] = dataclasses.field(default_factory=dict)
+    reasons: dict[Key, str] = dataclasses.field(default_factory=dict)
+
+
+class Session:
+    """One run: the checks and the copy stick that all its pieces of work share."""
+
+    def __init__(self, options: Options, emit: Emit, timer: Timer) -> None:
+        self.options, self.emit, self.timer = options, emit, timer
+        self.copy: float | None = None
+        self.clocks: list[dict[str, int]] = []
+        self._checks: dict[tuple[str, Work], tuple[str, str | None]] = {}
+        self._agreement: dict[tuple[str, Work], str | None] = {}
+
+    def note_clocks(self) -> None:
+        now = machine.clocks()
+        if now is not None:
+            self.clocks.append(now)
+
+    def check(self, rival: Rival, work: Work) -> tuple[str, str | None]:
+        """(the backend that a provider of ours runs on, why `work` may have no speed on it)."""
+        key = rival.name, checked(work)
+        if key not in self._checks:
+            with rival.in_force():
+                record = check_one(checked(work))
+            self.emit(record)
+            bad = [name for name, t in record["tensors"].items() if not t["passed"]]
+            why = record.get("error") or f"wrong: {', '.join(bad)}"
+            failed = None if record["passed"] else f"its check failed here ({why})"
+            if self.timer.device == "cuda" and record["backend"] == "reference":
+                failed = "its kernels are switched off: FUSEDMLP_BACKEND is reference"
+            self._checks[key] = record["backend"], failed
+        return self._checks[key]
+
+    def refusal(self, rival: Rival, work: Work, phase: str) -> str | None:
+        if phase == DGLU and work.case.op != "gated_mlp":
+            return f"{work.case.op} has no such GEMM"
+        if phase not in rival.phases:
+            return "has gradients of whole calls only"
+        reason = rival.skip(work, phase)
+        if reason is None and isinstance(rival, Fusedmlp):
+            reason = self.check(rival, work)[1]
+        return reason
+
+    def time_copy(self) -> None:
+        """The copy stick: once, since every work's bytes are set against it."""
+        source = torch.randn(COPY_BYTES // 4, device=self.timer.device)
+        target = torch.empty_like(source)
+        take = self.timer.sampler([lambda: target.copy_(source)], graph=False)
+        ms = summarize(interleave({"copy": take}, self.options.rounds)["copy"]).median
+        self.copy = 2 * COPY_BYTES / ms / 1e6
+        self.emit({
+            "kind": "stick", "name": "copy", "dtype": "float32", "bytes": 2 * COPY_BYTES,
+            "tflops": None, "gbps": self.copy,
+        })  # fmt: skip
+
+    def time(self, work: Work) -> None:
+        """Every provider and phase of one piece of work, in rounds that interleave them."""
+        serving = [
+            name for name, rival in RIVALS.items()
+            if not rival.by_name and (not rival.ops or work.case.op in rival.ops)
+        ]  # fmt: skip
+        asked = self.options.providers or serving
+        names = [name for name in asked if name not in self.options.without]
+        keys = [(name, phase) for name in names for phase in self.options.phases]
+        prepared = Prepared()
+        try:
+            self._prepare_all(work, keys, prepared)
+            samples = interleave(prepared.takers, self.options.rounds)
+        except torch.OutOfMemoryError as error:
+            # All of them hold memory at once, so none of them is to blame alone.
+            samples = {}
+            for key in keys:
+                prepared.reasons.setdefault(key, _failure(error))
+        self.note_clocks()
+        rates = {gemm: self._cublas(work, gemm, samples.pop((CUBLAS, gemm), None))
+                 for gemm in dict.fromkeys(map(_gemm_of, self.options.phases))}  # fmt: skip
+        for key in keys:
+            peak = prepared.peaks.get(key) if key in samples else None
+            reason = prepared.reasons.get(key)
+            sticks = Sticks(rates[_gemm_of(key[1])], self.copy)
+            record = record_of(work, *key, samples.get(key), peak, sticks, reason)
+            # Of ours: which kernels ran.
+            record["backend"] = self._checks.get((key[0], checked(work)), (None,))[0]
+            if self.options.keep_samples:
+                record["samples_ms"] = samples.get(key)
+            self.emit(record)
+
+    def _prepare_all(self, work: Work, keys: Sequence[Key], prepared: Prepared) -> None:
+        """Fill `prepared` with a sampler of each key, or with why there is none; and cuBLAS."""
+        gemms = list(dict.fromkeys(_gemm_of(phase) for _, phase in keys))
+        every = {g: rotated(work, self.timer.device, self.timer.l2_bytes, g) for g in gemms}
+        for key in keys:
+            rival, phase, sets = RIVALS[key[0]], key[1], every[_gemm_of(key[1])]
+            try:
+                reason = self.refusal(rival, work, phase) or self._known_to_agree(rival, work)
+                if reason is None:
+                    taker, peak = self._prepare(rival, work, phase, sets)
+                    prepared.takers[key], prepared.peaks[key] = taker, peak
+            except Exception as error:  # a rival's failure costs its own number only
+                reason = _failure(error)
+            if reason is not None:
+                prepared.reasons[key] = reason
+        for gemm in filter(work.gemm, gemms):
+            prepared.takers[CUBLAS, gemm] = self._gemm_sampler(work, gemm)
+
+    def _known_to_agree(self, rival: Rival, work: Work) -> str | None:
+        if rival.trusted:
+            return None
+        key = rival.name, checked(work)
+        if key not in self._agreement:
+            self._agreement[key] = disagreement(rival, work, self.timer.device)
+        return self._agreement[key]
+
+    def _prepare(
+        self, rival: Rival, work: Work, phase: str, sets: Sequence[Mapping[str, Tensor]]
+    ) -> tuple[Sampler, int]:
+        roof = machine.ROOFS["H100"]
+        graph = roof.milliseconds(work.flops(phase), work.bytes(phase), work.dtype) < GRAPH_BELOW_MS
+        with rival.preparing(phase):
+            calls = calls_of(rival, work, phase, sets)
+            peak = self.timer.peak_bytes(calls[0])
+            return self.timer.sampler(calls, graph), peak
+
+    def _gemm_sampler(self, work: Work, phase: str) -> Sampler:
+        gemm = work.gemm(phase)
+        assert gemm is not None
+        M, N, K = gemm
+        make = lambda *shape: torch.randn(  # noqa: E731
+            shape, device=self.timer.device, dtype=work.torch_dtype
+        )
+        size = (M + N) * K * work.torch_dtype.itemsize
+        # Weights as they lie in a model: rows of K, but w_down in the backward has columns of it.
+        weight = lambda: make(K, N) if phase == DGLU else make(N, K).t()  # noqa: E731
+        pairs = [(make(M, K), weight()) for _ in range(3 * self.timer.l2_bytes // size + 1)]
+        calls: list[Call] = [lambda a=a, b=b: torch.mm(a, b) for a, b in pairs]  # type: ignore[misc]
+        moved = size + M * N * work.torch_dtype.itemsize
+        ms = machine.ROOFS["H100"].milliseconds(2 * M * N * K, moved, work.dtype)
+        return self.timer.sampler(calls, ms < GRAPH_BELOW_MS)
+
+    def _cublas(self, work: Work, phase: str, samples: Sequence[float] | None) -> float | None:
+        gemm = work.gemm(phase)
+        if gemm is None or samples is None:
+            return None
+        M, N, K = gemm
+        tflops = 2 * M * N * K / summarize(samples).median / 1e9
+        self.emit({
+            "kind": "stick", "name": "cublas", "dtype": work.dtype, "M": M, "N": N, "K": K,
+            "tflops": tflops, "gbps": None,
+        })  # fmt: skip
+        return tflops
+
+
+def _gemm_of(phase: str) -> str:
+    """The phases that share arguments and cuBLAS's GEMM are named by one of them."""
+    return DGLU if phase == DGLU else "forward"
+
+
+def _failure(error: Exception) -> str:
+    """A record's reason: the kind of failure and the first line of its message."""
+    first = (str(error).strip().splitlines() or [""])[0][:200]
+    return f"failed: {type(error).__name__}: {first}"
+
+
+def record_of(
+    work: Work,
+    provider: str,
+    phase: str,
+    samples: Sequence[float] | None,
+    peak: int | None,
+    sticks: Sticks,
+    skipped: str | None,
+) -> Record:
+    """A time record; without samples its measured fields are null and `skipped` says why."""
+    if (samples is None) == (skipped is None):
+        raise ValueError("a time record has either samples or a reason for having none")
+    flops, moved = work.flops(phase), work.bytes(phase)
+    record: dict[str, Any] = {
+        "kind": "time", **work.identity(), "provider": provider, "phase": phase,
+        "model": work.model, "flops": flops, "bytes": moved, "skipped": skipped,
+    }  # fmt: skip
+    summary: Summary | None = None if samples is None else summarize(samples)
+    tflops = None if summary is None else flops / summary.median / 1e9
+    gbps = None if summary is None else moved / summary.median / 1e6
+    return {
+        **record,
+        "median_ms": None if summary is None else summary.median,
+        "q20_ms": None if summary is None else summary.q20,
+        "q80_ms": None if summary is None else summary.q80,
+        "tflops": tflops,
+        "gbps": gbps,
+        "of_cublas": None if tflops is None or sticks.cublas is None else tflops / sticks.cublas,
+        "of_copy": None if gbps is None or sticks.copy is None else gbps / sticks.copy,
+        "peak_memory_bytes": peak,
+    }

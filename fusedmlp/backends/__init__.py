@@ -1,0 +1,1 @@
+"""Which implementation runs, how ops are registered with torch, and the CUDA extension."""

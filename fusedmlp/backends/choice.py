@@ -1,0 +1,127 @@
+"""Which implementation runs, and why: "triton", "cuda" or "reference".
+
+`auto`, the default, takes the PyTorch reference for CPU tensors; for CUDA tensors the CUDA kernels
+that `loader.PROVEN` names, where they take the tensors, and else Triton. On a CUDA tensor the
+reference runs only when asked for, and a backend that cannot run the tensors at hand raises. The
+choice is process-wide, like torch.backends: autograd's worker threads must see it too.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..kernels.arch.tile import SKINNY_M
+from ..kernels.device import INTERPRETED
+from .cuda import loader
+
+BACKENDS = ("auto", "triton", "cuda", "reference")
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _known(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+_chosen: str = _known(os.environ.get("FUSEDMLP_BACKEND", "auto"), "FUSEDMLP_BACKEND")
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run everything inside on one backend: "auto", "triton", "cuda" or "reference".
+
+    Process-wide while it is open. A backend that cannot run the given tensors raises; it never
+    falls back. Raises ValueError for an unknown name.
+    """
+    global _chosen
+    previous, _chosen = _chosen, _known(name, "backend")
+    try:
+        yield
+    finally:
+        _chosen = previous
+
+
+def pick(op: str, x: Tensor, name: str = "x") -> str:
+    """The backend that runs `op` on tensors like its argument `name`, `x`: "triton", "cuda" or
+    "reference".
+
+    Between triton and cuda each kernel chooses again at its launch (`launcher`), which compiled
+    code and autograd reach without coming through here.
+    """
+    on_gpu = x.is_cuda
+    if _chosen == "reference" or (_chosen == "auto" and not on_gpu):
+        return "reference"
+    if _chosen == "cuda":
+        if not torch.compiler.is_compiling():
+            for kernel in loader.kernels_of(op) or (None,):
+                loader.require(op, kernel, x)
+        return "cuda"
+    if not on_gpu and not INTERPRETED:
+        raise RuntimeError(
+            f"{op}: backend 'triton' needs CUDA tensors, got {x.device.type}; for Triton's "
+            "interpreter on CPU tensors set TRITON_INTERPRET=1 before Python starts"
+        )
+    if x.dtype not in TRITON_DTYPES:
+        raise TypeError(
+            f"{op}: {name} must be bfloat16, float16 or float32 on backend 'triton', got "
+            f"{x.dtype}; backend('reference') takes any floating dtype"
+        )
+    if _chosen == "auto" and loader.PROVEN and not torch.compiler.is_compiling():
+        kernels = loader.KERNELS.get(op)
+        if kernels and all(loader.proven(kernel, x) for kernel in kernels):
+            return "cuda"
+    return "triton"
+
+
+# Kernels whose Triton twins cut K for few rows, and which do not.
+CUT_BY_TRITON = ("gated_linear_fwd", "linear_act_fwd")
+
+# kernel -> which of its launchers ran last, and where it was not the one preferred, why.
+SERVED: dict[str, str] = {}
+
+
+def launcher(
+    kernel: str, triton: Callable[..., Any], cuda: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A kernel's two launchers as one, which chooses when it is called.
+
+    cuda: takes the extension's own launcher before the arguments of `triton`, and raises
+    `loader.Unfit` before anything is enqueued.
+    """
+
+    @functools.wraps(triton)
+    def launch(x: Tensor, *args: Any) -> Any:
+        SERVED[kernel] = "triton"
+        if _chosen == "cuda":
+            result = cuda(loader.require(kernel, kernel, x), x, *args)
+            SERVED[kernel] = "cuda"
+            return result
+        proven = loader.proven(kernel, x) if _chosen == "auto" else None
+        if proven is not None:
+            try:
+                if kernel in CUT_BY_TRITON and x.shape[0] <= SKINNY_M:
+                    raise loader.Unfit(
+                        f"{kernel}: at {SKINNY_M} rows or fewer Triton cuts K as well"
+                    )
+                result = cuda(proven, x, *args)
+            except loader.Unfit as unfit:
+                SERVED[kernel] = f"triton, not cuda: {unfit}"
+            else:
+                SERVED[kernel] = "cuda"
+                return result
+        return triton(x, *args)
+
+    return launch
+
+
+def chosen() -> str:
+    """The name in force: what `backend()` or FUSEDMLP_BACKEND asked for."""
+    return _chosen

@@ -1,0 +1,1 @@
+"""The CUDA extension: whether it is there, and a launcher for each of its kernels."""

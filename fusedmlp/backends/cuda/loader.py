@@ -1,0 +1,168 @@
+"""The optional CUDA extension `fusedmlp._C`: imported once, when it is first asked for. Why it
+cannot serve is remembered and said with the remedy.
+
+A kernel here is a registered op (`gated_linear_fwd`), as in `_C.OPS`, which maps (kernel,
+architecture) to its launcher.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.device import capability_of
+
+# op -> the kernels that it launches, the forward's first. An op that is not here has none.
+KERNELS = {
+    "gated_linear": ("gated_linear_fwd",),
+    "gated_mlp": ("gated_linear_fwd", "gated_linear_bwd"),
+    "linear_act": ("linear_act_fwd",),
+    "mlp": ("linear_act_fwd", "linear_act_bwd"),
+}
+# The same of kernels without an architecture's own instructions, built for the oldest.
+PORTABLE = {
+    "masked_gated_linear": ("masked_gated_linear_fwd",),
+    "masked_gated_mlp": ("masked_gated_linear_fwd",),
+    "top1_route": ("top1_route_fwd",),
+    "route_to": ("route_to_fwd",),
+    "binary_linear": ("binary_linear_fwd",),
+    "binary_gated_linear": ("binary_gated_linear_fwd",),
+    "binary_gated_mlp": ("binary_gated_linear_fwd", "binary_linear_fwd"),
+}
+# Of those, the ops that they serve in inference alone, and for few rows.
+DECODED = (
+    "masked_gated_linear",
+    "masked_gated_mlp",
+    "binary_linear",
+    "binary_gated_linear",
+    "binary_gated_mlp",
+)
+# (kernel, architecture) that bench/results/ holds a passing check of, on such a GPU: these `auto`
+# takes. The others are opt-in by backend("cuda").
+PROVEN: frozenset[tuple[str, str]] = frozenset()
+# As the extension calls them.
+DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+GEMM_DTYPES = (torch.bfloat16, torch.float16)
+
+_REMEDY = "reinstall fusedmlp with nvcc on PATH and FUSEDMLP_CUDA=1"
+
+
+class Unfit(ValueError):
+    """Good arguments of the op that this kernel does not take: sizes, strides, addresses."""
+
+
+@functools.cache
+def load() -> tuple[Any, str]:
+    """(the extension, ""), or (None, why there is none)."""
+    if importlib.util.find_spec("fusedmlp._C") is None:
+        return None, f"the CUDA extension is not built: {_REMEDY}"
+    try:
+        return importlib.import_module("fusedmlp._C"), ""
+    except Exception as error:  # a broken file may raise anything
+        return None, f"the CUDA extension cannot be loaded ({error}): {_REMEDY}"
+
+
+def available() -> bool:
+    """Is the extension there? It may still hold nothing for the GPU at hand."""
+    return load()[0] is not None
+
+
+def kernels_of(op: str) -> tuple[str, ...]:
+    return KERNELS.get(op) or PORTABLE.get(op) or ()
+
+
+def dtypes_of(kernel: str) -> tuple[torch.dtype, ...]:
+    """What the first tensor of a call may be: of a GEMM 16 bits, of a router's logits float32 too,
+    and of the experts that `route_to` is given an index."""
+    if kernel == "route_to_fwd":
+        return (torch.int64, *DTYPES)
+    return tuple(DTYPES) if kernel == "top1_route_fwd" else GEMM_DTYPES
+
+
+def serves(arch: str, capability: int) -> bool:
+    """sm_90a is for 9.0 alone; sm_80 is for 8.0 and everything newer."""
+    number = arch.removeprefix("sm_")
+    return number == f"{capability}a" or (number.isdigit() and int(number) <= capability)
+
+
+@functools.cache
+def find(kernel: str, capability: int) -> tuple[Callable[..., None] | None, str]:
+    """(launcher, its architecture) of `kernel` for such a GPU, or (None, why there is none)."""
+    extension, why = load()
+    if extension is None:
+        return None, why
+    archs = [arch for name, arch in extension.OPS if name == kernel]
+    for arch in archs:
+        if serves(arch, capability):
+            return extension.OPS[kernel, arch], arch
+    if archs:
+        return None, (
+            f"the CUDA extension holds {kernel} for {', '.join(archs)}, and this GPU is "
+            f"sm_{capability}"
+        )
+    return None, (
+        f"the CUDA extension holds no {kernel}: it was built for {extension.ARCHS}; "
+        f"{_REMEDY}, and with FUSEDMLP_CUDA_ARCHS if it must serve another GPU"
+    )
+
+
+def require(op: str, kernel: str | None, x: Tensor) -> Callable[..., None]:
+    """The launcher of `kernel` for tensors like x; RuntimeError or TypeError says what `op` lacks.
+
+    kernel: None where no CUDA kernel of the op was ever written.
+    """
+    capability = capability_of(x.device)
+    if kernel is None:
+        launcher, why = None, "it has no CUDA kernel"
+    elif not capability:
+        launcher, why = None, f"it needs CUDA tensors, got {x.device.type}"
+    else:
+        launcher, why = find(kernel, capability)
+    if launcher is None or kernel is None:
+        raise RuntimeError(
+            f"{op}: backend 'cuda' was asked for, but {why}; or use backend('auto') or "
+            "backend('triton')"
+        )
+    taken = dtypes_of(kernel)
+    if x.dtype not in taken:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in taken)
+        raise TypeError(
+            f"{op}: x must be {names} on backend 'cuda', got {x.dtype}; backend('triton') takes "
+            "float32 too, backend('reference') any floating dtype"
+        )
+    return launcher
+
+
+def proven(kernel: str, x: Tensor) -> Callable[..., None] | None:
+    """The launcher of `kernel` for tensors like x if `auto` may take it."""
+    if not PROVEN or x.dtype not in dtypes_of(kernel):
+        return None
+    launcher, arch = find(kernel, capability_of(x.device))
+    return launcher if (kernel, arch) in PROVEN else None
+
+
+def describe(capability: int) -> list[str]:
+    """For explain(): what the extension holds, and for whom; capability: of the GPU at hand, or
+    0."""
+    extension, why = load()
+    if extension is None:
+        return [f"cuda backend: none: {why}"]
+    lines = [f"cuda backend: built with CUDA {extension.CUDA} for {extension.ARCHS}"]
+    groups: dict[str, list[str]] = {}
+    for kernel, arch in sorted(extension.OPS):
+        if not capability:
+            use = "needs such a GPU"
+        elif not serves(arch, capability):
+            use = f"not for this GPU, sm_{capability}"
+        elif (kernel, arch) in PROVEN:
+            use = "taken by auto where it takes the tensors"
+        else:
+            use = "opt-in by backend('cuda'): no device record has passed yet"
+        groups.setdefault(f"{arch}, {use}", []).append(kernel)
+    return lines + [f"  {group}: {', '.join(kernels)}" for group, kernels in groups.items()]

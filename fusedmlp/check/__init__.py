@@ -1,0 +1,104 @@
+"""Argument errors, worded once: op, argument, what was expected, what was got.
+
+These run on every call, so each tensor's attributes are read once: on a CPU they cost as much as a
+small matrix product.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..packing import Packed
+from ..reference.activations import ACTIVATIONS
+
+
+def shape(op: str, name: str, t: Tensor, *expected: int) -> None:
+    if t.shape != expected:
+        raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(t.shape)}")
+
+
+def columns(op: str, name: str, t: Tensor, expected: int, meaning: str) -> None:
+    """`t` is (..., expected)."""
+    # A slice, so that a scalar's empty shape compares unequal instead of raising.
+    if t.shape[-1:] != (expected,):
+        raise ValueError(f"{op}: {name} must be (..., {expected}): {meaning}; got {tuple(t.shape)}")
+
+
+def matrix(op: str, name: str, t: Tensor, meaning: str) -> torch.Size:
+    """The shape of `t`, which must be a matrix."""
+    size = t.shape
+    if len(size) != 2:
+        raise ValueError(f"{op}: {name} must be a matrix {meaning}, got shape {tuple(size)}")
+    return size
+
+
+def down(op: str, w_name: str, w: Tensor, H: int, b_name: str, b: Tensor | None) -> None:
+    """The down projection w (D_out, H) and its bias (D_out,)."""
+    D_out, width = matrix(op, w_name, w, "(D_out, H)")
+    if width != H:
+        raise ValueError(f"{op}: {w_name} must have shape {(D_out, H)}, got {(D_out, width)}")
+    if b is not None:
+        shape(op, b_name, b, D_out)
+
+
+def like_x(op: str, x: Tensor, required: tuple[str, ...] = (), **others: Tensor | None) -> None:
+    """Every tensor shares x's floating dtype and device; only the `required` cannot be None."""
+    dtype, device = x.dtype, x.device
+    if not dtype.is_floating_point:
+        raise TypeError(f"{op}: x must have a floating dtype, got {dtype}")
+    for name, t in others.items():
+        if t is None and name not in required:
+            continue
+        if not (isinstance(t, Tensor) and t.dtype is dtype and t.device == device):
+            _raise_unlike_x(op, x, name, t)
+
+
+def _raise_unlike_x(op: str, x: Tensor, name: str, t: object) -> NoReturn:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
+    if t.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {t.dtype}")
+    raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {t.device}")
+
+
+def activation(op: str, name: str) -> None:
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
+
+
+def packed(op: str, first: str, second: str, is_packed: bool, order: Packed | None) -> None:
+    """`second` is None exactly when `first` holds both halves and `packed` says in which order."""
+    if order not in (None, "gate_up", "up_gate"):
+        raise ValueError(f"{op}: packed must be None, 'gate_up' or 'up_gate', got {order!r}")
+    if is_packed != (order is not None):
+        raise ValueError(
+            f"{op}: packed must be 'gate_up' or 'up_gate' with {second}=None and both halves in "
+            f"{first}, or None with {first} and {second} apart; got packed={order!r} and "
+            f"{second}={'None' if is_packed else 'a tensor'}"
+        )
+
+
+def autocast_dtype(op: str, x: Tensor, name: str = "x") -> torch.dtype | None:
+    """The dtype that autocast wants, or None outside autocast."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(x).__name__}")
+    # Not x.device.type: making that string costs a microsecond.
+    device = "cuda" if x.is_cuda else "cpu"
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def cast(dtype: torch.dtype, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """All floating tensors in autocast's dtype, but for float64 as autocast has it; autograd casts
+    the gradients back."""
+    return tuple(t.to(dtype) if _is_castable(t) else t for t in tensors)  # type: ignore[union-attr]
+
+
+def _is_castable(t: object) -> bool:
+    return isinstance(t, Tensor) and t.dtype.is_floating_point and t.dtype != torch.float64
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

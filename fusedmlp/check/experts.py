@@ -1,0 +1,106 @@
+"""Argument errors of the ops over experts: weights, and a Routing beside the tokens and the experts
+that it is used for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import check
+from ..packing import Packed
+from ..reference import Routing
+
+# The fields that a consumer may read, in their order; prob's dtype is x's or float32.
+_FIELDS = (
+    ("expert", torch.int64),
+    ("prob", None),
+    ("tokens", torch.int32),
+    ("rows", torch.int32),
+    ("offsets", torch.int32),
+    ("counts", torch.int32),
+)
+
+
+def check_kind(op: str, routing: Routing) -> None:
+    if not isinstance(routing, Routing):
+        raise TypeError(f"{op}: routing must be a Routing, got {type(routing).__name__}")
+
+
+def check_routing(op: str, x: Tensor, routing: Routing, E: int, uses_prob: bool = True) -> None:
+    """Every field of `routing` is one of x's tokens to E experts, on x's device; prob if used.
+
+    Raises TypeError (kind, dtype) or ValueError (shape, device).
+    """
+    check_kind(op, routing)
+    T, device = x.shape[:-1].numel(), x.device
+    sizes = (T, T, T, T, E + 2, E)
+    for (name, dtype), t, size in zip(_FIELDS, routing[:6], sizes, strict=True):
+        if dtype is None and not uses_prob:
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{op}: routing.{name} must be a Tensor, got {type(t).__name__}")
+        if t.shape != (size,):
+            raise ValueError(
+                f"{op}: routing.{name} must have shape {(size,)} for x's {T} tokens and the "
+                f"weights' {E} experts, got {tuple(t.shape)}"
+            )
+        if dtype is not None and t.dtype is not dtype:
+            raise TypeError(f"{op}: routing.{name} must be {dtype}, got {t.dtype}")
+        if dtype is None and t.dtype not in (x.dtype, torch.float32):
+            raise TypeError(
+                f"{op}: routing.prob must have x's dtype {x.dtype} or torch.float32, got {t.dtype}"
+            )
+        if t.device != device:
+            raise ValueError(f"{op}: routing.{name} must be on x's device {device}, got {t.device}")
+
+
+def autocast_prob(routing: Routing, dtype: torch.dtype) -> Routing:
+    """`routing` with a prob in 16 bits made autocast's; float32, which is more, stays."""
+    prob = routing.prob
+    if isinstance(prob, Tensor) and prob.dtype in (torch.bfloat16, torch.float16):
+        return routing._replace(prob=prob.to(dtype))
+    return routing
+
+
+Experts = tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def check_experts(
+    op: str, x: Tensor, experts: Experts, activation: str, packed: Packed | None
+) -> int:
+    """The rule of x and the experts' parameters, in moe_mlp's order. Returns E."""
+    w_gate, w_up, w_down, b_gate, b_up, b_down = experts
+    check.like_x(
+        op, x, ("w_gate", "w_down"), w_gate=w_gate, w_up=w_up, w_down=w_down,
+        b_gate=b_gate, b_up=b_up, b_down=b_down,
+    )  # fmt: skip
+    check.activation(op, activation)
+    if packed not in (None, "gate_up", "up_gate"):
+        raise ValueError(f"{op}: packed must be None, 'gate_up' or 'up_gate', got {packed!r}")
+    for name, w in (("w_gate", w_gate), ("w_down", w_down)):
+        if w.dim() != 3:
+            raise ValueError(f"{op}: {name} must be (E, rows, columns), got {tuple(w.shape)}")
+    E, N, D = w_gate.shape
+    if E < 1:
+        raise ValueError(f"{op}: w_gate must hold at least 1 expert, got {tuple(w_gate.shape)}")
+    check.columns(op, "x", x, D, "D of w_gate")
+    if packed:
+        if w_up is not None:
+            raise ValueError(f"{op}: w_up must be None when packed, got a tensor")
+        if N % 2:
+            raise ValueError(f"{op}: w_gate must be (E, 2H, D) when packed, got {(E, N, D)}")
+    elif w_up is not None:
+        check.shape(op, "w_up", w_up, E, N, D)
+    D_out, H = w_down.shape[1], N // 2 if packed else N
+    check.shape(op, "w_down", w_down, E, D_out, H)
+    if b_gate is not None:
+        check.shape(op, "b_gate", b_gate, E, N)
+    if w_up is None and b_up is not None:
+        raise ValueError(f"{op}: b_up must be None where w_up is None, got a tensor")
+    if w_up is not None and (b_gate is None) != (b_up is None):
+        raise ValueError(f"{op}: b_gate and b_up must both be given or both be None, got one")
+    if b_up is not None:
+        check.shape(op, "b_up", b_up, E, N)
+    if b_down is not None:
+        check.shape(op, "b_down", b_down, E, D_out)
+    return E

@@ -1,0 +1,119 @@
+"""explain(): which implementation runs each op here, and why."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import nn
+
+from .backends import choice
+from .backends.cuda import loader
+from .kernels.device import arch_of, capability_of
+from .kernels.pick import LAST
+from .ops import (
+    binary_gated_linear,
+    binary_gated_mlp,
+    binary_linear,
+    gated_act,
+    gated_linear,
+    gated_mlp,
+    hyper_attention,
+    hyper_attention_step,
+    linear_act,
+    masked_gated_linear,
+    masked_gated_mlp,
+    mlp,
+    moe_linear,
+    moe_mlp,
+    top1_route,
+)
+from .patching.swap import Patched
+
+OPS = (
+    binary_gated_linear.OP,
+    binary_gated_mlp.OP,
+    binary_linear.OP,
+    gated_act.OP,
+    gated_linear.OP,
+    gated_mlp.OP,
+    hyper_attention.OP,
+    hyper_attention_step.OP,
+    linear_act.OP,
+    masked_gated_linear.OP,
+    masked_gated_mlp.OP,
+    mlp.OP,
+    top1_route.OP,
+    top1_route.route_to.__name__,
+    moe_mlp.OP,
+    moe_linear.OP,
+)
+
+
+def _device_line(device: torch.device) -> str:
+    try:
+        x = torch.empty(0, dtype=torch.bfloat16, device=device)
+        where = choice.pick(gated_linear.OP, x)
+    except RuntimeError as error:
+        return f"{device.type} tensors: none: {error}"
+    if where == "reference":
+        asked = choice.chosen() == "reference"
+        why = "asked for" if asked else "no GPU kernel runs on CPU tensors"
+        return f"{device.type} tensors: reference ({why})"
+    if device.type == "cpu":
+        return "cpu tensors: triton, in Triton's interpreter (TRITON_INTERPRET=1)"
+    if where == "cuda":
+        if choice.chosen() == "cuda":
+            return f"{device.type} tensors: cuda (asked for)"
+        return f"{device.type} tensors: cuda where it takes them, else triton"
+    arch = arch_of(device)
+    return f"{device.type} tensors: triton, tiles of {arch.name}"
+
+
+def _last_launch(kernel: str) -> str:
+    served = choice.SERVED.get(kernel, "triton")
+    if served == "cuda":
+        return f"last launch of {kernel}: cuda"
+    why = served.removeprefix("triton")
+    return f"last launch of {kernel}: tile {LAST.get(kernel, 'none, it was empty')}{why}"
+
+
+def _path(module: nn.Module) -> str | None:
+    if isinstance(module, Patched):
+        return module._path()
+    # Of a class of ours: a submodule, or another library's method, may have the name.
+    method = getattr(type(module), "path", None)
+    ours = getattr(method, "__module__", "").startswith(f"{__package__}.")
+    return method(module) if callable(method) and ours else None
+
+
+def _layer_lines(layer: nn.Module) -> list[str]:
+    """One line for each module in `layer` that chooses between a fused call and PyTorch's."""
+    return [
+        f"{name or 'the layer'} ({type(module).__name__}): {path}"
+        for name, module in layer.named_modules()
+        if (path := _path(module))
+    ]
+
+
+def explain(layer: nn.Module | None = None) -> str:
+    """A text of what runs where: versions, the chosen backend, what the CUDA extension holds or why
+    it is not there, each device's backend, what each kernel was last launched with, and which calls
+    in `layer` are fused.
+
+    Raises TypeError unless `layer` is an nn.Module or None.
+    """
+    if layer is not None and not isinstance(layer, nn.Module):
+        raise TypeError(f"explain: layer must be an nn.Module or None, got {layer!r}")
+    lines = [
+        f"torch {torch.__version__}, triton {triton.__version__}, "
+        f"backend {choice.chosen()!r} (backend(), FUSEDMLP_BACKEND)",
+    ]
+    gpu = torch.device("cuda") if torch.cuda.is_available() else None
+    lines += loader.describe(capability_of(gpu) if gpu else 0)
+    lines.append(_device_line(torch.device("cpu")))
+    lines.append(_device_line(gpu) if gpu else "cuda tensors: none, torch finds no GPU")
+    lines.append(f"ops: {', '.join(OPS)}")
+    lines += [_last_launch(kernel) for kernel in sorted(LAST.keys() | choice.SERVED.keys())]
+    if layer is not None:
+        lines += _layer_lines(layer)
+    return "\n".join(lines)

@@ -1,0 +1,201 @@
+"""E FeedForwards of one shape, their parameters stacked: one tensor (E, ...) for each name.
+
+state_dict and load_state_dict speak of `i.<name>`, as a ModuleList of FeedForwards would, and
+`experts[i]` is a FeedForward over views of expert i; forward neither stacks nor copies. The
+parameters are the stacks: to an optimizer, to named_parameters and to requires_grad_, which need
+leaves, an expert alone cannot be given.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ...ops.moe_mlp import moe_mlp
+from ...reference import Routing
+from ...reference.moe import by_expert
+from ...weights.masks import PackedMasks, pack_masks
+from ..feedforward import FeedForward, drop_aliases
+from ..glu import GLUBase
+from ..masked_glu import MaskedGLU
+from .activation import name_of
+from .block import passes_through
+
+
+class StackedExperts(nn.Module):
+    """num FeedForwards, each made by `make()`; see the file.
+
+    forward(x, routing) is moe_mlp in one fused call as long as nothing stands between an expert's
+    two projections: no active dropout, no norm before, no masks, an activation with a kernel.
+    Otherwise each expert runs on its own tokens in PyTorch, for which the host waits for the
+    routing; under torch.compile every expert then runs on every token.
+    """
+
+    def __init__(self, num: int, make: Callable[[], FeedForward]) -> None:
+        super().__init__()
+        made = [make() for _ in range(num)]
+        if next(made[0].buffers(), None) is not None:
+            raise TypeError(
+                "StackedExperts: an expert's activation or norm must have no buffers, which cannot "
+                "be stacked; got one with"
+            )
+        self.num_experts = num
+        # In a tuple, so that it is no submodule: it holds settings and structure, no parameters.
+        self._template = (copy.deepcopy(made[0]).to("meta"),)
+        self._names: dict[str, str] = {}
+        for name, _ in made[0].named_parameters():
+            own = name.replace(".", "_")
+            self._names[own] = name
+            stacked = torch.stack([e.get_parameter(name).detach() for e in made])
+            self.register_parameter(own, nn.Parameter(stacked))
+        self.register_state_dict_post_hook(_unstack)
+        self.register_load_state_dict_pre_hook(_stack)
+
+    def init_weights_(self) -> None:
+        """Give every expert its initial values again, or at last on a module built on meta."""
+        for i in range(self.num_experts):
+            self[i].init_weights_()
+
+    def __len__(self) -> int:
+        return self.num_experts
+
+    def __iter__(self) -> Iterator[FeedForward]:
+        return (self[i] for i in range(self.num_experts))
+
+    def __getitem__(self, i: int) -> FeedForward:
+        """Expert i over views: what is written there is written here, and what is differentiated
+        there gets its gradient here. The module is made anew on each access, with the `grad` of
+        then."""
+        i = range(self.num_experts)[i]
+        expert = copy.deepcopy(self._template[0]).train(self.training)
+        for name, stacked in self._stacks():
+            with torch.enable_grad():  # or requires_grad_ would take the view for a leaf
+                view = stacked[i]
+            view.grad = None if stacked.grad is None else stacked.grad[i]
+            owner, _, leaf = name.rpartition(".")
+            module = expert.get_submodule(owner)
+            tensors = module._parameters if leaf in module._parameters else module._buffers
+            tensors[leaf] = view  # type: ignore[assignment]
+        return expert
+
+    def _stacks(self) -> Iterator[tuple[str, Tensor]]:
+        """Every stack with its name in an expert."""
+        return ((name, getattr(self, own)) for own, name in self._names.items())
+
+    def _packed(self) -> Iterator[tuple[int, tuple[str, PackedMasks]]]:
+        """Every expert's frozen masks: its number, their name in it, and what they must be."""
+        frozen = [
+            (name, module)
+            for name, module in self._template[0].named_modules()
+            if isinstance(module, PackedMasks)
+        ]
+        return itertools.product(range(self.num_experts), frozen)
+
+    def freeze_masks(self) -> None:
+        """`MaskedGLU.freeze_masks` of every expert, for good; a state_dict then has its bits.
+
+        Raises RuntimeError where the experts have no masks over elements or these are frozen,
+        ValueError for a logit that is not finite.
+        """
+        glu = self._template[0].net[0]
+        if not isinstance(glu, MaskedGLU):
+            raise RuntimeError(
+                "StackedExperts: freeze_masks() needs experts with a masked glu_variant, got "
+                f"{self._template[0].glu_variant!r}"
+            )
+        glu.check_unfrozen()
+        packed = [pack_masks(logits) for logits in self.get_parameter("net_0_mask")]
+        self.register_buffer("net_0_packed_planes", torch.stack([one.planes for one in packed]))
+        glu.replace_masks(packed[0].to("meta"))
+        del self.net_0_mask, self._names["net_0_mask"]
+        self._names["net_0_packed_planes"] = "net.0.packed.planes"
+
+    def _parts(self) -> dict[str, Tensor | None]:
+        """The arguments of moe_mlp that hold parameters."""
+        own = dict(self._stacks())
+        first, last = ("net.0.proj", "net.2") if self._gated else ("net.0", "net.3")
+        return {
+            "w_gate": own[f"{first}.weight"], "w_up": None, "w_down": own[f"{last}.weight"],
+            "b_gate": own[f"{first}.bias"], "b_down": own[f"{last}.bias"],
+        }  # fmt: skip
+
+    @property
+    def _gated(self) -> bool:
+        return self._template[0].glu_variant != "none"
+
+    def _fused_activation(self) -> str | None:
+        """The kernel's name of the experts' activation if all of an expert can be fused."""
+        template = self._template[0]
+        if isinstance(template.net[0], MaskedGLU):
+            return None
+        act = cast(GLUBase, template.net[0]).activation if self._gated else template.net[1]
+        dropout = template.net[1] if self._gated else template.net[2]
+        idle = not self.training or passes_through(dropout)
+        return name_of(cast(nn.Module, act)) if idle and template.pre_norm is None else None
+
+    def path(self) -> str:
+        """For explain(): whether the experts run as one call now."""
+        activation = self._fused_activation()
+        if activation is None:
+            return f"{self.num_experts} experts one by one in PyTorch"
+        return f"{self.num_experts} experts in one call, fused as {activation!r}"
+
+    def slices(self) -> list[dict[str, Tensor]]:
+        """Every expert's tensors by their names in FeedForward, as views with gradients."""
+        parts = {name: stacked.unbind() for name, stacked in self._stacks()}
+        return [{name: views[i] for name, views in parts.items()} for i in range(self.num_experts)]
+
+    def one(self, own: dict[str, Tensor], x: Tensor) -> Tensor:
+        """x through the expert whose tensors are `own`, one of `slices`."""
+        self._template[0].train(self.training)
+        return cast(Tensor, functional_call(self._template[0], own, (x,)))
+
+    def forward(self, x: Tensor, routing: Routing) -> Tensor:
+        """prob * expert(x), and 0 for dropped tokens. x (..., dim)."""
+        activation = self._fused_activation()
+        if activation is not None:
+            packed: Any = "up_gate" if self._gated else None
+            return moe_mlp(x, routing, **self._parts(), activation=activation, packed=packed)  # type: ignore[arg-type]
+        flat, own = x.reshape(-1, x.shape[-1]), self.slices()
+        y = by_expert(flat, routing, lambda rows, e: self.one(own[e], rows))
+        scaled = (routing.prob.unsqueeze(1) * y).to(y.dtype)
+        return torch.where(routing.kept.unsqueeze(1), scaled, 0).view(x.shape)
+
+
+def _unstack(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    experts = cast(StackedExperts, module)
+    for own, name in experts._names.items():
+        for i, view in enumerate(state.pop(f"{prefix}{own}").unbind()):
+            state[f"{prefix}{i}.{name}"] = view
+    for i, (name, packed) in experts._packed():
+        state[f"{prefix}{i}.{name}._extra_state"] = packed.get_extra_state()
+
+
+def _stack(
+    module: nn.Module,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: Any,
+    strict: bool,
+    missing: list[str],
+    *_: Any,
+) -> None:
+    """Keys of a missing expert stay as they are, and are reported as unexpected."""
+    experts = cast(StackedExperts, module)
+    for i in range(experts.num_experts):
+        drop_aliases(experts._template[0], state, f"{prefix}{i}.")
+    for i, (name, packed) in experts._packed():
+        packed.check_saved(state, f"{prefix}{i}.{name}.")
+        width = f"{prefix}{i}.{name}._extra_state"
+        if state.pop(width, None) is None and strict:
+            missing.append(width)
+    for own, name in experts._names.items():
+        keys = [f"{prefix}{i}.{name}" for i in range(experts.num_experts)]
+        if all(key in state for key in keys):
+            state[f"{prefix}{own}"] = torch.stack([state.pop(key) for key in keys])

@@ -1,0 +1,80 @@
+"""Tiles of the dense family's GEMMs."""
+
+from __future__ import annotations
+
+from .tile import ELEMENT, FP32_ELEMENT, FP32_SKINNY, INTERPRETED_SKINNY, SKINNY, Tile, Tiles
+
+# CUDA cores, unless the caller allows TF32: one set of tiles for every architecture.
+FP32: Tiles = {
+    ("gated_linear_fwd", 4): (Tile(64, 64, 16, 8, 3, subtiles=2), FP32_ELEMENT, *FP32_SKINNY),
+    ("linear_act_fwd", 4): (Tile(64, 64, 16, 8, 3), FP32_ELEMENT, *FP32_SKINNY),
+    ("gated_linear_bwd", 4): (Tile(64, 64, 32, 8, 3, subtiles=4), FP32_ELEMENT),
+    ("linear_act_bwd", 4): (Tile(64, 64, 32, 8, 3, subtiles=4), FP32_ELEMENT),
+}
+# mma.sync in 100 KB of shared memory.
+MMA: Tiles = {
+    ("gated_linear_fwd", 2): (
+        Tile(128, 64, 32, 8, 4),
+        Tile(64, 64, 32, 4, 4),
+        ELEMENT,
+        *SKINNY,
+    ),
+    ("linear_act_fwd", 2): (
+        Tile(128, 128, 32, 8, 4),
+        Tile(64, 64, 32, 4, 4),
+        ELEMENT,
+        *SKINNY,
+    ),
+    ("gated_linear_bwd", 2): (
+        Tile(128, 128, 32, 8, 4, subtiles=4),
+        Tile(64, 64, 32, 4, 4, subtiles=2),
+        ELEMENT,
+    ),
+    ("linear_act_bwd", 2): (
+        Tile(128, 128, 32, 8, 4, subtiles=4),
+        Tile(64, 64, 32, 4, 4, subtiles=2),
+        ELEMENT,
+    ),
+}
+# wgmma or tcgen05.
+TMA: Tiles = {
+    ("gated_linear_fwd", 2): (
+        Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma"),
+        Tile(64, 128, 64, 4, 4, subtiles=2, loads="tma"),
+        ELEMENT,
+        *SKINNY,
+    ),
+    ("linear_act_fwd", 2): (
+        Tile(128, 256, 64, 8, 3, subtiles=4, loads="tma"),
+        Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma"),
+        Tile(64, 128, 64, 4, 4, subtiles=2, loads="tma"),
+        ELEMENT,
+        *SKINNY,
+    ),
+    ("gated_linear_bwd", 2): (
+        # 128x256 spills: its accumulator takes 128 of 255 registers, the dGLU epilogue the rest.
+        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma"),
+        Tile(64, 128, 64, 4, 4, subtiles=4, loads="tma"),
+        ELEMENT,
+    ),
+    ("linear_act_bwd", 2): (
+        Tile(128, 256, 64, 8, 3, subtiles=8, loads="tma"),
+        Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma"),
+        Tile(64, 128, 64, 4, 4, subtiles=4, loads="tma"),
+        ELEMENT,
+    ),
+}
+INTERPRETED: Tiles = {
+    (kernel, size): (
+        Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="tma", group_m=2),
+        Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="element", group_m=2),
+        *(INTERPRETED_SKINNY if kernel.endswith("_fwd") else ()),
+    )
+    for kernel, subtiles in (
+        ("gated_linear_fwd", 2),
+        ("linear_act_fwd", 1),
+        ("gated_linear_bwd", 4),
+        ("linear_act_bwd", 2),
+    )
+    for size in (2, 4)
+}

@@ -1,0 +1,65 @@
+"""How one launch is cut: a `Tile`, and what the tile tables of several rooms share.
+
+The tables are the files beside this one. Their sizes were chosen from the compiler's own report
+(no spill, fits shared memory, tensor-core opcode present); no GPU has timed them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+SKINNY_M = 16  # up to this many rows a GEMM is bound by its weight's bytes
+
+
+def cdiv(a: int, b: int) -> int:
+    """ceil(a / b). triton.cdiv on the host costs 9 us a call."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one GEMM launch is cut.
+
+    subtiles: the epilogue handles the tile in that many column parts, so that fewer registers are
+    live. loads: "tma" moves tiles by TMA descriptors under a persistent grid; "vector" by pointers,
+    16 bytes a thread; "element" makes no demand on strides or sizes. group_m: rows of tiles visited
+    together, for L2.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    subtiles: int = 1
+    loads: Literal["tma", "vector", "element"] = "vector"
+    group_m: int = 8
+
+    @property
+    def tma(self) -> bool:
+        return self.loads == "tma"
+
+    @property
+    def skinny(self) -> bool:
+        return self.block_m <= SKINNY_M
+
+    def __str__(self) -> str:
+        return (
+            f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, "
+            f"{self.num_stages} stages, {self.loads} loads"
+        )
+
+
+# (kernel, bytes of an element) -> tiles, the preferred first. A kernel is a launcher's name:
+# gated_linear_fwd and so on.
+Tiles = Mapping[tuple[str, int], tuple[Tile, ...]]
+
+# Any strides, any size: per-element addresses cost registers, so the K step is short.
+ELEMENT = Tile(64, 32, 16, 4, 2, subtiles=2, loads="element")
+SKINNY = (Tile(16, 32, 128, 4, 4), Tile(16, 32, 32, 4, 2, loads="element"))
+FP32_ELEMENT = Tile(32, 32, 16, 4, 2, loads="element")
+FP32_SKINNY = (Tile(16, 32, 32, 4, 3), Tile(16, 32, 16, 4, 2, loads="element"))
+# Small, so that small inputs cross several tiles, K steps and ragged edges.
+INTERPRETED_SKINNY = (Tile(16, 32, 16, 4, 2), Tile(16, 32, 16, 4, 2, loads="element"))

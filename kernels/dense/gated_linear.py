@@ -1,0 +1,287 @@
+"""h = act(x w_gate') * (x w_up') in one pass over x, and the backward of what comes before and
+after it.
+
+| kernel | reads | writes |
+|---|---|---|
+| _fwd_kernel | x, w_gate, w_up, biases | h, g, u: whichever are wanted |
+| skinny.py's kernels | the same, for few rows | the same |
+| _bwd_kernel | dy, w_down, g, u | dg, du, h, column sums of dg and du |
+
+Without w_up and u the same kernels are those of a plain linear with activation (linear_act.py).
+Gate and up share each x tile and need no repacking: one TMA box takes rows of both weights into one
+product twice as wide; where TMA cannot (tiles.stacked_of), two accumulators do. Names of
+sizes: x (M, D), weights (H, D), h (M, H); in the backward dy (M, D) and w_down (D, H), read as its
+(H, D) transpose.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...packing import Packed, empty_pair, split_pair
+from ..activations import DEVICE
+from ..arch.tile import cdiv
+from ..epilogues import store_bwd, store_fwd
+from ..pick import LAST, pick_splits, pick_tile
+from ..skinny import launch_split
+from ..tiles import (
+    aligned,
+    column_parts,
+    gemm_options,
+    grid_of,
+    multiply,
+    multiply_stacked,
+    precision,
+    rows_of,
+    stacked_of,
+    tile_at,
+    weight_of,
+)
+
+
+@triton.jit
+def _fwd_kernel(
+    x,
+    w_gate,
+    w_up,
+    b_gate_ptr,
+    b_up_ptr,
+    h,
+    g,
+    u,
+    M,
+    H,
+    D,
+    stride_xm,
+    stride_xd,
+    stride_gate_h,
+    stride_gate_d,
+    stride_up_h,
+    stride_up_d,
+    stride_hm,
+    stride_gm,
+    stride_bg,
+    stride_bu,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    TMA: tl.constexpr,
+    GATE_K_MAJOR: tl.constexpr,
+    UP_K_MAJOR: tl.constexpr,
+    STACKED: tl.constexpr,
+    UP_FIRST: tl.constexpr,
+    MASK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    GATED: tl.constexpr = STACKED or w_up is not None
+    # Flattened into one loop, the next tile's loads run under this one's epilogue. With two
+    # accumulators ptxas then waits after every wgmma (kernels/README.md).
+    FLATTEN: tl.constexpr = TMA and (STACKED or not GATED)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(H, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
+        tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
+        m0 = tile_m * BLOCK_M
+        n0 = tile_n * BLOCK_N
+        if STACKED:
+            acc_g, acc_u = multiply_stacked(
+                x, w_gate, m0, n0, D, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
+            )
+            if UP_FIRST:
+                acc_g, acc_u = acc_u, acc_g
+        else:
+            acc_g, acc_u = multiply(
+                x, stride_xm, stride_xd,
+                w_gate, stride_gate_h, stride_gate_d,
+                w_up, stride_up_h, stride_up_d,
+                m0, n0, 0, D, M, H, D,
+                BLOCK_M, BLOCK_N, BLOCK_K, TMA, GATE_K_MAJOR, UP_K_MAJOR, MASK_K, PRECISION,
+            )  # fmt: skip
+        PART: tl.constexpr = BLOCK_N // SUBTILES
+        parts_g = column_parts(acc_g, BLOCK_M, BLOCK_N, SUBTILES)
+        parts_u = column_parts(acc_u, BLOCK_M, BLOCK_N, SUBTILES)
+        for i in tl.static_range(SUBTILES):
+            store_fwd(
+                parts_g[i], parts_u[i], b_gate_ptr, b_up_ptr, h, g, u, m0, n0 + i * PART, M, H,
+                stride_hm, stride_gm, stride_bg, stride_bu, ACT, BLOCK_M, PART, TMA, GATED,
+            )  # fmt: skip
+
+
+@triton.jit
+def _bwd_kernel(
+    dy,
+    w_down,
+    g,
+    u,
+    dg,
+    du,
+    h,
+    sums_ptr,
+    M,
+    H,
+    D,
+    stride_dym,
+    stride_dyd,
+    stride_down_h,
+    stride_down_d,
+    stride_gm,
+    stride_gh,
+    stride_dgm,
+    stride_hm,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    TMA: tl.constexpr,
+    DOWN_K_MAJOR: tl.constexpr,
+    MASK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    GATED: tl.constexpr = u is not None
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(H, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TMA):
+        tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
+        m0 = tile_m * BLOCK_M
+        n0 = tile_n * BLOCK_N
+        dh, _ = multiply(
+            dy, stride_dym, stride_dyd,
+            w_down, stride_down_h, stride_down_d,
+            None, 0, 0,
+            m0, n0, 0, D, M, H, D,
+            BLOCK_M, BLOCK_N, BLOCK_K, TMA, DOWN_K_MAJOR, True, MASK_K, PRECISION,
+        )  # fmt: skip
+        PART: tl.constexpr = BLOCK_N // SUBTILES
+        parts = column_parts(dh, BLOCK_M, BLOCK_N, SUBTILES)
+        for i in tl.static_range(SUBTILES):
+            store_bwd(
+                parts[i], g, u, dg, du, h, sums_ptr, tile_m, tiles_m, m0, n0 + i * PART, M, H,
+                stride_gm, stride_gh, stride_dgm, stride_hm, ACT, BLOCK_M, PART, TMA, GATED,
+            )  # fmt: skip
+
+
+def launch_fwd(
+    kernel: str,
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    h: Tensor | None,
+    g: Tensor | None,
+    u: Tensor | None,
+    activation: str,
+) -> None:
+    """Fill whichever of h, g, u (M, H) are given. `kernel` names the row of tiles."""
+    M, D = x.shape
+    H = w_gate.shape[0]
+    if M == 0 or H == 0:
+        return
+    fits = aligned(x, h, g, u, weights=(w_gate, w_up))
+    tile = LAST[kernel] = pick_tile(kernel, x, M, H, fits)
+    # Of whatever is there; u is laid out as g is.
+    strides = tuple(0 if t is None else t.stride(0) for t in (h, g, b_gate, b_up))
+    if tile.skinny and (splits := pick_splits(tile, x, H, D)) > 1:
+        launch_split(tile, splits, x, w_gate, w_up, b_gate, b_up, h, g, u, strides, activation)
+        return
+    gate, *gate_strides, gate_k_major = weight_of(w_gate, tile.block_n, tile.block_k, tile.tma)
+    up, *up_strides, up_k_major = weight_of(w_up, tile.block_n, tile.block_k, tile.tma)
+    stacked = up_first = False
+    if tile.tma and w_up is not None:
+        both = stacked_of(w_gate, w_up, tile.block_n, tile.block_k)
+        if both is not None:
+            stacked, up = True, None
+            gate, up_first = both
+    block_out = tile.block_n // tile.subtiles
+    options = gemm_options(tile, D % tile.block_k != 0, precision(x.dtype))
+    _fwd_kernel[grid_of(tile, x, M, H)](
+        rows_of(x, tile.block_m, tile.block_k, tile.tma), gate, up, b_gate, b_up,
+        *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (h, g, u)),
+        M, H, D, *x.stride(), *gate_strides, *up_strides, *strides,
+        ACT=DEVICE[activation],
+        GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major, STACKED=stacked, UP_FIRST=up_first,
+        **options,
+    )  # fmt: skip
+
+
+def launch_bwd(
+    kernel: str,
+    dy: Tensor,
+    w_down: Tensor,
+    g: Tensor,
+    u: Tensor | None,
+    dg: Tensor,
+    du: Tensor | None,
+    want_h: bool,
+    want_db: bool,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Fill dg and du (M, H); returns h (M or 0, H) and the column sums of dg and du (1 or 2 or 0,
+    H)."""
+    M, D = dy.shape
+    H = w_down.shape[1]
+    halves = 1 if u is None else 2
+    h = dy.new_empty((M if want_h else 0, H))
+    if M == 0 or H == 0:
+        return h, dy.new_zeros((halves if want_db else 0, H))
+    wanted_h = h if want_h else None
+    fits = aligned(dy, g, u, dg, du, wanted_h, weights=(w_down,))
+    tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fits)
+    tiles_m = cdiv(M, tile.block_m)
+    sums = dy.new_empty((halves, tiles_m, H), dtype=torch.float32) if want_db else None
+    down, *down_strides, k_major = weight_of(w_down.t(), tile.block_n, tile.block_k, tile.tma)
+    block_out = tile.block_n // tile.subtiles
+    options = gemm_options(tile, D % tile.block_k != 0, precision(dy.dtype))
+    _bwd_kernel[grid_of(tile, dy, M, H)](
+        rows_of(dy, tile.block_m, tile.block_k, tile.tma), down,
+        *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (g, u, dg, du, wanted_h)), sums,
+        M, H, D, *dy.stride(), *down_strides, *g.stride(), dg.stride(0), h.stride(0),
+        ACT=DEVICE[activation], DOWN_K_MAJOR=k_major, **options,
+    )  # fmt: skip
+    db = dy.new_empty((0, H)) if sums is None else sums.sum(1).to(dy.dtype)
+    return h, db
+
+
+def gated_linear_fwd(
+    x: Tensor,
+    w_gate: Tensor,
+    w_up: Tensor,
+    b_gate: Tensor | None,
+    b_up: Tensor | None,
+    activation: str,
+    want_h: bool,
+    want_gu: bool,
+) -> tuple[Tensor, Tensor]:
+    M, H = x.shape[0], w_gate.shape[0]
+    h = x.new_empty((M if want_h else 0, H))
+    gu = empty_pair(x, M if want_gu else 0, H, None)
+    g, u = split_pair(gu, None) if want_gu else (None, None)
+    launch_fwd(
+        "gated_linear_fwd", x, w_gate, w_up, b_gate, b_up, h if want_h else None, g, u, activation
+    )
+    return h, gu
+
+
+def gated_linear_bwd(
+    dy: Tensor,
+    w_down: Tensor,
+    gu: Tensor,
+    activation: str,
+    packed: Packed | None,
+    want_h: bool,
+    want_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    g, u = split_pair(gu, None)
+    dgu = empty_pair(dy, g.shape[0], g.shape[1], packed)
+    dg, du = split_pair(dgu, packed)
+    h, db = launch_bwd("gated_linear_bwd", dy, w_down, g, u, dg, du, want_h, want_db, activation)
+    # Sums come gate first; a packed bias wants them in its own order.
+    return dgu, h, db.flip(0) if packed == "up_gate" else db

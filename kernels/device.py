@@ -1,0 +1,85 @@
+"""The device that tensors lie on, as launches see it: its row of kernels/arch.py, its size, and
+whether Triton interprets."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import triton
+
+from .arch import ARCHES, INTERPRETER, Arch
+
+# Triton decides at import whether @triton.jit makes interpreted functions; so it is read once,
+# here.
+INTERPRETED: bool = triton.knobs.runtime.interpret
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+@functools.cache
+def _capability(index: int) -> int:
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+@functools.cache
+def _arch_of_gpu(index: int) -> Arch:
+    capability = _capability(index)
+    older = [a for a in ARCHES.values() if a.capability <= capability]
+    if not older:
+        raise RuntimeError(
+            "fusedmlp: Triton kernels need compute capability 8.0 or newer, got "
+            f"{capability / 10} ({torch.cuda.get_device_name(index)}); use backend('reference')"
+        )
+    return max(older, key=lambda a: a.capability)
+
+
+# What `pretend` put in place of the real device: (row, multiprocessors).
+_pretended: tuple[Arch, int] | None = None
+
+
+@contextmanager
+def pretend(arch: Arch, multiprocessors: int) -> Iterator[None]:
+    """Inside, every tensor is taken to lie on such a GPU: how launches are planned for a GPU that
+    is not there, or with another table of tiles."""
+    global _pretended
+    previous, _pretended = _pretended, (arch, multiprocessors)
+    try:
+        yield
+    finally:
+        _pretended = previous
+
+
+def arch_of(device: torch.device) -> Arch:
+    """The row that serves `device`: the newest not newer than it; CPU tensors get INTERPRETER."""
+    if _pretended:
+        return _pretended[0]
+    if device.type == "cpu":
+        return INTERPRETER
+    return _arch_of_gpu(_index(device))
+
+
+def capability_of(device: torch.device) -> int:
+    """10 * major + minor of the GPU itself, which may be newer than its row; 0 for a CPU."""
+    if _pretended:
+        return _pretended[0].capability
+    return 0 if device.type == "cpu" else _capability(_index(device))
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks run side by side; 3 in the interpreter, so that persistent loops do loop."""
+    if _pretended:
+        return _pretended[1]
+    if device.type == "cpu":
+        return 3
+    return _multiprocessors(_index(device))

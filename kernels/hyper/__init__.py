@@ -1,0 +1,1 @@
+"""hyper_attention, forward, backward and its step."""

@@ -1,0 +1,274 @@
+"""What the kernels of hyper_attention share: the band skew, mixing and gate of one tile of scores.
+
+A tile holds BLOCK rows from m0 and BLOCK columns from n0. Its entry (i, j) has slot
+p0 + j - i + BLOCK - 1 of u, vt and d, with p0 = L - BLOCK - (m0 - n0): one band of 2 BLOCK slots
+serves the tile, but row i sees it shifted by i. Products with u and vt run over bands, and a tile
+becomes a band, or a band a tile, through a small scratch of its block's own:
+
+    spread   writes tile entry (i, j) at band column j - i + BLOCK - 1;  banded reads the band
+    expand   writes a band;                                              gathered reads the tile
+
+Both are plain loads and stores: the shift is a row stride of 2 BLOCK - 1 in place of 2 BLOCK. See
+kernels/README.md for what else was tried. A barrier stands between writing a scratch and reading
+it, and before it is written again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..activations import _exp2, _sigmoids
+from ..tiles import INTERPRETED, dot, load_tile, rounded
+
+
+def _fresh(operands: Any, _semantic: Any = None) -> Any:
+    """`operands` with the types of its values. Triton 3.6 copies a tuple by its type when a loop
+    begins, and the type of a kernel's argument has lost the sizes that were compiled in."""
+    if not isinstance(operands, tl.tuple):
+        return operands
+    values = [_fresh(value) for value in operands.values]
+    return tl.tuple(values, tl.tuple_type([v.type for v in values], operands.type.fields))
+
+
+if INTERPRETED:
+
+    @triton.jit
+    def fresh(operands):
+        return operands
+
+else:
+    fresh = tl.core.builtin(_fresh)
+
+
+@triton.jit
+def rows_of(r, b, h, t0, d0, T, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A (BLOCK, BLOCK_D) tile; zeros past the edges."""
+    base = r.ptr + tl.cast(b, tl.int64) * r.stride_b + tl.cast(h, tl.int64) * r.stride_h
+    MASKED: tl.constexpr = WIDTH % BLOCK_D != 0
+    return load_tile(base, r.stride_t, r.stride_d, t0, d0, T, WIDTH, BLOCK, BLOCK_D, False, MASKED)
+
+
+@triton.jit
+def store_rows(
+    r, b, h, t0, d0, T, value, WIDTH: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    base = r.ptr + tl.cast(b, tl.int64) * r.stride_b + tl.cast(h, tl.int64) * r.stride_h
+    offs_t = t0 + tl.arange(0, BLOCK)
+    offs_d = d0 + tl.arange(0, BLOCK_D)
+    mask = (offs_t[:, None] < T) & (offs_d[None, :] < WIDTH)
+    pointers = base + offs_t.to(tl.int64)[:, None] * r.stride_t + offs_d[None, :] * r.stride_d
+    tl.store(pointers, rounded(value, r.ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def row_values(ptr, b, h, t0, T, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """BLOCK values of a contiguous (B, HEADS, T)."""
+    offs_t = t0 + tl.arange(0, BLOCK)
+    base = ptr + (tl.cast(b, tl.int64) * HEADS + h) * T
+    return tl.load(base + offs_t, mask=offs_t < T, other=0.0)
+
+
+@triton.jit
+def _packed(
+    ptr, b, h, t0, T, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Pointers and mask of a row tile of a contiguous (B, HEADS, T, RANK)."""
+    offs_t = tl.arange(0, BLOCK)
+    offs_r = tl.arange(0, BLOCK_R)
+    base = ptr + ((tl.cast(b, tl.int64) * HEADS + h) * T + t0) * RANK
+    mask = (offs_t[:, None] < T - t0) & (offs_r[None, :] < RANK)
+    return base + offs_t[:, None] * RANK + offs_r[None, :], mask
+
+
+@triton.jit
+def load_packed(
+    ptr, b, h, t0, T, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pointers, mask = _packed(ptr, b, h, t0, T, HEADS, RANK, BLOCK, BLOCK_R)
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_packed(
+    ptr, b, h, t0, T, value, HEADS: tl.constexpr, RANK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    pointers, mask = _packed(ptr, b, h, t0, T, HEADS, RANK, BLOCK, BLOCK_R)
+    tl.store(pointers, rounded(value, ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def place(index, batch, HEADS: tl.constexpr, parts):
+    """(order, b, head, part) of the index-th piece of work; order counts row or column tiles."""
+    part = index % parts
+    head = index // parts % HEADS
+    count = index // parts // HEADS
+    return count // batch, count % batch, head, part
+
+
+@triton.jit
+def products(a0, b0, a, b, batch, head, m0, n0, T, width, P: tl.constexpr, WIDTH: tl.constexpr):
+    """One tile of a b' over WIDTH columns, of which the first of a and b are at hand."""
+    BLOCK: tl.constexpr = P.block
+    BLOCK_D: tl.constexpr = P.block_d
+    PRECISION: tl.constexpr = P.precision
+    acc = dot(a0, b0.T, tl.zeros((BLOCK, BLOCK), tl.float32), PRECISION)
+    if WIDTH > BLOCK_D:
+        for d in tl.range(BLOCK_D, width, BLOCK_D, disable_licm=True):
+            ad = rows_of(a, batch, head, m0, d, T, WIDTH, BLOCK, BLOCK_D)
+            bd = rows_of(b, batch, head, n0, d, T, WIDTH, BLOCK, BLOCK_D)
+            acc = dot(ad, bd.T, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def visible(m0, n0, BLOCK: tl.constexpr):
+    return n0 + tl.arange(0, BLOCK)[None, :] <= m0 + tl.arange(0, BLOCK)[:, None]
+
+
+@triton.jit
+def clear(region, COUNT: tl.constexpr, BLOCK: tl.constexpr):
+    """Zero COUNT bands: spread never writes what lies outside a row's shifted tile."""
+    offs = tl.arange(0, BLOCK)[:, None] * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)[None, :]
+    zeros = tl.zeros((BLOCK, 2 * BLOCK), region.dtype.element_ty)
+    for i in tl.static_range(COUNT):
+        tl.store(region + i * (2 * BLOCK * BLOCK) + offs, zeros)
+    tl.debug_barrier()
+
+
+@triton.jit
+def _shifted(BLOCK: tl.constexpr):
+    rows = tl.arange(0, BLOCK)[:, None] * (2 * BLOCK - 1)
+    return rows + tl.arange(0, BLOCK)[None, :] + (BLOCK - 1)
+
+
+@triton.jit
+def spread(region, X, BLOCK: tl.constexpr):
+    tl.store(region + _shifted(BLOCK), rounded(X, region.dtype.element_ty))
+
+
+@triton.jit
+def gathered(region, BLOCK: tl.constexpr):
+    return tl.load(region + _shifted(BLOCK)).to(tl.float32)
+
+
+@triton.jit
+def _straight(BLOCK: tl.constexpr):
+    return tl.arange(0, BLOCK)[:, None] * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)[None, :]
+
+
+@triton.jit
+def banded(region, BLOCK: tl.constexpr):
+    return tl.load(region + _straight(BLOCK))
+
+
+@triton.jit
+def slots_of(s, head, p0, L, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """(ROWS, BLOCK_R) slots from p0 on; 0 for lags that do not exist."""
+    offs_p = p0 + tl.arange(0, ROWS)
+    offs_r = tl.arange(0, BLOCK_R)
+    mask = ((offs_p >= 0) & (offs_p < L))[:, None] & (offs_r < RANK)[None, :]
+    base = s.ptr + tl.cast(head, tl.int64) * s.stride_h
+    pointers = base + offs_p.to(tl.int64)[:, None] * s.stride_p + offs_r[None, :] * s.stride_r
+    return tl.load(pointers, mask=mask, other=0.0)
+
+
+@triton.jit
+def expand(
+    region,
+    z,
+    s,
+    head,
+    m0,
+    n0,
+    L,
+    RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The band of z s' over the ranks, for `gathered`."""
+    band = slots_of(s, head, L - BLOCK - (m0 - n0), L, RANK, 2 * BLOCK, BLOCK_R)
+    F = dot(z, band.T, tl.zeros((BLOCK, 2 * BLOCK), tl.float32), PRECISION)
+    tl.store(region + _straight(BLOCK), rounded(F, region.dtype.element_ty))
+
+
+@triton.jit
+def reduce(
+    acc,
+    region,
+    s,
+    head,
+    m0,
+    n0,
+    L,
+    RANK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc (BLOCK, BLOCK_R) + the tile that was spread there, times s over its slots."""
+    band = slots_of(s, head, L - BLOCK - (m0 - n0), L, RANK, 2 * BLOCK, BLOCK_R)
+    return dot(banded(region, BLOCK), band, acc, PRECISION)
+
+
+@triton.jit
+def keep(d, head, m0, n0, L, SHORT: tl.constexpr, BLOCK: tl.constexpr):
+    """What a mixing multiplies each entry by: shortcut + d[p]."""
+    factor = 1.0 if SHORT else 0.0
+    if d.ptr is not None:
+        ahead = tl.arange(0, BLOCK)[None, :] - tl.arange(0, BLOCK)[:, None]
+        first = L - 1 - (m0 - n0)
+        # What is no slot is not seen either: any value does.
+        ahead = tl.minimum(tl.maximum(ahead, -first), L - 1 - first)
+        base = d.ptr + tl.cast(head, tl.int64) * d.stride_h + tl.cast(first, tl.int64) * d.stride_p
+        # Within one band 32 bits do, and take half the registers.
+        values = tl.load(base + ahead * d.stride_p)
+        factor = factor + values.to(tl.float32)
+    return factor
+
+
+@triton.jit
+def store_conditioned(
+    raw_ptr, c, out_ptr, b, head, m0, T, value, HEADS: tl.constexpr, RANK: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Write a row tile of h or dz, and as an operand its product with the control."""
+    store_packed(raw_ptr, b, head, m0, T, value, HEADS, RANK, BLOCK, BLOCK_R)
+    value = value * rows_of(c, b, head, m0, 0, T, RANK, BLOCK, BLOCK_R).to(tl.float32)
+    store_packed(out_ptr, b, head, m0, T, value, HEADS, RANK, BLOCK, BLOCK_R)
+
+
+@triton.jit
+def softplus(x):
+    return tl.where(x <= 0, 0.0, x) + 0.6931471805599453 * tl.log2(
+        1 + _exp2(-1.4426950408889634 * tl.abs(x))
+    )
+
+
+@triton.jit
+def gate_of(P1, P2, GLU: tl.constexpr):
+    # Not maximum(): on the GPU that turns a NaN into 0.
+    A = tl.where(P1 <= 0, 0.0, P1)
+    if GLU:
+        A = A * softplus(P2)
+    return A
+
+
+@triton.jit
+def gate_grads(dA, P1, P2, coefficient, GLU: tl.constexpr, NORMED: tl.constexpr):
+    """dP1 and dP2; the norm of a row gives -coefficient P1."""
+    if GLU:
+        dP2 = dA * tl.where(P1 <= 0, 0.0, P1) * _sigmoids(P2)[0]
+        dP1 = tl.where(P1 > 0, dA * softplus(P2), 0.0)
+    else:
+        dP2 = dA
+        dP1 = tl.where(P1 > 0, dA, 0.0)
+    if NORMED:
+        dP1 = dP1 - coefficient[:, None] * P1
+    return dP1, dP2

@@ -1,0 +1,165 @@
+"""What the launches of hyper_attention share: how tensors are handed to kernels, how a launch is
+planned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..arch.tile import Tile, cdiv
+from ..device import multiprocessors
+from ..pick import LAST, hyper_tile
+from ..tiles import compiler_options, precision
+
+
+class Rows(NamedTuple):
+    """(B, heads, T, width)."""
+
+    ptr: Any
+    stride_b: Any
+    stride_h: Any
+    stride_t: Any
+    stride_d: Any
+
+
+class Slots(NamedTuple):
+    """(heads, L, rank): u, vt or d of one mixing."""
+
+    ptr: Any
+    stride_h: Any
+    stride_p: Any
+    stride_r: Any
+
+
+class Mix(NamedTuple):
+    """One mixing. z: control times h = X u (the second mixing's times n too), the operand that
+    meets vt; dh: the one that meets u in backward, control times dz. Both are contiguous
+    (B, heads, T, rank): strides would cost registers."""
+
+    u: Slots
+    vt: Slots
+    d: Slots
+    z_ptr: Any
+    dh_ptr: Any
+
+
+class Core(NamedTuple):
+    """What every pass reads. n (B, H, T): 1 / |P1| of each row. The widths again, as values: of a
+    constant the compiler would unroll loops, and spill."""
+
+    q: Rows
+    k: Rows
+    v: Rows
+    first: Mix
+    second: Mix
+    n_ptr: Any
+    width_qk: int
+    width_v: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Constants of a launch. rank1, rank2: 0 without that mixing."""
+
+    glu: bool
+    normed: bool
+    heads: int
+    sub_heads: int
+    width_qk: int
+    width_v: int
+    rank1: int
+    rank2: int
+    short1: bool
+    short2: bool
+    block: int
+    block_d: int
+    block_v: int
+    block_r1: int
+    block_r2: int
+    precision: str
+
+    @property
+    def region(self) -> int:
+        """Elements of one band."""
+        return 2 * self.block * self.block
+
+
+def rows(t: Tensor | None) -> Any:
+    return None if t is None else Rows(t, *t.stride())
+
+
+def slots(t: Tensor | None, rank_first: bool = False) -> Any:
+    """u (heads, L, rank), vt (heads, rank, L) with `rank_first`, or d (heads, L)."""
+    if t is None:
+        return Slots(None, 0, 0, 0)
+    if t.dim() == 2:
+        return Slots(t, t.stride(0), t.stride(1), 0)
+    head, a, b = t.stride()
+    return Slots(t, head, b, a) if rank_first else Slots(t, head, a, b)
+
+
+def mix_of(
+    u: Tensor | None,
+    vt: Tensor | None,
+    d: Tensor | None,
+    z: Tensor | None = None,
+    dh: Tensor | None = None,
+) -> Mix:
+    """Nothing but None without that mixing."""
+    if u is None:
+        return Mix(slots(None), slots(None), slots(None), None, None)
+    return Mix(slots(u), slots(vt, True), slots(d), z, dh)
+
+
+def block_of(width: int, least: int = 16) -> int:
+    """The power of 2 that holds `width`, at least what a tensor core takes."""
+    return max(least, 1 << (width - 1).bit_length())
+
+
+class Launch(NamedTuple):
+    plan: Plan
+    programs: int
+    tile: Tile
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "P": self.plan,
+            "num_warps": self.tile.num_warps,
+            "num_stages": self.tile.num_stages,
+            **compiler_options(self.tile),
+        }
+
+    def scratch(self, like: Tensor, regions: int) -> Tensor:
+        return like.new_empty(self.programs * regions * self.plan.region)
+
+
+class Call(NamedTuple):
+    """What all launches of one call share."""
+
+    q: Tensor
+    v: Tensor
+    ranks: tuple[int, int]
+    shorts: tuple[bool, bool]
+    normed: bool
+
+
+def plan_launch(kernel: str, call: Call, *, count: int | None = None, parts: int = 1) -> Launch:
+    """The launch of `kernel`, whose blocks walk over `count` pieces of work (None: one for each
+    head, row tile and part)."""
+    q, v, ranks, shorts, normed = call
+    _, Q, T, dq = q.shape
+    B, H, _, dv = v.shape
+    tile = LAST[kernel] = hyper_tile(kernel, q)
+    plan = Plan(
+        glu=Q == 2 * H, normed=normed, heads=H, sub_heads=Q, width_qk=dq, width_v=dv,
+        rank1=ranks[0], rank2=ranks[1], short1=shorts[0], short2=shorts[1],
+        block=tile.block_m, block_d=min(tile.block_k, block_of(max(dq, dv))),
+        block_v=min(tile.block_n, block_of(dv)),
+        block_r1=block_of(max(ranks[0], 1)), block_r2=block_of(max(ranks[1], 1)),
+        precision=precision(q.dtype),
+    )  # fmt: skip
+    work = B * H * cdiv(T, tile.block_m) * parts if count is None else count
+    return Launch(plan, min(work, 4 * multiprocessors(q.device)), tile)

@@ -1,0 +1,204 @@
+"""h = sum_i act(g_i) * (t - g_i) with t = x w' and g_i = x (m_i * w)': the forward for many rows.
+
+| file | kernels |
+|---|---|
+| masks.py | bit planes packed from logits; a mask over a weight tile |
+| masked_gated_linear.py | the tiled forward |
+| masked_gated_skinny.py | the forward for few rows, and its sum over parts |
+| masked_gated_bwd.py | the backward |
+
+Each K step loads one tile of x and one of w; every mask is laid over the w tile in registers, so a
+step makes 1 + MASKS products with the same x. The complement x ((1 - m_i) * w)' is t - g_i, by
+subtraction in float32. One pass serves 1, 2 or 4 masks; more masks are taken two at a time, odd
+numbers one at a time, because t and h, made in the first pass, then stay in registers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..activations import DEVICE
+from ..arch.tile import Tile
+from ..pick import LAST, pick_splits, pick_tile
+from ..tiles import (
+    aligned,
+    column_parts,
+    compiler_options,
+    grid_of,
+    precision,
+    rows_of,
+    slices_of,
+    store_slice,
+    store_tile,
+    tile_at,
+    weight_of,
+)
+from .masks import multiply_masked
+from .skinny import launch_split
+
+
+@triton.jit
+def _parts(accs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr):
+    """Of each tile, its column parts."""
+    parts = ()
+    for i in tl.static_range(len(accs)):
+        parts = parts + (column_parts(accs[i], BLOCK_M, BLOCK_N, SUBTILES),)
+    return parts
+
+
+@triton.jit
+def _add_masks(
+    h,
+    total,
+    gs,
+    part: tl.constexpr,
+    gt,
+    m0,
+    n0,
+    M,
+    H,
+    first,
+    ACT: tl.constexpr,
+    MASKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """h + sum_i act(g_i) * (total - g_i) over masks first.., on column part `part` of a tile."""
+    for i in tl.static_range(MASKS):
+        g = gs[i][part]
+        if gt is not None:
+            store_slice(gt, 1 + first + i, m0, n0, M, H, g, BLOCK_M, BLOCK_N, TMA)
+        value, _ = ACT(g)
+        h += value * (total - g)
+    return h
+
+
+@triton.jit
+def _fwd_kernel(
+    x,
+    w,
+    planes_ptr,
+    out,
+    gt,
+    M,
+    H,
+    D,
+    stride_xm,
+    stride_xd,
+    stride_wh,
+    stride_wd,
+    ACT: tl.constexpr,
+    N_M: tl.constexpr,
+    MASKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    TMA: tl.constexpr,
+    K_MAJOR: tl.constexpr,
+    MASK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    PART: tl.constexpr = BLOCK_N // SUBTILES
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(H, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
+        m0 = tile_m * BLOCK_M
+        n0 = tile_n * BLOCK_N
+        accs = multiply_masked(
+            x, stride_xm, stride_xd, w, stride_wh, stride_wd, planes_ptr,
+            m0, n0, 0, D, M, H, D, 0, MASKS, 1, N_M,
+            BLOCK_M, BLOCK_N, BLOCK_K, TMA, K_MAJOR, MASK_K, PRECISION,
+        )  # fmt: skip
+        gs = _parts(accs, BLOCK_M, BLOCK_N, SUBTILES)
+        totals = gs[0]
+        gs = gs[1:]
+        hs = ()
+        for part in tl.static_range(SUBTILES):
+            n1 = n0 + part * PART
+            if gt is not None:
+                store_slice(gt, 0, m0, n1, M, H, totals[part], BLOCK_M, PART, TMA)
+            h = _add_masks(
+                tl.zeros((BLOCK_M, PART), tl.float32), totals[part], gs, part, gt, m0, n1, M, H,
+                0, ACT, MASKS, BLOCK_M, PART, TMA,
+            )  # fmt: skip
+            if N_M > MASKS:
+                hs = hs + (h,)
+            elif out is not None:
+                store_tile(out, H, m0, n1, M, H, h, BLOCK_M, PART, TMA)
+        if N_M > MASKS:
+            for first in tl.range(MASKS, N_M, MASKS):
+                group = multiply_masked(
+                    x, stride_xm, stride_xd, w, stride_wh, stride_wd, planes_ptr,
+                    m0, n0, 0, D, M, H, D, first, MASKS, 0, N_M,
+                    BLOCK_M, BLOCK_N, BLOCK_K, TMA, K_MAJOR, MASK_K, PRECISION,
+                )  # fmt: skip
+                group_gs = _parts(group, BLOCK_M, BLOCK_N, SUBTILES)
+                sums = ()
+                for part in tl.static_range(SUBTILES):
+                    h = _add_masks(
+                        hs[part], totals[part], group_gs, part, gt, m0, n0 + part * PART, M, H,
+                        first, ACT, MASKS, BLOCK_M, PART, TMA,
+                    )  # fmt: skip
+                    sums = sums + (h,)
+                hs = sums
+            if out is not None:
+                for part in tl.static_range(SUBTILES):
+                    store_tile(out, H, m0, n0 + part * PART, M, H, hs[part], BLOCK_M, PART, TMA)
+
+
+def masked_options(tile: Tile, x: Tensor, n_m: int) -> dict[str, Any]:
+    """Constants of a launch."""
+    return {
+        "N_M": n_m,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "GROUP_M": tile.group_m,
+        "SUBTILES": tile.subtiles,
+        "TMA": tile.tma,
+        "PRECISION": precision(x.dtype),
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+        **compiler_options(tile),
+    }
+
+
+def _masks_of_a_pass(n_m: int) -> int:
+    return 4 if n_m == 4 else 2 if n_m % 2 == 0 else 1
+
+
+def masked_gated_linear_fwd(
+    x: Tensor, w: Tensor, planes: Tensor, activation: str, want_h: bool, want_gt: bool
+) -> tuple[Tensor, Tensor]:
+    """h (M or 0, H), and t, g_1, .. as gt (1 + n_m, M or 0, H)."""
+    (M, D), H, n_m = x.shape, w.shape[0], planes.shape[2]
+    h = x.new_empty((M if want_h else 0, H))
+    gt = x.new_empty((1 + n_m, M if want_gt else 0, H))
+    if M == 0 or H == 0:
+        return h, gt
+    kernel = "masked_gated_linear_fwd" if n_m == 1 else "masked_gated_linear_fwd_group"
+    outputs = h if want_h else None, gt if want_gt else None
+    fits = aligned(x, outputs[0], gt[0] if want_gt else None, weights=(w,))
+    tile = LAST[kernel] = pick_tile(kernel, x, M, H, fits)
+    if tile.skinny:
+        launch_split(tile, pick_splits(tile, x, H, D), x, w, planes, *outputs, activation)
+        return h, gt
+    weight, *w_strides, k_major = weight_of(w, tile.block_n, tile.block_k, tile.tma)
+    block_out = tile.block_n // tile.subtiles
+    _fwd_kernel[grid_of(tile, x, M, H)](
+        rows_of(x, tile.block_m, tile.block_k, tile.tma), weight, planes,
+        rows_of(outputs[0], tile.block_m, block_out, tile.tma),
+        slices_of(outputs[1], tile.block_m, block_out, tile.tma),
+        M, H, D, *x.stride(), *w_strides,
+        ACT=DEVICE[activation], MASKS=_masks_of_a_pass(n_m),
+        K_MAJOR=k_major, MASK_K=D % tile.block_k != 0, **masked_options(tile, x, n_m),
+    )  # fmt: skip
+    return h, gt

@@ -1,0 +1,422 @@
+"""Backward of top-1 experts. dx is moe_mlp.py's down kernel on dg and du.
+
+| kernel | reads | writes |
+|---|---|---|
+| _dh_kernel | dy, gathered; w_down, g, u, prob | dg, du and prob h in expert order; parts of dprob; column sums of dg and du |
+| _wgrad_kernel | rows of a and b of one expert, either of them gathered | dW (E, N, K), 0 where an expert has no row |
+| _down_bias_kernel | dy, gathered; prob, b_down | column sums of prob dy; parts of dprob |
+| _dprob_kernel | the parts | dprob in token order, 0 for dropped tokens |
+| _column_sums_kernel | the column sums of all row tiles | those of each expert |
+
+Partial sums are float32 and added in a fixed order: two runs give the same bits.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...packing import Packed, empty_pair, split_pair
+from ..activations import DEVICE
+from ..arch.tile import Tile, cdiv
+from ..epilogues import store_column_sums
+from ..pick import LAST, pick_grouped_tile
+from ..tiles import aligned, column_parts, dot, load_tile, precision, rounded, store_tile, tile_at
+from .grouped import (
+    accumulate,
+    block_e,
+    experts_aligned,
+    experts_of,
+    group_at,
+    grouped_grid,
+    load_rows,
+    most_tiles,
+    rows_at,
+    tile_ends,
+)
+from .moe_mlp import grouped_options
+
+BIAS_ROWS, BIAS_COLUMNS = 64, 128  # of a tile whose rows are only summed
+
+
+@triton.jit
+def _store_dots(dots_ptr, part, T, r0, mask_r, value, BLOCK_M: tl.constexpr):
+    offs_r = r0 + tl.arange(0, BLOCK_M)
+    tl.store(dots_ptr + tl.cast(part, tl.int64) * T + offs_r, tl.sum(value, 1), mask=mask_r)
+
+
+@triton.jit
+def _dh_kernel(
+    dy_ptr,
+    w_down,
+    g_ptr,
+    u_ptr,
+    prob_ptr,
+    dg_ptr,
+    du_ptr,
+    h_ptr,
+    dots_ptr,
+    sums_ptr,
+    tokens_ptr,
+    offsets_ptr,
+    T,
+    E,
+    H,
+    D,
+    most,
+    stride_dym,
+    stride_dyd,
+    stride_down_e,
+    stride_down_h,
+    stride_down_d,
+    stride_gm,
+    stride_dgm,
+    stride_p,
+    ACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    TMA: tl.constexpr,
+    K_MAJOR: tl.constexpr,
+    MASK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """With c = dy w_down: dprob = sum c h, dh = prob c, then as store_bwd. h is stored times prob,
+    as the gradient of w_down wants it. most: row tiles that sums_ptr has room for."""
+    GATED: tl.constexpr = u_ptr is not None
+    PART: tl.constexpr = BLOCK_N // SUBTILES
+    ends = tile_ends(offsets_ptr, E, BLOCK_M, BLOCK_E)
+    tiles_m = tl.max(ends, 0)
+    tiles_n = tl.cdiv(H, BLOCK_N)
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
+        tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
+        expert, r0, end = group_at(ends, offsets_ptr, tile_m, BLOCK_M)
+        tokens, mask_r = rows_at(tokens_ptr, r0, end, BLOCK_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = accumulate(
+            acc, dy_ptr, tokens, mask_r, r0, stride_dym, stride_dyd,
+            w_down, stride_down_e, stride_down_h, stride_down_d, expert, tile_n * BLOCK_N, D, H, D,
+            BLOCK_M, BLOCK_N, BLOCK_K, False, TMA, K_MAJOR, MASK_K, PRECISION,
+        )  # fmt: skip
+        prob = tl.load(prob_ptr + tokens * stride_p, mask=mask_r, other=0.0).to(tl.float32)[:, None]
+        parts = column_parts(acc, BLOCK_M, BLOCK_N, SUBTILES)
+        for i in tl.static_range(SUBTILES):
+            n0 = tile_n * BLOCK_N + i * PART
+            gate = load_tile(g_ptr, stride_gm, 1, r0, n0, end, H, BLOCK_M, PART, False)
+            value, slope = ACT(gate.to(tl.float32))
+            dh = parts[i] * prob
+            grad = dh * slope
+            if GATED:
+                up = load_tile(u_ptr, stride_gm, 1, r0, n0, end, H, BLOCK_M, PART, False)
+                up = up.to(tl.float32)
+                grad_up = dh * value
+                store_tile(du_ptr, stride_dgm, r0, n0, end, H, grad_up, BLOCK_M, PART, False)
+                if sums_ptr is not None:
+                    up_sums_ptr = sums_ptr + tl.cast(most, tl.int64) * H
+                    store_column_sums(grad_up, up_sums_ptr, tile_m, n0, H, PART)
+                grad = grad * up
+                value = value * up
+            store_tile(dg_ptr, stride_dgm, r0, n0, end, H, grad, BLOCK_M, PART, False)
+            if sums_ptr is not None:
+                store_column_sums(grad, sums_ptr, tile_m, n0, H, PART)
+            if h_ptr is not None:
+                store_tile(h_ptr, H, r0, n0, end, H, prob * value, BLOCK_M, PART, False)
+            if dots_ptr is not None:
+                _store_dots(
+                    dots_ptr, tile_n * SUBTILES + i, T, r0, mask_r, parts[i] * value, BLOCK_M
+                )
+
+
+@triton.jit
+def _wgrad_kernel(
+    a_ptr,
+    b_ptr,
+    dw_ptr,
+    a_tokens_ptr,
+    b_tokens_ptr,
+    offsets_ptr,
+    N,
+    K,
+    stride_am,
+    stride_an,
+    stride_bm,
+    stride_bk,
+    stride_e,
+    stride_n,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dW[e] = a' b over expert e's rows: (BLOCK_M, BLOCK_N) of (N, K), BLOCK_K rows a step."""
+    tiles_n = tl.cdiv(N, BLOCK_M)
+    tiles_k = tl.cdiv(K, BLOCK_N)
+    expert = tl.program_id(0) // (tiles_n * tiles_k)
+    tile_n, tile_k = tile_at(tl.program_id(0) % (tiles_n * tiles_k), tiles_n, tiles_k, GROUP_M)
+    n0 = tile_n * BLOCK_M
+    k0 = tile_k * BLOCK_N
+    begin = tl.load(offsets_ptr + expert)
+    end = tl.load(offsets_ptr + expert + 1)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    # Tokens are loaded a step ahead: the loads that wait for them are then no deeper than others.
+    a_rows, a_mask = rows_at(a_tokens_ptr, begin, end, BLOCK_K)
+    b_rows, b_mask = rows_at(b_tokens_ptr, begin, end, BLOCK_K)
+    for r in tl.range(begin, end, BLOCK_K):
+        a = load_rows(
+            a_ptr, a_rows, a_mask, r, n0, N, stride_am, stride_an, BLOCK_K, BLOCK_M, False, True
+        )
+        b = load_rows(
+            b_ptr, b_rows, b_mask, r, k0, K, stride_bm, stride_bk, BLOCK_K, BLOCK_N, False, True
+        )
+        a_rows, a_mask = rows_at(a_tokens_ptr, r + BLOCK_K, end, BLOCK_K)
+        b_rows, b_mask = rows_at(b_tokens_ptr, r + BLOCK_K, end, BLOCK_K)
+        acc = dot(a.T, b, acc, PRECISION)
+    dw_ptr += tl.cast(expert, tl.int64) * stride_e
+    PART: tl.constexpr = BLOCK_N // SUBTILES
+    parts = column_parts(acc, BLOCK_M, BLOCK_N, SUBTILES)
+    for i in tl.static_range(SUBTILES):
+        store_tile(dw_ptr, stride_n, n0, k0 + i * PART, N, K, parts[i], BLOCK_M, PART, False)
+
+
+@triton.jit
+def _down_bias_kernel(
+    dy_ptr,
+    prob_ptr,
+    b_ptr,
+    dots_ptr,
+    sums_ptr,
+    tokens_ptr,
+    offsets_ptr,
+    T,
+    E,
+    D,
+    stride_dym,
+    stride_dyd,
+    stride_p,
+    stride_be,
+    stride_bd,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    ends = tile_ends(offsets_ptr, E, BLOCK_M, BLOCK_E)
+    tile = tl.program_id(0)
+    if tile < tl.max(ends, 0):
+        expert, r0, end = group_at(ends, offsets_ptr, tile, BLOCK_M)
+        tokens, mask_r = rows_at(tokens_ptr, r0, end, BLOCK_M)
+        n0 = tl.program_id(1) * BLOCK_N
+        dy = load_rows(
+            dy_ptr, tokens, mask_r, r0, n0, D, stride_dym, stride_dyd, BLOCK_M, BLOCK_N, False, True
+        ).to(tl.float32)
+        if dots_ptr is not None:
+            offs_n = n0 + tl.arange(0, BLOCK_N)
+            own = b_ptr + tl.cast(expert, tl.int64) * stride_be
+            bias = tl.load(own + offs_n.to(tl.int64) * stride_bd, mask=offs_n < D, other=0.0)
+            value = dy * bias.to(tl.float32)[None, :]
+            _store_dots(dots_ptr, tl.program_id(1), T, r0, mask_r, value, BLOCK_M)
+        if sums_ptr is not None:
+            if prob_ptr is not None:
+                prob = tl.load(prob_ptr + tokens * stride_p, mask=mask_r, other=0.0)
+                dy = dy * prob.to(tl.float32)[:, None]
+            store_column_sums(dy, sums_ptr, tile, n0, D, BLOCK_N)
+
+
+@triton.jit
+def _dprob_kernel(dots_ptr, dprob_ptr, tokens_ptr, offsets_ptr, T, E, parts, BLOCK_M: tl.constexpr):
+    offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    kept = offs_r < tl.load(offsets_ptr + E)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    for part in tl.range(0, parts):
+        row = tl.cast(part, tl.int64) * T
+        total += tl.load(dots_ptr + row + offs_r, mask=kept, other=0.0)
+    tokens = tl.load(tokens_ptr + offs_r, mask=offs_r < T, other=0)
+    tl.store(dprob_ptr + tokens, rounded(total, dprob_ptr.dtype.element_ty), mask=offs_r < T)
+
+
+@triton.jit
+def _column_sums_kernel(
+    sums_ptr,
+    out_ptr,
+    offsets_ptr,
+    E,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """out (E, N): the sums of each expert's row tiles; BLOCK_M is what those were cut by."""
+    ends = tile_ends(offsets_ptr, E, BLOCK_M, BLOCK_E)
+    expert = tl.program_id(0)
+    offs_e = tl.arange(0, BLOCK_E)
+    begin = tl.sum(tl.where(offs_e == expert - 1, ends, 0), 0)
+    end = tl.sum(tl.where(offs_e == expert, ends, 0), 0)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for tile in tl.range(begin, end):
+        row = sums_ptr + tl.cast(tile, tl.int64) * N
+        total += tl.load(row + offs_n, mask=mask_n, other=0.0)
+    own = out_ptr + tl.cast(expert, tl.int64) * N
+    tl.store(own + offs_n, rounded(total, out_ptr.dtype.element_ty), mask=mask_n)
+
+
+def _column_sums(sums: Tensor, out: Tensor, offsets: Tensor, block_m: int) -> Tensor:
+    E, N = out.shape
+    _column_sums_kernel[E, cdiv(N, BIAS_COLUMNS)](
+        sums, out, offsets, E, N, BLOCK_M=block_m, BLOCK_N=BIAS_COLUMNS, BLOCK_E=block_e(E),
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def _dprob(dots: Tensor, like: Tensor, tokens: Tensor, offsets: Tensor, E: int) -> Tensor:
+    dprob = torch.empty_like(like)
+    parts, T = dots.shape
+    _dprob_kernel[cdiv(T, 128),](
+        dots, dprob, tokens, offsets, T, E, parts, BLOCK_M=128, num_warps=4, enable_fp_fusion=True
+    )
+    return dprob
+
+
+def moe_dh(
+    dy: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    prob: Tensor,
+    w_down: Tensor,
+    gu: Tensor,
+    b_down: Tensor | None,
+    activation: str,
+    packed: Packed | None,
+    want_h: bool,
+    want_dprob: bool,
+    want_db: bool,
+    want_db_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dgu (2, T, H), or (T, 2H) when packed, or (1, T, H) without up; prob h (T, H); dprob (T,);
+    db (1 or 2, E, H), gate first; db_down (E, D). In expert order but for dprob; a result that is
+    not wanted has no rows."""
+    T, D = dy.shape
+    E, _, H = w_down.shape
+    gated = gu.shape[0] == 2
+    dgu = empty_pair(dy, T, H, packed) if gated else dy.new_empty((1, T, H))
+    h, dprob = dy.new_empty((T if want_h else 0, H)), torch.empty_like(prob)
+    db = dy.new_empty((len(gu), E if want_db else 0, H))
+    db_down = dy.new_empty((E if want_db_down else 0, D))
+    if T == 0:
+        return dgu, h, dprob, db.zero_(), db_down.zero_()
+    g, u = split_pair(gu, None) if gated else (gu[0], None)
+    dg, du = split_pair(dgu, packed) if gated else (dgu[0], None)
+    fits = aligned(dy, g, u, dg, du, h if want_h else None) and experts_aligned(w_down)
+    tile = LAST["moe_dh"] = pick_grouped_tile("moe_dh", dy, T, E, fits)
+    most = most_tiles(T, E, tile.block_m)
+    sums = dy.new_empty((len(gu), most, H), dtype=torch.float32) if want_db else None
+    dots = _new_dots(dy, tile, H, D, b_down) if want_dprob else None
+    down, *strides, k_major = experts_of(w_down.mT, tile.block_n, tile.block_k, tile.tma)
+    options = grouped_options(tile, E, D % tile.block_k != 0, precision(dy.dtype))
+    _dh_kernel[grouped_grid(tile, dy, T, E, H)](
+        dy, down, g, u, prob, dg, du, h if want_h else None, dots, sums, tokens, offsets,
+        T, E, H, D, most, *dy.stride(), *strides, g.stride(0), dg.stride(0), prob.stride(0),
+        ACT=DEVICE[activation], K_MAJOR=k_major, **options,
+    )  # fmt: skip
+    if sums is not None:
+        for part, out in zip(sums, db, strict=True):
+            _column_sums(part, out, offsets, tile.block_m)
+    if b_down is not None and (want_db_down or want_dprob):
+        dprob = _down_bias(dy, tokens, offsets, prob, b_down, dots, db_down, want_dprob)
+    elif dots is not None:
+        dprob = _dprob(dots, prob, tokens, offsets, E)
+    return dgu, h, dprob, db, db_down
+
+
+def _new_dots(dy: Tensor, tile: Tile, H: int, D: int, b_down: Tensor | None) -> Tensor:
+    """(parts, T): one of each column part of dh's tiles, then one of each of dy's columns."""
+    parts = cdiv(H, tile.block_n) * tile.subtiles
+    more = 0 if b_down is None else cdiv(D, BIAS_COLUMNS)
+    return dy.new_empty((parts + more, dy.shape[0]), dtype=torch.float32)
+
+
+def _down_bias(
+    dy: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    prob: Tensor | None,
+    b: Tensor | None,
+    dots: Tensor | None,
+    db: Tensor,
+    want_dprob: bool,
+) -> Tensor:
+    """Fill db (E, D), unless it has no rows, with sums of prob dy; returns dprob, whose last parts
+    in `dots` are made here."""
+    T, D = dy.shape
+    E = offsets.shape[0] - 2
+    columns, most = cdiv(D, BIAS_COLUMNS), most_tiles(T, E, BIAS_ROWS)
+    if want_dprob and dots is None:
+        dots = dy.new_empty((columns, T), dtype=torch.float32)
+    sums = dy.new_empty((most, D), dtype=torch.float32) if len(db) else None
+    own = dots[len(dots) - columns :] if dots is not None else None
+    _down_bias_kernel[most, columns](
+        dy, prob, b, own, sums, tokens, offsets, T, E, D, *dy.stride(),
+        0 if prob is None else prob.stride(0), *((0, 0) if b is None else b.stride()),
+        BLOCK_M=BIAS_ROWS, BLOCK_N=BIAS_COLUMNS, BLOCK_E=block_e(E),
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    if sums is not None:
+        _column_sums(sums, db, offsets, BIAS_ROWS)
+    if dots is None:
+        return dy.new_empty(0) if prob is None else torch.empty_like(prob)
+    assert prob is not None
+    return _dprob(dots, prob, tokens, offsets, E)
+
+
+def moe_bias_grad(dy: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
+    """(E, N): the sums of dy's rows (T, N), in token order, over each expert's tokens."""
+    E = offsets.shape[0] - 2
+    db = dy.new_empty((E, dy.shape[1]))
+    if db.numel() == 0 or dy.shape[0] == 0:
+        return db.zero_()
+    _down_bias(dy, tokens, offsets, None, None, None, db, False)
+    return db
+
+
+def _wgrad_options(tile: Tile, precision: str) -> dict[str, object]:
+    options = grouped_options(tile, 1, False, precision)
+    return {k: v for k, v in options.items() if k not in ("BLOCK_E", "TMA", "MASK_K")}
+
+
+def fill_wgrad(
+    dw: Tensor,
+    a: Tensor,
+    b: Tensor,
+    a_tokens: Tensor | None,
+    b_tokens: Tensor | None,
+    offsets: Tensor,
+) -> None:
+    """dw (E, N, K), columns contiguous, = a' b over each expert's rows; a (T, N) and b (T, K) are
+    in expert order, or with their tokens in token order."""
+    E, N, K = dw.shape
+    if dw.numel() == 0:
+        return
+    fits = aligned(a, b) and experts_aligned(dw)
+    tile = LAST["moe_wgrad"] = pick_grouped_tile("moe_wgrad", a, N, 1, fits)
+    _wgrad_kernel[E * cdiv(N, tile.block_m) * cdiv(K, tile.block_n),](
+        a, b, dw, a_tokens, b_tokens, offsets, N, K,
+        *a.stride(), *b.stride(), dw.stride(0), dw.stride(1),
+        **_wgrad_options(tile, precision(a.dtype)),
+    )  # fmt: skip
+
+
+def moe_wgrad(
+    a: Tensor, b: Tensor, tokens: Tensor, offsets: Tensor, gather_a: bool, gather_b: bool
+) -> Tensor:
+    """dw (E, N, K) of one weight; see fill_wgrad."""
+    dw = a.new_empty((offsets.shape[0] - 2, a.shape[1], b.shape[1]))
+    fill_wgrad(dw, a, b, tokens if gather_a else None, tokens if gather_b else None, offsets)
+    return dw

@@ -1,0 +1,62 @@
+"""The built extension, on a machine that need not have a GPU."""
+
+import pytest
+import torch
+
+import fusedmlp
+from fusedmlp.backends.cuda import loader
+from fusedmlp.bench.report import ladder
+from fusedmlp.reference.activations import ACTIVATIONS
+
+pytestmark = pytest.mark.extension
+
+
+@pytest.fixture
+def extension():
+    loaded, why = loader.load()
+    assert loaded is not None, why
+    return loaded
+
+
+def test_tables(extension):
+    # An activation may lack a functor, and is then refused; a functor may not lack its activation.
+    assert extension.ACTIVATIONS.keys() <= ACTIVATIONS.keys()
+    assert sorted(extension.ACTIVATIONS.values()) == list(range(len(extension.ACTIVATIONS)))
+    assert set(extension.DTYPES) == set(loader.DTYPES.values())
+    known = {kernel for kernels in loader.KERNELS.values() for kernel in kernels}
+    plain = {kernel for kernels in loader.PORTABLE.values() for kernel in kernels}
+    assert {kernel for kernel, _ in extension.OPS} <= known | plain
+    archs = extension.ARCHS.split()
+    for arch in archs:
+        own = {kernel for kernel, a in extension.OPS if a == arch} & known
+        assert own == (known if arch.endswith("a") else set())
+        capability = int(arch.removeprefix("sm_").removesuffix("a"))
+        assert all(loader.find(kernel, capability)[0] for kernel in plain), arch
+    assert extension.VARIANTS.keys() == extension.OPS.keys()
+    for kernel in ladder.KERNELS if "sm_90a" in archs else ():
+        assert tuple(extension.VARIANTS[kernel, "sm_90a"]) == ladder.variants_of(kernel)
+
+
+def test_explain(extension):
+    assert f"cuda backend: built with CUDA {extension.CUDA} for {extension.ARCHS}" in (
+        fusedmlp.explain()
+    )
+
+
+@pytest.mark.interpreter
+def test_a_launch_without_a_gpu_raises_and_does_no_more(extension):
+    """A driver that is not there is an error with a text, every time."""
+    x = torch.ones(64, 64, dtype=torch.bfloat16)
+    gemm = [*[x.data_ptr()] * 8, *[64] * 8, 0, 0, 0, 132, -1, 0]
+    gemv = [*[x.data_ptr()] * 5, *[64] * 5, 1, 1, 0, 0, 0, 0]
+    route = [*[x.data_ptr()] * 12, 64, 1, 1, 1, 64, 64, 0, 0, 0]
+    others = dict.fromkeys(("top1_route_fwd", "route_to_fwd"), route)
+    others["masked_gated_linear_fwd"] = gemv
+    one_bit = [*[x.data_ptr()] * 9, 1, 64, 128, 128, 1, 0, 0, 0, 0]
+    others |= dict.fromkeys(("binary_linear_fwd", "binary_gated_linear_fwd"), one_bit)
+    for (kernel, _), launch in extension.OPS.items():
+        with pytest.raises(TypeError, match=f"{kernel}.*incompatible function arguments"):
+            launch(1, 2, 3)
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"\w"):
+                launch(*others.get(kernel, gemm))

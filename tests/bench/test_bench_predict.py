@@ -1,0 +1,262 @@
+"""`predict` and the default command: what a machine without a GPU can say."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fusedmlp.bench import check, cli, overview, predict
+from fusedmlp.bench.machine import ROOFS, ROOT
+from fusedmlp.bench.shapes import DENSE
+from fusedmlp.bench.timing.session import plan
+from fusedmlp.bench.work import Work
+from fusedmlp.kernels import pick
+from fusedmlp.kernels.arch import ARCHES
+from fusedmlp.kernels.arch.tile import Tile
+from fusedmlp.testing import CASES
+
+
+def work(case="gated_linear", dtype="bfloat16", M=4096, D=4096, H=14336):
+    return Work(CASES[case], "silu", dtype, M, D, H)
+
+
+def test_a_record_by_hand():
+    h100 = next(r for r in predict.predict(work(), "forward") if r["gpu"] == "H100")
+    assert h100["flops"] == 4 * 4096 * 4096 * 14336
+    assert h100["bytes"] == 2 * (4096 * 4096 + 2 * 14336 * 4096 + 4096 * 14336)
+    assert h100["roofline_ms"] == pytest.approx(h100["flops"] / 989.4e12 * 1e3)
+    assert h100["bound"] == "compute"
+    assert "computed" in h100["source"]
+    assert "median_ms" not in h100
+
+
+def test_one_token_is_bound_by_memory():
+    for record in predict.predict(work(M=1), "forward"):
+        assert record["bound"] == "memory"
+        seconds = record["bytes"] / ROOFS[record["gpu"]].bytes_per_s
+        assert record["roofline_ms"] == pytest.approx(seconds * 1e3)
+
+
+def test_launches_follow_the_table_of_tiles():
+    h100 = ROOFS["H100"]
+    (launch,) = predict.launches(work(), "forward", h100)
+    first = ARCHES["sm_90"].tiles["gated_linear_fwd", 2][0]
+    assert launch.tile == first
+    assert launch.tiles == -(-4096 // first.block_m) * -(-14336 // first.block_n)
+    assert launch.waves == pytest.approx(launch.tiles / 132)
+
+
+def test_few_rows_are_cut_along_k():
+    (launch,) = predict.launches(work(M=1), "forward", ROOFS["H100"])
+    assert launch.tile.skinny
+    assert launch.splits > 1
+    assert launch.waves == pytest.approx(launch.tiles * launch.splits / 132)
+
+
+def test_ragged_widths_take_element_loads():
+    (launch,) = predict.launches(work(D=4093, H=1021), "forward", ROOFS["H100"])
+    assert launch.tile.loads == "element"
+
+
+def test_a_block_launches_forward_and_backward():
+    def names(phase):
+        planned = predict.launches(work("gated_mlp"), phase, ROOFS["B200"])
+        return [launch.kernel for launch in planned]
+
+    assert names("forward") == ["gated_linear_fwd"]
+    assert names("backward") == ["gated_linear_bwd"]
+    assert names("both") == ["gated_linear_fwd", "gated_linear_bwd"]
+    assert predict.launches(work("gated_act"), "both", ROOFS["B200"]) == []
+
+
+def test_kernels_are_those_of_the_tile_table():
+    known = {name for arch in ARCHES.values() for name, _ in arch.tiles}
+    named = {k for phases in predict.KERNELS.values() for ks in phases.values() for k in ks}
+    assert named <= known
+    assert set(predict.KERNELS) <= {case.op for case in CASES.values()}
+
+
+def test_planning_does_not_look_like_launching(monkeypatch):
+    monkeypatch.setattr(pick, "LAST", {"linear_act_fwd": "really ran"})
+    predict.launches(work(), "forward", ROOFS["H100"])
+    assert pick.LAST == {"linear_act_fwd": "really ran"}
+
+
+@pytest.mark.parametrize(
+    "registers, shared, warps, blocks",
+    [
+        # 128 registers x 32 threads x 8 warps = 32768: two blocks of the 65536 registers.
+        (128, 0, 8, 2),
+        # 129 rounds up to 136 registers a thread: one block only.
+        (129, 0, 8, 1),
+        # sm_90 has 228 KiB; each block costs its own and 1 KiB more.
+        (32, 113 * 1024, 4, 2),
+        (32, 114 * 1024, 4, 1),
+        # 2048 threads of 32 registers.
+        (32, 0, 4, 16),
+    ],
+)
+def test_blocks_at_once_by_hand(registers, shared, warps, blocks):
+    tile = Tile(64, 64, 32, warps, 2)
+    assert predict.blocks_at_once(ARCHES["sm_90"], tile, registers, shared) == blocks
+
+
+def test_the_compilers_words_reach_their_launch():
+    records = predict.predict(work(), "forward")
+    tile = records[0]["launches"][0]["tile"]
+    row = {
+        "arch": "sm_90", "kernel": "gated_linear_fwd:_fwd_kernel", "dtype": "bfloat16",
+        "tile": tile, "variant": "train", "registers": 168, "shared": 200_000,
+    }  # fmt: skip
+    predict.add_compiled(records, [{**row, "variant": "infer", "registers": 1}, row])
+    for record in records:
+        (launch,) = record["launches"]
+        if ROOFS[record["gpu"]].arch == "sm_90":
+            assert (launch["registers"], launch["shared"]) == (168, 200_000)
+            assert launch["blocks_at_once"] == 1
+        else:
+            assert "registers" not in launch
+
+
+LAUNCHED = [{"gpu": "H100", "dtype": "bfloat16", "launches": [{"kernel": "linear_act_fwd"}]}]
+
+
+def test_compiling_runs_the_gate_without_the_interpreter(monkeypatch):
+    seen = {}
+
+    def run(argv, env, **options):
+        seen.update(argv=argv, env=env)
+        with open(argv[argv.index("--json") + 1], "w") as file:
+            json.dump([{"arch": "sm_90"}], file)
+        return subprocess.CompletedProcess(argv, 0, b"", b"")
+
+    monkeypatch.setattr(predict.subprocess, "run", run)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert predict.compile_kernels(LAUNCHED) == [{"arch": "sm_90"}]
+    assert "TRITON_INTERPRET" not in seen["env"]
+    assert seen["argv"][1:3] == ["-m", "fusedmlp.bench.gate.kernels"]
+    wanted = ["--arch", "sm_90", "--kernel", "linear_act_fwd", "--dtype", "bfloat16"]
+    assert seen["argv"][-6:] == wanted
+
+
+def test_a_failed_gate_is_an_error(monkeypatch):
+    failed = subprocess.CompletedProcess([], 2, b"", b"ptxas is missing")
+    monkeypatch.setattr(predict.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(predict.Refusal, match="ptxas is missing"):
+        predict.compile_kernels(LAUNCHED)
+
+
+def test_command_prints_and_writes_computed_figures(tmp_path, capsys):
+    file = tmp_path / "predicted.json"
+    argv = ["predict", "--model", "gpt2", "--m", "8", "--phase", "forward", "--json", str(file)]
+    assert cli.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "8x768x3072" in text
+    assert "nothing was measured" in text
+    records = json.loads(file.read_text())["records"]
+    assert {r["case"] for r in records} == {"linear_act-bias", "mlp-bias"}
+    assert {r["activation"] for r in records} == {"gelu_tanh"}
+    assert {r["gpu"] for r in records} == {"H100", "H200", "B200"}
+
+
+@pytest.mark.parametrize("model", DENSE)
+def test_every_model_can_be_predicted(model):
+    here = DENSE[model]
+    works = plan(overview.options_for(here))
+    assert {(w.D, w.H, w.model) for w in works} == {(here.D, here.H, model)}
+    for one in works:
+        assert len(predict.predict(one, "both")) == len(ROOFS)
+
+
+def test_on_a_gpu_the_models_own_calls_are_checked_too(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert overview.check_options([DENSE["gpt2"]]) == [check.Options()]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    everything, own = overview.check_options([DENSE["gpt2"]])
+    assert everything.cases == tuple(CASES)
+    assert own.cases == ("linear_act-bias", "mlp-bias")
+    assert own.shapes == ((2048, 768, 3072),)
+    assert own.activations == ("gelu_tanh",)
+
+
+def test_headline_compares_with_the_best_rival(capsys):
+    common = {"kind": "time", "case": "gated_mlp", "phase": "both", "dtype": "bfloat16",
+              "activation": "silu", "M": 1, "D": 2, "H": 3, "skipped": None}  # fmt: skip
+    times = {"fusedmlp": 1.0, "eager": 2.0, "compile": 1.5}
+    overview._headlines([
+        {**common, "provider": name, "median_ms": ms} for name, ms in times.items()
+    ])  # fmt: skip
+    assert capsys.readouterr().out == "gated_mlp both, 1x2x3: 1.5 times the speed of compile\n"
+
+
+# The command line itself, as a user starts it: without the interpreter that the tests run under.
+
+
+def command(*arguments):
+    ours = ("TRITON_INTERPRET", "FUSEDMLP_BACKEND")
+    environment = {k: v for k, v in os.environ.items() if k not in ours}
+    return subprocess.run(
+        [sys.executable, "-m", "fusedmlp.bench", *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200,
+    )  # fmt: skip
+
+
+@pytest.mark.interpreter
+def test_default_command(tmp_path):
+    """One run, of a minute or two: every kernel is checked in the interpreter."""
+    file = tmp_path / "all.json"
+    done = command("--model", "llama3-8b", "--json", str(file))
+    assert done.returncode == 0, done.stderr
+    assert "GPU: none found by torch" in done.stdout
+    assert f"torch {torch.__version__}" in done.stdout
+    assert done.stderr == "", "progress is for terminals"
+    assert "backend triton (interpreter)" in done.stdout
+    assert "Nothing was timed" in done.stdout
+
+    written = json.loads(file.read_text())
+    assert set(written) == {"schema", "machine", "records"}
+    assert written["machine"]["gpu"] is None
+    assert {r["kind"] for r in written["records"]} == {"check", "predict"}
+    checks = [r for r in written["records"] if r["kind"] == "check"]
+    assert {r["case"] for r in checks} == set(CASES)
+    assert {r["backend"] for r in checks} == {"triton (interpreter)"}
+    assert all(r["passed"] for r in checks)
+    predicted = [r for r in written["records"] if r["kind"] == "predict"]
+    assert {(r["D"], r["H"]) for r in predicted} == {(4096, 14336)}
+
+
+@pytest.mark.interpreter
+def test_time_without_a_gpu(monkeypatch, tmp_path, capsys):
+    file = tmp_path / "times.json"
+    assert cli.main(["time", "--json", str(file)]) == 2
+    assert "nothing was timed" in capsys.readouterr().err
+    assert json.loads(file.read_text())["records"] == []
+
+
+@pytest.mark.parametrize("name", ["check", "time", "predict"])
+def test_help_has_examples_that_parse(name, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([name, "--help"])
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    start = "  python -m fusedmlp.bench "
+    examples = [line.split()[3:] for line in text.splitlines() if line.startswith(start)]
+    assert len(examples) >= 3
+    for example in examples:
+        assert cli.parser().parse_args(example).main is not None
+
+
+def test_top_level_help_names_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    text = capsys.readouterr().out
+    assert all(f"    {name} " in text for name in ("check", "time", "predict", "campaign"))
+
+
+def test_options_after_the_command_are_its_own():
+    args = cli.parser().parse_args(["predict", "--model", "gpt2"])
+    assert [m.name for m in args.model] == ["gpt2"]
+    assert args.main is predict.main

@@ -1,0 +1,176 @@
+"""Patched blocks over the ranks of gloo on CPU, 2 and 4 (all but tensor parallel over 4 is slow),
+against one process: DDP, FSDP2, tensor, sequence and expert parallel."""
+
+import copy
+import functools
+
+import pytest
+import torch
+import torch.distributed as dist
+from patch_blocks import MLP, GatedMLP, Model, Packed, Residual
+from ranks import spawn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import fusedmlp
+from fusedmlp.distributed import expert_parallel_plan, tensor_parallel_plan
+
+ROWS, T, D = 8, 4, 8
+
+
+def make():
+    torch.manual_seed(0)
+    return Model(GatedMLP(), Packed(), MLP(), Residual()).double()
+
+
+def _nccl(rank, ranks):
+    """The wrappers on GPUs, in float32 through the kernels, against the model in float64."""
+    torch.cuda.set_device(rank)
+    y, _, grads = expected()
+    for wrap in (DistributedDataParallel, _fsdp):
+        model = wrap(patched().float().cuda())
+        out = model(tokens(rank, ranks).float().cuda())
+        near = {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(out.double().cpu(), y.chunk(ranks)[rank], **near)
+        out.square().mean().backward()
+        for name, p in model.named_parameters():
+            grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+            torch.testing.assert_close(
+                grad.double().cpu(), grads[name.removeprefix("module.")], **near
+            )
+
+
+@pytest.mark.gpu
+def test_nccl():
+    spawn(min(2, torch.cuda.device_count()), _nccl, timeout=120, backend="nccl")
+
+
+def tokens(rank, ranks):
+    x = torch.randn(ROWS, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return x if rank is None else x.chunk(ranks)[rank]
+
+
+def expected():
+    """Result and gradients of the whole batch in one process, unpatched."""
+    model, x = make(), tokens(None, 1).requires_grad_()
+    y = model(x)
+    y.square().mean().backward()
+    return y.detach(), x.grad, {k: p.grad for k, p in model.named_parameters()}
+
+
+def patched():
+    model = make()
+    assert len(fusedmlp.patch(model, dtype_check=False).patched) == 4
+    return model
+
+
+def assert_grads(model, grads):
+    for name, p in model.named_parameters():
+        grad = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+        torch.testing.assert_close(grad, grads[name.removeprefix("module.")], msg=name)
+
+
+def _data_parallel(rank, ranks):
+    y, _, grads = expected()
+    for wrap in (DistributedDataParallel, _fsdp):
+        model = wrap(patched())
+        out = model(tokens(rank, ranks))
+        torch.testing.assert_close(out, y.chunk(ranks)[rank])
+        out.square().mean().backward()
+        assert_grads(model, grads)
+    with pytest.raises(ValueError, match=r"patch: model must be a plain model, got the model itself .*"
+                                         r"wrapped by FSDP; in this order: patch\(model\), then"):  # fmt: skip
+        fusedmlp.patch(model)
+    with pytest.raises(ValueError, match="unpatch: model must be a plain model"):
+        fusedmlp.unpatch(model)
+
+
+def _fsdp(model):
+    for block in model.blocks:
+        fully_shard(block)
+    return fully_shard(model)
+
+
+def _tensor_parallel(rank, ranks, sequence):
+    y, dx, grads = expected()
+    mesh = init_device_mesh("cpu", (ranks,))
+    model = patched()
+    parallelize_module(model, mesh, tensor_parallel_plan(model, sequence_parallel=sequence))
+    part = (lambda t: t.chunk(ranks, 1)[rank].contiguous()) if sequence else lambda t: t
+    x = part(tokens(None, 1)).requires_grad_()
+    out = model(x)
+    torch.testing.assert_close(out, part(y))
+    # A rank's share of the mean; with whole copies each rank has it all.
+    (out.square().sum() / y.numel()).backward()
+    torch.testing.assert_close(x.grad, part(dx))
+    norm = model.blocks[3].norm
+    if sequence:
+        for p in norm.parameters():  # outside the block's style: each rank has its tokens' share
+            dist.all_reduce(p.grad)
+    assert_grads(model, grads)
+    assert model.blocks[0].w1.weight.to_local().shape == (12 // ranks, D)
+    assert model.blocks[1].gate_up.weight.full_tensor().equal(make().blocks[1].gate_up.weight)
+    with pytest.raises(
+        ValueError, match="blocks.0.w1 .*, distributed, with DTensors for parameters"
+    ):
+        fusedmlp.patch(model)
+
+
+def _experts(rank, ranks):
+    from patch_models import build
+
+    options = {"num_hidden_layers": 1, "interleave_moe_layer_step": 1}
+    plain = build("llama4", **options).double()
+    shape, generator = (ranks, 6, 64), torch.Generator().manual_seed(2)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64)
+    whole = plain.model.layers[0].feed_forward
+    x_all = x.clone().requires_grad_()
+    y = whole(x_all)[0].view_as(x)
+    y.square().sum().backward()
+    mesh = init_device_mesh("cpu", (ranks,))
+    for plan_of, mine in ((tensor_parallel_plan, x), (expert_parallel_plan, x[rank : rank + 1])):
+        model = copy.deepcopy(plain)
+        model.zero_grad()
+        fusedmlp.patch(model, dtype_check=False)
+        parallelize_module(model, mesh, plan_of(model))
+        block = model.model.layers[0].feed_forward
+        mine = mine.clone().requires_grad_()
+        out = block(mine)[0].view_as(mine)
+        own = slice(None) if plan_of is tensor_parallel_plan else slice(rank, rank + 1)
+        torch.testing.assert_close(out, y[own])
+        out.square().sum().backward()
+        torch.testing.assert_close(mine.grad, x_all.grad[own])
+        for name in ("gate_up_proj", "down_proj"):
+            grad = getattr(block.experts, name).grad.full_tensor()
+            torch.testing.assert_close(grad, getattr(whole.experts, name).grad)
+    with pytest.raises(ValueError, match="sequence_parallel must be False for mixtures of experts"):
+        tensor_parallel_plan(model, sequence_parallel=True)
+
+
+def _all(rank, ranks):
+    _data_parallel(rank, ranks)
+    _tensor_parallel(rank, ranks, sequence=True)
+    _experts(rank, ranks)
+
+
+@pytest.mark.parametrize("ranks", (2, pytest.param(4, marks=pytest.mark.slow)))
+def test_every_way(ranks):
+    spawn(ranks, _all, timeout=120)
+
+
+def test_tensor_parallel_over_four_ranks():
+    spawn(4, functools.partial(_tensor_parallel, sequence=False))
+
+
+def test_plans_of_unpatched_models():
+    for plan_of in (tensor_parallel_plan, expert_parallel_plan):
+        with pytest.raises(
+            ValueError, match=r"model must hold patched blocks, got none; patch\(model\)"
+        ):
+            plan_of(make())
+    with pytest.raises(
+        ValueError, match=r"must hold experts with stacked weights \(Llama 4\), got none"
+    ):
+        expert_parallel_plan(patched())

@@ -1,0 +1,82 @@
+"""One fact, one place: the tree has the shape the README draws, and says so when it does not."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import fusedmlp
+from fusedmlp.kernels.arch import ARCHES, INTERPRETER
+from fusedmlp.reference.activations import ACTIVATIONS
+from fusedmlp.testing import CASES
+
+ROOT = Path(__file__).parents[2]
+OPS = sorted(p.stem for p in (ROOT / "fusedmlp/ops").glob("*.py") if not p.stem.startswith("_"))
+# Blocks are made of other ops' kernels and cuBLAS.
+INTERNAL = {"tree_path"}  # of a layer; no public function
+BLOCKS = {"binary_gated_mlp", "gated_mlp", "masked_gated_mlp", "mlp", "moe_linear"}
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if op not in INTERNAL])
+def test_an_op_has_its_four_places(op):
+    missing = []
+    if op not in BLOCKS and not any((ROOT / "kernels").glob(f"*/{op}.py")):
+        missing.append(f"kernels/<room>/{op}.py")
+    if not hasattr(fusedmlp.reference, op):
+        missing.append(f"fusedmlp/reference/: {op}()")
+    if op not in fusedmlp.__all__:
+        missing.append(f"fusedmlp/_api.py: {op}")
+    if not any(case.op == op for case in CASES.values()):
+        missing.append(f"fusedmlp/testing/: a Case of {op}")
+    assert not missing
+
+
+def test_linked_folders():
+    """kernels/ and bench/ are imported through symlinks; kernels/ must not be a package of its
+    own."""
+    for name in ("kernels", "bench"):
+        link = ROOT / "fusedmlp" / name
+        assert link.is_symlink() and link.resolve() == ROOT / name
+        assert not (ROOT / "kernels/__init__.py").exists()
+
+
+def sources():
+    return [p for d in ("fusedmlp", "kernels", "bench") for p in sorted((ROOT / d).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_through_the_package(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module or ""]
+        assert not {n.partition(".")[0] for n in names} & {"kernels", "bench"}
+
+
+def test_activation_names_stand_in_one_table():
+    """No other file lists them: a new row must be enough."""
+    for path in sources():
+        if path.name == "activations.py" and "reference" in path.parts:
+            continue
+        listed = [n for n in ACTIVATIONS if re.search(rf"[\"']{n}[\"']", path.read_text())]
+        assert len(listed) < len(ACTIVATIONS), path
+
+
+def test_every_arch_has_tiles_for_every_kernel():
+    kernels = INTERPRETER.tiles.keys()
+    for arch in ARCHES.values():
+        assert arch.tiles.keys() == kernels
+        for (kernel, size), tiles in arch.tiles.items():
+            loads = [t.loads for t in tiles if not t.skinny]
+            assert "element" in loads and len(set(loads)) == 2, (arch.name, kernel)
+            # An expert's rows are the depth of moe_wgrad, where TMA would read the next one's too.
+            assert ("tma" in loads) == (arch.tma and size == 2 and kernel != "moe_wgrad")
+
+
+def test_no_gpu_code_outside_kernels():
+    for path in sources():
+        if "kernels" not in path.parts:
+            assert "\n@triton.jit" not in path.read_text(), path

@@ -1,0 +1,168 @@
+"""How a tile is chosen, and that planning for a GPU that is not there leaves no trace."""
+
+import dataclasses
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fusedmlp.kernels import arch, device as device_module, tiles
+from fusedmlp.kernels.arch import ARCHES
+from fusedmlp.kernels.dense import gated_linear
+from fusedmlp.kernels.device import pretend
+from fusedmlp.kernels.pick import pick_splits, pick_tile
+from fusedmlp.testing import CASES, assert_close_to, compare
+
+X = torch.empty(1, dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def hopper():
+    with pretend(ARCHES["sm_90"], 132):
+        yield ARCHES["sm_90"].tiles["gated_linear_fwd", 2]
+
+
+def test_large_results_take_the_preferred_tile(hopper):
+    assert pick_tile("gated_linear_fwd", X, 8192, 14336, True) == hopper[0]
+
+
+def test_small_results_take_the_tile_that_fills_the_gpu(hopper):
+    # 128 x 128 tiles of (256, 4096) are 64, fewer than 132 multiprocessors; 64 x 128 are 128.
+    assert pick_tile("gated_linear_fwd", X, 256, 4096, True).block_m == 64
+    assert pick_tile("gated_linear_fwd", X, 2048, 4096, True).block_m == 128
+
+
+def test_few_rows_take_the_skinny_tile(hopper):
+    for M, skinny in ((1, True), (16, True), (17, False)):
+        assert pick_tile("gated_linear_fwd", X, M, 14336, True).skinny is skinny
+        assert not pick_tile("gated_linear_bwd", X, M, 14336, True).skinny
+
+
+def test_unaligned_operands_take_element_loads(hopper):
+    assert pick_tile("gated_linear_fwd", X, 8192, 14337, False).loads == "element"
+
+
+def test_splits_fill_the_gpu_and_leave_work_in_each(hopper):
+    tile = pick_tile("gated_linear_fwd", X, 1, 4096, True)
+    # 4096 / 32 columns = 128 blocks; 528 wanted; K = 4096 leaves at most 8 parts of 512.
+    assert pick_splits(tile, X, 4096, 4096) == 5
+    assert pick_splits(tile, X, 4096, 1024) == 2
+    assert pick_splits(tile, X, 100_000, 4096) == 1
+    assert pick_splits(tile, X, 4096, 100) == 1
+
+
+def test_pretending_ends():
+    before = device_module.arch_of(torch.device("cpu"))
+    with pytest.raises(ZeroDivisionError), pretend(ARCHES["sm_100"], 148):
+        assert device_module.multiprocessors(torch.device("cpu")) == 148
+        raise ZeroDivisionError
+    assert device_module.arch_of(torch.device("cpu")) is before is arch.INTERPRETER
+
+
+def forget_gpus():
+    device_module._arch_of_gpu.cache_clear()
+    device_module._capability.cache_clear()
+
+
+def test_gpus_between_rows_get_the_older_row(monkeypatch):
+    for capability, name in (((8, 0), "sm_80"), ((8, 9), "sm_86"), ((9, 0), "sm_90"),
+                             ((10, 3), "sm_100"), ((12, 1), "sm_120")):  # fmt: skip
+        forget_gpus()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, c=capability: c)
+        assert device_module.arch_of(torch.device("cuda", 0)).name == name
+    forget_gpus()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "T4")
+    with pytest.raises(
+        RuntimeError, match=r"capability 8\.0 or newer, got 7\.5 \(T4\).*backend\('reference'\)"
+    ):
+        device_module.arch_of(torch.device("cuda", 0))
+    forget_gpus()
+
+
+def test_alignment():
+    t = torch.empty(64, 64, dtype=torch.bfloat16)
+    assert tiles.aligned(t, None, t[:, 8:], t[::2], t[:1], weights=(t, t.t(), None))
+    overlapping = torch.empty(4096, dtype=torch.bfloat16).as_strided((100, 64), (8, 1))
+    odd = torch.empty(64, 65, dtype=torch.bfloat16)
+    for bad in (t[:, 1:], odd, t[:, ::2], t[:0], t[:1, :1].expand(64, 64), t[:1].expand(64, 64),
+                overlapping):  # fmt: skip
+        assert not tiles.aligned(t, bad)
+        assert not tiles.aligned(t, weights=(bad,))
+    assert not tiles.aligned(t.t())
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("loads", ("tma", "vector", "element"))
+@pytest.mark.parametrize("subtiles", (1, 2, 4, 8))
+def test_every_way_of_cutting_gives_the_same_numbers(
+    loads, subtiles, device, on_triton, monkeypatch
+):
+    """The constexprs that tiles of real GPUs use and the interpreter's own tiles do not."""
+    interpreter = arch.INTERPRETER
+    rows = {
+        key: tuple(
+            dataclasses.replace(t, block_n=64, subtiles=subtiles, loads=loads)
+            for t in tiles_ if not t.skinny
+        )[:1]
+        for key, tiles_ in interpreter.tiles.items()
+    }  # fmt: skip
+    monkeypatch.setattr(device_module, "INTERPRETER", dataclasses.replace(interpreter, tiles=rows))
+    monkeypatch.setattr(gated_linear, "aligned", lambda *rows, weights: loads != "element")
+    for name in ("gated_mlp-bias", "mlp-bias"):
+        case = CASES[name]
+        for key, triple in compare(case, case.inputs(70, 48, 136, torch.float16)).items():
+            assert_close_to(*triple, name=key)
+
+
+@triton.jit
+def _round_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    x = tiles.load_tile(x_ptr, N, 1, 0, 0, 1, N, 1, N, False)
+    tiles.store_tile(y_ptr, N, 0, 0, 1, N, x, 1, N, False)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+def test_results_are_rounded_to_nearest_even(dtype, device):
+    x = torch.randn(1, 1024, device=device)
+    ties = [0.0, -0.0, 1 + 2**-8, 1 + 3 * 2**-8, 1e-30, float("inf"), -float("inf"), float("nan")]
+    x[0, : len(ties)] = torch.tensor(ties)
+    y = torch.empty(1, 1024, device=device, dtype=dtype)
+    _round_kernel[(1,)](x, y, 1024)
+    torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+def test_two_weights_under_one_descriptor():
+    """Halves of one tensor or two tensors, in either order; None where TMA could not."""
+    packed = torch.empty(128, 64, dtype=torch.bfloat16)
+    first, second = packed.chunk(2)
+    both, second_first = tiles.stacked_of(first, second, 32, 64)
+    assert not second_first and both.base.data_ptr() == packed.data_ptr()
+    assert tuple(both.shape) == (2, 64, 64) and tuple(both.strides) == (64 * 64, 64, 1)
+    assert both.block_shape == [2, 32, 64]
+    both, second_first = tiles.stacked_of(second, first, 32, 64)
+    assert second_first and both.base.data_ptr() == packed.data_ptr()
+    memory = torch.empty(1 << 16, dtype=torch.bfloat16)
+    near, far, skewed = (
+        memory[i:].as_strided((64, 64), (64, 1)) for i in (0, 100 * 64, 200 * 64 + 8)
+    )
+    both, _ = tiles.stacked_of(near, far, 32, 64)
+    assert both.strides[0] == 100 * 64
+    wide = torch.empty(64, 128, dtype=torch.bfloat16)[:, :64]
+    for a, b in ((near, near), (near, wide), (near, skewed), (first.t(), second.t())):
+        assert tiles.stacked_of(a, b, 32, 64) is None
+
+
+@pytest.mark.parametrize("name", ("gated_linear-bias", "gated_mlp"))
+def test_weights_that_cannot_be_stacked_take_two_accumulators(name, device, on_triton, monkeypatch):
+    seen = []
+    stacked_of = gated_linear.stacked_of
+    monkeypatch.setattr(
+        gated_linear, "stacked_of", lambda *args: seen.append(stacked_of(*args)) or seen[-1]
+    )
+    case = CASES[name]
+    inputs = case.inputs(40, 48, 72, torch.bfloat16, device)
+    inputs["w_up"] = inputs["w_up"].t().contiguous().t()
+    for key, triple in compare(case, inputs).items():
+        assert_close_to(*triple, name=key)
+    assert seen and not any(seen)

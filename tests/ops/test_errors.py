@@ -1,0 +1,132 @@
+"""Bad input: one clear error each, naming op, argument, what was expected and what was got."""
+
+import re
+
+import pytest
+import torch
+
+import fusedmlp
+from fusedmlp.reference.activations import ACTIVATIONS
+from fusedmlp.testing import CASES
+
+D, H = 16, 24
+
+
+def good(name):
+    return CASES[name].inputs(4, D, H, torch.float32)
+
+
+# case, argument to spoil, its bad value, error, what the message must say
+BAD = [
+    ("gated_act", "u", torch.ones(4, 3), ValueError, r"gated_act: u must have g's shape \(4, 24\), got \(4, 3\)"),
+    ("gated_act-gate_up", "g", torch.ones(4, 5), ValueError, r"g must be \(\.\.\., 2H\) when packed, got \(4, 5\)"),
+    ("gated_act", "g", torch.ones(()), ValueError, r"g must be \(\.\.\., H\), got a scalar"),
+    ("gated_linear", "x", torch.ones(4, 7), ValueError, r"x must be \(\.\.\., 16\): D of w_gate; got \(4, 7\)"),
+    ("gated_linear", "x", torch.ones(()), ValueError, r"x must be \(\.\.\., 16\).*got \(\)"),
+    ("gated_linear", "w_gate", torch.ones(16), ValueError, r"w_gate must be a matrix \(H, D\).*got shape \(16,\)"),
+    ("gated_linear", "w_up", torch.ones(9, D), ValueError, r"w_up must have shape \(24, 16\), got \(9, 16\)"),
+    ("gated_linear-bias", "b_gate", torch.ones(3), ValueError, r"b_gate must have shape \(24,\), got \(3,\)"),
+    ("gated_linear-bias", "b_up", torch.ones(3), ValueError, r"b_up must have shape \(24,\), got \(3,\)"),
+    ("gated_linear-bias", "b_up", None, ValueError, r"b_gate and b_up must both be given or both be None, got a b_gate and no b_up"),
+    ("gated_linear-gate_up-bias", "w_gate", torch.ones(7, D), ValueError, r"w_gate must be \(2H, D\) when packed, got \(7, 16\)"),
+    ("gated_linear-gate_up-bias", "b_gate", torch.ones(H), ValueError, r"b_gate must have shape \(48,\), got \(24,\)"),
+    ("gated_linear-gate_up-bias", "b_up", torch.ones(H), ValueError, r"b_up must be None when packed"),
+    ("gated_mlp", "w_down", torch.ones(D, 3), ValueError, r"w_down must have shape \(16, 24\), got \(16, 3\)"),
+    ("gated_mlp-bias", "b_down", torch.ones(3), ValueError, r"b_down must have shape \(16,\), got \(3,\)"),
+    ("linear_act", "w", torch.ones(H, 3), ValueError, r"x must be \(\.\.\., 3\): D of w; got \(4, 16\)"),
+    ("linear_act-bias", "b", torch.ones(2), ValueError, r"b must have shape \(24,\), got \(2,\)"),
+    ("mlp", "w_out", torch.ones(D, H, 1), ValueError, r"w_out must be a matrix \(D_out, H\), got shape \(16, 24, 1\)"),
+    ("mlp-bias", "b_in", torch.ones(2), ValueError, r"b_in must have shape \(24,\), got \(2,\)"),
+    ("mlp-bias", "b_out", torch.ones(2), ValueError, r"b_out must have shape \(16,\), got \(2,\)"),
+    ("mlp", "x", torch.ones(4, D, dtype=torch.int64), TypeError, r"x must have a floating dtype, got torch.int64"),
+    ("mlp", "x", [1.0, 2.0], TypeError, r"x must be a Tensor, got list"),
+    ("gated_mlp", "w_up", torch.ones(H, D).bfloat16(), TypeError, r"w_up must have x's dtype torch.float32, got torch.bfloat16"),
+    ("gated_mlp", "w_down", "no", TypeError, r"w_down must be a Tensor, got str"),
+    ("gated_linear", "w_gate", None, TypeError, "w_gate must be a Tensor, got NoneType"),
+    ("gated_mlp", "w_down", None, TypeError, "w_down must be a Tensor, got NoneType"),
+    ("linear_act", "w", None, TypeError, "w must be a Tensor, got NoneType"),
+    ("mlp", "w_out", None, TypeError, "w_out must be a Tensor, got NoneType"),
+    ("gated_mlp", "w_gate", torch.ones(H, D, device="meta"), ValueError, r"w_gate must be on x's device cpu, got meta"),
+    ("gated_act", "u", torch.ones(4, H).double(), TypeError, r"u must have x's dtype|u must have g's dtype"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, argument, value, error, message", BAD,
+                         ids=[f"{b[0]}-{b[1]}-{i}" for i, b in enumerate(BAD)])  # fmt: skip
+def test_one_clear_error(name, argument, value, error, message, each_backend):
+    case = CASES[name]
+    with pytest.raises(error, match=message) as caught:
+        case.run({**good(name), argument: value})
+    assert str(caught.value).startswith(f"{case.op}: ")
+
+
+@pytest.mark.parametrize("name", ("gated_act", "gated_linear", "gated_mlp", "linear_act", "mlp"))
+def test_activation_names(name, each_backend):
+    for wrong in ("swish", []):
+        expected = f"{name}: activation must be one of {', '.join(ACTIVATIONS)}; got {wrong!r}"
+        with pytest.raises(ValueError, match=re.escape(expected)):
+            CASES[name].run(good(name), activation=wrong)
+
+
+@pytest.mark.parametrize("name", ("gated_act", "gated_linear", "gated_mlp"))
+def test_packed_and_apart_are_told_apart(name, each_backend):
+    case = CASES[name]
+    with pytest.raises(
+        ValueError, match=f"{name}: packed must be None, 'gate_up' or 'up_gate', got 'gu'"
+    ):
+        case.run(good(name), packed="gu")
+    with pytest.raises(
+        ValueError, match=f"{name}: packed must be .* got packed='gate_up' and .*=a tensor"
+    ):
+        case.run(good(name), packed="gate_up")
+    second = "u" if name == "gated_act" else "w_up"
+    with pytest.raises(ValueError, match=f"got packed=None and {second}=None"):
+        case.run({**good(name), second: None})
+
+
+def test_triton_refuses_what_it_cannot_run(on_triton, device):
+    with pytest.raises(TypeError, match=r"mlp: x must be bfloat16, float16 or float32 on backend 'triton', "
+                                        r"got torch.float64; backend\('reference'\)"):  # fmt: skip
+        CASES["mlp"].run(CASES["mlp"].inputs(2, 4, 4, torch.float64, device))
+
+
+W = torch.ones(1, 2, 3, 4, dtype=torch.float64)
+ZERO = torch.zeros(1, dtype=torch.int64)
+WIDE = {  # op -> (its argument, a call with float64 for it)
+    "gated_act": ("g", lambda: fusedmlp.gated_act(W, W)),
+    "hyper_attention": ("q", lambda: fusedmlp.hyper_attention(W, W, W[:, :1])),
+    "hyper_attention_step": (
+        "q", lambda: fusedmlp.hyper_attention_step(W[:, :, 0], W, W[:, :1], ZERO)),
+    "pack_masks": ("logits", lambda: fusedmlp.pack_masks(W[0])),
+    "route_to": ("prob", lambda: fusedmlp.route_to(ZERO, W[0, 0, 0, :1], 2)),
+    "top1_route": ("logits", lambda: fusedmlp.top1_route(W)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", WIDE)
+def test_triton_names_the_argument_that_it_refuses(op, on_triton):
+    name, call = WIDE[op]
+    with pytest.raises(TypeError, match=f"^{op}: {name} must be bfloat16, float16 or float32 on"):
+        call()
+
+
+@pytest.mark.parametrize(
+    "op, message",
+    [("gated_mlp", "it needs CUDA tensors, got cpu"), ("gated_act", "it has no CUDA kernel")],
+)
+def test_cuda_backend_says_what_is_missing(op, message):
+    with (
+        fusedmlp.backend("cuda"),
+        pytest.raises(RuntimeError, match=f"{op}: backend 'cuda' was asked for, but {message}; or"),
+    ):
+        CASES[op].run(good(op))
+
+
+@pytest.mark.parametrize("argument", ("x", "w_in"))
+def test_autocast_casts_no_integers(argument, each_backend):
+    integers = {argument: good("mlp")[argument].to(torch.int64)}
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(TypeError, match=f"mlp: {argument} must have .* dtype.*, got torch.int64"),
+    ):
+        CASES["mlp"].run({**good("mlp"), **integers})

@@ -1,0 +1,96 @@
+"""fusedmlp._C for the host: csrc/bindings.cpp over the kernels of one architecture, compiled by g++
+for the SIMT runner. Under `installed` the backend "cuda" runs them on CPU tensors."""
+
+import functools
+import importlib.machinery
+import importlib.util
+import sysconfig
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import pybind11
+import simt_build
+
+from fusedmlp.backends import choice
+from fusedmlp.backends.cuda import (
+    binary as cuda_binary,
+    gated_linear as cuda_gated_linear,
+    loader,
+    masked as cuda_masked,
+    route as cuda_route,
+)
+from fusedmlp.kernels.arch import ARCHES
+from fusedmlp.kernels.device import pretend
+
+FLAGS = (
+    f"-isystem{sysconfig.get_path('include')}",
+    f"-isystem{pybind11.get_include()}",
+    # Python's own structs end in arrays of one element that are longer.
+    "-fno-sanitize=bounds-strict",
+)
+MULTIPROCESSORS = 3  # an odd number, so that a cluster of two leaves one out; loops do loop
+
+
+# Of every build: where each kernel is, and what else CMake would define.
+SOURCES = {
+    **{f"sm_{sm}a": dict.fromkeys(
+        ("gated_linear_fwd", "gated_linear_bwd", "linear_act_fwd", "linear_act_bwd"),
+        f"csrc/gated_linear_sm{sm}.cu") for sm in (90, 100)},
+    "sm_80": {
+        "binary_linear_fwd": "csrc/binary_gemv.cu",
+        "binary_gated_linear_fwd": "csrc/binary_gemv.cu",
+        "masked_gated_linear_fwd": "csrc/masked_gated_gemv.cu",
+        "top1_route_fwd": "csrc/moe_route.cu",
+        "route_to_fwd": "csrc/moe_route.cu",
+    },
+}  # fmt: skip
+DEFINES = {
+    "sm_90a": "FUSEDMLP_SM90", "sm_100a": "FUSEDMLP_SM100", "sm_80": 'FUSEDMLP_PORTABLE="sm_80"',
+}  # fmt: skip
+
+
+@functools.cache
+def _built(arch: str):
+    """The module and its kernels' libraries; apart, for the runner keeps a library's thread-local
+    memory for __shared__."""
+    libraries = {kernel: simt_build.load(source) for kernel, source in SOURCES[arch].items()}
+    defines = (DEFINES[arch], f'FUSEDMLP_ARCHS="{arch}"', 'FUSEDMLP_CUDA_VERSION="host"')
+    paths = {str(library.path) for library in libraries.values()}
+    flags = (*FLAGS, f"-Wl,--no-as-needed,{','.join(sorted(paths))}")
+    path = simt_build.load("csrc/bindings.cpp", *defines, flags=flags).path
+    name = f"{arch}._C"  # pybind11 hands out one module for each name
+    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader.exec_module(module)
+    return module, libraries
+
+
+def extension(arch: str, seed: int = 0):
+    """What `loader.load` finds: the module, its launchers run with `seed`; runner errors raise."""
+    module, libraries = _built(arch)
+
+    def on_runner(kernel, launcher):
+        def launch(*arguments):
+            with libraries[kernel].running(kernel, seed=seed):
+                launcher(*arguments)
+
+        return launch
+
+    ops = {key: on_runner(key[0], launcher) for key, launcher in module.OPS.items()}
+    names = set(vars(module)) - {"OPS"}
+    return SimpleNamespace(OPS=ops, **{name: getattr(module, name) for name in names})
+
+
+@contextmanager
+def installed(monkeypatch, arch: str, seed: int = 0, multiprocessors: int = MULTIPROCESSORS):
+    monkeypatch.setattr(loader, "load", lambda: (extension(arch, seed), ""))
+    for launchers in (cuda_binary, cuda_gated_linear, cuda_masked, cuda_route):
+        monkeypatch.setattr(launchers, "stream", lambda device: 0)
+    loader.find.cache_clear()
+    choice.SERVED.clear()
+    try:
+        with pretend(ARCHES[arch.removesuffix("a")], multiprocessors):
+            yield
+    finally:
+        loader.find.cache_clear()
+        choice.SERVED.clear()
