@@ -1,5 +1,7 @@
 """The built extension, on a machine that need not have a GPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -35,6 +37,11 @@ def test_tables(extension):
     assert extension.VARIANTS.keys() == extension.OPS.keys()
     for kernel in ladder.KERNELS if "sm_90a" in archs else ():
         assert tuple(extension.VARIANTS[kernel, "sm_90a"]) == ladder.variants_of(kernel)
+
+
+def test_the_file_is_small(extension):
+    """Compressed; csrc/README.md says what it holds."""
+    assert Path(extension.__file__).stat().st_size <= 12e6
 
 
 def test_explain(extension):

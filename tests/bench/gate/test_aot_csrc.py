@@ -63,6 +63,7 @@ def compiled(folder, stem, text, archs):
     source, item = folder / f"{stem}.cu", place / f"{stem}.cu.o"
     source.write_text(text)
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    flags.append("-Xfatbin=-compress-all")
     log = [sys.executable, str(ROOT / "csrc/keep_log.py")]
     subprocess.run([*log, "nvcc", *flags, "-c", source, "-o", item], check=True)
     return item
