@@ -3,18 +3,40 @@
 FUSEDMLP_CUDA=auto builds the extension iff nvcc is found (CUDACXX, CUDA_HOME, PATH), 1 fails
 without nvcc, 0 leaves the extension out. FUSEDMLP_CUDA_ARCHS overrides CMakeLists.txt's
 architectures.
+
+This file is two things. Installers import it as the build backend, setuptools' own but for what it
+asks for: CMake's tools, where there is an extension to build. Setuptools then runs it as a script.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.build_meta import (
+    build_editable,
+    build_sdist,
+    build_wheel,
+    prepare_metadata_for_build_editable,
+    prepare_metadata_for_build_wheel,
+)
 from setuptools.command.build_ext import build_ext
+
+__all__ = [  # the hooks of PEP 517 and PEP 660
+    "build_editable",
+    "build_sdist",
+    "build_wheel",
+    "get_requires_for_build_editable",
+    "get_requires_for_build_wheel",
+    "prepare_metadata_for_build_editable",
+    "prepare_metadata_for_build_wheel",
+]
 
 ROOT = Path(__file__).resolve().parent
 # Kept between installs, so that a second one compiles only what has changed.
@@ -32,7 +54,7 @@ def find_nvcc() -> str | None:
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
-        if not (cmake and ninja):
+        if not (cmake and ninja and importlib.util.find_spec("pybind11")):
             raise SystemExit(f"fusedmlp: building needs {', '.join(NEEDS)}; {WITHOUT}")
         archs = os.environ.get("FUSEDMLP_CUDA_ARCHS")
         configure = [
@@ -70,8 +92,16 @@ if WANTED == "1" and NVCC is None:
     raise SystemExit(
         "fusedmlp: FUSEDMLP_CUDA=1 needs nvcc: put it on PATH, or set CUDA_HOME or CUDACXX"
     )
-setup(
-    ext_modules=[Extension("fusedmlp._C", sources=[])] if NVCC else [],
-    cmdclass={"build_ext": CMakeBuild},
-    setup_requires=NEEDS if NVCC else [],
-)
+
+
+def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
+    return NEEDS if NVCC else []
+
+
+get_requires_for_build_editable = get_requires_for_build_wheel
+
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("fusedmlp._C", sources=[])] if NVCC else [],
+        cmdclass={"build_ext": CMakeBuild},
+    )

@@ -71,25 +71,39 @@ def installed(tmp_path, built):
     return python
 
 
-def test_the_extra_names_what_the_build_needs():
+@pytest.mark.parametrize(
+    "variables, builds",
+    [({}, False), ({"CUDACXX": "{}/bin/nvcc"}, True), ({"CUDA_HOME": "{}"}, True),
+     ({"PATH": "{}/bin"}, True), ({"PATH": "{}/bin", "FUSEDMLP_CUDA": "1"}, True),
+     ({"PATH": "{}/bin", "FUSEDMLP_CUDA": "0"}, False)],
+)  # fmt: skip
+def test_the_extra_is_asked_for_where_there_is_an_extension(variables, builds, tmp_path, nowhere):
+    """By the backend's hooks for wheels and for editable installs."""
+    nvcc = tmp_path / "bin/nvcc"
+    nvcc.parent.mkdir()
+    nvcc.touch(mode=0o755)
+    ask = """if True:
+        import setup
+        print([setup.get_requires_for_build_wheel(), setup.get_requires_for_build_editable()])
+    """
+    env = nowhere | {name: value.format(tmp_path) for name, value in variables.items()}
+    asked = ast.literal_eval(good(run(sys.executable, "-c", ask, cwd=ROOT, env=env)))
     extra = re.search(r"^cuda = (\[.*\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    tree = ast.parse((ROOT / "setup.py").read_text())
-    (needs,) = (
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and node.targets[0].id == "NEEDS"
-    )
-    assert ast.literal_eval(extra[1]) == needs
+    assert asked == 2 * [ast.literal_eval(extra[1]) if builds else []]
 
 
+@pytest.mark.parametrize(
+    "script", (["setup.py", "--version"], ["-c", "import setup"]), ids=" ".join
+)
 @pytest.mark.parametrize(
     "value, message",
     [("1", "FUSEDMLP_CUDA=1 needs nvcc: put it on PATH, or set CUDA_HOME or CUDACXX"),
      ("yes", "FUSEDMLP_CUDA must be auto, 1 or 0, got 'yes'")],
 )  # fmt: skip
-def test_what_cannot_be_built_fails_loudly(value, message, nowhere):
-    result = run(sys.executable, "setup.py", "--version", cwd=ROOT,
-                 env={**nowhere, "FUSEDMLP_CUDA": value})  # fmt: skip
+def test_what_cannot_be_built_fails_loudly(value, message, script, nowhere):
+    """Run as a script by setuptools, and imported as the build backend."""
+    env = {**nowhere, "FUSEDMLP_CUDA": value}
+    result = run(sys.executable, *script, cwd=ROOT, env=env)
     assert result.returncode != 0 and message in result.stderr
 
 
@@ -154,7 +168,7 @@ def test_without_isolation_and_from_an_sdist(tree, tmp_path):
     python = venv(tmp_path / "builder")
     pip = (python, "-m", "pip")
     good(run(*pip, "install", "setuptools>=77"))
-    sdist = "from setuptools.build_meta import build_sdist; import sys; build_sdist(sys.argv[1])"
+    sdist = "from setup import build_sdist; import sys; build_sdist(sys.argv[1])"
     good(run(python, "-c", sdist, tmp_path, cwd=tree, env={"FUSEDMLP_CUDA": "0"}))
     (packed,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(packed) as archive:
