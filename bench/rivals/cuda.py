@@ -58,6 +58,8 @@ class Cuda(Fusedmlp):
                 names = variants(kernel, capability)
                 if self.variant not in names:
                     return f"{kernel} on {why} has variants {', '.join(names)}"
+        if work.activation not in loader.load()[0].ACTIVATIONS:
+            return f"has no functor for {work.activation}"
         return None
 
     def in_force(self) -> AbstractContextManager[None]:

@@ -11,7 +11,6 @@ import torch
 import fusedmlp
 from fusedmlp.backends.cuda.gated_linear import variant
 from fusedmlp.bench.report import ladder
-from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.testing import CASES, assert_close_to, compare, evaluate, poison
 
 ARCHS = ("sm_90a", "sm_100a")
@@ -54,7 +53,7 @@ def test_many_tiles(name, on_host):
     check(CASES[name], CASES[name].inputs(*SHAPES[2], torch.bfloat16))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", simt_build.FUNCTORS)
 @pytest.mark.parametrize("name", ("gated_mlp-bias", "mlp"))
 def test_every_activation(name, activation, on_host):
     inputs = CASES[name].inputs(33, 48, 64, torch.bfloat16, activation=activation)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from op_checks import check
-from simt_build import load
+from simt_build import FUNCTORS, load
 
 import fusedmlp
 from fusedmlp import quantize_binary
@@ -13,7 +13,6 @@ from fusedmlp.backends.cuda import binary as cuda_binary, loader
 from fusedmlp.backends.cuda.loader import Unfit
 from fusedmlp.kernels.arch import ARCHES
 from fusedmlp.kernels.device import pretend
-from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.testing import CASES
 
 DTYPES = {"bfloat16": 0, "float16": 1}
@@ -34,7 +33,7 @@ def on_cuda(monkeypatch):
     ops = {
         (kernel, "sm_80"): enqueue for kernel in ("binary_linear_fwd", "binary_gated_linear_fwd")
     }
-    numbers = {name: i for i, name in enumerate(ACTIVATIONS)}
+    numbers = {name: i for i, name in enumerate(FUNCTORS)}
     extension = SimpleNamespace(OPS=ops, ARCHS="sm_80", DTYPES=DTYPES, ACTIVATIONS=numbers)
     monkeypatch.setattr(loader, "load", lambda: (extension, ""))
     monkeypatch.setattr(cuda_binary, "stream", lambda device: 0)

@@ -12,7 +12,7 @@ from cuda_fake import installed
 from timing_fake import FakeTimer, of
 
 import fusedmlp
-from fusedmlp.backends.cuda import gated_linear as cuda_gated_linear
+from fusedmlp.backends.cuda import gated_linear as cuda_gated_linear, loader
 from fusedmlp.backends.cuda.gated_linear import variant
 from fusedmlp.bench import check
 from fusedmlp.bench.campaign import worker
@@ -115,6 +115,8 @@ def test_why_a_provider_cannot_serve():
         assert "multiples of 8" in ours.skip(work(D=20), "forward")
         reason = "gated_linear_bwd on sm_90a has variants pingpong-cluster2, pingpong-cluster1"
         assert cooperative.skip(work("gated_mlp"), "both") == reason
+        del loader.load()[0].ACTIVATIONS["silu"]
+        assert ours.skip(work(), "forward") == "has no functor for silu"
     with installed(gpu="sm_80"):
         assert ours.skip(work(), "forward").endswith("for sm_90a, and this GPU is sm_80")
     with installed(gpu="sm_100", archs=("sm_100a",)):

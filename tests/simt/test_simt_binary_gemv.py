@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from simt_build import SEEDS, empty, guarded, load
+from simt_build import FUNCTORS, SEEDS, empty, guarded, load
 
 from fusedmlp import quantize_binary, reference
 from fusedmlp.reference.activations import ACTIVATIONS
@@ -25,7 +25,7 @@ def run(x, weights, biases, *, splits=1, activation="silu", seed=0):
     added = [guarded(b) for b in biases]
     load("csrc/binary_gemv.cu").run_binary_gemv(
         guarded(x), *planes, *[None] * (4 - len(planes)), *added, *[None] * (2 - len(added)),
-        h, parts, M, H, D, x.stride(0), splits, list(ACTIVATIONS).index(activation),
+        h, parts, M, H, D, x.stride(0), splits, FUNCTORS.index(activation),
         DTYPES[x.dtype], seed=seed,
     )  # fmt: skip
     return h.tensor
@@ -69,7 +69,7 @@ def test_parts_are_summed(gated, splits):
     check(3, 18, 640, torch.bfloat16, gated=gated, bias=True, splits=splits)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", FUNCTORS)
 def test_every_activation(activation):
     check(1, 20, 128, torch.float16, activation=activation)
 

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from simt_build import SEEDS, empty, guarded, load
+from simt_build import FUNCTORS, SEEDS, empty, guarded, load
 
 from fusedmlp import reference
-from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.testing import assert_close_to
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # as csrc/gated_linear.h numbers them
@@ -23,7 +22,7 @@ def run(x, w, masks, *, splits=1, activation="silu", seed=0):
     load("csrc/masked_gated_gemv.cu").run_masked_gated_gemv(
         guarded(x), guarded(w), guarded(reference.pack_masks(masks)), h, parts,
         M, H, D, x.stride(0), w.stride(0), n_m, splits,
-        list(ACTIVATIONS).index(activation), DTYPES[x.dtype], seed=seed,
+        FUNCTORS.index(activation), DTYPES[x.dtype], seed=seed,
     )  # fmt: skip
     return h.tensor
 
@@ -58,7 +57,7 @@ def test_parts_are_summed(splits):
     check(2, 18, 40 if splits == 7 else 1032, 4, torch.bfloat16, splits=splits)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", FUNCTORS)
 def test_every_activation(activation):
     check(1, 20, 264, 1, torch.float16, activation=activation)
 

@@ -34,6 +34,8 @@ FLAGS = (
     "-U_FORTIFY_SOURCE",  # it takes a jump out of a signal handler for an attack
     *("-fsanitize=bounds-strict", "-fsanitize-undefined-trap-on-error"),
 )
+# What csrc/activations.cuh has a functor for, in the order of its numbers.
+FUNCTORS = re.findall(r"\n  ROW\((\w+), ", (ROOT / "csrc" / "activations.cuh").read_text())
 SEEDS = (0, 1, 2, 3)  # late, early and two random orders: see tests/simt/scheduler.h
 UNWRITTEN = 0xFF  # a NaN in every floating-point format; the runner fills shared memory with it
 PAGE = mmap.PAGESIZE

@@ -14,7 +14,7 @@ from ...kernels.arch.tile import SKINNY_M, cdiv
 from ...kernels.device import multiprocessors
 from ...reference.binary import GROUP
 from . import loader
-from .gated_linear import Enqueue, matrix, stream, unfit
+from .gated_linear import Enqueue, activation_number, matrix, stream, unfit
 
 # Rows of the weight (or of gate and as many of up) that a block takes, and the groups it takes x of
 # at a time.
@@ -52,18 +52,14 @@ def _launch(
         if t is not None and not t.is_contiguous():
             raise unfit(op, "biases to be contiguous", f"strides {t.stride()}")
     at_x, stride_x = matrix(op, "x", x)
-    extension, _ = loader.load()
-    if activation not in extension.ACTIVATIONS:
-        raise unfit(
-            op, f"activation to be one of {', '.join(extension.ACTIVATIONS)}", repr(activation)
-        )
+    act = activation_number(op, activation)
     gated = q_up is not None
     splits = splits_of(x, H, s_gate.shape[1], gated)
     parts = x.new_empty((splits, 1 + gated, M, H), dtype=torch.float32) if splits > 1 else None
     enqueue(
         at_x, *map(_at, weights), *map(_at, biases), h.data_ptr(), _at(parts),
-        M, H, D, stride_x, splits, extension.ACTIVATIONS[activation],
-        extension.DTYPES[loader.DTYPES[x.dtype]], x.get_device(), stream(x.device),
+        M, H, D, stride_x, splits, act,
+        loader.load()[0].DTYPES[loader.DTYPES[x.dtype]], x.get_device(), stream(x.device),
     )  # fmt: skip
     return h
 

@@ -131,15 +131,21 @@ def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
+def activation_number(op: str, activation: str) -> int:
+    """The number of an activation in a params struct. A row of reference/activations.py without a
+    functor in csrc/activations.cuh is Unfit."""
+    functors = loader.load()[0].ACTIVATIONS
+    if activation not in functors:
+        held = f"{', '.join(functors)} (those with a functor in csrc/activations.cuh)"
+        raise unfit(op, f"activation to be one of {held}", repr(activation))
+    return functors[activation]
+
+
 def _tail(op: str, x: Tensor, activation: str) -> tuple[int, ...]:
     """What every params struct ends with, and the stream."""
-    extension, _ = loader.load()
-    activations = extension.ACTIVATIONS
-    if activation not in activations:
-        raise unfit(op, f"activation to be one of {', '.join(activations)}", repr(activation))
     return (
-        activations[activation],
-        extension.DTYPES[loader.DTYPES[x.dtype]],
+        activation_number(op, activation),
+        loader.load()[0].DTYPES[loader.DTYPES[x.dtype]],
         x.get_device(),
         multiprocessors(x.device),
         _number(op, x.device),
@@ -201,6 +207,7 @@ def _bwd(
     if M == 0 or H == 0:
         return h, dy.new_zeros((halves if want_db else 0, H))
     _check_sizes(op, M, H, D)
+    tail = _tail(op, dy, activation)
     if not _readable(dy):
         dy = dy.clone(memory_format=torch.contiguous_format)
     at_dy, stride_dy = matrix(op, "dy", dy)
@@ -214,7 +221,7 @@ def _bwd(
     at_h = h.data_ptr() if want_h else 0
     enqueue(
         at_dy, at_down, at_g, at_u, _address(dg), _address(du), at_h, _address(sums),
-        M, H, D, stride_dy, stride_down, stride_gu, dg.stride(0), H, *_tail(op, dy, activation),
+        M, H, D, stride_dy, stride_down, stride_gu, dg.stride(0), H, *tail,
     )  # fmt: skip
     return h, dy.new_empty((0, H)) if sums is None else sums.sum(1).to(dy.dtype)
 
