@@ -62,6 +62,12 @@ class ReluSquared(nn.Module):
     Args:
         signed: kept as an attribute. It changes nothing: the sign of x is that of relu(x) wherever
             the square is not zero. It is not x |x|.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import ReluSquared
+        >>> ReluSquared()(torch.tensor([-2.0, 3.0])).tolist()
+        [0.0, 9.0]
     """
 
     def __init__(self, signed: bool = False) -> None:
@@ -76,7 +82,15 @@ class ReluSquared(nn.Module):
 
 
 class Gelu2(nn.Module):
-    """gelu(x)^2 with the exact gelu: never negative, and not 0 for x < 0."""
+    """gelu(x)^2 with the exact gelu: never negative, and not 0 for x < 0.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import Gelu2
+        >>> x = torch.randn(8)
+        >>> torch.allclose(Gelu2()(x), torch.nn.functional.gelu(x).square())
+        True
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         return ACTIVATIONS["gelu2"].reference(x)
@@ -87,6 +101,12 @@ class BSiLU(nn.Module):
 
     Args:
         alpha: a number, not learned.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import BSiLU
+        >>> BSiLU()(torch.tensor([0.0])).item()
+        0.0
     """
 
     def __init__(self, alpha: float = BSILU_ALPHA) -> None:
@@ -108,6 +128,12 @@ class NeLU(nn.Module):
 
     Args:
         alpha: a number, not learned.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import NeLU
+        >>> NeLU(alpha=0.5)(torch.tensor([0.0, 1.0])).tolist()
+        [-0.5, -0.25]
     """
 
     def __init__(self, alpha: float = NELU_ALPHA) -> None:
@@ -167,6 +193,15 @@ class StraightThroughEstimator(nn.Module):
             parameters, if it has any, get no gradient.
         backward_fn: the function that is differentiated in its place; its value is not used. Run
             only if x requires a gradient and gradients are on.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import StraightThroughEstimator
+        >>> x = torch.tensor([0.2, 1.6], requires_grad=True)
+        >>> y = StraightThroughEstimator(torch.round, torch.nn.Identity())(x)
+        >>> y.sum().backward()
+        >>> y.tolist(), x.grad.tolist()
+        ([0.0, 2.0], [1.0, 1.0])
     """
 
     def __init__(self, forward_fn: Elementwise, backward_fn: Elementwise) -> None:
@@ -190,6 +225,15 @@ class Sugar(nn.Module):
         forward_fn: an elementwise module or callable.
         backward_fn: one whose slope replaces forward_fn's where x <= 0; its value is not used. Run
             only if x requires a gradient and gradients are on.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import Sugar
+        >>> x = torch.tensor([-1.0, 1.0], requires_grad=True)
+        >>> y = Sugar(torch.relu, torch.nn.Identity())(x)
+        >>> y.sum().backward()
+        >>> y.tolist(), x.grad.tolist()
+        ([0.0, 1.0], [1.0, 1.0])
     """
 
     def __init__(self, forward_fn: Elementwise, backward_fn: Elementwise) -> None:
@@ -213,6 +257,14 @@ class ReluNelu(Sugar):
 
     Args:
         alpha: NeLU's.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import ReluNelu
+        >>> x = torch.tensor([-1.0, 1.0], requires_grad=True)
+        >>> ReluNelu(alpha=0.5)(x).sum().backward()
+        >>> x.grad.tolist()
+        [-0.25, 1.0]
     """
 
     def __init__(self, alpha: float = NELU_ALPHA) -> None:
@@ -220,7 +272,16 @@ class ReluNelu(Sugar):
 
 
 class SugarReLU(StraightThroughEstimator):
-    """relu(x), with sigmoid's slope on both sides."""
+    """relu(x), with sigmoid's slope on both sides.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import SugarReLU
+        >>> x = torch.tensor([0.0], requires_grad=True)
+        >>> SugarReLU()(x).sum().backward()
+        >>> x.grad.item()
+        0.25
+    """
 
     def __init__(self) -> None:
         super().__init__(nn.ReLU(), nn.Sigmoid())

@@ -101,6 +101,12 @@ def explain(layer: nn.Module | None = None) -> str:
     in `layer` are fused.
 
     Raises TypeError unless `layer` is an nn.Module or None.
+
+    Examples:
+        >>> import fusedmlp
+        >>> from fusedmlp.layers import FeedForward
+        >>> "SiLU fused as 'silu'" in fusedmlp.explain(FeedForward(64, glu_variant="swiglu"))
+        True
     """
     if layer is not None and not isinstance(layer, nn.Module):
         raise TypeError(f"explain: layer must be an nn.Module or None, got {layer!r}")

@@ -40,6 +40,17 @@ def backend(name: str) -> Iterator[None]:
 
     Process-wide while it is open. A backend that cannot run the given tensors raises; it never
     falls back. Raises ValueError for an unknown name.
+
+    Examples:
+        >>> import torch, fusedmlp
+        >>> g, u = torch.randn(2, 4, 64)
+        >>> with fusedmlp.backend("reference"):  # plain PyTorch, to compare with
+        ...     fusedmlp.gated_act(g, u).shape
+        torch.Size([4, 64])
+        >>> with fusedmlp.backend("fast"):
+        ...     pass
+        Traceback (most recent call last):
+        ValueError: ...
     """
     global _chosen
     previous, _chosen = _chosen, _known(name, "backend")

@@ -147,6 +147,18 @@ def parallel_moe_mlp(
     group; TypeError for chunks or a group of another kind, also of a group without this rank;
     RuntimeError without a default group. Ranks whose arguments are good then wait for this one.
     And torch.distributed's own error if a rank is lost, at the latest after the group's timeout.
+
+    Examples:
+        >>> import torch, torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> from fusedmlp import top1_route
+        >>> from fusedmlp.distributed import parallel_moe_mlp
+        >>> x, router = torch.randn(8, 64), torch.randn(4, 64)
+        >>> w_gate, w_up = torch.randn(2, 4, 128, 64)  # this rank's experts: here all 4
+        >>> w_down = torch.randn(4, 64, 128)
+        >>> parallel_moe_mlp(x, top1_route(x @ router.T), w_gate, w_up, w_down).shape
+        torch.Size([8, 64])
+        >>> dist.destroy_process_group()
     """
     own = _group(group)
     ranks = dist.get_world_size(own)
@@ -240,6 +252,17 @@ def shard_experts(layer: nn.Module, mesh: DeviceMesh) -> nn.Module:
     to average. Returns `layer`. Raises TypeError for a layer or a mesh of another kind, ValueError
     where the mesh has more dimensions, the number of experts is no multiple of its size, or nothing
     in `layer` is a Top1MoE.
+
+    Examples:
+        >>> import torch, torch.distributed as dist
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> from fusedmlp.distributed import shard_experts
+        >>> from fusedmlp.layers import Top1MoE
+        >>> mesh = dist.init_device_mesh("cpu", (1,))
+        >>> moe = shard_experts(Top1MoE(64, 128, num_experts=4), mesh)
+        >>> moe.w_gate.to_local().shape  # E / R experts
+        torch.Size([4, 128, 64])
+        >>> dist.destroy_process_group()
     """
     for name, value, kind in (("layer", layer, nn.Module), ("mesh", mesh, DeviceMesh)):
         if not isinstance(value, kind):

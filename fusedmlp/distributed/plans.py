@@ -174,6 +174,16 @@ def tensor_parallel_plan(
     Each rank keeps H / R of every hidden width. Raises ValueError for a model without a patched
     block, and with sequence_parallel for mixtures of experts; parallelize_module does where a width
     is no multiple of the mesh's size.
+
+    Examples:
+        >>> from torch import nn
+        >>> import fusedmlp
+        >>> from fusedmlp.distributed import tensor_parallel_plan
+        >>> ffn = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        >>> model = nn.ModuleDict({"ffn": ffn})
+        >>> report = fusedmlp.patch(model)
+        >>> list(tensor_parallel_plan(model))  # for parallelize_module(model, mesh, plan)
+        ['ffn']
     """
     found = _patched("tensor_parallel_plan", model)
     experts = [name for name, plan in found.items() if not isinstance(plan, Dense)]

@@ -38,6 +38,11 @@ class HyperGLUConfig:
     n_layer, aligner_impl_train, aligner_impl_eval: kept for published configurations, unused.
 
     Raises TypeError or ValueError naming the field.
+
+    Examples:
+        >>> from fusedmlp import HyperGLUConfig
+        >>> HyperGLUConfig(n_embd=64, n_head=2, block_size=128).sub_heads
+        4
     """
 
     n_embd: int

@@ -38,9 +38,43 @@ from .rope import rope
 
 
 class HyperGLU(nn.Module):
-    """One sequence-mixing layer; see the module for what it computes, `HyperGLUConfig` for options.
+    """Causal sequence mixing without softmax: its scores are mixed along the sequence, too.
 
-    `init_cache`, `prefill` and `step` decode one token at a time with the same results.
+    With q, k, v and controls c1, c2 projected from x, gates gq and gv, and P1, P2 the two sub-heads
+    of a head:
+
+        P = mix1((q gq) k'),  A = softplus(P2) relu(P1),  y = ((mix2(A) v / |P1|) gv) Wc'
+
+    A mixing adds a low-rank term whose parameters go by lag, p = L-1-(t-s):
+
+        h[t, k] = sum_s X[t, s] u[p, k]
+        mix(X)[t, s] = (1 + d[p]) X[t, s] + sum_k c[t, k] h[t, k] vt[k, p]
+
+    | tensor | shape | |
+    |---|---|---|
+    | x, y | (B, T, D), T <= L | D = n_embd, L = block_size; one floating dtype, kept |
+    | cache | `HyperGLUCache` | of L tokens, for `prefill` and `step` |
+
+    Args:
+        config: a `HyperGLUConfig`, which lists the options.
+
+    `init_cache`, `prefill` and `step` decode one token at a time with the results of `forward`.
+    Parameters have the names and shapes of the published code.
+
+    Raises TypeError for another config; in a call ValueError or TypeError for an x of another shape
+    or dtype, and RuntimeError for impl="fused" where no kernel runs. Source: Lu and Yang, HyperMLP,
+    arXiv 2602.12601.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.hyperglu import HyperGLU, HyperGLUConfig
+        >>> layer = HyperGLU(HyperGLUConfig(n_embd=64, n_head=2, block_size=32)).eval()
+        >>> x = torch.randn(2, 8, 64)
+        >>> y = layer(x)
+        >>> prompt, cache = layer.prefill(x[:, :7])
+        >>> token, cache = layer.step(x[:, 7], cache)
+        >>> torch.allclose(token, y[:, 7], rtol=1e-3, atol=1e-4)
+        True
     """
 
     def __init__(self, config: HyperGLUConfig) -> None:
@@ -263,8 +297,22 @@ class HyperGLU(nn.Module):
 
 
 class HyperMLP(HyperGLU):
-    """HyperGLU of the "relu" kind with the settings of its paper: two heads, ranks of 16, queries
-    and keys of D // 4, values of D. `options` are further fields of HyperGLUConfig."""
+    """HyperGLU of the "relu" kind, A = relu(P1), with the settings of its paper: two heads, ranks
+    of 16, queries and keys of D // 4, values of D.
+
+    x and y are (B, T, n_embd), T <= block_size, of one floating dtype. Methods and errors are those
+    of `HyperGLU`.
+
+    Args:
+        n_embd, n_head, block_size: as in `HyperGLUConfig`.
+        options: further fields of it.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.hyperglu import HyperMLP
+        >>> HyperMLP(64, block_size=32)(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 64])
+    """
 
     def __init__(
         self, n_embd: int, n_head: int = 2, block_size: int = 2048, **options: Any

@@ -54,7 +54,10 @@ def binarized(v: Tensor, clip: float | None = None, detach_scale: bool = False) 
 
 
 class BinaryLinear(nn.Module):
-    """A linear layer of one-bit weights; see the file.
+    """y = x w' + b with w = scale * sign(v): trained on the latent weight v, then packed.
+
+    The scale is the mean |v| of 128 neighbours of a row, in float16; the gradient passes the sign
+    straight through. x is (..., in_features), y (..., out_features) in x's dtype.
 
     Args:
         in_features: a multiple of 128, or any with `pad`.
@@ -66,6 +69,16 @@ class BinaryLinear(nn.Module):
 
     `weight` starts with nn.Linear's own initialisation. Raises ValueError or TypeError for a bad
     argument.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import BinaryLinear
+        >>> layer, x = BinaryLinear(128, 64), torch.randn(4, 128)
+        >>> y = layer(x)
+        >>> torch.allclose(layer.pack()(x), y, rtol=1e-3, atol=1e-3)
+        True
+        >>> list(layer.parameters())
+        []
     """
 
     weight: nn.Parameter
@@ -207,7 +220,7 @@ class BinaryLinear(nn.Module):
 
 
 class BinaryGatedMLP(nn.Module):
-    """down_proj(act(gate_proj(x)) * up_proj(x)) of one-bit weights; see the file.
+    """y = down_proj(act(gate_proj(x)) * up_proj(x)), where each projection is a BinaryLinear.
 
     Args:
         dim: width of x, a multiple of 128, or any with `pad`.
@@ -217,6 +230,14 @@ class BinaryGatedMLP(nn.Module):
 
     The three are packed all or none. Raises ValueError or TypeError for a bad argument, and
     RuntimeError in forward where some are packed.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import BinaryGatedMLP
+        >>> mlp, x = BinaryGatedMLP(128, 256), torch.randn(4, 128)
+        >>> mlp(x).sum().backward()  # trains latent weights
+        >>> mlp.pack()(x).shape
+        torch.Size([4, 128])
     """
 
     def __init__(

@@ -89,6 +89,13 @@ class FeedForward(nn.Module):
 
     Raises ValueError or TypeError for a bad argument, and TypeError in forward if a Linear in `net`
     was replaced by something that computes something else.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import FeedForward
+        >>> block = FeedForward(64, mult=8 / 3, glu_variant="swiglu", pre_norm=True)
+        >>> block(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 64])
     """
 
     def __init__(

@@ -72,7 +72,11 @@ def _stack(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
 
 
 class FastFeedForward(nn.Module):
-    """A tree of 2^depth FeedForwards, one of which a token takes in eval; see the file.
+    """A binary tree of 2^depth FeedForwards, the leaves, behind 2^depth - 1 routers.
+
+    In eval y = expert_l(x) of the one leaf that a token reaches by going right where a router's
+    logit is > 0. In soft training y = sum over leaves l of prob_l expert_l(x), where prob_l is the
+    product of the routers' probabilities along the path.
 
     Args:
         dim: width of x and y. depth: of the tree, at least 1.
@@ -86,7 +90,7 @@ class FastFeedForward(nn.Module):
             soft, and eval computes something else.
         has_master_leaf, master_leaf_dim: a FeedForward of that hidden width beside the tree:
             y = k tree(x) + (1 - k) master(x), k = sigmoid of a learnt scalar that begins at 0.5.
-        region_leak: in soft training each node's probability is turned into 1 - it so often.
+        region_leak: probability with which a node's p is replaced by 1 - p in soft training.
         return_aux: forward returns (y, aux), the sum of the weighted losses, 0 outside soft
             training.
 
@@ -97,6 +101,14 @@ class FastFeedForward(nn.Module):
 
     Raises ValueError or TypeError for a bad argument, and in forward for an x of another width or
     dtype.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import FastFeedForward
+        >>> tree = FastFeedForward(64, depth=2, hardening_coef=1.0, return_aux=True)  # 4 experts
+        >>> y, aux = tree(torch.randn(2, 8, 64))
+        >>> y.shape, aux.shape
+        (torch.Size([2, 8, 64]), torch.Size([]))
     """
 
     aux_loss: Tensor | None
@@ -245,6 +257,12 @@ class PathWeightedFFF(nn.Module):
     (n, output_width), n = 2^(depth + 1) - 1; the weights uniform within 1 / sqrt(input_width),
     biases 0. Raises ValueError for a bad argument, and in forward for an x that is not
     (N, input_width) or (B, S, input_width).
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import PathWeightedFFF
+        >>> PathWeightedFFF(64, depth=2, output_width=32)(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 32])
     """
 
     def __init__(

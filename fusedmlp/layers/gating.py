@@ -55,6 +55,14 @@ class GatingMechanism(nn.Module):
 
     Raises AssertionError unless one of the two bottleneck arguments is given, and ValueError or
     TypeError for a bad argument, and in forward for an x of another width or dtype.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import GatingMechanism
+        >>> gate = GatingMechanism(64, bottleneck_factor=0.25).eval()
+        >>> values = gate(torch.randn(2, 8, 64))
+        >>> bool(values.min() > 0 and values.max() < 1)
+        True
     """
 
     def __init__(

@@ -103,35 +103,100 @@ class GLUBase(nn.Module):
 
 
 class GLU(GLUBase):
-    """v * sigmoid(g), where [v | g] = proj(x). Arguments as in GLUBase, activation excepted."""
+    """h = v * sigmoid(g), where [v | g] = x W' + b.
+
+    x is (..., dim_in), h (..., dim_out) in x's dtype. W = `proj.weight` is (2 dim_out, dim_in), the
+    rows of v first; b = `proj.bias` is (2 dim_out,) or None. Arguments, dtypes and errors are those
+    of `GLUBase`, but for `activation`, which this class brings.
+
+    Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import GLU
+        >>> GLU(64, 128)(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 128])
+    """
 
     def __init__(self, dim_in: int, dim_out: int, bias: bool = True) -> None:
         super().__init__(dim_in, dim_out, nn.Sigmoid(), bias)
 
 
 class Bilinear(GLUBase):
-    """v * g, where [v | g] = proj(x). Arguments as in GLUBase, activation excepted."""
+    """h = v * g, where [v | g] = x W' + b.
+
+    x is (..., dim_in), h (..., dim_out) in x's dtype. W = `proj.weight` is (2 dim_out, dim_in), the
+    rows of v first; b = `proj.bias` is (2 dim_out,) or None. Arguments, dtypes and errors are those
+    of `GLUBase`, but for `activation`, which this class brings.
+
+    Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import Bilinear
+        >>> Bilinear(64, 128)(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 128])
+    """
 
     def __init__(self, dim_in: int, dim_out: int, bias: bool = True) -> None:
         super().__init__(dim_in, dim_out, nn.Identity(), bias)
 
 
 class ReGLU(GLUBase):
-    """v * relu(g), where [v | g] = proj(x). Arguments as in GLUBase, activation excepted."""
+    """h = v * relu(g), where [v | g] = x W' + b.
+
+    x is (..., dim_in), h (..., dim_out) in x's dtype. W = `proj.weight` is (2 dim_out, dim_in), the
+    rows of v first; b = `proj.bias` is (2 dim_out,) or None. Arguments, dtypes and errors are those
+    of `GLUBase`, but for `activation`, which this class brings.
+
+    Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import ReGLU
+        >>> ReGLU(64, 128)(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 128])
+    """
 
     def __init__(self, dim_in: int, dim_out: int, bias: bool = True) -> None:
         super().__init__(dim_in, dim_out, nn.ReLU(), bias)
 
 
 class SwiGLU(GLUBase):
-    """v * silu(g), where [v | g] = proj(x). Arguments as in GLUBase, activation excepted."""
+    """h = v * silu(g), where [v | g] = x W' + b.
+
+    x is (..., dim_in), h (..., dim_out) in x's dtype. W = `proj.weight` is (2 dim_out, dim_in), the
+    rows of v first; b = `proj.bias` is (2 dim_out,) or None. Arguments, dtypes and errors are those
+    of `GLUBase`, but for `activation`, which this class brings.
+
+    Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import SwiGLU
+        >>> SwiGLU(64, 128)(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 128])
+    """
 
     def __init__(self, dim_in: int, dim_out: int, bias: bool = True) -> None:
         super().__init__(dim_in, dim_out, nn.SiLU(), bias)
 
 
 class GeGLU(GLUBase):
-    """v * gelu(g), where [v | g] = proj(x). Arguments as in GLUBase, activation excepted."""
+    """h = v * gelu(g), where [v | g] = x W' + b; gelu is the exact (erf) one.
+
+    x is (..., dim_in), h (..., dim_out) in x's dtype. W = `proj.weight` is (2 dim_out, dim_in), the
+    rows of v first; b = `proj.bias` is (2 dim_out,) or None. Arguments, dtypes and errors are those
+    of `GLUBase`, but for `activation`, which this class brings.
+
+    Source: Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import GeGLU
+        >>> GeGLU(64, 128)(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 128])
+    """
 
     def __init__(self, dim_in: int, dim_out: int, bias: bool = True) -> None:
         super().__init__(dim_in, dim_out, nn.GELU(), bias)

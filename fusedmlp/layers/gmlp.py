@@ -166,6 +166,12 @@ class GMLP(nn.Module):
 
     Raises ValueError or TypeError for a bad argument, and in forward for an x that is not
     (B, seq_len, dim) or has another dtype.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import GMLP
+        >>> GMLP(64, seq_len=8, depth=2)(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 64])
     """
 
     def __init__(

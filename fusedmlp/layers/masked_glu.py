@@ -46,7 +46,10 @@ MASK_MODES = ("channel", "element")
 
 
 class MaskedGLU(nn.Module):
-    """A masked gated linear unit; see the file for its two modes.
+    """A masked gated linear unit: one weight W is gate and value, told apart by binary masks.
+
+    "element" mode: h = sum_i act(x (m_i * W)') * (x ((1 - m_i) * W)'), m_i = 1 where mask[i] > 0.
+    "channel" mode: h = m * (v * act(v)) + (1 - m) * v, v = x W' + b, m = 1 where mask >= 0.
 
     Args:
         dim_in: width of x.
@@ -62,6 +65,16 @@ class MaskedGLU(nn.Module):
     0.01 N(0, 1) in element mode. `freeze_masks()` turns element logits into bits for inference.
     Raises ValueError or TypeError for a bad argument, and TypeError in forward if `proj` was
     replaced by something else than an nn.Linear.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import MaskedGLU
+        >>> layer = MaskedGLU(64, 128, torch.nn.SiLU(), mask_mode="element", num_masks=2)
+        >>> x = torch.randn(4, 64)
+        >>> y = layer(x)
+        >>> layer.freeze_masks()  # 2 bits a weight instead of 2 logits
+        >>> torch.equal(layer(x), y)
+        True
     """
 
     mask: nn.Parameter
@@ -208,30 +221,105 @@ class _Named(MaskedGLU):
 
 
 class MGLU(_Named):
-    """A masked GLU with sigmoid. Arguments as in MaskedGLU, activation excepted."""
+    """A masked gated linear unit with act(z) = sigmoid(z).
+
+    In element mode h = sum_i act(x (m_i * W)') * (x ((1 - m_i) * W)'). In channel mode
+    h = m * (v * act(v)) + (1 - m) * v with v = x W' + b.
+
+    x is (..., dim_in), h (..., dim_out) in x's dtype, W = `proj.weight` (dim_out, dim_in).
+    Arguments, dtypes, errors and source are those of `MaskedGLU`, but for `activation`, which this
+    class brings.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import MGLU
+        >>> layer = MGLU(64, 128, mask_mode="element", num_masks=2)
+        >>> layer(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 128])
+    """
 
     activation_class = nn.Sigmoid
 
 
 class BilinearMGLU(_Named):
-    """A masked GLU with no activation. Arguments as in MaskedGLU, activation excepted."""
+    """A masked gated linear unit with act(z) = z.
+
+    In element mode h = sum_i act(x (m_i * W)') * (x ((1 - m_i) * W)'). In channel mode
+    h = m * (v * act(v)) + (1 - m) * v with v = x W' + b.
+
+    x is (..., dim_in), h (..., dim_out) in x's dtype, W = `proj.weight` (dim_out, dim_in).
+    Arguments, dtypes, errors and source are those of `MaskedGLU`, but for `activation`, which this
+    class brings.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import BilinearMGLU
+        >>> layer = BilinearMGLU(64, 128, mask_mode="element", num_masks=2)
+        >>> layer(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 128])
+    """
 
     activation_class = nn.Identity
 
 
 class ReMGLU(_Named):
-    """A masked GLU with relu. Arguments as in MaskedGLU, activation excepted."""
+    """A masked gated linear unit with act(z) = relu(z).
+
+    In element mode h = sum_i act(x (m_i * W)') * (x ((1 - m_i) * W)'). In channel mode
+    h = m * (v * act(v)) + (1 - m) * v with v = x W' + b.
+
+    x is (..., dim_in), h (..., dim_out) in x's dtype, W = `proj.weight` (dim_out, dim_in).
+    Arguments, dtypes, errors and source are those of `MaskedGLU`, but for `activation`, which this
+    class brings.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import ReMGLU
+        >>> layer = ReMGLU(64, 128, mask_mode="element", num_masks=2)
+        >>> layer(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 128])
+    """
 
     activation_class = nn.ReLU
 
 
 class SwiMGLU(_Named):
-    """A masked GLU with silu. Arguments as in MaskedGLU, activation excepted."""
+    """A masked gated linear unit with act(z) = silu(z).
+
+    In element mode h = sum_i act(x (m_i * W)') * (x ((1 - m_i) * W)'). In channel mode
+    h = m * (v * act(v)) + (1 - m) * v with v = x W' + b.
+
+    x is (..., dim_in), h (..., dim_out) in x's dtype, W = `proj.weight` (dim_out, dim_in).
+    Arguments, dtypes, errors and source are those of `MaskedGLU`, but for `activation`, which this
+    class brings.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import SwiMGLU
+        >>> layer = SwiMGLU(64, 128, mask_mode="element", num_masks=2)
+        >>> layer(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 128])
+    """
 
     activation_class = nn.SiLU
 
 
 class GeMGLU(_Named):
-    """A masked GLU with exact gelu. Arguments as in MaskedGLU, activation excepted."""
+    """A masked gated linear unit with act(z) = gelu(z), the exact (erf) one.
+
+    In element mode h = sum_i act(x (m_i * W)') * (x ((1 - m_i) * W)'). In channel mode
+    h = m * (v * act(v)) + (1 - m) * v with v = x W' + b.
+
+    x is (..., dim_in), h (..., dim_out) in x's dtype, W = `proj.weight` (dim_out, dim_in).
+    Arguments, dtypes, errors and source are those of `MaskedGLU`, but for `activation`, which this
+    class brings.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import GeMGLU
+        >>> layer = GeMGLU(64, 128, mask_mode="element", num_masks=2)
+        >>> layer(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 128])
+    """
 
     activation_class = nn.GELU

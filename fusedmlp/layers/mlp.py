@@ -44,7 +44,7 @@ NormMode = Literal["pre", "post", "both", "none"]
 
 
 class MLP(nn.Module):
-    """Linear, activation, Linear, with the norms of the module's table.
+    """y = act(x W1' + b1) W2' + b2, with norms where `norm_mode` says, and dropout after act.
 
     Args:
         input_dim: width of x.
@@ -60,8 +60,8 @@ class MLP(nn.Module):
         residual: add x to y, by a ResidualWrapper; needs input_dim == output_dim, else it is not
             added, and a UserWarning says so.
         pre_norm: True is norm_mode="pre"; False leaves it to the others.
-        norm_mode: "pre", "post", "both" or "none"; None: what use_norm and pre_norm say, "post" by
-            default.
+        norm_mode: "pre" normalises x, "post" what act takes, "both" both, "none" nothing; None:
+            what use_norm and pre_norm say, "post" by default.
         output_norm: normalise y too, unless norm_mode is "none".
 
     Attributes: `model`, a Sequential in the order of the equation, or a ResidualWrapper of it;
@@ -70,6 +70,12 @@ class MLP(nn.Module):
 
     Raises ValueError or TypeError for a bad argument, and in forward for an x of another width or
     dtype.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import MLP
+        >>> MLP(64, 32, act_fn=torch.nn.SiLU, norm_mode="pre")(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 32])
     """
 
     def __init__(

@@ -48,13 +48,25 @@ class Top1MoE(nn.Module):
         capacity_factor: an expert takes up to max(1, floor(T / E * capacity_factor)) of T tokens,
             later ones get 0; None, the default, drops none.
         shared_hidden: width of an expert that every token passes; None for none.
-        score, scaled: see the file.
+        score, scaled: "softmax" with "output" is Switch Transformer's softmax(z)_e expert_e(x);
+            "sigmoid" with "input" is Llama 4's expert_e(sigmoid(z_e) x). z are the router's logits.
         recompute: save neither g nor u for backward.
 
     `layer(x, return_routing=True)` gives (y, routing), for `fusedmlp.load_balancing_loss` and
     `fusedmlp.router_z_loss`. Parameters are uniform within 1 / sqrt(their columns), as nn.Linear's.
     Raises ValueError or TypeError for a bad argument, and in forward for an x of another width or
     dtype.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import load_balancing_loss
+        >>> from fusedmlp.layers import Top1MoE
+        >>> moe = Top1MoE(64, 128, num_experts=4)
+        >>> y, routing = moe(torch.randn(2, 8, 64), return_routing=True)
+        >>> loss = y.square().mean() + 0.01 * load_balancing_loss(routing)
+        >>> loss.backward()
+        >>> moe.w_gate.grad.shape
+        torch.Size([4, 128, 64])
     """
 
     def __init__(

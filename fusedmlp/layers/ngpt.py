@@ -70,6 +70,12 @@ class L2Norm(nn.Module):
         norm_eps: half the width of the band around 1 that is left alone, in [0, 1).
 
     Raises ValueError for a norm_eps out of range.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import L2Norm
+        >>> L2Norm()(torch.tensor([3.0, 4.0])).norm().item()
+        1.0
     """
 
     def __init__(self, dim: int = -1, norm_eps: float = 0.0) -> None:
@@ -248,13 +254,21 @@ class NGPT(nn.Module):
         alpha_m_scale: the size at which alpha is stored, see Scale; None: dim**-0.5, of a scalar
             alpha 1.
         norm_eps: l2norm's, for hidden states and for the default net's weights.
-        paper: follow the authors' code, as in the module's table.
+        paper: follow the authors' code: alpha counts by its magnitude, and gate and hidden values
+            have learned scales.
 
     Attributes: `feedforward_net`, `alpha_m`, `norm`; `needs_normalized_target`, always True, for a
     training script that compares y with targets.
 
     Raises ValueError or TypeError for a bad argument, and in forward for an x of another width or
     dtype and for a net that does not return one tensor of x's shape.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import NGPT
+        >>> y = NGPT(64)(torch.randn(2, 8, 64))
+        >>> torch.allclose(y.norm(dim=-1), torch.ones(2, 8))
+        True
     """
 
     def __init__(

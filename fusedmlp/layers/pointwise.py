@@ -46,7 +46,7 @@ _GATES = {"glu": "sigmoid", "swiglu": "silu"}
 
 
 class PointwiseMLP(nn.Module):
-    """layer2(dropout(act(layer1(x)))), or the gated form of the module's table.
+    """layer2(dropout(act(layer1(x)))), or gated: layer2(dropout(act(a) * b)), [a, b] = layer1(x).
 
     Args:
         dim: channels C of x and y.
@@ -77,6 +77,13 @@ class PointwiseMLP(nn.Module):
 
     Raises ValueError or TypeError for a bad argument, at construction, and in forward for an x of
     another width or dtype.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import PointwiseMLP
+        >>> layer = PointwiseMLP(64, "swiglu", expansion_factor=2.0, backend="fused")
+        >>> layer(torch.randn(2, 4, 4, 64)).shape  # channels last
+        torch.Size([2, 4, 4, 64])
     """
 
     def __init__(

@@ -18,6 +18,13 @@ class ResidualWrapper(nn.Module):
 
     forward hands further arguments on to `module`. Raises TypeError for an x or a result that is no
     tensor, and ValueError for a result of another shape than x: nothing is broadcast.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import ResidualWrapper
+        >>> x = torch.randn(2, 8, 64)
+        >>> torch.equal(ResidualWrapper(torch.nn.Identity())(x), 2 * x)
+        True
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -55,6 +55,14 @@ class SwitchFFN(nn.Module):
 
     Raises ValueError or TypeError for a bad argument, and in forward for an x of another width or
     dtype.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import SwitchFFN
+        >>> switch = SwitchFFN(64, num_experts=4, ff_kwargs={"glu_variant": "swiglu"})
+        >>> y, aux = switch(torch.randn(8, 64))
+        >>> y.shape, aux.shape
+        (torch.Size([8, 64]), torch.Size([]))
     """
 
     has_aux_loss = True

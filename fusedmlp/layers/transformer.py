@@ -82,6 +82,15 @@ class SwiGLUMLP(_TransformerMLP):
 
     Raises ValueError or TypeError for a width that is no positive int, and TypeError in forward if
     a projection was replaced by something else than an nn.Linear.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import SwiGLUMLP
+        >>> mlp = SwiGLUMLP(64)
+        >>> mlp.c_gate.weight.shape
+        torch.Size([192, 64])
+        >>> mlp(torch.randn(2, 8, 64)).any().item()  # zero until c_proj has learned
+        False
     """
 
     def __init__(self, config: HasWidth | int) -> None:
@@ -127,6 +136,12 @@ class ReluSquaredMLP(_TwoMatrixMLP):
     """c_proj(relu(c_fc(x))^2), hidden width 4 n_embd.
 
     Config, hooks and errors as in SwiGLUMLP.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import ReluSquaredMLP
+        >>> ReluSquaredMLP(64)(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 64])
     """
 
     _activation = "relu_sq"
@@ -136,6 +151,12 @@ class GELUMLP(_TwoMatrixMLP):
     """c_proj(gelu(c_fc(x))), exact gelu, hidden width 4 n_embd.
 
     Config, hooks and errors as in SwiGLUMLP.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import GELUMLP
+        >>> GELUMLP(64)(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 64])
     """
 
     _activation = "gelu"
@@ -145,6 +166,12 @@ class SiLUMLP(_TwoMatrixMLP):
     """c_proj(silu(c_fc(x))), hidden width 4 n_embd.
 
     Config, hooks and errors as in SwiGLUMLP.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers import SiLUMLP
+        >>> SiLUMLP(64)(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 64])
     """
 
     _activation = "silu"

@@ -157,6 +157,16 @@ def binary_gated_linear(
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype).
 
     Raises ValueError (shape, device, activation) or TypeError (dtype, type), naming the argument.
+
+    x and the biases have one floating dtype, scales their own; the kernels take bfloat16, float16
+    and float32 and sum products in float32. Source: Q1_0 of llama.cpp and Bonsai.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import binary_gated_linear, quantize_binary
+        >>> w_gate, w_up = (quantize_binary(torch.randn(256, 128)) for _ in range(2))
+        >>> binary_gated_linear(torch.randn(4, 128), w_gate, w_up, activation="silu").shape
+        torch.Size([4, 256])
     """
     if dtype := check.autocast_dtype(OP, x):
         x, b_gate, b_up = check.cast(dtype, x, b_gate, b_up)  # type: ignore[assignment]

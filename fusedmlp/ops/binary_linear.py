@@ -129,6 +129,17 @@ def binary_linear(x: Tensor, w: BinaryWeight, b: Tensor | None = None) -> Tensor
     Returns y (..., H) in x's dtype (under autocast: the autocast dtype).
 
     Raises ValueError (shape, device) or TypeError (dtype, type), naming the argument.
+
+    x and b have one floating dtype, scales their own; the kernels take bfloat16, float16 and
+    float32 and sum products in float32. Source: Q1_0 of llama.cpp and Bonsai.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import binary_linear, quantize_binary
+        >>> x, w = torch.randn(4, 256), quantize_binary(torch.randn(64, 256))
+        >>> y = binary_linear(x, w)
+        >>> torch.allclose(y, x @ w.dequantize(torch.float32).T, rtol=1e-3, atol=1e-3)
+        True
     """
     if dtype := check.autocast_dtype(OP, x):
         x, b = check.cast(dtype, x, b)  # type: ignore[assignment]

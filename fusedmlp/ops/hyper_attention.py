@@ -161,6 +161,21 @@ def hyper_attention(
     Returns out (..., H, T, dv) in q's dtype (under autocast: the autocast dtype).
 
     Raises ValueError (shape, device, kind, norm) or TypeError (dtype), naming the argument.
+
+    All tensors have one floating dtype; the kernels take bfloat16, float16 and float32 and keep
+    products, norms and gates in float32. Source: Lu and Yang, HyperMLP, arXiv 2602.12601.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import hyper_attention
+        >>> H, T, L = 2, 8, 16  # heads, tokens, lags; kind "glu" has 2 H sub-heads
+        >>> q, k = torch.randn(2, 2 * H, T, 16)
+        >>> v = torch.randn(H, T, 32)
+        >>> hyper_attention(q, k, v).shape  # without mixings
+        torch.Size([2, 8, 32])
+        >>> mixing = torch.randn(H, T, 4), torch.randn(H, L, 4), torch.randn(H, 4, L)
+        >>> hyper_attention(q, k, v, c2=mixing[0], u2=mixing[1], vt2=mixing[2]).shape
+        torch.Size([2, 8, 32])
     """
     tensors: tuple[Any, ...] = (q, k, v, c1, u1, vt1, d1, c2, u2, vt2, d2)
     if dtype := check.autocast_dtype(OP, q, "q"):

@@ -107,6 +107,19 @@ def hyper_attention_step(
 
     Raises ValueError (shape, device, kind, norm) or TypeError (dtype), naming the argument;
     RuntimeError where a gradient is wanted of the kernels.
+
+    All tensors but position have one floating dtype; the kernels take bfloat16, float16 and float32
+    and keep products, norms and gates in float32. Source: Lu and Yang, HyperMLP, arXiv 2602.12601.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import hyper_attention, hyper_attention_step
+        >>> H, T, L = 2, 8, 16  # heads, tokens, lags; kind "glu" has 2 H sub-heads
+        >>> q, k = torch.randn(2, 2 * H, T, 16)
+        >>> v = torch.randn(H, T, 32)
+        >>> row = hyper_attention_step(q[:, 5], k, v, torch.tensor([5]))
+        >>> torch.allclose(row, hyper_attention(q, k, v)[:, 5], rtol=1e-3, atol=1e-3)
+        True
     """
     tensors: tuple[Any, ...] = (q, k, v, c1, u1, vt1, d1, c2, u2, vt2, d2)
     if dtype := check.autocast_dtype(OP, q, "q"):

@@ -121,6 +121,17 @@ def linear_act(
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype).
 
     Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
+
+    All tensors have one floating dtype; the kernels take bfloat16, float16 and float32 and sum
+    products in float32.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import linear_act
+        >>> x, w, b = torch.randn(4, 64), torch.randn(128, 64), torch.randn(128)
+        >>> h = linear_act(x, w, b, activation="relu")
+        >>> torch.allclose(h, torch.relu(x @ w.T + b), rtol=1e-3, atol=1e-3)
+        True
     """
     if dtype := check.autocast_dtype(OP, x):
         x, w, b = check.cast(dtype, x, w, b)  # type: ignore[assignment]

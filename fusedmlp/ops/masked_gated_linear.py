@@ -186,6 +186,18 @@ def masked_gated_linear(
     as 0 in the kernels and is NaN in the reference; `pack_masks` refuses it.
 
     Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
+
+    x and w have one floating dtype; the kernels take bfloat16, float16 and float32 and sum products
+    in float32. Source: Tajima et al., Masked Gated Linear Unit, arXiv 2506.23225.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import masked_gated_linear, pack_masks
+        >>> x, w = torch.randn(4, 64), torch.randn(128, 64)
+        >>> logits = torch.randn(2, 128, 64)  # two masks
+        >>> h = masked_gated_linear(x, w, logits, activation="silu")
+        >>> torch.equal(h, masked_gated_linear(x, w, pack_masks(logits)))
+        True
     """
     if dtype := check.autocast_dtype(OP, x):
         x, w = check.cast(dtype, x, w)  # type: ignore[assignment]

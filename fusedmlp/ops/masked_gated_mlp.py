@@ -105,6 +105,18 @@ def masked_gated_mlp(
     Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype).
 
     Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
+
+    x and the weights have one floating dtype; the kernels take bfloat16, float16 and float32 and
+    sum products in float32. Source: Tajima et al., Masked Gated Linear Unit, arXiv 2506.23225.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import masked_gated_mlp
+        >>> x, w, w_down = torch.randn(4, 64), torch.randn(128, 64), torch.randn(64, 128)
+        >>> logits = torch.randn(1, 128, 64, requires_grad=True)
+        >>> masked_gated_mlp(x, w, logits, w_down).sum().backward()
+        >>> logits.grad.shape
+        torch.Size([1, 128, 64])
     """
     if dtype := check.autocast_dtype(OP, x):
         x, w, w_down, b_down = check.cast(dtype, x, w, w_down, b_down)  # type: ignore[assignment]

@@ -87,15 +87,25 @@ def mlp(
 
     Args:
         x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
-        w_in, b_in: (H, D), any strides, and (H,) or None. w_out, b_out: (D_out, H), any strides,
-        and (D_out,) or None. activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
+        w_in, b_in: (H, D), any strides, and (H,) or None.
+        w_out, b_out: (D_out, H), any strides, and (D_out,) or None.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
         recompute: save x alone for backward and run the first GEMM again there, instead of saving
-        z:
-            M H values less, 2 M D H FLOPs more.
+            its result: M H values less, 2 M D H FLOPs more.
 
     Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype).
 
     Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
+
+    All tensors have one floating dtype; the kernels take bfloat16, float16 and float32 and sum
+    products in float32.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import mlp
+        >>> x, w_in, w_out = torch.randn(4, 64), torch.randn(128, 64), torch.randn(64, 128)
+        >>> mlp(x, w_in, w_out, activation="gelu").shape
+        torch.Size([4, 64])
     """
     if dtype := check.autocast_dtype(OP, x):
         x, w_in, w_out, b_in, b_out = check.cast(  # type: ignore[assignment]

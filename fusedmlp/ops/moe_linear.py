@@ -65,6 +65,17 @@ def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) 
     0.
 
     Raises ValueError (shape, device) or TypeError (dtype), naming the argument.
+
+    All tensors have one floating dtype; the kernels take bfloat16, float16 and float32 and sum
+    products in float32.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import moe_linear, route_to
+        >>> x, w = torch.randn(3, 64), torch.randn(4, 128, 64)
+        >>> y = moe_linear(x, route_to(torch.tensor([2, 0, 2]), torch.ones(3), 4), w)
+        >>> torch.allclose(y[1], x[1] @ w[0].T, rtol=1e-3, atol=1e-3)
+        True
     """
     if dtype := check.autocast_dtype(OP, x):
         x, w, b = check.cast(dtype, x, w, b)  # type: ignore[assignment]

@@ -276,6 +276,20 @@ def moe_mlp(
     is 0.
 
     Raises ValueError (shape, device, activation, packed) or TypeError (dtype), naming the argument.
+
+    All tensors but prob, which may be float32, have one floating dtype; the kernels take bfloat16,
+    float16 and float32 and sum products in float32. Source: Fedus, Zoph, Shazeer, Switch
+    Transformers, arXiv 2101.03961.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import moe_mlp, top1_route
+        >>> x, router = torch.randn(2, 8, 64), torch.randn(4, 64)
+        >>> w_gate, w_up = torch.randn(2, 4, 128, 64)  # 4 experts of hidden width 128
+        >>> w_down = torch.randn(4, 64, 128)
+        >>> y = moe_mlp(x, top1_route(x @ router.T), w_gate, w_up, w_down, activation="silu")
+        >>> y.shape
+        torch.Size([2, 8, 64])
     """
     if dtype := check.autocast_dtype(OP, x):
         x, w_gate, w_up, w_down, b_gate, b_up, b_down = check.cast(  # type: ignore[assignment]

@@ -128,6 +128,19 @@ def top1_route(logits: Tensor, *, capacity: int | None = None) -> Routing:
     Returns a `Routing` over the flattened tokens; prob, mean_prob and log_sum_exp carry gradients.
 
     Raises ValueError (shape, capacity) or TypeError (dtype), naming the argument.
+
+    logits have any floating dtype; the softmax is taken in float32. Source: Fedus, Zoph, Shazeer,
+    Switch Transformers, arXiv 2101.03961.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import top1_route
+        >>> logits = torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 3.0]])  # 3 tokens, 2 experts
+        >>> routing = top1_route(logits, capacity=1)
+        >>> routing.expert.tolist(), routing.counts.tolist()
+        ([1, 0, 1], [1, 2])
+        >>> routing.kept.tolist()  # expert 1 was full when the third token came
+        [True, True, False]
     """
     if not isinstance(logits, Tensor):
         raise TypeError(f"{OP}: logits must be a Tensor, got {type(logits).__name__}")
@@ -160,6 +173,15 @@ def route_to(
 
     Raises ValueError (shape, device, num_experts, capacity) or TypeError (dtype), naming the
     argument.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import route_to
+        >>> routing = route_to(torch.tensor([2, 0, 2]), torch.ones(3), num_experts=4)
+        >>> routing.counts.tolist()
+        [1, 0, 2, 0]
+        >>> routing.tokens.tolist()  # rows in the order of experts
+        [1, 0, 2]
     """
     op = "route_to"
     for name, t in (("expert", expert), ("prob", prob)):
@@ -191,6 +213,15 @@ def load_balancing_loss(routing: Routing, *, kept_only: bool = False) -> Tensor:
     that chose e, before any was dropped, or with `kept_only` of those that e took. f carries no
     gradient. 0 for no tokens. Float32. Raises ValueError for a routing without mean_prob, TypeError
     for what is no Routing.
+
+    Source: Fedus, Zoph, Shazeer, Switch Transformers, arXiv 2101.03961.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import load_balancing_loss, top1_route
+        >>> even, all_to_one = 9 * torch.eye(4), 9 * torch.eye(4)[[0, 0, 0, 0]]
+        >>> [round(load_balancing_loss(top1_route(z)).item(), 1) for z in (even, all_to_one)]
+        [1.0, 4.0]
     """
     op = "load_balancing_loss"
     check_kind(op, routing)
@@ -204,6 +235,16 @@ def router_z_loss(routing: Routing) -> Tensor:
 
     0 for no tokens. Raises ValueError for a routing without log_sum_exp, TypeError for what is no
     Routing.
+
+    Source: Zoph et al., ST-MoE, arXiv 2202.08906.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import router_z_loss, top1_route
+        >>> logits = torch.randn(6, 4)
+        >>> loss = router_z_loss(top1_route(logits))
+        >>> torch.allclose(loss, logits.logsumexp(-1).square().mean())
+        True
     """
     check_kind("router_z_loss", routing)
     if routing.log_sum_exp is None:
@@ -214,7 +255,15 @@ def router_z_loss(routing: Routing) -> Tensor:
 def jitter(x: Tensor, epsilon: float) -> Tensor:
     """x times a factor drawn uniformly from 1 - epsilon .. 1 + epsilon for each value: what Switch
     Transformer gives its router in training. Raises ValueError for an epsilon outside 0 .. 1,
-    TypeError for what is no Tensor or no number."""
+    TypeError for what is no Tensor or no number.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import jitter
+        >>> noisy = jitter(torch.ones(1000), 0.01)
+        >>> bool(noisy.min() >= 0.99 and noisy.max() <= 1.01)
+        True
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"jitter: x must be a Tensor, got {type(x).__name__}")
     if not isinstance(epsilon, int | float) or isinstance(epsilon, bool):

@@ -26,6 +26,16 @@ def register_patch(cls: type[nn.Module], adapter: Adapter) -> None:
 
     Only what the data flow of a forward does not show needs this: see fusedmlp/patching/match.py.
     Raises TypeError for other arguments.
+
+    Examples:
+        >>> from torch import nn
+        >>> import fusedmlp
+        >>> class Routed(nn.Sequential):
+        ...     pass
+        >>> fusedmlp.register_patch(Routed, lambda module: "its router is read elsewhere")
+        >>> report = fusedmlp.patch(Routed(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64)))
+        >>> [entry.detail for entry in report.left]
+        ['its router is read elsewhere']
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
         raise TypeError(f"register_patch: cls must be a class of nn.Modules, got {cls!r}")
@@ -65,6 +75,14 @@ def patch(
     Returns a `Report`, a line for each module. Raises ValueError for a model that is wrapped by FSDP,
     distributed or compiled, for a pattern that matches nothing and for no pattern; TypeError for
     another type of an argument; with `quantize` what quantize_model raises.
+
+    Examples:
+        >>> from torch import nn
+        >>> import fusedmlp
+        >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        >>> report = fusedmlp.patch(model)
+        >>> [entry.op for entry in report.patched], len(report.left)
+        (['mlp'], 0)
     """  # noqa: E501
     checked("patch", model)
     if quantize is None:
@@ -92,6 +110,15 @@ def unpatch(model: nn.Module) -> None:
     """Undo patch(): every module of `model` runs its own forward again. Nothing else changes.
 
     Raises ValueError, as patch() does, where the model was wrapped meanwhile.
+
+    Examples:
+        >>> from torch import nn
+        >>> import fusedmlp
+        >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        >>> report = fusedmlp.patch(model)
+        >>> fusedmlp.unpatch(model)
+        >>> type(model) is nn.Sequential
+        True
     """
     restore("unpatch", checked("unpatch", model).modules())
 
@@ -103,6 +130,16 @@ def patched(model: nn.Module, *, only: Only = None, dtype_check: bool = True) ->
     What was patched before stays patched. Arguments and errors as in patch(). Raises ValueError at
     the end for a module that was wrapped inside (fully_shard), when all others are restored; a
     warning where the block already ends in an exception.
+
+    Examples:
+        >>> from torch import nn
+        >>> import fusedmlp
+        >>> model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+        >>> with fusedmlp.patched(model) as report:
+        ...     len(report.patched), type(model) is nn.Sequential
+        (1, False)
+        >>> type(model) is nn.Sequential
+        True
     """
     report, swapped = _run(checked("patched", model), only, dtype_check)
     try:

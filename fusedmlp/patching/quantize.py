@@ -95,6 +95,22 @@ def quantize_model(model: nn.Module, format: str = "q1_0") -> QuantizationReport
     Raises ValueError, and changes nothing, for another format, a model that is wrapped by FSDP,
     distributed or compiled, or has no MLP to quantise nor one that is, saying what was left and
     why, or weights that `quantize_binary` refuses; TypeError for anything else than a module.
+
+    Examples:
+        >>> from torch import nn
+        >>> from fusedmlp import quantize_model
+        >>> class GatedMLP(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.gate_proj = nn.Linear(128, 256, bias=False)
+        ...         self.up_proj = nn.Linear(128, 256, bias=False)
+        ...         self.down_proj = nn.Linear(256, 128, bias=False)
+        ...         self.act_fn = nn.SiLU()
+        ...     def forward(self, x):
+        ...         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        >>> report = quantize_model(nn.Sequential(GatedMLP(), GatedMLP()).bfloat16())
+        >>> len(report.layers), report.before // report.after
+        (2, 14)
     """
     op = "quantize_model"
     if format not in FORMATS:

@@ -40,7 +40,13 @@ class Quantized:
 @dataclass(frozen=True)
 class QuantizationReport:
     """What was quantised, and bytes: of the MLPs and of the whole model, before and after; and what
-    was left, an entry with the reason for each."""
+    was left, an entry with the reason for each.
+
+    Examples:
+        >>> from fusedmlp import QuantizationReport
+        >>> print(QuantizationReport("q1_0", (), model_before=0, model_after=0))
+        no further MLP in q1_0
+    """
 
     format: str
     layers: tuple[Quantized, ...]

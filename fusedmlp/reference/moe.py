@@ -33,6 +33,13 @@ class Routing(NamedTuple):
     | log_sum_exp | (T,) | float32 | of the router's logits, or None |
 
     prob, mean_prob and log_sum_exp carry gradients to the logits.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import top1_route
+        >>> routing = top1_route(torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 3.0]]))
+        >>> routing.num_experts, routing.tokens.tolist(), routing.offsets.tolist()
+        (2, [1, 0, 2], [0, 1, 3, 3])
     """  # noqa: E501
 
     expert: Tensor

@@ -33,7 +33,7 @@ BLOCK_BYTES = 2 + GROUP // 8
 
 
 class BinaryWeight(nn.Module):
-    """An (H, D) weight in one bit each; see the file.
+    """An (H, D) weight in one bit each: + or - the scale of its 128 neighbours in a row.
 
     A module so that it moves with `.to()`, and is saved and loaded by `state_dict`: `qweight` and
     `scales`, and of a padded one `width`, plain tensors that safetensors takes too. `.to(dtype)`,
@@ -47,6 +47,14 @@ class BinaryWeight(nn.Module):
 
     Raises ValueError or TypeError for tensors that cannot be those of such a weight.
     load_state_dict raises TypeError for another dtype, and its RuntimeError for another width.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import BinaryWeight, quantize_binary
+        >>> w = quantize_binary(torch.randn(64, 256))
+        >>> again = BinaryWeight.from_q1_0_bytes(w.to_q1_0_bytes(), (64, 256))
+        >>> torch.equal(again.qweight, w.qweight), w.shape
+        (True, (64, 256))
     """
 
     qweight: Tensor
@@ -263,7 +271,7 @@ def _refuse(op: str, rule: str, bad: Tensor) -> None:
 
 
 def quantize_binary(w: Tensor, *, pad: bool = False) -> BinaryWeight:
-    """One bit a weight, and mean |w| of every 128 of a row in float16; see the file.
+    """w in one bit a weight, its sign, and mean |w| of every 128 of a row in float16.
 
     Args:
         w: (H, D) of any floating dtype; detached. Rounding is not differentiable: train with
@@ -275,6 +283,18 @@ def quantize_binary(w: Tensor, *, pad: bool = False) -> BinaryWeight:
     that is no multiple of 128, and naming the group, where weights are not finite or their scale
     overflows float16; TypeError for a dtype that is not floating. Warns, naming a group, where a
     scale underflows to 0 in float16. Waits for the GPU, to look at the values.
+
+    Source: Q1_0 of llama.cpp and Bonsai.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import quantize_binary
+        >>> v = torch.randn(64, 256)
+        >>> w = quantize_binary(v)
+        >>> w.nbytes, v.numel() * 18 // 128  # 18 bytes for 128 weights
+        (2304, 2304)
+        >>> torch.equal(w.dequantize().sign(), v.half().sign())
+        True
     """
     op = "quantize_binary"
     if not isinstance(w, Tensor) or not w.dtype.is_floating_point:

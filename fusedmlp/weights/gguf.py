@@ -21,6 +21,22 @@ def read_gguf(
     Raises ImportError without the package `gguf`; OSError for a file that cannot be opened;
     KeyError for a name that the file lacks; TypeError for a tensor of another type, or names that
     are one str; ValueError for a tensor that is no matrix, or a file that is no GGUF or cut short.
+
+    Examples:
+        >>> import gguf, numpy, os, tempfile, torch
+        >>> from fusedmlp import quantize_binary, read_gguf
+        >>> path = os.path.join(tempfile.mkdtemp(), "weights.gguf")
+        >>> w = quantize_binary(torch.randn(64, 256))
+        >>> rows = numpy.frombuffer(w.to_q1_0_bytes(), numpy.uint8).reshape(64, -1)
+        >>> writer = gguf.GGUFWriter(path, "llama")
+        >>> writer.add_tensor("blk.0.ffn_up", rows, raw_dtype=gguf.GGMLQuantizationType.Q1_0)
+        >>> writer.write_header_to_file()
+        >>> writer.write_kv_data_to_file()
+        >>> writer.write_tensors_to_file()
+        >>> writer.close()
+        >>> read = read_gguf(path)
+        >>> torch.equal(read["blk.0.ffn_up"].qweight, w.qweight)
+        True
     """
     try:
         import gguf

@@ -25,15 +25,22 @@ class PackedMasks(nn.Module):
     """n_m binary masks over an (H, D) weight, for inference and for training with fixed masks.
 
     A module so that it moves with `.to()`, and is saved and loaded by `state_dict`: its one buffer
-    is `planes` (see the file), and its extra state the width, as a tensor. Loading checks both; a
+    is `planes`, and its extra state the width, as a tensor. Loading checks both; a
     state_dict without a width is one with a missing key.
 
     Args:
-        planes: uint8 (H, ceil(D / 8), n_m), n_m from 1 to 16.
+        planes: uint8 (H, ceil(D / 8), n_m), n_m from 1 to 16. Byte (h, j, i) holds mask i of the
+            weights (h, 8 j .. 8 j + 7), lowest bit first; bits past D are 0.
         width: D, at least 0.
 
     Raises ValueError or TypeError for planes that cannot be those of such masks, here and when
     others are loaded.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import pack_masks
+        >>> pack_masks(torch.randn(2, 128, 64)).shape
+        (2, 128, 64)
     """
 
     planes: Tensor
@@ -134,6 +141,16 @@ def pack_masks(logits: Tensor) -> PackedMasks:
     Raises ValueError for another shape or a logit that is not finite, TypeError for a dtype that is
     not floating. Waits for the GPU, to look at the values: not for every training step, where
     `masked_gated_linear` takes the logits themselves.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import pack_masks
+        >>> logits = torch.randn(2, 128, 64)
+        >>> masks = pack_masks(logits)
+        >>> torch.equal(masks.unpack(), logits > 0)
+        True
+        >>> masks.planes.numel()  # bytes: 2 bits for each of 128 * 64 weights
+        2048
     """
     check_logits("pack_masks", "logits", logits)
     logits = logits.detach()

@@ -11,7 +11,7 @@ import pytest
 
 import fusedmlp
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LOSS = re.compile(r"^step +\d+  loss (\d+\.\d+)", re.MULTILINE)
 
