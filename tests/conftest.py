@@ -17,6 +17,10 @@ import pytest  # noqa: E402
 
 import fusedmlp  # noqa: E402
 from fusedmlp.testing import poison  # noqa: E402
+from fusedmlp.testing.interpreter import prepare_once  # noqa: E402
+
+if DEVICE == "cpu":
+    prepare_once()
 
 
 @pytest.fixture

@@ -1,0 +1,37 @@
+"""The interpreter prepares its language once a launch, and that changes no bit."""
+
+import pytest
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from fusedmlp.testing import CASES, evaluate
+from fusedmlp.testing.interpreter import prepare_once
+
+pytestmark = pytest.mark.interpreter
+
+
+def results():
+    case = CASES["gated_mlp-bias"]
+    inputs = case.inputs(19, 24, 40, torch.bfloat16)
+    return evaluate(case.run, inputs, torch.ones(19, 24, dtype=torch.bfloat16))
+
+
+def test_the_same_bits_as_preparing_at_every_call(on_triton, monkeypatch):
+    once = results()
+    prepared = []
+    every_time = interpreter._patch_lang.__wrapped__
+    monkeypatch.setattr(
+        interpreter, "_patch_lang", lambda fn: prepared.append(fn) or every_time(fn)
+    )
+    for name, t in results().items():
+        assert torch.equal(t, once[name]), name
+    assert len(prepared) > 100  # it was indeed prepared at every call of a device function
+
+
+def test_the_language_is_given_back_after_a_launch(on_triton):
+    before = tl.dot, tl.load, tl.range, tl.dtype.to_ir
+    results()
+    assert before == (tl.dot, tl.load, tl.range, tl.dtype.to_ir)
+    prepare_once()  # a second call does nothing
+    assert not hasattr(interpreter._patch_lang.__wrapped__, "__wrapped__")
