@@ -1,0 +1,72 @@
+# What is run on a checkout. Every command stands here once; `make` lists the targets.
+
+PYTHON ?= python
+PYTEST = $(PYTHON) -m pytest
+# Tests run in so many processes.
+JOBS ?= auto
+# `make gate ARCH=sm_90` compiles Triton's kernels for that one alone.
+ARCH ?=
+
+TRITON_GATE = $(PYTHON) -m fusedmlp.bench.gate.kernels --brief $(if $(ARCH),--arch $(ARCH))
+CSRC_BUILD = FUSEDMLP_CUDA=1 $(PYTHON) -m pip install --quiet --no-deps --editable .
+CSRC_GATE = $(PYTHON) -m fusedmlp.bench.gate.csrc
+BENCH = $(PYTHON) -m fusedmlp.cli bench
+SITE = NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+# Each op once, and the rules that every file, row, page and docstring obeys.
+QUICK = tests/ops/test_each_op.py tests/kernels tests/backends/test_backend.py tests/house \
+	--ignore tests/house/test_examples.py
+
+.DEFAULT_GOAL := help
+.PHONY: help test quick lint gate gate-triton gate-csrc docs bench
+
+# $(call needs,MODULE,EXTRA): one error where a Python module is not there.
+needs = @$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("$(1)") or \
+	sys.exit("make $@: needs the Python package $(1), which is not there: \
+	$(PYTHON) -m pip install -e \".[$(2)]\"")'
+
+# As setup.py looks for it.
+NVCC = $${CUDACXX:-$${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc}
+needs_nvcc = @command -v "$(NVCC)" > /dev/null || { echo "make $@: needs nvcc, which is not there:" \
+	"install the CUDA toolkit (12.8 or newer) and put its bin folder on PATH, or set CUDA_HOME;" \
+	"'make gate-triton' needs none" >&2; exit 1; }
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+test: ## the whole suite, but for what is marked slow
+	$(call needs,pytest,test)
+	$(PYTEST) -n $(JOBS)
+
+quick: ## each op once and the rules of the house, in two minutes on two cores
+	$(call needs,pytest,test)
+	$(PYTEST) -n $(JOBS) $(QUICK)
+
+lint: ## ruff, its formatter, mypy
+	$(call needs,ruff,test)
+	$(call needs,mypy,test)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+gate: ## compile every kernel ahead of time and look into the machine code; needs nvcc, no GPU
+	$(needs_nvcc)
+	@$(MAKE) --no-print-directory gate-csrc gate-triton
+
+gate-triton: ## the half of it that is Triton's: one job of each kind of launch
+	$(call needs,triton,test)
+	$(TRITON_GATE)
+
+gate-csrc: ## the half of it that is csrc/'s: build the extension, then look into it
+	$(needs_nvcc)
+	$(CSRC_BUILD)
+	$(CSRC_GATE)
+
+docs: ## the documentation site, into build/site
+	$(call needs,mkdocs,docs)
+	$(call needs,mkdocstrings,docs)
+	$(SITE)
+
+bench: ## errors against float64, and times or, without a GPU, computed times
+	$(call needs,torch,bench)
+	$(BENCH)

@@ -1,0 +1,36 @@
+"""Each op once: its formula in float64 and its kernels at one size. `make quick` runs this file;
+the others of this folder have all sizes, dtypes and ways of calling."""
+
+import pytest
+import torch
+from op_checks import check
+
+from fusedmlp.testing import CASES, evaluate
+
+# The last of each op's cases: with biases, masks and mixings, where the first has none.
+ONE = {case.op: case for case in CASES.values()}
+
+
+@pytest.mark.parametrize("op", ONE)
+def test_kernels_match_the_reference(op, device, on_triton):
+    check(ONE[op], ONE[op].inputs(19, 40, 24, torch.float32, device))
+
+
+@pytest.mark.parametrize("op", ONE)
+def test_reference_differentiates(op):
+    """Autograd's gradients against finite differences, all at once along one direction."""
+    case = ONE[op]
+    inputs = case.inputs(5, 12, 8, torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    dy = draw(case.fake_output(5, 12, 8).shape)
+    leaves = [k for k in inputs if k not in case.draws and k not in case.straight_through]
+    steps = {k: draw(inputs[k].shape) for k in leaves}
+
+    def along(t):
+        return (case.run({**inputs, **{k: inputs[k] + t * steps[k] for k in leaves}}) * dy).sum()
+
+    results = evaluate(case.run, inputs, dy)
+    expected = sum((results[f"d{k}"] * steps[k]).sum() for k in leaves)
+    finite = (along(1e-6) - along(-1e-6)) / 2e-6
+    torch.testing.assert_close(finite, expected, rtol=1e-6, atol=1e-6)
