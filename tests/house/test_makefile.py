@@ -92,6 +92,16 @@ def test_a_missing_package_is_one_error(target, package, extra):
     assert said.endswith(f'pip install -e ".[{extra}]"')
 
 
+def test_floors_are_what_pyproject_promises(tmp_path):
+    done = make(f"{tmp_path}/oldest.txt", f"FLOORS={tmp_path}", f"PYTHON={sys.executable}")
+    assert done.returncode == 0, done.stderr
+    project = (ROOT / "pyproject.toml").read_text()
+    pins = dict(line.split("==") for line in (tmp_path / "oldest.txt").read_text().splitlines())
+    assert set(pins) == {"torch", "triton", "numpy"}
+    for name, version in pins.items():
+        assert f'"{name}>={version.removesuffix(".0")}"' in project
+
+
 def test_pre_commit_has_the_ruff_of_pyproject():
     pinned = re.search(r'"ruff==([\d.]+)"', (ROOT / "pyproject.toml").read_text())[1]
     hooks = (ROOT / ".pre-commit-config.yaml").read_text()
