@@ -1,5 +1,6 @@
-// Every activation of kernels/activations.py, in its order: x -> (f(x), f'(x)) in float32, on the GPU and
-// on the host. A slope at a kink follows PyTorch: relu'(0) = 0.
+// Activations of kernels/activations.py: x -> (f(x), f'(x)) in float32, on the GPU and on the host. A slope
+// at a kink follows PyTorch: relu'(0) = 0. One that has no functor here is refused by the launchers in
+// Python, and then runs in Triton.
 #pragma once
 
 #include <cmath>
