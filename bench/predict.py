@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from ..backends.op import OPS, Kernel
 from ..kernels import pick
 from ..kernels.arch import ARCHES, Arch
 from ..kernels.arch.tile import Tile
@@ -34,49 +35,8 @@ from .options import Record, Refusal, collecting, subparser, write_json
 from .render import number, size, table
 from .timing.command import add_sizes, options_of
 from .timing.session import DEFAULT_WIDTHS, plan
-from .work import PHASES, Work
+from .work import Work
 
-_MASKED = {
-    "forward": ("masked_gated_linear_fwd",),
-    "backward": ("masked_gated_linear_dx", "masked_gated_linear_dw"),
-}
-_BINARY_BACKWARD = ("binary_linear_dx", "binary_linear_ds")
-# op -> phase -> the GEMM kernels of kernels/ that it launches, by their launcher's names.
-KERNELS: dict[str, dict[str, tuple[str, ...]]] = {
-    "binary_gated_linear": {
-        "forward": ("binary_gated_linear_fwd",),
-        "backward": _BINARY_BACKWARD,
-    },
-    # The down projection is a binary_linear of its own.
-    "binary_gated_mlp": {
-        "forward": ("binary_gated_linear_fwd",),
-        "backward": ("binary_gated_mlp_bwd", *_BINARY_BACKWARD),
-    },
-    "binary_linear": {"forward": ("binary_linear_fwd",), "backward": _BINARY_BACKWARD},
-    "gated_act": {},
-    "gated_linear": {"forward": ("gated_linear_fwd",)},
-    "gated_mlp": {"forward": ("gated_linear_fwd",), "backward": ("gated_linear_bwd",)},
-    "hyper_attention": {},
-    "hyper_attention_step": {},
-    "linear_act": {"forward": ("linear_act_fwd",)},
-    "masked_gated_linear": _MASKED,
-    "masked_gated_mlp": _MASKED,
-    "moe_linear": {"forward": ("moe_down",), "backward": ("moe_down", "moe_wgrad")},
-    "moe_mlp": {
-        "forward": ("moe_up", "moe_down"),
-        "backward": ("moe_dh", "moe_down", "moe_wgrad"),
-    },
-    "top1_route": {},
-    "mlp": {"forward": ("linear_act_fwd",), "backward": ("linear_act_bwd",)},
-}
-# Sizes of a kernel's result where they are not (M, H).
-RESULTS = {
-    "binary_linear_dx": "MD",
-    "binary_linear_ds": "HD",
-    "masked_gated_linear_dx": "MD",
-    "masked_gated_linear_dw": "HD",
-}
-GROUPED = ("moe_up", "moe_down", "moe_dh", "moe_wgrad")  # by expert
 # Beside its GEMM a launcher may run these, which sum what the GEMM stored.
 HELPERS = ("_reduce_kernel", "_sums_kernel", "_bias_kernel", "_dprob_kernel")
 # Of each multiprocessor of sm_80 to sm_100.
@@ -97,7 +57,15 @@ class Launch:
     splits: int
 
 
-def _kernel(name: str, work: Work) -> str:
+def kernels(op: str, phase: str) -> list[Kernel]:
+    """The products with tiles that `op` launches in a phase."""
+    row = OPS[op]
+    phases = {"forward": row.forward, "backward": row.backward}
+    rows = phases.get(phase) or (row.forward + row.backward if phase == "both" else ())
+    return [kernel for kernel in rows if kernel.result]
+
+
+def _row_of_tiles(name: str, work: Work) -> str:
     """Several masks have tiles of their own."""
     masks = work.case.shapes(1, 8, 8).get("masks", (1,))
     return f"{name}_group" if name == "masked_gated_linear_fwd" and masks[0] > 1 else name
@@ -105,42 +73,44 @@ def _kernel(name: str, work: Work) -> str:
 
 def launches(work: Work, phase: str, roof: Roof) -> list[Launch]:
     """What `work` would launch on such a GPU. Planned by the launchers' own functions."""
-    phases = PHASES[:2] if phase == "both" else (phase,)
-    of = KERNELS.get(work.case.op, {})
-    names = [_kernel(name, work) for p in phases for name in of.get(p, ())]
     x = torch.empty(0, dtype=work.torch_dtype)
     matrices = [
         torch.empty(shape, dtype=work.torch_dtype, device="meta")
         for shape in ((work.M, work.D), (work.H, work.D), (work.M, work.H))
     ]
-    made = []
+    fits = aligned(*matrices)
     with pretend(ARCHES[roof.arch], roof.multiprocessors):
-        for name in names:
-            if name in GROUPED:
-                made.append(_grouped_launch(name, work, x, aligned(*matrices), roof))
-                continue
-            rows, columns = (getattr(work, size) for size in RESULTS.get(name, "MH"))
-            tile = pick.pick_tile(name, x, rows, columns, aligned(*matrices))
-            count = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n)
-            splits = pick.pick_splits(tile, x, work.H, work.D) if tile.skinny else 1
-            waves = count * splits / roof.multiprocessors
-            made.append(Launch(name, tile, count, waves, splits))
-    return made
+        return [
+            (_grouped_launch if kernel.grouped else _launch)(kernel, work, x, fits, roof)
+            for kernel in kernels(work.case.op, phase)
+        ]
 
 
-def _grouped_launch(name: str, work: Work, x: torch.Tensor, fits: bool, roof: Roof) -> Launch:
+def _launch(kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roof: Roof) -> Launch:
+    assert kernel.result is not None and kernel.depth is not None
+    name = _row_of_tiles(kernel.name, work)
+    rows, columns = (getattr(work, size) for size in kernel.result)
+    tile = pick.pick_tile(name, x, rows, columns, fits)
+    count = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n)
+    depth = getattr(work, kernel.depth)
+    splits = pick.pick_splits(tile, x, columns, depth) if tile.skinny else 1
+    return Launch(name, tile, count, count * splits / roof.multiprocessors, splits)
+
+
+def _grouped_launch(kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roof: Roof) -> Launch:
     """Of experts with as many tokens each: the most row tiles that there can be."""
+    assert kernel.result is not None
     shapes = work.case.shapes(work.M, work.D, work.H).values()
     experts = next(shape[0] for shape in shapes if len(shape) == 3)
-    if name == "moe_wgrad":
-        tile = pick.pick_grouped_tile(name, x, work.H, 1, fits)
-        rows, columns = experts * math.ceil(work.H / tile.block_m), work.D
+    columns = getattr(work, kernel.result[1])
+    if kernel.depth == "M":  # every expert has a result of its own
+        tile = pick.pick_grouped_tile(kernel.name, x, work.H, 1, fits)
+        rows = experts * math.ceil(work.H / tile.block_m)
     else:
-        tile = pick.pick_grouped_tile(name, x, work.M, experts, fits)
+        tile = pick.pick_grouped_tile(kernel.name, x, work.M, experts, fits)
         rows = most_tiles(work.M, experts, tile.block_m)
-        columns = work.D if name == "moe_down" else work.H
     count = rows * math.ceil(columns / tile.block_n)
-    return Launch(name, tile, count, count / roof.multiprocessors, 1)
+    return Launch(kernel.name, tile, count, count / roof.multiprocessors, 1)
 
 
 def blocks_at_once(arch: Arch, tile: Tile, registers: int, shared: int) -> int:

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ..backends.op import OPS
 from ..testing import CASES, Case, Shapes, hyper, moe
 from .shapes import TOP1
 
@@ -38,9 +39,6 @@ ALL_CASES: dict[str, Case] = (
     | {case.name: case for case in hyper.sized()}
 )
 PHASES = ("forward", "backward", "both")
-# Arguments that have a size of their own: prefix of their name -> bytes of an element, and whether
-# it has a gradient. Bit planes of masks; words and scales of one-bit weights.
-OWN_SIZES = {"masks": (1, False), "q_": (4, False), "s_": (2, True)}
 DGLU = "dglu"
 DTYPES: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
@@ -99,15 +97,16 @@ class Work:
         return elements * self.torch_dtype.itemsize - self._excess(phase)
 
     def _excess(self, phase: str) -> int:
-        """What OWN_SIZES are counted too much as elements of the dtype with a gradient."""
+        """What elements of a size of their own are counted too much as elements of the dtype with a
+        gradient."""
         # How often an argument is read, and its gradient written.
         reads, writes = {"forward": (1, 0), "backward": (1, 1), "both": (2, 1)}[phase]
-        excess = 0
+        excess, own = 0, OPS[self.case.op].own_bytes
         for name, shape in self.shapes(phase).items():
-            prefix = next((p for p in OWN_SIZES if name.startswith(p)), None)
+            prefix = next((p for p in own if name.startswith(p)), None)
             if prefix is None or name not in self.case.draws:
                 continue
-            size, differentiable = OWN_SIZES[prefix]
+            size, differentiable = own[prefix]
             moved = size * (reads + writes * differentiable)
             excess += math.prod(shape) * ((reads + writes) * self.torch_dtype.itemsize - moved)
         return excess

@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from ._api import *  # noqa: F403
+    from .typed_ops import *  # noqa: F403
 
 
 def _load() -> dict[str, object]:

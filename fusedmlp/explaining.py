@@ -8,51 +8,16 @@ from torch import nn
 
 from .backends import choice
 from .backends.cuda import loader
+from .backends.op import public_ops
 from .kernels.device import arch_of, capability_of
 from .kernels.pick import LAST
-from .ops import (
-    binary_gated_linear,
-    binary_gated_mlp,
-    binary_linear,
-    gated_act,
-    gated_linear,
-    gated_mlp,
-    hyper_attention,
-    hyper_attention_step,
-    linear_act,
-    masked_gated_linear,
-    masked_gated_mlp,
-    mlp,
-    moe_linear,
-    moe_mlp,
-    top1_route,
-)
 from .patching.swap import Patched
-
-OPS = (
-    binary_gated_linear.OP,
-    binary_gated_mlp.OP,
-    binary_linear.OP,
-    gated_act.OP,
-    gated_linear.OP,
-    gated_mlp.OP,
-    hyper_attention.OP,
-    hyper_attention_step.OP,
-    linear_act.OP,
-    masked_gated_linear.OP,
-    masked_gated_mlp.OP,
-    mlp.OP,
-    top1_route.OP,
-    top1_route.route_to.__name__,
-    moe_mlp.OP,
-    moe_linear.OP,
-)
 
 
 def _device_line(device: torch.device) -> str:
     try:
         x = torch.empty(0, dtype=torch.bfloat16, device=device)
-        where = choice.pick(gated_linear.OP, x)
+        where = choice.pick("gated_linear", x)
     except RuntimeError as error:
         return f"{device.type} tensors: none: {error}"
     if where == "reference":
@@ -118,7 +83,7 @@ def explain(layer: nn.Module | None = None) -> str:
     lines += loader.describe(capability_of(gpu) if gpu else 0)
     lines.append(_device_line(torch.device("cpu")))
     lines.append(_device_line(gpu) if gpu else "cuda tensors: none, torch finds no GPU")
-    lines.append(f"ops: {', '.join(OPS)}")
+    lines.append(f"ops: {', '.join(public_ops())}")
     lines += [_last_launch(kernel) for kernel in sorted(LAST.keys() | choice.SERVED.keys())]
     if layer is not None:
         lines += _layer_lines(layer)

@@ -65,6 +65,8 @@ def _decoding(*cases: str) -> tuple[str, ...]:
     return ("--case", *cases, "--shape", *shapes, "--dtype", *dtypes, "--forward-only")
 
 
+# Ops with kernels for one architecture alone: they come first.
+_OWN = loader.ops_with_kernels(portable=False)
 # op -> what checks the kernels of every architecture that it launches, all of them among these; and
 # of masks the case that exercises them: as bits they are decoded.
 _MASKED = "masked_gated_linear"
@@ -86,7 +88,7 @@ def _cuda_first() -> Iterator[Step]:
     yield dataclasses.replace(python_step(BUILD, 300, WORKER, BUILD), again=True)
     first, *others = (
         python_step(f"check:cuda:{op}", 90, COMMAND, "check", "--backend", "cuda", "--op", op)
-        for op in loader.KERNELS
+        for op in _OWN
     )
     yield from _needing(BUILD, [first])
     yield from _needing(first.name, others)
@@ -113,7 +115,7 @@ def _ladder(name: str, budget_s: float, kernel: str, *arguments: str) -> Step:
 
 def _sanitizers_cuda(tools: Sequence[str]) -> Iterator[Step]:
     """Of the ops that launch all kernels there are; each runs every variant."""
-    kernels = loader.KERNELS
+    kernels = _OWN
     cases = _cases() | {_MASKED: _PORTABLE[_MASKED][1]}
     whole = [op for op in kernels if not any(set(kernels[op]) < set(k) for k in kernels.values())]
     for tool in tools:
@@ -125,7 +127,7 @@ def _sanitizers_cuda(tools: Sequence[str]) -> Iterator[Step]:
 
 def _time(name: str, budget_s: float, op: str, *arguments: str) -> Step:
     made = python_step(name, budget_s, COMMAND, "time", *arguments)
-    without = {CUDA: f"check:cuda:{op}"} if op in (*loader.KERNELS, *_PORTABLE) else {}
+    without = {CUDA: f"check:cuda:{op}"} if op in (*_OWN, *_PORTABLE) else {}
     return dataclasses.replace(made, without=without)
 
 

@@ -135,12 +135,12 @@ def exercise(name: str, on: str = "triton") -> None:
     import torch
 
     from ... import backend
+    from ...backends.cuda import loader
     from ...backends.cuda.gated_linear import variant
-    from ...backends.cuda.loader import DECODED
     from ...testing import CASES, evaluate
 
     case = CASES[name]
-    decoded = on == "cuda" and case.op in DECODED
+    decoded = on == "cuda" and loader.decoded(case.op)
     sizes, variants = (SMALL_CUDA, _variants(case.op)) if on == "cuda" else (SMALL, [None])
     if decoded:
         sizes = SMALL_DECODED

@@ -30,7 +30,7 @@ def cuda(name: str | None) -> Iterator[None]:
 class Cuda(Fusedmlp):
     """variant: the one forced, or None."""
 
-    ops = (*loader.KERNELS, *loader.PORTABLE)
+    ops = (*loader.ops_with_kernels(False), *loader.ops_with_kernels(True))
 
     def __init__(self, variant: str | None = None) -> None:
         self.name = CUDA if variant is None else provider(variant)
@@ -43,7 +43,7 @@ class Cuda(Fusedmlp):
         taken = [loader.DTYPES[d] for d in loader.dtypes_of(kernels[0]) if d in loader.DTYPES]
         if work.dtype not in taken:
             return f"takes {' and '.join(taken)} only"
-        if work.case.op in loader.DECODED and (phase != "forward" or work.M > SKINNY_M):
+        if loader.decoded(work.case.op) and (phase != "forward" or work.M > SKINNY_M):
             return f"serves inference of {SKINNY_M} rows or fewer"
         if work.D % 8 or work.H % 8:
             return "needs widths that are multiples of 8"

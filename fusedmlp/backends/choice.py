@@ -20,9 +20,9 @@ from torch import Tensor
 from ..kernels.arch.tile import SKINNY_M
 from ..kernels.device import INTERPRETED
 from .cuda import loader
+from .op import TRITON_DTYPES, Kernel
 
 BACKENDS = ("auto", "triton", "cuda", "reference")
-TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def _known(name: str, source: str) -> str:
@@ -86,27 +86,21 @@ def pick(op: str, x: Tensor, name: str = "x") -> str:
             f"{x.dtype}; backend('reference') takes any floating dtype"
         )
     if _chosen == "auto" and loader.PROVEN and not torch.compiler.is_compiling():
-        kernels = loader.KERNELS.get(op)
+        kernels = loader.kernels_of(op)
         if kernels and all(loader.proven(kernel, x) for kernel in kernels):
             return "cuda"
     return "triton"
 
 
-# Kernels whose Triton twins cut K for few rows, and which do not.
-CUT_BY_TRITON = ("gated_linear_fwd", "linear_act_fwd")
-
 # kernel -> which of its launchers ran last, and where it was not the one preferred, why.
 SERVED: dict[str, str] = {}
 
 
-def launcher(
-    kernel: str, triton: Callable[..., Any], cuda: Callable[..., Any]
-) -> Callable[..., Any]:
-    """A kernel's two launchers as one, which chooses when it is called.
-
-    cuda: takes the extension's own launcher before the arguments of `triton`, and raises
-    `loader.Unfit` before anything is enqueued.
-    """
+def launcher(row: Kernel) -> Callable[..., Any]:
+    """A kernel's two launchers as one, which chooses when it is called. That of csrc/ raises
+    `loader.Unfit` before anything is enqueued."""
+    kernel, triton = row.name, row.triton
+    cuda, few_rows = row.cuda_row.launch, row.cuda_row.few_rows
 
     @functools.wraps(triton)
     def launch(x: Tensor, *args: Any) -> Any:
@@ -118,7 +112,7 @@ def launcher(
         proven = loader.proven(kernel, x) if _chosen == "auto" else None
         if proven is not None:
             try:
-                if kernel in CUT_BY_TRITON and x.shape[0] <= SKINNY_M:
+                if not few_rows and x.shape[0] <= SKINNY_M:
                     raise loader.Unfit(
                         f"{kernel}: at {SKINNY_M} rows or fewer Triton cuts K as well"
                     )

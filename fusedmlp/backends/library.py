@@ -14,13 +14,12 @@ import torch
 
 from ..kernels.device import INTERPRETED
 from .choice import launcher
+from .op import MISSING, NAMESPACE, Kernel, add_kernel
 
-# The package's own name: as a kernel of the Hub it is loaded under another, more than once.
-_NAMESPACE = __name__.partition(".")[0]
-_LIBRARY = torch.library.Library(_NAMESPACE, "DEF")
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
-def _on_its_device(impl: Callable[..., Any]) -> Callable[..., Any]:
+def on_its_device(impl: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current GPU, whatever GPU the tensors are on."""
 
     @functools.wraps(impl)
@@ -35,20 +34,20 @@ def _on_its_device(impl: Callable[..., Any]) -> Callable[..., Any]:
 
 def define(
     schema: str,
-    impl: Callable[..., Any],
-    fake: Callable[..., Any],
-    cuda: Callable[..., Any] | None = None,
+    triton: Callable[..., Any] = MISSING,
+    fake: Callable[..., Any] = MISSING,
+    **rest: Any,
 ) -> Any:
-    """Register `fusedmlp::<schema>`; returns the callable overload.
+    """Register `fusedmlp::<schema>` with torch and enter its row; returns the callable overload.
 
-    impl launches Triton; cuda, where there is one, the extension's kernel of that name.
+    The arguments are the fields of `Kernel`.
     """
-    name = schema.partition("(")[0]
-    if cuda is not None:
-        impl = launcher(name, impl, cuda)
+    row = Kernel(schema, triton, fake, **rest)
+    add_kernel(row)
+    impl = row.triton if row.cuda is None else launcher(row)
     _LIBRARY.define(schema)
-    _LIBRARY.impl(name, _on_its_device(impl), "CUDA")
+    _LIBRARY.impl(row.name, on_its_device(impl), "CUDA")
     if INTERPRETED:
-        _LIBRARY.impl(name, impl, "CPU")
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+        _LIBRARY.impl(row.name, impl, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{row.name}", row.fake, lib=_LIBRARY)
+    return row.call

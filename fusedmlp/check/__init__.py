@@ -44,24 +44,32 @@ def down(op: str, w_name: str, w: Tensor, H: int, b_name: str, b: Tensor | None)
         shape(op, b_name, b, D_out)
 
 
-def like_x(op: str, x: Tensor, required: tuple[str, ...] = (), **others: Tensor | None) -> None:
-    """Every tensor shares x's floating dtype and device; only the `required` cannot be None."""
+def like_x(
+    op: str,
+    x: Tensor,
+    required: tuple[str, ...] = (),
+    *,
+    called: str = "x",
+    **others: Tensor | None,
+) -> None:
+    """Every tensor shares x's floating dtype and device; only the `required` cannot be None.
+    `called` is what the op calls x."""
     dtype, device = x.dtype, x.device
     if not dtype.is_floating_point:
-        raise TypeError(f"{op}: x must have a floating dtype, got {dtype}")
+        raise TypeError(f"{op}: {called} must have a floating dtype, got {dtype}")
     for name, t in others.items():
         if t is None and name not in required:
             continue
         if not (isinstance(t, Tensor) and t.dtype is dtype and t.device == device):
-            _raise_unlike_x(op, x, name, t)
+            _raise_unlike_x(op, called, x, name, t)
 
 
-def _raise_unlike_x(op: str, x: Tensor, name: str, t: object) -> NoReturn:
+def _raise_unlike_x(op: str, called: str, x: Tensor, name: str, t: object) -> NoReturn:
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
     if t.dtype != x.dtype:
-        raise TypeError(f"{op}: {name} must have x's dtype {x.dtype}, got {t.dtype}")
-    raise ValueError(f"{op}: {name} must be on x's device {x.device}, got {t.device}")
+        raise TypeError(f"{op}: {name} must have {called}'s dtype {x.dtype}, got {t.dtype}")
+    raise ValueError(f"{op}: {name} must be on {called}'s device {x.device}, got {t.device}")
 
 
 def activation(op: str, name: str) -> None:

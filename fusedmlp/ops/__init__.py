@@ -1,1 +1,12 @@
-"""One file per op: shape rule, registered ops, autograd Function, public function."""
+"""One file per op: shape rule, registered ops, autograd Function, public function, and its row.
+
+Every file of this folder is loaded with it: a new one needs no other mention.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -16,6 +16,7 @@ Sources: Shazeer, GLU Variants, arXiv 2002.05202; Q1_0 of llama.cpp and Bonsai.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,8 @@ from torch.autograd.function import once_differentiable
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import binary as cuda_binary
+from ..backends.flops import Shapes
+from ..backends.op import ONE_BIT, Cuda, Op, kernel, register
 from ..kernels.binary import binary_gated_linear as _triton
 from ..packing import empty_pair, rows, split_pair
 from ..weights.binary import BinaryWeight
@@ -82,7 +85,9 @@ fwd = library.define(
     "Tensor? b_gate, Tensor? b_up, str activation, bool want_h, bool want_gu) -> (Tensor, Tensor)",
     _triton.binary_gated_linear_fwd,
     _fwd_fake,
-    cuda_binary.binary_gated_linear_fwd,
+    flops=lambda x, q_gate, s_gate, q_up, *_: 2 * prod(x) * (q_gate[0] + q_up[0]),
+    result="MH",
+    cuda=Cuda(cuda_binary.binary_gated_linear_fwd, decodes=True),
 )
 
 
@@ -181,3 +186,20 @@ def binary_gated_linear(
     else:
         h, _ = fwd(rows(x), *tensors, activation, True, False)
     return h.view(*x.shape[:-1], H)
+
+
+def projection_flops(shapes: Shapes) -> int:
+    return 2 * prod(shapes["x"]) * (shapes["q_gate"][0] + shapes["q_up"][0])
+
+
+register(
+    Op(
+        OP,
+        binary_gated_linear,
+        reference.binary_gated_linear,
+        forward=(kernel(fwd),),
+        backward=(kernel(gated_act.bwd), kernel(binary_linear.dx), kernel(binary_linear.ds)),
+        flops=projection_flops,
+        own_bytes=ONE_BIT,
+    )
+)

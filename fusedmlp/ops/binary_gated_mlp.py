@@ -25,6 +25,7 @@ Sources: Shazeer, GLU Variants, arXiv 2002.05202; Q1_0 of llama.cpp and Bonsai.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -34,6 +35,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.flops import Shapes
+from ..backends.op import ONE_BIT, Op, kernel, register
 from ..kernels.binary import backward as _triton_bwd
 from ..packing import rows
 from ..weights.binary import BinaryWeight
@@ -56,6 +59,8 @@ bwd = library.define(
     "bool want_h) -> (Tensor, Tensor)",
     _triton_bwd.binary_gated_mlp_bwd,
     _bwd_fake,
+    flops=lambda dy, q_down, s_down, gu, *_: 2 * prod(dy) * gu[2],
+    result="MH",
 )
 
 
@@ -174,3 +179,22 @@ def binary_gated_mlp(
         h, _ = binary_gated_linear.fwd(rows(x), *weights[:4], b_gate, b_up, activation, True, False)
         y = binary_linear.fwd(h, *weights[4:], b_down)
     return y.view(*x.shape[:-1], D_out)
+
+
+def _flops(shapes: Shapes) -> int:
+    down = shapes["q_gate"][0] * shapes["q_down"][0]
+    return binary_gated_linear.projection_flops(shapes) + 2 * prod(shapes["x"][:-1]) * down
+
+
+register(
+    Op(
+        OP,
+        binary_gated_mlp,
+        reference.binary_gated_mlp,
+        forward=(kernel(binary_gated_linear.fwd), kernel(binary_linear.fwd, "MD")),
+        backward=(kernel(bwd), kernel(binary_linear.dx), kernel(binary_linear.ds)),
+        flops=_flops,
+        remade=binary_gated_linear.projection_flops,
+        own_bytes=ONE_BIT,
+    )
+)

@@ -24,6 +24,7 @@ Source: Q1_0 of llama.cpp and Bonsai (see fusedmlp/weights/binary.py), here with
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -34,6 +35,7 @@ from torch.autograd.function import once_differentiable
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import binary as cuda_binary
+from ..backends.op import ONE_BIT, Cuda, Op, kernel, register
 from ..kernels.binary import backward as _triton_bwd, binary_linear as _triton
 from ..packing import rows
 from ..weights.binary import BinaryWeight
@@ -80,7 +82,9 @@ fwd = library.define(
     "binary_linear_fwd(Tensor x, Tensor qweight, Tensor scales, Tensor? b) -> Tensor",
     _triton.binary_linear_fwd,
     _fwd_fake,
-    cuda_binary.binary_linear_fwd,
+    flops=lambda x, qweight, *_: 2 * prod(x) * qweight[0],
+    result="MH",
+    cuda=Cuda(cuda_binary.binary_linear_fwd, decodes=True),
 )
 # dy1, dy2 (M, H), the second or None -> dx = dy1 w1 + dy2 w2 (M, D).
 dx = library.define(
@@ -88,12 +92,16 @@ dx = library.define(
     "SymInt D) -> Tensor",
     _triton_bwd.binary_linear_dx,
     _dx_fake,
+    flops=lambda dy1, q1, s1, dy2, q2, s2, D: 2 * prod(dy1) * D * (1 if dy2 is None else 2),
+    result="MD",
 )
 # dy (M, H), x (M, D) -> the gradient of the scales (H, G) in `dtype`.
 ds = library.define(
     "binary_linear_ds(Tensor dy, Tensor x, Tensor qweight, ScalarType dtype) -> Tensor",
     _triton_bwd.binary_linear_ds,
     _ds_fake,
+    flops=lambda dy, x, *_: 2 * prod(dy) * x[1],
+    result="HD",
 )
 
 
@@ -153,3 +161,16 @@ def binary_linear(x: Tensor, w: BinaryWeight, b: Tensor | None = None) -> Tensor
     apply = BinaryLinearFunction.apply if check.wants_grad(x, w.scales, b) else fwd
     y = apply(rows(x), *planes(w), b)
     return y.view(*x.shape[:-1], H)
+
+
+register(
+    Op(
+        OP,
+        binary_linear,
+        reference.binary_linear,
+        forward=(kernel(fwd),),
+        backward=(kernel(dx), kernel(ds)),
+        flops=lambda shapes: 2 * prod(shapes["x"]) * shapes["q_weight"][0],
+        own_bytes=ONE_BIT,
+    )
+)

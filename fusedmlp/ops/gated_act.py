@@ -12,6 +12,7 @@ dtype: one floating dtype for all, kept; Triton computes in float32. Backward: d
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -20,6 +21,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.flops import no_products
+from ..backends.op import Op, kernel, register
 from ..kernels.dense import gated_act as _triton
 from ..packing import Packed, empty_pair, halves, rows, split_pair
 
@@ -43,12 +46,16 @@ def _bwd_fake(dh: Tensor, g: Tensor, u: Tensor, activation: str, packed: Packed 
 
 # Both take matrices: g, u and dh are (M, H).
 fwd = library.define(
-    "gated_act_fwd(Tensor g, Tensor u, str activation) -> Tensor", _triton.gated_act_fwd, _fwd_fake
+    "gated_act_fwd(Tensor g, Tensor u, str activation) -> Tensor",
+    _triton.gated_act_fwd,
+    _fwd_fake,
+    flops=no_products,
 )
 bwd = library.define(
     "gated_act_bwd(Tensor dh, Tensor g, Tensor u, str activation, str? packed) -> Tensor",
     _triton.gated_act_bwd,
     _bwd_fake,
+    flops=no_products,
 )
 
 
@@ -105,9 +112,9 @@ def gated_act(
         >>> torch.allclose(h, torch.nn.functional.silu(g) * u, atol=1e-6)
         True
     """
-    if dtype := check.autocast_dtype(OP, g):
+    if dtype := check.autocast_dtype(OP, g, "g"):
         g, u = check.cast(dtype, g, u)  # type: ignore[assignment]
-    check.like_x(OP, g, u=u)
+    check.like_x(OP, g, called="g", u=u)
     check.activation(OP, activation)
     check.packed(OP, "g", "u", u is None, packed)
     if g.dim() < 1:
@@ -122,3 +129,16 @@ def gated_act(
     apply = GatedActFunction.apply if check.wants_grad(g, u) else _forward
     h = apply(g2, u2, activation, packed)
     return h.view(*g.shape[:-1], h.shape[-1])
+
+
+register(
+    Op(
+        OP,
+        gated_act,
+        reference.gated_act,
+        forward=(kernel(fwd),),
+        backward=(kernel(bwd),),
+        flops=lambda shapes: 2 * prod(shapes["g"]) // (1 if "u" in shapes else 2),
+        counted=no_products,
+    )
+)

@@ -16,6 +16,7 @@ Source: Shazeer, GLU Variants, arXiv 2002.05202.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +26,8 @@ from torch.autograd.function import once_differentiable
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import gated_linear as cuda_gated_linear
+from ..backends.flops import rows_times
+from ..backends.op import HOPPER_AND_NEWER, Cuda, Op, kernel, register
 from ..kernels.dense import gated_linear as _triton
 from ..packing import Packed, empty_pair, halves, rows, split_pair
 from . import gated_act
@@ -102,7 +105,9 @@ fwd = library.define(
     "str activation, bool want_h, bool want_gu) -> (Tensor, Tensor)",
     _triton.gated_linear_fwd,
     _fwd_fake,
-    cuda_gated_linear.gated_linear_fwd,
+    flops=lambda x, w_gate, w_up, *_: 2 * x[0] * (prod(w_gate) + prod(w_up)),
+    result="MH",
+    cuda=Cuda(cuda_gated_linear.gated_linear_fwd, HOPPER_AND_NEWER, few_rows=False),
 )
 # dy (M, D), w_down (D, H) -> with dh = dy w_down: dgu, h, and the column sums of dg, du (2, H) in
 # the order of `packed`.
@@ -111,7 +116,9 @@ bwd = library.define(
     "bool want_h, bool want_db) -> (Tensor, Tensor, Tensor)",
     _triton.gated_linear_bwd,
     _bwd_fake,
-    cuda_gated_linear.gated_linear_bwd,
+    flops=lambda dy, w_down, *_: 2 * dy[0] * prod(w_down),
+    result="MH",
+    cuda=Cuda(cuda_gated_linear.gated_linear_bwd, HOPPER_AND_NEWER),
 )
 
 
@@ -241,3 +248,15 @@ def gated_linear(
     else:
         h, _ = project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
     return h.view(*x.shape[:-1], h.shape[-1])
+
+
+register(
+    Op(
+        OP,
+        gated_linear,
+        reference.gated_linear,
+        forward=(kernel(fwd),),
+        backward=(kernel(gated_act.bwd),),
+        flops=rows_times("w_gate", "w_up"),
+    )
+)

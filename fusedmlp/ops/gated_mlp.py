@@ -33,6 +33,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import check, reference
 from ..backends import choice
+from ..backends.flops import rows_times
+from ..backends.op import Op, kernel, register
 from ..packing import Packed, rows, split_pair
 from . import gated_act, gated_linear
 
@@ -165,3 +167,16 @@ def gated_mlp(
         h, _ = gated_linear.project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
         y = F.linear(h, w_down, b_down)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+register(
+    Op(
+        OP,
+        gated_mlp,
+        reference.gated_mlp,
+        forward=(kernel(gated_linear.fwd),),
+        backward=(kernel(gated_linear.bwd),),
+        flops=rows_times("w_gate", "w_up", "w_down"),
+        remade=rows_times("w_gate", "w_up"),
+    )
+)

@@ -33,6 +33,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.flops import Shape, Shapes, hyper_gradients, hyper_scores
+from ..backends.op import Op, kernel, register
 from ..check import hyper as check_hyper
 from ..kernels.hyper import gradients as _triton_bwd, hyper_attention as _triton
 from ..reference.hyper import Kind, Norm
@@ -91,6 +93,18 @@ def _bwd_fake(
     ]
 
 
+def _fwd_flops(*arguments: Any) -> int:
+    return hyper_scores(_named(arguments), visible=False)
+
+
+def _bwd_flops(do: Shape, out: Shape, *arguments: Any) -> int:
+    return hyper_gradients(_named(arguments), arguments[-1])
+
+
+def _named(arguments: Sequence[Any]) -> Shapes:
+    return {name: t for name, t in zip(NAMES, arguments, strict=False) if t is not None}
+
+
 _TENSORS = "Tensor q, Tensor k, Tensor v, " + ", ".join(f"Tensor? {n}" for n in NAMES[3:])
 _OPTIONS = "bool normed, bool shortcut1, bool shortcut2, float eps"
 # -> out (B, H, T, dv); h1 (B, Q, T, r1), h2 (B, H, T, r2), n (B, H, T) in float32.
@@ -98,6 +112,7 @@ fwd = library.define(
     f"hyper_attention_fwd({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
     _triton.hyper_attention_fwd,
     _fwd_fake,
+    flops=_fwd_flops,
 )
 # -> the gradients of NAMES, empty where not wanted.
 bwd = library.define(
@@ -105,6 +120,7 @@ bwd = library.define(
     f"{_OPTIONS}, bool[] wanted) -> Tensor[]",
     _triton_bwd.hyper_attention_bwd,
     _bwd_fake,
+    flops=_bwd_flops,
 )
 
 
@@ -197,3 +213,17 @@ def hyper_attention(
     else:
         out, *_ = fwd(*flat, *options)
     return out.view(*lead, *out.shape[1:])
+
+
+register(
+    Op(
+        OP,
+        hyper_attention,
+        reference.hyper_attention,
+        forward=(kernel(fwd),),
+        backward=(kernel(bwd),),
+        flops=lambda shapes: hyper_scores(shapes, visible=True),
+        # As PyTorch counts its own attention, which does not look at the mask either.
+        counted=lambda shapes: hyper_scores(shapes, visible=False),
+    )
+)

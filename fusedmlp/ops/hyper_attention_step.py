@@ -29,6 +29,8 @@ from torch import Tensor
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.flops import Shape, Shapes, hyper_pair
+from ..backends.op import Op, kernel, register
 from ..check import hyper as check_hyper
 from ..kernels.hyper import hyper_attention_step as _triton
 from ..reference.hyper import Kind, Norm
@@ -63,6 +65,10 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
     return v.new_empty((*v.shape[:2], v.shape[3]))
 
 
+def _flops(q: Shape, k: Shape, v: Shape, position: Shape, *rest: Any) -> int:
+    return q[0] * k[-2] * hyper_pair((q[-2], v[-3]), q, v, rest[0], rest[4])
+
+
 _TENSORS = ", ".join(f"Tensor? {n}" for n in NAMES[3:])
 # q (B, Q, dq), k and v (B, heads, N, width) -> out (B, H, dv)
 step = library.define(
@@ -70,6 +76,7 @@ step = library.define(
     "bool shortcut1, bool shortcut2, float eps) -> Tensor",
     _triton.hyper_attention_step,
     _fake,
+    flops=_flops,
 )
 
 
@@ -144,3 +151,21 @@ def hyper_attention_step(
     ]
     out = step(*flat[:3], position, *flat[3:], norm != "none", shortcut1, shortcut2, eps)
     return out.view(*lead, *out.shape[1:])
+
+
+def _call_flops(shapes: Shapes) -> int:
+    """Of a full cache."""
+    q, k, v = (shapes[name] for name in NAMES[:3])
+    pair = hyper_pair((q[-2], v[-3]), q, v, shapes.get("c1"), shapes.get("c2"))
+    return math.prod(q[:-2]) * k[-2] * pair
+
+
+register(
+    Op(
+        OP,
+        hyper_attention_step,
+        reference.hyper_attention_step,
+        forward=(kernel(step),),
+        flops=_call_flops,
+    )
+)

@@ -14,6 +14,7 @@ dx = dz w, dw = dz' x by cuBLAS, each only if its gradient is wanted.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +24,8 @@ from torch.autograd.function import once_differentiable
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import gated_linear as cuda_gated_linear
+from ..backends.flops import no_products, rows_times
+from ..backends.op import HOPPER_AND_NEWER, Cuda, Op, kernel, register
 from ..kernels.dense import linear_act as _triton
 from ..packing import rows
 
@@ -70,7 +73,9 @@ fwd = library.define(
     "-> (Tensor, Tensor)",
     _triton.linear_act_fwd,
     _fwd_fake,
-    cuda_gated_linear.linear_act_fwd,
+    flops=lambda x, w, *_: 2 * x[0] * prod(w),
+    result="MH",
+    cuda=Cuda(cuda_gated_linear.linear_act_fwd, HOPPER_AND_NEWER, few_rows=False),
 )
 # dy (M, D), w_out (D, H) -> with dh = dy w_out: dz, h and the column sums of dz (1, H).
 bwd = library.define(
@@ -78,14 +83,22 @@ bwd = library.define(
     "-> (Tensor, Tensor, Tensor)",
     _triton.linear_act_bwd,
     _bwd_fake,
-    cuda_gated_linear.linear_act_bwd,
+    flops=lambda dy, w_out, *_: 2 * dy[0] * prod(w_out),
+    result="MH",
+    cuda=Cuda(cuda_gated_linear.linear_act_bwd, HOPPER_AND_NEWER),
 )
 # Elementwise: dz from dh when there is no GEMM to fuse it into, h from z.
 dz = library.define(
-    "linear_act_dz(Tensor dh, Tensor z, str activation) -> Tensor", _triton.linear_act_dz, _dz_fake
+    "linear_act_dz(Tensor dh, Tensor z, str activation) -> Tensor",
+    _triton.linear_act_dz,
+    _dz_fake,
+    flops=no_products,
 )
 act = library.define(
-    "linear_act_h(Tensor z, str activation) -> Tensor", _triton.linear_act_h, _h_fake
+    "linear_act_h(Tensor z, str activation) -> Tensor",
+    _triton.linear_act_h,
+    _h_fake,
+    flops=no_products,
 )
 
 
@@ -144,3 +157,15 @@ def linear_act(
     else:
         h, _ = fwd(rows(x), w, b, activation, True, False)
     return h.view(*x.shape[:-1], h.shape[-1])
+
+
+register(
+    Op(
+        OP,
+        linear_act,
+        reference.linear_act,
+        forward=(kernel(fwd),),
+        backward=(kernel(dz),),
+        flops=rows_times("w"),
+    )
+)

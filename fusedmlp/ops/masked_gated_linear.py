@@ -25,6 +25,7 @@ Unit, arXiv 2506.23225, equations 2 and 3 and algorithm 2.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ from torch.autograd.function import once_differentiable
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import masked as cuda_masked
+from ..backends.flops import Shapes, no_products, rows_times
+from ..backends.op import BIT_PLANES, Cuda, Op, kernel, register
 from ..kernels.masked import backward as _triton_bwd, masked_gated_linear as _triton
 from ..packing import rows
 from ..weights.masks import PackedMasks, check_logits, pack
@@ -97,18 +100,23 @@ fwd = library.define(
     "bool want_gt) -> (Tensor, Tensor)",
     _triton.masked_gated_linear_fwd,
     _fwd_fake,
-    cuda_masked.masked_gated_linear_fwd,
+    flops=lambda x, w, planes, *_: 2 * (1 + planes[2]) * x[0] * prod(w),
+    result="MH",
+    cuda=Cuda(cuda_masked.masked_gated_linear_fwd, decodes=True),
 )
 # dh (M, H) -> V, e_1, .. as ev (1 + n_m, M, H), and h (M, H) again, with M = 0 if not wanted.
 ev = library.define(
     "masked_gated_linear_ev(Tensor dh, Tensor gt, str activation, bool want_h) -> (Tensor, Tensor)",
     _triton_bwd.masked_gated_linear_ev,
     _ev_fake,
+    flops=no_products,
 )
 dx = library.define(
     "masked_gated_linear_dx(Tensor ev, Tensor w, Tensor planes) -> Tensor",
     _triton_bwd.masked_gated_linear_dx,
     _dx_fake,
+    flops=lambda ev, w, planes: 2 * prod(ev[:2]) * prod(w),
+    result="MD",
 )
 # -> dw (H, D) and dmasks (n_m, H, D) in `dtype`, each with no rows if not wanted.
 dw = library.define(
@@ -116,6 +124,8 @@ dw = library.define(
     "bool want_dmasks, ScalarType dtype) -> (Tensor, Tensor)",
     _triton_bwd.masked_gated_linear_dw,
     _dw_fake,
+    flops=lambda ev, x, w, planes, want_dw, *_: 2 * (ev[0] - 1 + want_dw) * x[0] * prod(w),
+    result="HD",
 )
 
 
@@ -211,3 +221,23 @@ def masked_gated_linear(
     else:
         h, _ = fwd(rows(x), w, planes_of(tensor), activation, True, False)
     return h.view(*x.shape[:-1], h.shape[-1])
+
+
+def projection_flops(shapes: Shapes) -> int:
+    """The value is the total less the gate, so n_m masks cost n_m + 1 products."""
+    w, masks = tuple(shapes["w"]), tuple(shapes["masks"])
+    n_m = masks[0] if masks[1:] == w else masks[2]  # of logits, or of bit planes
+    return (1 + n_m) * rows_times("w")(shapes)
+
+
+register(
+    Op(
+        OP,
+        masked_gated_linear,
+        reference.masked_gated_linear,
+        forward=(kernel(pack), kernel(fwd)),
+        backward=(kernel(ev), kernel(dx), kernel(dw)),
+        flops=projection_flops,
+        own_bytes=BIT_PLANES,
+    )
+)

@@ -35,6 +35,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import check, reference
 from ..backends import choice
+from ..backends.flops import rows_times
+from ..backends.op import BIT_PLANES, OPS, Op, register
 from ..packing import rows
 from ..weights.masks import PackedMasks
 from . import masked_gated_linear
@@ -136,3 +138,17 @@ def masked_gated_mlp(
         h, _ = masked_gated_linear.fwd(tensors[0], w, planes, activation, True, False)
         y = F.linear(h, w_down, b_down)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+register(
+    Op(
+        OP,
+        masked_gated_mlp,
+        reference.masked_gated_mlp,
+        forward=OPS[masked_gated_linear.OP].forward,
+        backward=OPS[masked_gated_linear.OP].backward,
+        flops=lambda s: masked_gated_linear.projection_flops(s) + rows_times("w_down")(s),
+        remade=masked_gated_linear.projection_flops,
+        own_bytes=BIT_PLANES,
+    )
+)

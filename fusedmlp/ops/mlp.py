@@ -25,6 +25,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import check, reference
 from ..backends import choice
+from ..backends.flops import rows_times
+from ..backends.op import Op, kernel, register
 from ..packing import rows
 from . import linear_act
 
@@ -125,3 +127,16 @@ def mlp(
         h, _ = linear_act.fwd(rows(x), w_in, b_in, activation, True, False)
         y = F.linear(h, w_out, b_out)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+register(
+    Op(
+        OP,
+        mlp,
+        reference.mlp,
+        forward=(kernel(linear_act.fwd),),
+        backward=(kernel(linear_act.bwd),),
+        flops=rows_times("w_in", "w_out"),
+        remade=rows_times("w_in"),
+    )
+)

@@ -22,6 +22,8 @@ from torch.autograd.function import once_differentiable
 
 from .. import check, reference
 from ..backends import choice
+from ..backends.flops import rows_times
+from ..backends.op import Op, kernel, register
 from ..check.experts import check_routing
 from ..packing import rows
 from ..reference import Routing
@@ -94,3 +96,15 @@ def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) 
         run = MoELinearFunction.apply if check.wants_grad(x, w, b) else _forward
         y = run(flat, w, b, routing.tokens, routing.offsets)
     return y.view(*x.shape[:-1], N)
+
+
+register(
+    Op(
+        OP,
+        moe_linear,
+        reference.moe_linear,
+        forward=(kernel(moe_mlp.down, "MH"),),
+        backward=(kernel(moe_mlp.down), kernel(moe_mlp.wgrad), kernel(moe_mlp.bias_grad)),
+        flops=rows_times("w"),
+    )
+)

@@ -29,6 +29,7 @@ arXiv 2101.03961.
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import torch
@@ -39,6 +40,8 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.flops import Shape, no_products, rows_times
+from ..backends.op import Op, kernel, register
 from ..check.experts import autocast_prob, check_experts, check_routing
 from ..kernels.moe import backward as _triton_bwd, moe_mlp as _triton
 from ..packing import Packed, empty_pair, halves, rows
@@ -109,12 +112,28 @@ def _bias_grad_fake(dy: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
     return dy.new_empty((offsets.shape[0] - 2, dy.shape[1]))
 
 
+def _up_flops(
+    x: Shape, tokens: Shape, offsets: Shape, w_gate: Shape, w_up: Shape | None, *rest: object
+) -> int:
+    """Every row meets one expert; a dropped token's counts too."""
+    return 2 * x[0] * (prod(w_gate[1:]) + (0 if w_up is None else prod(w_up[1:])))
+
+
+def _down_flops(
+    a: Shape, tokens: Shape, offsets: Shape, w: Shape, a2: Shape | None, *rest: object
+) -> int:
+    return 2 * a[0] * prod(w[1:]) * (1 if a2 is None else 2)
+
+
 # x (T, D) -> h (T, H), gu (2 or 1, T, H) in expert order, each with no rows if not wanted.
 up = library.define(
     "moe_up(Tensor x, Tensor tokens, Tensor offsets, Tensor w_gate, Tensor? w_up, Tensor? b_gate, "
     "Tensor? b_up, str activation, bool want_h, bool want_gu) -> (Tensor, Tensor)",
     _triton.moe_up,
     _up_fake,
+    flops=_up_flops,
+    result="MH",
+    grouped=True,
 )
 # prob (a w' + a2 w2' + b) in token order.
 down = library.define(
@@ -122,6 +141,9 @@ down = library.define(
     " Tensor? prob, bool gather) -> Tensor",
     _triton.moe_down,
     _down_fake,
+    flops=_down_flops,
+    result="MD",
+    grouped=True,
 )
 # -> dgu, prob h, dprob, db, db_down
 dh = library.define(
@@ -130,6 +152,9 @@ dh = library.define(
     "bool want_db_down) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _triton_bwd.moe_dh,
     _dh_fake,
+    flops=lambda dy, tokens, offsets, prob, w_down, *_: 2 * dy[0] * prod(w_down[1:]),
+    result="MH",
+    grouped=True,
 )
 # a (T, N), b (T, K) -> a' b of each expert's rows, (E, N, K)
 wgrad = library.define(
@@ -137,12 +162,16 @@ wgrad = library.define(
     "-> Tensor",
     _triton_bwd.moe_wgrad,
     _wgrad_fake,
+    flops=lambda a, b, *_: 2 * prod(a) * b[1],
+    result="HD",
+    grouped=True,
 )
 # dy (T, N) in token order -> its sums over each expert's tokens, (E, N)
 bias_grad = library.define(
     "moe_bias_grad(Tensor dy, Tensor tokens, Tensor offsets) -> Tensor",
     _triton_bwd.moe_bias_grad,
     _bias_grad_fake,
+    flops=no_products,
 )
 
 
@@ -320,3 +349,16 @@ def moe_mlp(
         )
         y = down(h, tokens, offsets, w_down, None, None, b_down, routing.prob, False)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+register(
+    Op(
+        OP,
+        moe_mlp,
+        reference.moe_mlp,
+        forward=(kernel(up), kernel(down)),
+        backward=(kernel(dh), kernel(down), kernel(wgrad)),
+        flops=rows_times("w_gate", "w_up", "w_down"),
+        remade=rows_times("w_gate", "w_up"),
+    )
+)

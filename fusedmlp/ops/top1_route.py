@@ -33,6 +33,8 @@ from torch.autograd.function import once_differentiable
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import route as cuda_route
+from ..backends.flops import no_products
+from ..backends.op import TRITON_DTYPES, Cuda, Op, kernel, register
 from ..check.experts import check_kind
 from ..kernels.moe import top1_route as _triton
 from ..packing import rows
@@ -74,7 +76,8 @@ fwd = library.define(
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _triton.top1_route_fwd,
     _fwd_fake,
-    cuda_route.top1_route_fwd,
+    flops=no_products,
+    cuda=Cuda(cuda_route.top1_route_fwd, dtypes=TRITON_DTYPES),
 )
 # expert (T,) -> tokens, rows, offsets, counts
 given = library.define(
@@ -82,13 +85,15 @@ given = library.define(
     "(Tensor, Tensor, Tensor, Tensor)",
     _triton.route_to_fwd,
     _given_fake,
-    cuda_route.route_to_fwd,
+    flops=no_products,
+    cuda=Cuda(cuda_route.route_to_fwd, dtypes=(torch.int64, *TRITON_DTYPES)),
 )
 bwd = library.define(
     "top1_route_bwd(Tensor logits, Tensor expert, Tensor? dprob, Tensor? dmean, Tensor? dlse) "
     "-> Tensor",
     _triton.top1_route_bwd,
     _bwd_fake,
+    flops=no_products,
 )
 
 
@@ -271,3 +276,26 @@ def jitter(x: Tensor, epsilon: float) -> Tensor:
     if not 0 <= epsilon <= 1:
         raise ValueError(f"jitter: epsilon must be in [0, 1], got {epsilon}")
     return x * torch.empty_like(x).uniform_(1 - epsilon, 1 + epsilon) if epsilon else x
+
+
+register(
+    Op(
+        OP,
+        top1_route,
+        reference.top1_route,
+        forward=(kernel(fwd),),
+        backward=(kernel(bwd),),
+        flops=lambda shapes: 5 * math.prod(shapes["logits"]),
+        counted=no_products,
+    )
+)
+register(
+    Op(
+        "route_to",
+        route_to,
+        reference.route_to,
+        forward=(kernel(given),),
+        flops=no_products,
+        within="moe_mlp",
+    )
+)

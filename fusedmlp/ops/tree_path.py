@@ -18,6 +18,8 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import choice, library
+from ..backends.flops import no_products
+from ..backends.op import Op, kernel, register
 from ..kernels.moe import tree_path as _triton
 from ..packing import rows
 
@@ -29,7 +31,10 @@ def _fake(logits: Tensor, depth: int) -> Tensor:
 
 
 fwd = library.define(
-    "tree_path_fwd(Tensor logits, int depth) -> Tensor", _triton.tree_path_fwd, _fake
+    "tree_path_fwd(Tensor logits, int depth) -> Tensor",
+    _triton.tree_path_fwd,
+    _fake,
+    flops=no_products,
 )
 
 
@@ -61,3 +66,15 @@ def tree_path(logits: Tensor, *, depth: int) -> Tensor:
     else:
         path = fwd(flat, depth)
     return path.view(*logits.shape[:-1], depth + 1)
+
+
+register(
+    Op(
+        OP,
+        tree_path,
+        reference.tree_path,
+        forward=(kernel(fwd),),
+        flops=no_products,
+        public=False,
+    )
+)

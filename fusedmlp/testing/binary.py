@@ -66,13 +66,11 @@ def _case(
 ) -> Case:
     draws: dict[str, Draw] = {f"q_{name}": _words for name in names}
     draws |= {f"s_{name}": _scales for name in names}
-    per_weight = 2 * len(names)
     return Case(
         f"{fn.__name__}{suffix}",
         fn,
         getattr(reference, fn.__name__),
         _shapes(names, bias),
-        lambda M, D, H: per_weight * M * D * H,
         options,
         draws=draws,
         adapt=_adapt,

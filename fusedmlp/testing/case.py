@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _api, reference
+from ..backends.op import OPS
 from ..reference.activations import ACTIVATIONS
 from .rule import Error, error_of
 
@@ -24,8 +25,7 @@ class Case:
     """One public function with one way of calling it, over token count M, width D, hidden width H.
 
     shapes: argument name -> shape, in the order of fn's signature. options: fixed keywords of fn,
-    of which the reference takes those in `reference_options`. flops, elements: of one forward, the
-    latter counting each argument read once and each result written once. draws: how arguments that
+    of which the reference takes those in `reference_options`. draws: how arguments that
     are no floating numbers are drawn, from shape and generator; they get no gradient. adapt: from
     the drawn arguments to those of fn, by the functions of a module: the public ones or the
     reference. result: from what fn returns to the tensor to compare.
@@ -38,7 +38,6 @@ class Case:
     fn: Callable[..., Tensor]
     reference: Callable[..., Tensor]
     shapes: Callable[[int, int, int], Shapes]
-    flops: Callable[[int, int, int], int]
     options: Mapping[str, Any] = field(default_factory=dict)
     reference_options: tuple[str, ...] = ("packed",)
     draws: Mapping[str, Draw] = field(default_factory=dict)
@@ -96,7 +95,12 @@ class Case:
         absent = "u" if "g" in inputs else "w_up"
         return self.adapt({**inputs, absent: None}, functions)
 
+    def flops(self, M: int, D: int, H: int) -> int:
+        """Of one forward."""
+        return OPS[self.op].flops(self.shapes(M, D, H))
+
     def elements(self, M: int, D: int, H: int) -> int:
+        """Of one forward: each argument read once and the result written once."""
         shapes = self.shapes(M, D, H)
         out = self.fake_output(M, D, H)
         return sum(torch.Size(s).numel() for s in shapes.values()) + out.numel()

@@ -44,38 +44,32 @@ def _plain_shapes(bias: bool, down: bool) -> Callable[[int, int, int], Shapes]:
     return shapes
 
 
-def _flops(per_weight: int) -> Callable[[int, int, int], int]:
-    """Of a GEMM family: so many FLOPs for each of M D H."""
-    return lambda M, D, H: per_weight * M * D * H
-
-
 def cases() -> Iterator[Case]:
     orders = ("gate_up", "up_gate")
     fn: Callable[..., Tensor] = gated_act
     ref: Callable[..., Tensor] = reference.gated_act
-    flops: Callable[[int, int, int], int] = lambda M, D, H: 2 * M * H  # noqa: E731
-    yield Case("gated_act", fn, ref, _act_shapes(False), flops)
+    yield Case("gated_act", fn, ref, _act_shapes(False))
     for order in orders:
-        yield Case(f"gated_act-{order}", fn, ref, _act_shapes(True), flops, {"packed": order})
+        yield Case(f"gated_act-{order}", fn, ref, _act_shapes(True), {"packed": order})
 
     for fn, ref, down in (
         (gated_linear, reference.gated_linear, False),
         (gated_mlp, reference.gated_mlp, True),
     ):
-        name, flops = fn.__name__, _flops(6 if down else 4)
-        yield Case(name, fn, ref, _gated_shapes(False, False, down), flops)
-        yield Case(f"{name}-bias", fn, ref, _gated_shapes(True, False, down), flops)
+        name = fn.__name__
+        yield Case(name, fn, ref, _gated_shapes(False, False, down))
+        yield Case(f"{name}-bias", fn, ref, _gated_shapes(True, False, down))
         packed = _gated_shapes(True, True, down)
         for order in orders:
-            yield Case(f"{name}-{order}-bias", fn, ref, packed, flops, {"packed": order})
+            yield Case(f"{name}-{order}-bias", fn, ref, packed, {"packed": order})
         if down:
             shapes, options = _gated_shapes(True, False, True), {"recompute": True}
-            yield Case(f"{name}-recompute-bias", fn, ref, shapes, flops, options)
+            yield Case(f"{name}-recompute-bias", fn, ref, shapes, options)
 
     for fn, ref, down in ((linear_act, reference.linear_act, False), (mlp, reference.mlp, True)):
-        name, flops = fn.__name__, _flops(4 if down else 2)
-        yield Case(name, fn, ref, _plain_shapes(False, down), flops)
-        yield Case(f"{name}-bias", fn, ref, _plain_shapes(True, down), flops)
+        name = fn.__name__
+        yield Case(name, fn, ref, _plain_shapes(False, down))
+        yield Case(f"{name}-bias", fn, ref, _plain_shapes(True, down))
         if down:
             shapes, options = _plain_shapes(True, True), {"recompute": True}
-            yield Case(f"{name}-recompute-bias", fn, ref, shapes, flops, options)
+            yield Case(f"{name}-recompute-bias", fn, ref, shapes, options)

@@ -38,15 +38,6 @@ def _core(
     }  # fmt: skip
 
 
-def _pair(Q: int, H: int, dq: int, dv: int, r1: int, r2: int) -> int:
-    """FLOPs of one visible pair of tokens."""
-    return 2 * (Q * (dq + 2 * r1) + H * (dv + 2 * r2))
-
-
-def _flops(T: int, D: int, H: int) -> int:
-    return T * (T + 1) // 2 * _pair(2, 1, max(1, D // 4), H, RANK1, RANK2)
-
-
 def _step_shapes(N: int, D: int, H: int) -> Shapes:
     return _core(0, N, N, (2, 1), max(1, D // 4), H, (RANK1, RANK2))
 
@@ -58,10 +49,9 @@ def _full(arguments: dict[str, Any], functions: Any) -> dict[str, Any]:
 
 
 def cases() -> Iterator[Case]:
-    yield Case("hyper_attention", hyper_attention, reference.hyper_attention, _shapes, _flops)
+    yield Case("hyper_attention", hyper_attention, reference.hyper_attention, _shapes)
     yield Case(
         "hyper_attention_step", hyper_attention_step, reference.hyper_attention_step, _step_shapes,
-        lambda N, D, H: N * _pair(2, 1, max(1, D // 4), H, RANK1, RANK2),
         adapt=_full, forward_only=True,
     )  # fmt: skip
 
@@ -77,23 +67,17 @@ def _batched(batch: int, step: bool) -> Callable[[int, int, int], Shapes]:
     return shapes
 
 
-def _of_layer(D: int, heads: int) -> int:
-    return _pair(2 * heads, heads, max(1, D // 8 // heads), max(1, D // heads), RANK, RANK)
-
-
 def sized() -> Iterator[Case]:
     """As a layer of published defaults calls them, "glu", queries and keys of D // 4 together: in
     training, and decoding from a full cache."""
     yield Case(
         "hyper_attention-layer", hyper_attention, reference.hyper_attention,
         _batched(BATCH, False),
-        lambda M, D, heads: BATCH * (M // BATCH) * (M // BATCH + 1) // 2 * _of_layer(D, heads),
         out_shape=lambda M, D, heads: (BATCH, heads, max(1, M // BATCH), max(1, D // heads)),
         scales=SCALES,
     )  # fmt: skip
     yield Case(
         "hyper_attention_step-layer", hyper_attention_step, reference.hyper_attention_step,
         _batched(DECODING, True),
-        lambda M, D, heads: DECODING * (M // DECODING) * _of_layer(D, heads),
         adapt=_full, forward_only=True, scales=SCALES,
     )  # fmt: skip

@@ -43,25 +43,20 @@ def _adapt_planes(arguments: dict[str, Any], functions: Any) -> dict[str, Any]:
     return {**arguments, "masks": PackedMasks(planes, D)}
 
 
-def _flops(n_m: int, down: bool) -> Callable[[int, int, int], int]:
-    """The value is the total less the gate, so n_m masks cost n_m + 1 products."""
-    return lambda M, D, H: (2 * (n_m + 1) + (2 if down else 0)) * M * D * H
-
-
 def cases() -> Iterator[Case]:
     for n_m in (1, 4):  # one pass over x and w, and more
         yield Case(
             f"masked_gated_linear-{n_m}", masked_gated_linear, reference.masked_gated_linear,
-            _shapes(n_m, False, False), _flops(n_m, False), straight_through=("masks",),
+            _shapes(n_m, False, False), straight_through=("masks",),
         )  # fmt: skip
     for suffix, bias, options in (("", False, {}), ("-recompute-bias", True, {"recompute": True})):
         yield Case(
             f"masked_gated_mlp-1{suffix}", masked_gated_mlp, reference.masked_gated_mlp,
-            _shapes(1, True, bias), _flops(1, True), options, straight_through=("masks",),
+            _shapes(1, True, bias), options, straight_through=("masks",),
         )  # fmt: skip
     for n_m in (1, 2, 4, 8):  # for inference: weights and bits are all that decoding reads
         yield Case(
             f"masked_gated_linear-{n_m}-bits", masked_gated_linear, reference.masked_gated_linear,
-            _packed_shapes(n_m), _flops(n_m, False), draws={"masks": _draw_planes},
+            _packed_shapes(n_m), draws={"masks": _draw_planes},
             adapt=_adapt_planes, out_shape=lambda M, D, H: (M, H),
         )  # fmt: skip

@@ -70,7 +70,6 @@ def experts_case(
         moe_mlp,
         reference.moe_mlp,
         _shapes(experts, bias, "packed" in options, gated),
-        lambda M, D, H: (6 if gated else 4) * M * D * H,
         options,
         draws={"expert": SPREADS[spread](experts)},
         adapt=_adapt,
@@ -91,7 +90,6 @@ def cases() -> Iterator[Case]:
         reference.top1_route,  # type: ignore[arg-type]
         # As many experts as hidden columns, up to what models have.
         lambda M, D, H: {"logits": (M, min(H, 128))},
-        lambda M, D, H: 5 * M * min(H, 128),
         result=lambda routing: routing.prob,
         out_shape=lambda M, D, H: (M,),
     )
@@ -106,7 +104,6 @@ def cases() -> Iterator[Case]:
         lambda M, D, H: {
             "x": (M, D), "expert": (M,), "w": (EXPERTS, H, D), "b": (EXPERTS, H)
         },
-        lambda M, D, H: 2 * M * D * H,
         draws={"expert": SPREADS["sparse"](EXPERTS)},
         adapt=_adapt_linear,
         out_shape=lambda M, D, H: (M, H),

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..backends import choice, library
+from ..backends.flops import no_products
+from ..backends.op import Op, kernel, register
 from ..kernels.masked import masks as _triton
 
 MAX_MASKS = 16
@@ -117,7 +119,12 @@ def _pack_fake(logits: Tensor) -> Tensor:
 
 
 # logits (n_m, H, D) -> planes.
-pack = library.define("pack_masks(Tensor logits) -> Tensor", _triton.pack_masks, _pack_fake)
+pack = library.define(
+    "pack_masks(Tensor logits) -> Tensor",
+    _triton.pack_masks,
+    _pack_fake,
+    flops=no_products,
+)
 
 
 def check_logits(op: str, name: str, logits: Tensor) -> None:
@@ -159,3 +166,15 @@ def pack_masks(logits: Tensor) -> PackedMasks:
         raise ValueError(f"pack_masks: logits must be finite, got {bad} that are NaN or infinite")
     triton = choice.pick("pack_masks", logits, "logits") != "reference"
     return PackedMasks((pack if triton else reference.pack_masks)(logits), logits.shape[2])
+
+
+register(
+    Op(
+        "pack_masks",
+        pack_masks,
+        reference.pack_masks,
+        forward=(kernel(pack),),
+        flops=no_products,
+        within="masked_gated_linear",
+    )
+)

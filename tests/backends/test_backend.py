@@ -168,7 +168,7 @@ def test_ops_run_on_their_tensors_gpu(here, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1 if here else 0)
     monkeypatch.setattr(torch.cuda, "device", Guard)
-    launched = library._on_its_device(lambda x, scale: scale)(OnGpu(), 7)
+    launched = library.on_its_device(lambda x, scale: scale)(OnGpu(), 7)
     assert launched == 7
     assert entered == ([] if here else ["cuda:1"])
 

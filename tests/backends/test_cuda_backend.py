@@ -14,7 +14,6 @@ from layer_checks import assert_cheap
 import fusedmlp
 from fusedmlp.backends import choice
 from fusedmlp.backends.cuda import loader
-from fusedmlp.bench import predict
 from fusedmlp.bench.report import ledger
 from fusedmlp.ops import gated_linear, linear_act
 from fusedmlp.reference.activations import ACTIVATIONS
@@ -22,7 +21,8 @@ from fusedmlp.testing import CASES, assert_close_to, compare, evaluate, poison
 
 pytestmark = pytest.mark.interpreter  # the fake stands for a GPU on CPU tensors
 
-GEMMS = {name: case for name, case in CASES.items() if case.op in loader.KERNELS}
+OWN = loader.ops_with_kernels(portable=False)
+GEMMS = {name: case for name, case in CASES.items() if case.op in OWN}
 bf16 = torch.bfloat16
 
 
@@ -41,7 +41,7 @@ def test_numbers_through_the_fake(case, dtype, shape):
     with installed() as calls, fusedmlp.backend("cuda"), poison():
         check(case, case.inputs(*shape, dtype))
     launched = {kernel for kernel, _ in calls}
-    assert launched == set(loader.KERNELS[case.op])
+    assert launched == set(OWN[case.op])
     for kernel, numbers in calls:
         names = cuda_fake.FWD if kernel.endswith("_fwd") else cuda_fake.BWD
         p = dict(zip(names, numbers, strict=True))
@@ -345,7 +345,7 @@ def unproven(proven, ledgers):
     missing = []
     for kernel, arch in proven:
         capability = f"{int(arch.strip('sm_a')) / 10}"
-        ops = [op for op, kernels in loader.KERNELS.items() if kernel in kernels]
+        ops = [op for op, kernels in OWN.items() if kernel in kernels]
         checks = [
             record
             for book in ledgers
@@ -383,8 +383,3 @@ def test_the_ledger_is_asked_for_device_checks():
         [book("9.0", *(("mlp", "cuda", d, True) for d in ("bfloat16", "float16")))],
     ):
         assert unproven(BOTH, bad) == list(BOTH)
-
-
-def test_kernels_are_those_that_the_bench_knows():
-    for op, kernels in loader.KERNELS.items():
-        assert kernels == tuple(k for phase in predict.KERNELS[op].values() for k in phase)

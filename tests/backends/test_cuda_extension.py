@@ -25,8 +25,8 @@ def test_tables(extension):
     assert extension.ACTIVATIONS.keys() <= ACTIVATIONS.keys()
     assert sorted(extension.ACTIVATIONS.values()) == list(range(len(extension.ACTIVATIONS)))
     assert set(extension.DTYPES) == set(loader.DTYPES.values())
-    known = {kernel for kernels in loader.KERNELS.values() for kernel in kernels}
-    plain = {kernel for kernels in loader.PORTABLE.values() for kernel in kernels}
+    known = {kernel for kernels in loader.ops_with_kernels(False).values() for kernel in kernels}
+    plain = {kernel for kernels in loader.ops_with_kernels(True).values() for kernel in kernels}
     assert {kernel for kernel, _ in extension.OPS} <= known | plain
     archs = extension.ARCHS.split()
     for arch in archs:

@@ -7,29 +7,44 @@ from pathlib import Path
 import pytest
 
 import fusedmlp
+from fusedmlp.backends.op import OPS, public_ops
 from fusedmlp.kernels.arch import ARCHES, INTERPRETER
 from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.testing import CASES
 
 ROOT = Path(__file__).parents[2]
-OPS = sorted(p.stem for p in (ROOT / "fusedmlp/ops").glob("*.py") if not p.stem.startswith("_"))
-# Blocks are made of other ops' kernels and cuBLAS.
-INTERNAL = {"tree_path"}  # of a layer; no public function
-BLOCKS = {"binary_gated_mlp", "gated_mlp", "masked_gated_mlp", "mlp", "moe_linear"}
+FILES = {p.stem for p in (ROOT / "fusedmlp/ops").glob("*.py") if not p.stem.startswith("_")}
 
 
-@pytest.mark.parametrize("op", [op for op in OPS if op not in INTERNAL])
-def test_an_op_has_its_four_places(op):
-    missing = []
-    if op not in BLOCKS and not any((ROOT / "kernels").glob(f"*/{op}.py")):
-        missing.append(f"kernels/<room>/{op}.py")
-    if not hasattr(fusedmlp.reference, op):
-        missing.append(f"fusedmlp/reference/: {op}()")
-    if op not in fusedmlp.__all__:
-        missing.append(f"fusedmlp/_api.py: {op}")
-    if not any(case.op == op for case in CASES.values()):
-        missing.append(f"fusedmlp/testing/: a Case of {op}")
-    assert not missing
+def missing(op):
+    """What an op still lacks beside its row, as places to write it in."""
+    row, places = OPS[op], []
+    if op not in fusedmlp.reference.__all__:
+        places.append(f"fusedmlp/reference/__init__.py: {op}")
+    if row.public and op not in typed_names():
+        places.append(f"fusedmlp/typed_ops.py: {op}")
+    if row.public and row.within not in OPS and not any(c.op == op for c in CASES.values()):
+        places.append(f"fusedmlp/testing/: a Case of {op}")
+    if not row.function.__doc__:
+        places.append(f"{row.function.__module__}: what {op} computes, as its docstring")
+    return places
+
+
+def typed_names():
+    tree = ast.parse((ROOT / "fusedmlp/typed_ops.py").read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return {alias.asname for node in nodes for alias in node.names}
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_op_has_its_places(op):
+    assert not missing(op)
+
+
+def test_every_file_of_ops_has_a_row_and_type_checkers_see_no_other():
+    assert OPS.keys() >= FILES
+    assert typed_names() == set(public_ops())
+    assert set(public_ops()) <= set(fusedmlp.__all__)
 
 
 def test_linked_folders():

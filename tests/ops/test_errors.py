@@ -47,7 +47,7 @@ BAD = [
     ("linear_act", "w", None, TypeError, "w must be a Tensor, got NoneType"),
     ("mlp", "w_out", None, TypeError, "w_out must be a Tensor, got NoneType"),
     ("gated_mlp", "w_gate", torch.ones(H, D, device="meta"), ValueError, r"w_gate must be on x's device cpu, got meta"),
-    ("gated_act", "u", torch.ones(4, H).double(), TypeError, r"u must have x's dtype|u must have g's dtype"),
+    ("gated_act", "u", torch.ones(4, H).double(), TypeError, r"u must have g's dtype torch.float32, got torch.float64"),
 ]  # fmt: skip
 
 
@@ -90,16 +90,36 @@ def test_triton_refuses_what_it_cannot_run(on_triton, device):
         CASES["mlp"].run(CASES["mlp"].inputs(2, 4, 4, torch.float64, device))
 
 
+def first_of_each_op():
+    """op -> its first case; a new op is here with its Case."""
+    return {case.op: case for case in reversed(CASES.values())}
+
+
+@pytest.mark.parametrize("op", first_of_each_op())
+def test_integers_are_refused_by_name(op, each_backend):
+    case = first_of_each_op()[op]
+    inputs = case.inputs(4, D, H, torch.float32)
+    first = next(iter(inputs))
+    with pytest.raises(TypeError, match=f"^{op}: {first} must have a floating dtype, got"):
+        case.run({**inputs, first: inputs[first].to(torch.int64)})
+
+
+@pytest.mark.parametrize("op", first_of_each_op())
+def test_triton_refuses_float64_of_every_op(op, on_triton, device):
+    case = first_of_each_op()[op]
+    inputs = case.inputs(4, D, H, torch.float64, device)
+    first = next(iter(inputs))
+    # A case of experts makes its routing first, from float64 as well.
+    named = f"({op}: {first}|route_to: prob)"
+    with pytest.raises(TypeError, match=f"^{named} must be bfloat16, float16 or float32 on"):
+        case.run(inputs)
+
+
 W = torch.ones(1, 2, 3, 4, dtype=torch.float64)
 ZERO = torch.zeros(1, dtype=torch.int64)
-WIDE = {  # op -> (its argument, a call with float64 for it)
-    "gated_act": ("g", lambda: fusedmlp.gated_act(W, W)),
-    "hyper_attention": ("q", lambda: fusedmlp.hyper_attention(W, W, W[:, :1])),
-    "hyper_attention_step": (
-        "q", lambda: fusedmlp.hyper_attention_step(W[:, :, 0], W, W[:, :1], ZERO)),
+WIDE = {  # op without a case -> (its argument, a call with float64 for it)
     "pack_masks": ("logits", lambda: fusedmlp.pack_masks(W[0])),
     "route_to": ("prob", lambda: fusedmlp.route_to(ZERO, W[0, 0, 0, :1], 2)),
-    "top1_route": ("logits", lambda: fusedmlp.top1_route(W)),
 }  # fmt: skip
 
 

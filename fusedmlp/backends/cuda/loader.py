@@ -17,38 +17,13 @@ import torch
 from torch import Tensor
 
 from ...kernels.device import capability_of
+from ..op import KERNELS, OPS
 
-# op -> the kernels that it launches, the forward's first. An op that is not here has none.
-KERNELS = {
-    "gated_linear": ("gated_linear_fwd",),
-    "gated_mlp": ("gated_linear_fwd", "gated_linear_bwd"),
-    "linear_act": ("linear_act_fwd",),
-    "mlp": ("linear_act_fwd", "linear_act_bwd"),
-}
-# The same of kernels without an architecture's own instructions, built for the oldest.
-PORTABLE = {
-    "masked_gated_linear": ("masked_gated_linear_fwd",),
-    "masked_gated_mlp": ("masked_gated_linear_fwd",),
-    "top1_route": ("top1_route_fwd",),
-    "route_to": ("route_to_fwd",),
-    "binary_linear": ("binary_linear_fwd",),
-    "binary_gated_linear": ("binary_gated_linear_fwd",),
-    "binary_gated_mlp": ("binary_gated_linear_fwd", "binary_linear_fwd"),
-}
-# Of those, the ops that they serve in inference alone, and for few rows.
-DECODED = (
-    "masked_gated_linear",
-    "masked_gated_mlp",
-    "binary_linear",
-    "binary_gated_linear",
-    "binary_gated_mlp",
-)
 # (kernel, architecture) that bench/results/ holds a passing check of, on such a GPU: these `auto`
 # takes. The others are opt-in by backend("cuda").
 PROVEN: frozenset[tuple[str, str]] = frozenset()
 # As the extension calls them.
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-GEMM_DTYPES = (torch.bfloat16, torch.float16)
 
 _REMEDY = "reinstall fusedmlp with nvcc on PATH and FUSEDMLP_CUDA=1"
 
@@ -74,15 +49,28 @@ def available() -> bool:
 
 
 def kernels_of(op: str) -> tuple[str, ...]:
-    return KERNELS.get(op) or PORTABLE.get(op) or ()
+    """The kernels of csrc/ that `op` launches, the forward's first; () where it has none."""
+    return tuple(kernel.name for kernel in OPS[op].cuda) if op in OPS else ()
+
+
+def ops_with_kernels(portable: bool) -> dict[str, tuple[str, ...]]:
+    """op -> its kernels, of the ops whose kernels have an architecture's own instructions, or of
+    those whose kernels have none."""
+    return {
+        name: kernels_of(name)
+        for name, op in OPS.items()
+        if op.public and op.cuda and op.cuda[0].cuda_row.portable == portable
+    }
+
+
+def decoded(op: str) -> bool:
+    """Do its kernels of csrc/ serve inference of few rows alone?"""
+    return any(kernel.cuda_row.decodes for kernel in OPS[op].cuda)
 
 
 def dtypes_of(kernel: str) -> tuple[torch.dtype, ...]:
-    """What the first tensor of a call may be: of a GEMM 16 bits, of a router's logits float32 too,
-    and of the experts that `route_to` is given an index."""
-    if kernel == "route_to_fwd":
-        return (torch.int64, *DTYPES)
-    return tuple(DTYPES) if kernel == "top1_route_fwd" else GEMM_DTYPES
+    """What the first tensor of a call may be."""
+    return KERNELS[kernel].cuda_row.dtypes
 
 
 def serves(arch: str, capability: int) -> bool:

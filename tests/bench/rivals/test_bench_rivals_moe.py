@@ -42,7 +42,7 @@ def shapes(M, D, H):
 
 
 def case(shapes=shapes, **options):
-    return Case("moe_mlp", moe_mlp, moe_mlp, shapes, lambda M, D, H: 6 * M * D * H, options)
+    return Case("moe_mlp", moe_mlp, moe_mlp, shapes, options)
 
 
 def work(dtype="float32", activation="silu", M=M, D=D, H=H, of=None):
