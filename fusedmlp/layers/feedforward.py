@@ -157,14 +157,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
+        check_input("FeedForward", x, self.proj)
         if self.pre_norm is not None:
-            check_input("FeedForward", x, self.proj)
             x = self.pre_norm(x)
         if self.glu_variant == "none":
             first, act, dropout, second = self.net
             activation = name_of(act)
             if activation is None:
-                check_input("FeedForward", x, first)
                 return self.net(x)
             return plain_block(self, x, first, second, dropout, activation=activation)
         glu: Any
@@ -172,7 +171,7 @@ class FeedForward(nn.Module):
         if isinstance(glu, MaskedGLU):
             return glu.block(x, dropout, second)
         activation = name_of(glu.activation)
-        if activation is None:  # the GLU layer checks x
+        if activation is None:
             return self.net(x)
         return gated_block(
             self, x, glu.proj, None, second, dropout, activation=activation, packed="up_gate"

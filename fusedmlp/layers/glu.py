@@ -88,8 +88,8 @@ class GLUBase(nn.Module):
         """x (..., dim_in) -> (..., dim_out)."""
         activation = name_of(self.activation)
         w, b = affine(self, self.proj)
+        check_x(type(self).__name__, x, w.shape[1], w.dtype)
         if activation is None:
-            check_x(type(self).__name__, x, w.shape[1], w.dtype)
             value, gate = F.linear(x, w, b).chunk(2, -1)
             return value * self.activation(gate)
         return gated_linear(x, w, None, b, activation=activation, packed="up_gate")

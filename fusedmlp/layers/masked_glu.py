@@ -167,9 +167,9 @@ class MaskedGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim_in) -> (..., dim_out)."""
         w, b = affine(self, self.proj)
+        check_x(type(self).__name__, x, w.shape[1], w.dtype)
         if self.mask_mode == "element":
             return masked_gated_linear(x, w, self.masks(), activation=self._activation())
-        check_x(type(self).__name__, x, w.shape[1], w.dtype)
         v = F.linear(x, w, b)
         soft = self.mask.sigmoid()
         # The difference is 0, and its gradient sigmoid's.

@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from layer_checks import Stranger
 from torch import nn
 
 from fusedmlp import (
@@ -174,7 +175,7 @@ BAD = [
     (lambda: BinaryLinear(128, 4).pack().binarized(), RuntimeError, "binarized() needs a latent weight, got a packed one"),
     (lambda: BinaryLinear(128, 4).pack().reset_parameters(), RuntimeError, "a packed layer has no initial values"),
     (lambda: BinaryGatedMLP(128, 200), ValueError, "in_features must be a multiple of 128, got 200"),
-    (lambda: BinaryGatedMLP.from_dense(*(nn.Linear(128, 128) for _ in range(3)), nn.Mish()), TypeError, "activation must be one with a kernel, got Mish()"),
+    (lambda: BinaryGatedMLP.from_dense(*(nn.Linear(128, 128) for _ in range(3)), Stranger()), TypeError, "activation must be one with a kernel, got Stranger()"),
 ]  # fmt: skip
 
 
@@ -208,6 +209,13 @@ def model(**options):
     return LlamaForCausalLM(config).eval()
 
 
+def of_strangers():
+    llama = model()
+    for layer in llama.model.layers:
+        layer.mlp.act_fn = Stranger()
+    return llama
+
+
 def test_a_llama_is_quantised_in_place():
     llama, tokens = model(), torch.arange(12).view(2, 6)
     rounded = copy.deepcopy(llama)
@@ -239,7 +247,7 @@ def test_bytes_of_qwen3_8b():
         (lambda: quantize_model(model(), "q4_0"), ValueError, "format must be one of q1_0, got 'q4_0'"),
         (lambda: quantize_model(nn.Linear(4, 4)), ValueError, "got none in Linear"),
         (lambda: quantize_model(model(intermediate_size=200)), ValueError, "model.layers.0.mlp (LlamaMLP): left, down_proj must have rows of a multiple of 128, got 200"),
-        (lambda: quantize_model(model(hidden_act="mish")), ValueError, "model.layers.0.mlp (LlamaMLP): left, neither factor of its product is an activation"),
+        (lambda: quantize_model(of_strangers()), ValueError, "model.layers.0.mlp (LlamaMLP): left, neither factor of its product is an activation"),
         (lambda: quantize_model("llama"), TypeError, "model must be an nn.Module, got str"),
         (lambda: quantize_model(model().model.layers[0].mlp), ValueError, "model must hold its gated MLPs"),
     ],

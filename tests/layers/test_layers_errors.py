@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from layer_checks import draw
+from layer_checks import Stranger, draw
 from torch import nn
 
 import fusedmlp
@@ -28,8 +28,14 @@ DIRECT = {
     "PointwiseMLP": lambda: layers.PointwiseMLP(D, "swiglu"),
     "PointwiseMLP fused": lambda: layers.PointwiseMLP(D, "gelu", backend="fused"),
     "FeedForward": lambda: layers.FeedForward(D, pre_norm=True),
-    "FeedForward unknown": lambda: layers.FeedForward(D, activation=nn.Mish),
-    "GLUBase": lambda: layers.glu.GLUBase(D, D, nn.Mish()),
+    "FeedForward fused": lambda: layers.FeedForward(D),
+    "FeedForward gated": lambda: layers.FeedForward(D, glu_variant="swiglu"),
+    "FeedForward masked": lambda: layers.FeedForward(D, glu_variant="mglu", mask_mode="element"),
+    "FeedForward unknown": lambda: layers.FeedForward(D, activation=Stranger),
+    "GLUBase": lambda: layers.glu.GLUBase(D, D, Stranger()),
+    "SwiGLU": lambda: layers.SwiGLU(D, D),
+    "SwiMGLU": lambda: layers.SwiMGLU(D, D),
+    "SwiMGLU masks": lambda: layers.SwiMGLU(D, D, mask_mode="element"),
     "NGPT": lambda: layers.NGPT(D),
     "BinaryLinear": lambda: layers.BinaryLinear(D, D, pad=True),
     "GMLP": lambda: layers.GMLP(D, D, 4, 1),
@@ -71,7 +77,7 @@ def test_a_replaced_linear_takes_what_it_takes():
         def forward(self, x):
             return nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
-    layer = layers.MLP(D, output_norm=False, norm_mode="none", act_fn=nn.Mish)
+    layer = layers.MLP(D, output_norm=False, norm_mode="none", act_fn=Stranger)
     layer.model[0] = Counting(D, 4 * D, dtype=torch.float64)
     assert layer(draw(2, D)).dtype == torch.float32
 

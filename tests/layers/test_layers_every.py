@@ -12,6 +12,7 @@ import pytest
 import torch
 from layer_checks import (
     DTYPES,
+    Stranger,
     assert_compiles,
     assert_initialises_from_meta,
     assert_round_trips,
@@ -61,7 +62,7 @@ MAKERS = {
     "FeedForward masked": lambda: layers.FeedForward(
         D, 2, glu_variant="mswiglu", mask_mode="element"
     ),
-    "FeedForward unknown": lambda: layers.FeedForward(D, 2, activation=nn.Mish),
+    "FeedForward unknown": lambda: layers.FeedForward(D, 2, activation=Stranger),
     "MLP": lambda: layers.MLP(D, residual=True),
     "MLP pre": lambda: layers.MLP(D, hidden_factor=1, pre_norm=True, act_fn=nn.PReLU),
     "GatingMechanism": lambda: layers.GatingMechanism(D, bottleneck_factor=0.5),
@@ -158,11 +159,6 @@ def test_dtype_is_kept(make, training):
 # --- explain()
 
 
-class Unknown(nn.Module):
-    def forward(self, x):
-        return x.sin()
-
-
 @pytest.mark.parametrize(
     "layer",
     [
@@ -176,7 +172,7 @@ class Unknown(nn.Module):
 )
 @pytest.mark.parametrize(
     "activation, name", [(nn.SiLU, "silu"), (fusedmlp.Gelu2, "gelu2"), (fusedmlp.ReluNelu, None),
-                         (Unknown, None)],
+                         (Stranger, None)],
 )  # fmt: skip
 def test_explain_says_where_an_activation_runs(layer, activation, name):
     made, kind = layer(activation).eval(), activation.__name__

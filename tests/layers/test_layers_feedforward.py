@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from layer_checks import (
     DTYPES,
+    Stranger,
     assert_cheap,
     assert_initialises_from_meta,
     assert_matches,
     assert_round_trips,
     draw,
     randomise_,
+    stranger,
 )
 from torch import nn
 
@@ -44,7 +46,7 @@ ACTS = {
     nn.Sigmoid: torch.sigmoid,
     nn.Tanh: torch.tanh,
     nn.Identity: lambda z: z,
-    nn.Mish: F.mish,
+    Stranger: stranger,
 }
 VARIANTS = ("none", *GATES)
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from layer_checks import (
     DTYPES,
+    Stranger,
     assert_cheap,
     assert_initialises_from_meta,
     assert_matches,
@@ -103,7 +104,7 @@ def test_mlp_matches_its_children(mode, dtype):
     assert_matches(layer, sequential(layer.model, "model."), draw(2, 7, 8, dtype=dtype))
 
 
-@pytest.mark.parametrize("act_fn", (nn.SiLU(), nn.Mish, fusedmlp.SugarReLU, fusedmlp.Gelu2))
+@pytest.mark.parametrize("act_fn", (nn.SiLU(), Stranger, fusedmlp.SugarReLU, fusedmlp.Gelu2))
 @pytest.mark.parametrize("mode", ("none", "post"))
 def test_mlp_on_each_backend(mode, act_fn, each_backend, device):
     layer = MLP(8, norm_mode=mode, hidden_factor=2, dropout=0.0, act_fn=act_fn)
@@ -129,8 +130,8 @@ def test_what_runs_as_one_call():
     expected = "model (FusedSequential): runs RMSNorm, Linear + SiLU + Dropout + Linear, RMSNorm"
     assert expected in fusedmlp.explain(layer)
     assert "runs Linear, RMSNorm, GELU, Linear, RMSNorm" in repr(MLP(8, dropout=0.0))
-    assert "runs Linear, Mish, Linear" in repr(
-        MLP(8, act_fn=nn.Mish, norm_mode="none", dropout=0.0)
+    assert "runs Linear, Stranger, Linear" in repr(
+        MLP(8, act_fn=Stranger, norm_mode="none", dropout=0.0)
     )
     gate = GatingMechanism(8, bottleneck_dim=4)
     assert "runs Linear, RMSNorm, GELU, Dropout, Linear + Sigmoid" in repr(gate)

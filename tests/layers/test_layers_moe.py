@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layer_checks import (
+    Stranger,
     assert_compiles,
     assert_initialises_from_meta,
     assert_matches,
@@ -145,7 +146,7 @@ def test_an_expert_is_a_view():
 
 
 @pytest.mark.parametrize(
-    "kwargs", ({"pre_norm": True}, {"dropout": 0.5}, {"activation": nn.Mish, "glu_variant": "none"},
+    "kwargs", ({"pre_norm": True}, {"dropout": 0.5}, {"activation": Stranger, "glu_variant": "none"},
                {"glu_variant": "mgeglu"}, {"glu_variant": "mreglu", "mask_mode": "element"}),
     ids=("norm", "dropout", "activation", "channel-masks", "element-masks"),
 )  # fmt: skip

@@ -188,7 +188,11 @@ def test_default_init_is_nn_linears_with_zero_bias():
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"activation": "mish"}, ValueError, "activation must be one of relu, gelu, silu, glu, "),
+        (
+            {"activation": "stranger"},
+            ValueError,
+            "activation must be one of relu, gelu, silu, glu, ",
+        ),
         ({"activation": "GELU"}, ValueError, "swiglu, got 'GELU'"),
         (
             {"backend": "quack"},

@@ -25,6 +25,18 @@ LINEAR_CALL = 8e-6
 Formula = Callable[[dict[str, Tensor], Tensor], Tensor]
 
 
+def stranger(x: Tensor) -> Tensor:
+    """x / (1 + x^2), which no row of fusedmlp.reference.activations computes."""
+    return x / (1 + x.square())
+
+
+class Stranger(nn.Module):
+    """The tests' activation without a kernel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return stranger(x)
+
+
 def draw(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
