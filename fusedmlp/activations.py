@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from .check.numbers import finite
-from .reference.activations import ACTIVATIONS, BSILU_ALPHA
+from .reference.activations import ACTIVATIONS, BSILU_ALPHA, bsilu, computes
 
 __all__ = [
     "BSiLU",
@@ -56,6 +56,7 @@ def _check_fn(owner: nn.Module, name: str, fn: object) -> None:
         )
 
 
+@computes("relu_sq")
 class ReluSquared(nn.Module):
     """relu(x)^2.
 
@@ -81,6 +82,7 @@ class ReluSquared(nn.Module):
         return "signed=True" if self.signed else ""
 
 
+@computes("gelu2")
 class Gelu2(nn.Module):
     """gelu(x)^2 with the exact gelu: never negative, and not 0 for x < 0.
 
@@ -96,6 +98,7 @@ class Gelu2(nn.Module):
         return ACTIVATIONS["gelu2"].reference(x)
 
 
+@computes("bsilu")  # at the alpha of the row
 class BSiLU(nn.Module):
     """(x + alpha) sigmoid(x) - alpha / 2: 0 at 0, -alpha / 2 far below; silu at alpha = 0.
 
@@ -115,9 +118,7 @@ class BSiLU(nn.Module):
         self.alpha = alpha
 
     def forward(self, x: Tensor) -> Tensor:
-        s = x.sigmoid()
-        # Not (x + alpha) s - alpha / 2, which in 16 bits is not 0 at 0.
-        return x * s + self.alpha * (s - 0.5)
+        return bsilu(x, self.alpha)
 
     def extra_repr(self) -> str:
         return "" if self.alpha == BSILU_ALPHA else f"alpha={self.alpha}"

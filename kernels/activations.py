@@ -1,7 +1,8 @@
 """Device code of every activation, x -> (f(x), f'(x)), in float32.
 
-The table of activations is fusedmlp/reference/activations.py; each row of it has a function here of
-its name behind an underscore. A slope at a kink follows PyTorch: relu'(0) = 0.
+The table of activations is fusedmlp/reference/activations.py; each row of it has a jit function of
+its name here. What begins with an underscore is shared by several. A slope at a kink follows
+PyTorch: relu'(0) = 0.
 """
 
 from __future__ import annotations
@@ -12,64 +13,31 @@ import triton
 import triton.language as tl
 
 from ..reference.activations import ACTIVATIONS, BSILU_ALPHA
-from .tiles import INTERPRETED
+from .exponentials import exp2, sigmoids
 
 _BSILU_ALPHA = tl.constexpr(BSILU_ALPHA)
 
 
 @triton.jit
-def _exp2(x):
-    """2^x, to 2 ulp; below 2^-126 it is 0. Triton's own handles those, by 3 instructions more."""
-    if INTERPRETED:
-        y = tl.exp2(x)
-    else:
-        y = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return y
-
-
-@triton.jit
-def _reciprocal(x):
-    """1 / x, to 1 ulp, for x far from float32's ends. A division takes 6 instructions more."""
-    if INTERPRETED:
-        y = 1 / x
-    else:
-        y = tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-    return y
-
-
-@triton.jit
-def _sigmoids(z):
-    """sigmoid(z) and sigmoid(-z), neither by 1 - the other, which cancels; nothing overflows."""
-    e = _exp2(-1.4426950408889634 * tl.abs(z))
-    large = _reciprocal(1 + e)
-    small = e * large
-    return tl.where(z < 0, small, large), tl.where(z < 0, large, small)
-
-
-@triton.jit
 def _x_sigmoid(x, z, dz):
     """x * sigmoid(z), where dz = z'(x). Silu, quick_gelu and tanh-gelu differ in z alone."""
-    s, complement = _sigmoids(z)
+    s, complement = sigmoids(z)
     y = x * s
     return y, s + y * complement * dz
 
 
 @triton.jit
-def _silu(x):
+def silu(x):
     return _x_sigmoid(x, x, 1.0)
 
 
 @triton.jit
-def _quick_gelu(x):
+def quick_gelu(x):
     return _x_sigmoid(x, 1.702 * x, 1.702)
 
 
 @triton.jit
-def _gelu_tanh(x):
+def gelu_tanh(x):
     # (1 + tanh(z / 2)) / 2 = sigmoid(z), with z = 2 sqrt(2 / pi) (x + 0.044715 x^3).
     x2 = x * x
     z = 1.5957691216057308 * x * (1 + 0.044715 * x2)
@@ -77,58 +45,80 @@ def _gelu_tanh(x):
 
 
 @triton.jit
-def _gelu(x):
+def gelu(x):
     cdf = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
-    pdf = 0.3989422804014327 * _exp2(-0.7213475204444817 * x * x)
+    pdf = 0.3989422804014327 * exp2(-0.7213475204444817 * x * x)
     return x * cdf, cdf + x * pdf
 
 
 @triton.jit
-def _gelu2(x):
-    y, slope = _gelu(x)
+def gelu2(x):
+    y, slope = gelu(x)
     return y * y, 2 * y * slope
 
 
 @triton.jit
-def _bsilu(x):
-    s, complement = _sigmoids(x)
+def bsilu(x):
+    s, complement = sigmoids(x)
     y = (x + _BSILU_ALPHA) * s
     return y - 0.5 * _BSILU_ALPHA, s + y * complement
 
 
 @triton.jit
-def _relu(x):
+def relu(x):
     # Not maximum(): on the GPU that turns a NaN into 0.
     return tl.where(x <= 0, 0.0, x), tl.where(x > 0, 1.0, 0.0)
 
 
 @triton.jit
-def _relu_sq(x):
+def relu_sq(x):
     r = tl.where(x <= 0, 0.0, x)
     return r * r, 2 * r
 
 
 @triton.jit
-def _sigmoid(x):
-    s, complement = _sigmoids(x)
+def sigmoid(x):
+    s, complement = sigmoids(x)
     return s, s * complement
 
 
 @triton.jit
-def _tanh(x):
+def tanh(x):
     # tanh(x) = sigmoid(2x) - sigmoid(-2x) cancels near 0; below 0.2 the odd series is good to 6e-8
     # of x.
     x2 = x * x
     series = x * (1 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 - x2 * (17.0 / 315))))
-    s, complement = _sigmoids(2 * x)
+    s, complement = sigmoids(2 * x)
     t = tl.where(tl.abs(x) < 0.2, series, s - complement)
     return t, 4 * s * complement
 
 
 @triton.jit
-def _identity(x):
+def identity(x):
     return x, tl.full(x.shape, 1.0, tl.float32)
 
 
-# Functions here are named as the rows of reference/activations.py, behind an underscore.
-DEVICE: dict[str, Any] = {name: globals()[f"_{name}"] for name in ACTIVATIONS}
+def _own_functions() -> dict[str, Any]:
+    """The jit functions of this file, by name."""
+    jit = type(_x_sigmoid)
+    own = {name: f for name, f in globals().items() if isinstance(f, jit)}
+    return {name: f for name, f in own.items() if name[0] != "_" and f.fn.__module__ == __name__}
+
+
+def _check(rows: set[str], functions: set[str]) -> None:
+    """Every row has its function, and every function its row."""
+    where, table = "kernels/activations.py", "fusedmlp/reference/activations.py"
+    for name in sorted(rows - functions):
+        raise RuntimeError(
+            f"{where}: activation {name!r} of {table} must have a device function, got none: write "
+            f"`@triton.jit def {name}(x)` in {where}, which returns (f(x), f'(x)) in float32"
+        )
+    for name in sorted(functions - rows):
+        raise RuntimeError(
+            f"{where}: device function {name!r} must have a row, got none: write "
+            f"`Activation({name!r}, ...)` in {table}, or name it with an underscore first"
+        )
+
+
+DEVICE: dict[str, Any] = _own_functions()
+_check(set(ACTIVATIONS), set(DEVICE))

@@ -67,11 +67,11 @@ class FeedForward(nn.Module):
             third matrix: it has 1.5 times the parameters.
         dropout: probability of zeroing a hidden value in training, in [0, 1].
         activation: a class, or another callable without arguments, that makes the activation module
-            of glu_variant="none". Fused if `fusedmlp` has a kernel for what it makes (nn.GELU with
-            either `approximate`, nn.SiLU, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.Identity and, from
-            `fusedmlp.activations`, ReluSquared, Gelu2, BSiLU); any other module runs in PyTorch
-            between nn.Linear calls. The layer's repr says which. A gated variant brings its own;
-            another one given is not used, and says so in a UserWarning.
+            of glu_variant="none". Fused if `fusedmlp` has a kernel for what it makes: one of the
+            `modules` in `fusedmlp.reference.activations.ACTIVATIONS`, such as nn.GELU with either
+            `approximate`, or a class of `fusedmlp.activations` that has a row there. Any other
+            module runs in PyTorch between nn.Linear calls. The layer's repr says which. A gated
+            variant brings its own; another one given is not used, and says so in a UserWarning.
         glu_variant: "none", "glu", "geglu", "swiglu", "reglu", "bilinear", or the masked "mglu",
             "mgeglu", "mswiglu", "mreglu", "mbilinear", in any case.
         pre_norm: normalise x first.

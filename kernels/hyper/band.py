@@ -20,7 +20,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..activations import _exp2, _sigmoids
+from ..exponentials import exp2, sigmoids
 from ..tiles import INTERPRETED, dot, load_tile, rounded
 
 
@@ -247,7 +247,7 @@ def store_conditioned(
 @triton.jit
 def softplus(x):
     return tl.where(x <= 0, 0.0, x) + 0.6931471805599453 * tl.log2(
-        1 + _exp2(-1.4426950408889634 * tl.abs(x))
+        1 + exp2(-1.4426950408889634 * tl.abs(x))
     )
 
 
@@ -264,7 +264,7 @@ def gate_of(P1, P2, GLU: tl.constexpr):
 def gate_grads(dA, P1, P2, coefficient, GLU: tl.constexpr, NORMED: tl.constexpr):
     """dP1 and dP2; the norm of a row gives -coefficient P1."""
     if GLU:
-        dP2 = dA * tl.where(P1 <= 0, 0.0, P1) * _sigmoids(P2)[0]
+        dP2 = dA * tl.where(P1 <= 0, 0.0, P1) * sigmoids(P2)[0]
         dP1 = tl.where(P1 > 0, dA * softplus(P2), 0.0)
     else:
         dP2 = dA

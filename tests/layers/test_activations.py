@@ -147,7 +147,7 @@ def test_compiles(cls):
 def test_layers_fuse_what_the_kernels_know(cls):
     name = SMOOTH.get(cls)
     layer = FeedForward(16, activation=cls)
-    assert name_of(cls) == name_of(cls()) == name
+    assert name_of(cls()) == name
     x = draw(50, 3)
     if name is not None:
         torch.testing.assert_close(ACTIVATIONS[name].reference(x), cls()(x))

@@ -16,10 +16,11 @@ from layer_checks import (
 )
 from torch import nn
 
+import fusedmlp
 from fusedmlp.layers import GLU, Bilinear, GeGLU, ReGLU, SwiGLU
 from fusedmlp.layers.glu import GLUBase
 from fusedmlp.layers.parts.activation import name_of
-from fusedmlp.reference.activations import ACTIVATIONS
+from fusedmlp.reference.activations import ACTIVATIONS, MODULES
 
 ACTS = {
     GLU: (nn.Sigmoid, torch.sigmoid),
@@ -170,37 +171,30 @@ def test_documented_example():
     assert sum(p.numel() for p in swiglu.parameters()) == 256 * 1024 + 1024
 
 
-MODULES = [
-    nn.SiLU(),
-    nn.GELU(),
-    nn.GELU(approximate="tanh"),
-    nn.ReLU(),
-    nn.Sigmoid(),
-    nn.Tanh(),
-    nn.Identity(),
-]
-
-
-@pytest.mark.parametrize("module", MODULES, ids=str)
-def test_activation_name_computes_the_module(module):
-    name = name_of(module)
+@pytest.mark.parametrize(
+    "name, module",
+    [(n, kind(**ACTIVATIONS[n].settings)) for kind, names in MODULES.items() for n in names],
+    ids=str,
+)
+def test_a_row_computes_its_modules(name, module):
+    assert name_of(module) == name
     x = draw(50, 3)
     torch.testing.assert_close(ACTIVATIONS[name].reference(x), module(x))
 
 
-def test_activation_names_of_classes_and_strangers():
-    assert name_of(nn.GELU) == "gelu"
-    assert name_of(nn.SiLU) == "silu"
-    assert name_of(nn.GELU(approximate="tanh")) == "gelu_tanh"
+def test_activation_names_of_defaults_and_strangers():
+    assert name_of(nn.GELU()) == "gelu"
+    assert name_of(nn.GELU("tanh")) == "gelu_tanh"
+    assert name_of(nn.SiLU(inplace=True)) == "silu"
+    assert name_of(fusedmlp.ReluSquared(signed=True)) == "relu_sq"
+    for base in (nn.SiLU, fusedmlp.Gelu2):
 
-    class Scaled(nn.SiLU):
-        def forward(self, x):
-            return 2 * super().forward(x)
+        class Scaled(base):
+            def forward(self, x):
+                return 2 * super().forward(x)
 
-    assert name_of(Scaled) is None
-    assert name_of(Scaled()) is None
+        assert name_of(Scaled()) is None
     assert name_of(Stranger()) is None
-    assert name_of(Stranger) is None
 
 
 def test_layers_are_reachable_from_the_package():

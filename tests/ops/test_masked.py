@@ -182,7 +182,7 @@ def test_logits_of_another_dtype(dtype, each_backend, device):
         torch.testing.assert_close(mixed[key].to(dtype), same[key].to(dtype))
 
 
-@pytest.mark.parametrize("activation", ("gelu", "relu", "sigmoid", "identity"))
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation, on_triton, device):
     inputs = LINEAR.inputs(17, 24, 40, torch.float32, device, activation=activation)
     check(LINEAR, inputs, activation=activation)
@@ -224,7 +224,7 @@ def test_bad_rows_stay_in_their_rows(bad, device, on_triton):
 
 
 def test_nan_in_gives_nan_out(device, on_triton):
-    for name in ("silu", "relu"):
+    for name in ACTIVATIONS:
         inputs = LINEAR.inputs(2, 16, 16, torch.float32, device)
         inputs["x"][1, 3] = float("nan")
         assert masked_gated_linear(**inputs, activation=name)[1].isnan().all(), name

@@ -1,4 +1,4 @@
-"""From an activation module to the name of its kernel: the one place that knows both."""
+"""From an activation module to the name of its kernel."""
 
 from __future__ import annotations
 
@@ -6,33 +6,19 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ...activations import BSiLU, Gelu2, ReluSquared
-from ...reference.activations import BSILU_ALPHA
-
-_NAMES: dict[type, str] = {
-    nn.SiLU: "silu",
-    nn.ReLU: "relu",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-    nn.Identity: "identity",
-    ReluSquared: "relu_sq",
-    Gelu2: "gelu2",
-}
-_GELU_NAMES = {"none": "gelu", "tanh": "gelu_tanh"}
+from ...reference.activations import ACTIVATIONS, MODULES
 
 
-def name_of(activation: nn.Module | type) -> str | None:
-    """The name of a module or class in `fusedmlp.reference.activations.ACTIVATIONS`, or None.
+def name_of(activation: nn.Module) -> str | None:
+    """The name of the row of `fusedmlp.reference.activations.ACTIVATIONS` that `activation`
+    computes, or None.
 
-    A class stands for what it builds without arguments. Exact types only: a subclass may compute
-    something else.
+    By its exact class: a subclass may compute something else.
     """
-    kind = activation if isinstance(activation, type) else type(activation)
-    if kind is nn.GELU:
-        return _GELU_NAMES.get(getattr(activation, "approximate", "none"))
-    if kind is BSiLU:
-        return "bsilu" if getattr(activation, "alpha", BSILU_ALPHA) == BSILU_ALPHA else None
-    return _NAMES.get(kind)
+    for name in MODULES.get(type(activation), ()):
+        if ACTIVATIONS[name].is_set_in(activation):
+            return name
+    return None
 
 
 def describe(activation: nn.Module) -> str:
