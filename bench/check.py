@@ -40,7 +40,7 @@ from .options import (
     write_json,
 )
 from .render import Progress, number, table
-from .report.ladder import VARIANTS
+from .variants import VARIANTS
 from .work import Work, activations_of, case_of
 
 INTERPRETER_LIMIT_S = 3600

@@ -66,11 +66,11 @@ HYPER: dict[str, Model] = {m.name: m for m in _MODELS if m.hyper}
 MOE: dict[str, Model] = {m.name: m for m in _MODELS if m.experts is not None}
 # Of these, what moe_mlp serves.
 TOP1: dict[str, Model] = {name: m for name, m in MOE.items() if m.top_k == 1}
-# Tokens at which their rivals are measured.
+# Tokens at which their baselines are measured.
 TOP1_TOKENS = (8192, 32768)
 # Four sequences of 1024 to 16384 tokens; in decoding, eight caches of half as many.
 HYPER_TOKENS = (4096, 8192, 16384, 32768, 65536)
-# The widths against which rivals are measured: from where fusing pays most to where it hardly can.
+# Widths of the comparison with baselines: from where fusing pays most to where it hardly can.
 CAMPAIGN = ("narrow", "llama3.2-1b", "llama2-7b", "llama3-8b", "llama3-70b")
 
 

@@ -11,15 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from ...backends.cuda import loader
 from ...testing import CASES
 from ..launches import LAUNCHES
-from ..report.ladder import TIMED, VARIANTS, provider, variants_of
-from ..report.summary import CUDA, DEFAULT
 from ..shapes import CAMPAIGN, HYPER, HYPER_TOKENS, TOP1, TOP1_TOKENS
+from ..variants import CUDA, DEFAULT, TIMED, VARIANTS, provider, variants_of
 from .worker import SANITIZERS, SANITIZERS_CUDA
 
 # Tokens of the curves of speed over size, at the widths of shapes.CAMPAIGN.
 TOKENS = ("1", "16", "64", "256", "1024", "4096", "16384")
-# Where the ladder is climbed first: many tiles, from long main loops to short ones.
-LADDER_SHAPES = ("8192x4096x14336", "8192x2048x8192", "16384x1536x4096", "4096x8192x28672")
+# Where variants are compared first: many tiles, from long main loops to short ones.
+VARIANT_SHAPES = ("8192x4096x14336", "8192x2048x8192", "16384x1536x4096", "4096x8192x28672")
 COMMAND = "fusedmlp.bench"
 WORKER = f"{COMMAND}.campaign.worker"
 BUILD = "build"
@@ -83,7 +82,7 @@ _OTHER_WIDTHS = (*_OF_HYPERGLU, "moe_linear", "moe_mlp", "top1_route")
 
 
 def _cuda_first() -> Iterator[Step]:
-    """Build, check, and time the ladder. A kernel under development may hang: the first check has
+    """Build, check, and time the variants. A kernel under development may hang: the first check has
     little time, and all that follows needs it."""
     yield dataclasses.replace(python_step(BUILD, 300, WORKER, BUILD), again=True)
     first, *others = (
@@ -101,12 +100,12 @@ def _cuda_first() -> Iterator[Step]:
         yield from _needing(first.name, [python_step(f"check:cuda:{name}", 60, COMMAND, *argv)])
     yield from _sanitizers_cuda(SANITIZERS_CUDA[:1])
     for kernel, (op, phase) in TIMED.items():
-        argv = ("time", "--case", op, "--phase", phase, "--shape", *LADDER_SHAPES)
-        yield _ladder(f"time:cuda:{kernel}", 240, kernel, *argv)
+        argv = ("time", "--case", op, "--phase", phase, "--shape", *VARIANT_SHAPES)
+        yield _variants(f"time:cuda:{kernel}", 240, kernel, *argv)
     yield from _sanitizers_cuda(SANITIZERS_CUDA[1:])
 
 
-def _ladder(name: str, budget_s: float, kernel: str, *arguments: str) -> Step:
+def _variants(name: str, budget_s: float, kernel: str, *arguments: str) -> Step:
     """Every variant of a kernel, their own choice and what auto takes, in the same rounds."""
     checks = {provider(name): f"check:cuda:{name}" for name in variants_of(kernel)}
     made = python_step(name, budget_s, COMMAND, *arguments, "--provider", DEFAULT, CUDA, *checks)
@@ -165,7 +164,7 @@ def plan() -> list[Step]:
         for op, name in cases.items()
     ]
     steps += [
-        _ladder(
+        _variants(
             f"time:cuda:{kernel}:sizes", 420, kernel, "time", "--case", op, "--phase", phase,
             "--model", *CAMPAIGN, "--m", *TOKENS[2:],
         )

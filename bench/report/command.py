@@ -15,7 +15,7 @@ from typing import Any
 
 from ..options import subparser
 from ..work import ops
-from . import ladder_table, plots, tables
+from . import plots, tables
 from .ledger import RESULTS, Ledger, collect
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,14 +48,13 @@ def markdown(ledgers: Sequence[Ledger], drawn: Sequence[plots.Plot], folder: str
     """The whole of RESULTS.md. folder: where the plots lie, seen from there."""
     parts = [HEAD, "## State\n", tables.state(ledgers, ops()), ""]
     parts += ["## Targets\n", tables.target_table(ledgers), ""]
-    parts += ["## Ladder: gated_linear on sm_90a\n", ladder_table.section(ledgers), ""]
     rooflines = [plot for plot in drawn if plot.name.startswith("roofline-")]
     if rooflines:
         parts += ["## Rooflines\n", *(_image(plot, folder) for plot in rooflines)]
     for op in ops():
         parts += _op(ledgers, op, [p for p in drawn if p.data.get("op") == op], folder)
     for title, kind, section in (
-        ("Sticks", "stick", tables.sticks),
+        ("Peaks", "peak", tables.peaks),
         ("Compute-sanitizer", "sanitizer", tables.sanitizers),
         ("Tiles found by search", "tune", tables.tiles),
     ):

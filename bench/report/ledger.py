@@ -6,7 +6,7 @@
 |---|---|
 | check | errors of one case's output and gradients against the tolerance rule |
 | time | one provider's median for one case and phase, or why it was not timed |
-| stick | what the same GPU reached in cuBLAS and in a device copy, in the same run |
+| peak | what the same GPU reached in cuBLAS and in a device copy, in the same run |
 | sanitizer | what one tool said of one case |
 | tune | the fastest tile found for one kernel and shape, against the table's |
 
@@ -56,7 +56,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "bytes": _NUMBER + _NULL, **dict.fromkeys(_MEASURED, _NUMBER + _NULL),
         "peak_memory_bytes": _NUMBER + _NULL, "skipped": _TEXT + _NULL,
     },
-    "stick": {"name": _TEXT, "dtype": _TEXT, "tflops": _NUMBER + _NULL, "gbps": _NUMBER + _NULL},
+    "peak": {"name": _TEXT, "dtype": _TEXT, "tflops": _NUMBER + _NULL, "gbps": _NUMBER + _NULL},
     "sanitizer": {"tool": _TEXT, "case": _TEXT, "status": _TEXT, "detail": _TEXT},
     "tune": {
         "arch": _TEXT, "kernel": _TEXT, "dtype": _TEXT, **_SIZES, "tile": (dict,),
@@ -69,7 +69,7 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
 _IDENTITY: dict[str, tuple[str, ...]] = {
     "check": ("case", "activation", "dtype", "M", "D", "H", "backend", "device", "variant"),
     "time": ("case", "provider", "phase", "activation", "dtype", "M", "D", "H"),
-    "stick": ("name", "dtype", "M", "N", "K", "bytes"),
+    "peak": ("name", "dtype", "M", "N", "K", "bytes"),
     "sanitizer": ("tool", "case", "backend"),
     "tune": ("arch", "kernel", "dtype", "M", "D", "H"),
 }
@@ -176,7 +176,7 @@ def check_record(record: Any, where: str) -> None:
         _must(earned or not record["passed"], f"{where}.passed", "false, as its tensors", True)
     elif kind == "time":
         _check_time(record, where)
-    elif kind == "stick":
+    elif kind == "peak":
         sizes = ("M", "N", "K") if record["name"] == "cublas" else ("bytes",)
         rate = "tflops" if record["name"] == "cublas" else "gbps"
         known = record["name"] in ("cublas", "copy")

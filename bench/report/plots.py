@@ -1,4 +1,4 @@
-"""The plots of RESULTS.md: each GPU's roofline, and each op's speed over tokens beside its rivals.
+"""The plots of RESULTS.md: each GPU's roofline, and each op's speed over tokens beside baselines.
 
 What a plot shows is settled without matplotlib, as plain data; drawing comes after. Each SVG ends
 in the digest of its data and of its own text, so that a check needs no matplotlib at all.
@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from ..options import subparser
+from ..variants import CUDA, DEFAULT
 from ..work import ops
 from .ledger import RESULTS, Ledger, Record, collect
-from .summary import CUDA, DEFAULT, is_default, is_variant
+from .summary import is_default, is_variant
 from .tables import newest, size
 
-STYLE = 1  # raise it when the drawing changes, so that old plots count as stale
+STYLE = 2  # raise it when the drawing changes, so that old plots count as stale
 # Okabe and Ito's palette, which colour-blind readers can tell apart; ours is the black one.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A000")
+# The line at 100%: which of the two it is may change from one token count to the next.
+PEAK = "cuBLAS or copy, whichever limits first"
 MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
 
 
@@ -57,15 +60,15 @@ def plots_of(ledgers: Sequence[Ledger], ops: Sequence[str]) -> list[Plot]:
 
 
 def _rooflines(ledgers: Sequence[Ledger], ops: Sequence[str]) -> Iterator[Plot]:
-    """Of each GPU: our plain cases in bfloat16 under the two sticks of their ledger."""
+    """Of each GPU: our plain cases in bfloat16 under the two peaks of their ledger."""
     by_gpu: dict[str, dict[str, Any]] = {}
     for op in ops:
         for ledger, records in newest(ledgers, op, "time"):
-            sticks = ledger.of_kind("stick")
+            peaks = ledger.of_kind("peak")
             cublas = [
-                r["tflops"] for r in sticks if r["name"] == "cublas" and r["dtype"] == "bfloat16"
+                r["tflops"] for r in peaks if r["name"] == "cublas" and r["dtype"] == "bfloat16"
             ]
-            copy = [r["gbps"] for r in sticks if r["name"] == "copy"]
+            copy = [r["gbps"] for r in peaks if r["name"] == "copy"]
             points = [
                 [r["flops"] / r["bytes"], r["tflops"], r["phase"]]
                 for r in _plain(records, op)
@@ -108,7 +111,7 @@ def _curves(ledgers: Sequence[Ledger], ops: Sequence[str]) -> Iterator[Plot]:
 def _panels(records: Sequence[Record]) -> dict[str, dict[str, list[list[float]]]]:
     """width -> provider -> [M, share, share at the 80% time, share at the 20% time], in percent.
 
-    Share of the nearer stick, which one size's providers have in common: so the curves of one panel
+    Share of the nearer peak, which one size's providers have in common: so the curves of one panel
     keep their ratios, and few tokens are as legible as many.
     """
     panels: dict[str, dict[str, list[list[float]]]] = {}
@@ -167,7 +170,7 @@ def _draw_curves(figure: Any, title: str, data: dict[str, Any]) -> None:
             spread = [[y - a for y, a in zip(ys, lows, strict=True)],
                       [b - y for y, b in zip(ys, highs, strict=True)]]  # fmt: skip
             handles[name] = axes.errorbar(xs, ys, yerr=spread, **_look(name, names))
-        handles["the stick itself"] = axes.axhline(100, color="black", linewidth=1, linestyle=":")
+        handles[PEAK] = axes.axhline(100, color="black", linewidth=1, linestyle=":")
         axes.set_xscale("log", base=2)
         ticks = sorted({p[0] for points in providers.values() for p in points})
         axes.set_xticks(ticks, [str(t) for t in ticks], rotation=45)
@@ -176,12 +179,12 @@ def _draw_curves(figure: Any, title: str, data: dict[str, Any]) -> None:
         axes.tick_params(labelsize=8, labelleft=True)
         axes.set_title(f"D x H = {width}", fontsize=8)
         axes.set_xlabel("tokens M", fontsize=8)
-        axes.set_ylabel("% of cuBLAS or copy,\nwhichever is nearer", fontsize=8)
+        axes.set_ylabel("% of cuBLAS or copy,\nwhichever limits first", fontsize=8)
         axes.grid(True, alpha=0.3)
     for axes in list(grid.flat)[len(panels) :]:
         axes.set_visible(False)
     figure.suptitle(f"{title}\nbars: 20% to 80% of the samples", fontsize=9)
-    order = [name for name in (*names, "the stick itself") if name in handles]
+    order = [name for name in (*names, PEAK) if name in handles]
     figure.legend(
         [handles[n] for n in order], order, fontsize=8, ncols=4, loc="outside lower center"
     )
@@ -192,7 +195,7 @@ def _ours_first(names: set[str]) -> list[str]:
 
 
 def _look(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Ours in black, its CUDA kernels dashed, the rivals by their place among the rivals."""
+    """Ours in black, its CUDA kernels dashed, the baselines by their place among the baselines."""
     if name.startswith(DEFAULT):
         line = {"linestyle": "--", "fillstyle": "none"} if name == CUDA else {}
         look = {"color": "black", "marker": "o", "linewidth": 2, "markersize": 4, "capsize": 2}

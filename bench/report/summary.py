@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from ..variants import CUDA, DEFAULT
 from .ledger import Ledger, Record
 
-# The names of what auto takes and of the CUDA kernels, as they choose their own variants.
-DEFAULT, CUDA = "fusedmlp", "fusedmlp-cuda"
 LIMIT = 60
 WIDTH = 110
 
@@ -20,7 +19,7 @@ def summary(ledger: Ledger) -> list[str]:
         list(_steps(ledger.steps)),
         list(_checks(ledger.of_kind("check"))),
         list(_sanitizers(ledger.of_kind("sanitizer"))),
-        list(_sticks(ledger.of_kind("stick"))),
+        list(_peaks(ledger.of_kind("peak"))),
         list(_times(ledger.of_kind("time"))),
         list(_cuda(ledger.of_kind("time"))),
         list(_tunes(ledger.of_kind("tune"))),
@@ -75,11 +74,11 @@ def _sanitizers(records: list[Record]) -> Iterator[str]:
             yield f"  {r['status']:8} {what}: {_first_line(r['detail'])}"
 
 
-def _sticks(records: list[Record]) -> Iterator[str]:
+def _peaks(records: list[Record]) -> Iterator[str]:
     for name, field, unit in (("cublas", "tflops", "TFLOP/s"), ("copy", "gbps", "GB/s")):
         rates = [r[field] for r in records if r["name"] == name]
         if rates:
-            yield f"stick: {name} up to {max(rates):.0f} {unit}"
+            yield f"peak: {name} up to {max(rates):.0f} {unit}"
 
 
 def on_backend(r: Record) -> str:
@@ -104,7 +103,7 @@ def fastest(records: Iterable[Record]) -> Record | None:
 
 
 def _times(records: list[Record]) -> Iterator[str]:
-    """Of each op and phase: our fastest at the largest size, beside the best rival there."""
+    """Of each op and phase: our fastest at the largest size, beside the best baseline there."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for r in records:
         groups.setdefault((r["op"], r["phase"]), []).append(r)
@@ -114,7 +113,7 @@ def _times(records: list[Record]) -> Iterator[str]:
     for (op, phase), group in groups.items():
         ours = [r for r in group if is_default(r) and r["skipped"] is None]
         if not ours:
-            yield f"  {op} {phase}: {_first_line(group[0]['skipped'] or 'only rivals measured')}"
+            yield f"  {op} {phase}: {_first_line(group[0]['skipped'] or 'only baselines measured')}"
             continue
         best = max(ours, key=lambda r: (r["flops"] or 0, r["M"] * r["D"] * r["H"]))
         rival = fastest(r for r in group if place(r) == place(best) and not is_ours(r))
@@ -145,7 +144,7 @@ def _rate(r: Record) -> str:
 
 
 def share(record: Record) -> str:
-    """Of the stick that is nearer: cuBLAS or copy."""
+    """Of the peak that is nearer: cuBLAS or copy."""
     of = {"cuBLAS": record["of_cublas"] or 0, "copy": record["of_copy"] or 0}
     nearer = max(of, key=lambda name: of[name])
     return f", {of[nearer]:.1%} of {nearer}" if of[nearer] else ""
@@ -168,5 +167,5 @@ def is_default(record: Record) -> bool:
 
 
 def is_variant(record: Record) -> bool:
-    """Was a variant of a kernel forced? The ladder alone shows such a time."""
+    """Was a variant of a kernel forced?"""
     return str(record["provider"]).startswith(f"{CUDA}-")

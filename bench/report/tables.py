@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from ..variants import CUDA
 from .ledger import Ledger, Record
-from .summary import CUDA, is_default, is_ours, is_variant, on_backend, place, share
+from .summary import is_default, is_ours, on_backend, place, share
 from .targets import TARGETS, measure, verdict
 
 NOTHING = "Nothing has been measured on a device yet."
@@ -150,9 +151,7 @@ def _used(tensor: Record) -> float:
 
 
 def times(records: Sequence[Record]) -> str:
-    """A row per size and phase: ours, then each rival's time as a multiple of ours. Variants of a
-    kernel are the ladder's."""
-    records = [r for r in records if not is_variant(r)]
+    """A row per size and phase: ours, then each baseline's time as a multiple of ours."""
     rivals = sorted({r["provider"] for r in records if not is_ours(r)})
     header = ["case", "phase", "dtype", "M x D x H", "provider", "ms (20% to 80%)", "TFLOP/s"]
     header += ["GB/s", "of cuBLAS", "of copy", "peak MB", *(f"{r} / ours" for r in rivals)]
@@ -190,7 +189,7 @@ def _multiple(rival: Record | None, ours: Record) -> str:
     return f"{rival['median_ms'] / ours['median_ms']:.2f}"
 
 
-def sticks(ledger: Ledger) -> str:
+def peaks(ledger: Ledger) -> str:
     rows = [
         [
             r["name"],
@@ -200,9 +199,9 @@ def sticks(ledger: Ledger) -> str:
             else f"{r['M']} x {r['N']} x {r['K']}",
             f"{r['gbps']:.0f} GB/s" if r["name"] == "copy" else f"{r['tflops']:.0f} TFLOP/s",
         ]
-        for r in ledger.of_kind("stick")
+        for r in ledger.of_kind("peak")
     ]
-    return table(["stick", "dtype", "size (M x N x K)", "rate"], rows)
+    return table(["peak", "dtype", "size (M x N x K)", "rate"], rows)
 
 
 def sanitizers(ledger: Ledger) -> str:

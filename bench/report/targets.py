@@ -10,16 +10,17 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..shapes import TOP1, cases_of
+from ..variants import CUDA, DEFAULT
 from ..work import DGLU
 from .ledger import Record
-from .summary import CUDA, DEFAULT, fastest, place
+from .summary import fastest, place
 
 Where = Callable[[Record], bool]
 
 
 @dataclass(frozen=True)
 class Target:
-    """share: a field of the record, or "" where `over` names the rivals whose best is the measure.
+    """share: a field of the record, or "" where `over` names the baselines to beat.
     field: of the records, in which those are compared. cases: those that it is about, if not the
     plain one. provider: ours that it is about. backend: which kernels that must have run on, if it
     matters.

@@ -1,5 +1,5 @@
 """Our own CUDA kernels as providers beside `fusedmlp`, which is what auto takes: `fusedmlp-cuda` by
-their own choice of variant, and one for each variant of bench/ladder.
+their own choice of variant, and one for each variant of bench/variants.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from ...backends.cuda import loader
 from ...backends.cuda.gated_linear import variant, variants
 from ...kernels.arch.tile import SKINNY_M
 from ...kernels.device import capability_of
-from ..report.ladder import VARIANTS, provider
-from ..report.summary import CUDA
+from ..variants import CUDA, VARIANTS, provider
 from ..work import Work
 from .dense import Fusedmlp
 

@@ -113,8 +113,8 @@ def _pool(records: Sequence[Record], provider: str) -> Record:
         ("tflops", "of_cublas", "flops", 1e9), ("gbps", "of_copy", "bytes", 1e6),
     ):  # fmt: skip
         made[rate] = made[amount] / summary.median / scale
-        sticks = [r[rate] / r[fraction] for r in records if r[fraction]]
-        made[fraction] = made[rate] / summarize(sticks).median if sticks else None
+        peaks = [r[rate] / r[fraction] for r in records if r[fraction]]
+        made[fraction] = made[rate] / summarize(peaks).median if peaks else None
     return made
 
 
@@ -135,7 +135,7 @@ def compare(
                     into.append(turn(path, works, options))
                     progress.step(label)
     for record in (r for records in here[::TURNS] for r in records if r["kind"] != "time"):
-        emit(record)  # one turn's sticks and checks stand for all
+        emit(record)  # one turn's peaks and checks stand for all
     pairs: dict[tuple[Any, ...], list[Record]] = {}
     for record in (*pooled(base, name), *pooled(here, HERE)):
         record.pop("samples_ms", None)

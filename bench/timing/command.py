@@ -1,9 +1,9 @@
 """`time`: forward, backward, both, and peak memory, of this library, eager, torch.compile and every
-rival found.
+baseline found.
 
 What makes two numbers comparable here: one process, one GPU, the same random values, buffers
 rotated past the L2 cache, CUDA graphs for short calls, rounds that interleave everyone and cuBLAS,
-clocks on record. An op whose check fails on this device gets no speed; neither does a rival that
+clocks on record. An op whose check fails on this device gets no speed; neither does a baseline that
 computes something else.
 """
 
@@ -88,8 +88,8 @@ def _free() -> None:
 def show(records: Sequence[Record]) -> None:
     """The table of times, then why whatever is missing was not timed."""
     timed = [r for r in records if r["kind"] == "time" and r["skipped"] is None]
-    for stick in (r for r in records if r["kind"] == "stick" and r["name"] == "copy"):
-        print(f"device copy: {number(stick['gbps'])} GB/s")
+    for peak in (r for r in records if r["kind"] == "peak" and r["name"] == "copy"):
+        print(f"device copy: {number(peak['gbps'])} GB/s")
     if timed:
         rows = [
             [
@@ -184,7 +184,7 @@ def main(args: argparse.Namespace) -> int:
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparser(
-        subparsers, "time", "times and peak memory beside eager, torch.compile and rivals",
+        subparsers, "time", "times and peak memory beside eager, torch.compile and other baselines",
         (
             "time",
             "time --op gated_mlp --model llama3-8b qwen3-8b --m 1 16 2048 8192",

@@ -85,7 +85,7 @@ def plan(options: Options) -> list[Work]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sticks:
+class Peaks:
     """What this GPU reaches in this run. cublas: TFLOP/s on the work's own first GEMM."""
 
     cublas: float | None
@@ -100,13 +100,13 @@ CUBLAS = "cublas"  # the provider of a key; its phase is that of _gemm_of
 class Prepared:
     """What is ready to be sampled for one piece of work, and why the rest is not."""
 
-    takers: dict[Key, Sampler] = dataclasses.field(default_factory=dict)
-    peaks: dict[Key, int] = dataclasses.field(default_factory=dict)
+    samplers: dict[Key, Sampler] = dataclasses.field(default_factory=dict)
+    memory: dict[Key, int] = dataclasses.field(default_factory=dict)
     reasons: dict[Key, str] = dataclasses.field(default_factory=dict)
 
 
 class Session:
-    """One run: the checks and the copy stick that all its pieces of work share."""
+    """One run: the checks and the copy's peak that all its pieces of work share."""
 
     def __init__(self, options: Options, emit: Emit, timer: Timer) -> None:
         self.options, self.emit, self.timer = options, emit, timer
@@ -146,14 +146,14 @@ class Session:
         return reason
 
     def time_copy(self) -> None:
-        """The copy stick: once, since every work's bytes are set against it."""
+        """The copy's peak: once, since every work's bytes are set against it."""
         source = torch.randn(COPY_BYTES // 4, device=self.timer.device)
         target = torch.empty_like(source)
         take = self.timer.sampler([lambda: target.copy_(source)], graph=False)
         ms = summarize(interleave({"copy": take}, self.options.rounds)["copy"]).median
         self.copy = 2 * COPY_BYTES / ms / 1e6
         self.emit({
-            "kind": "stick", "name": "copy", "dtype": "float32", "bytes": 2 * COPY_BYTES,
+            "kind": "peak", "name": "copy", "dtype": "float32", "bytes": 2 * COPY_BYTES,
             "tflops": None, "gbps": self.copy,
         })  # fmt: skip
 
@@ -169,7 +169,7 @@ class Session:
         prepared = Prepared()
         try:
             self._prepare_all(work, keys, prepared)
-            samples = interleave(prepared.takers, self.options.rounds)
+            samples = interleave(prepared.samplers, self.options.rounds)
         except torch.OutOfMemoryError as error:
             # All of them hold memory at once, so none of them is to blame alone.
             samples = {}
@@ -179,10 +179,10 @@ class Session:
         rates = {gemm: self._cublas(work, gemm, samples.pop((CUBLAS, gemm), None))
                  for gemm in dict.fromkeys(map(_gemm_of, self.options.phases))}  # fmt: skip
         for key in keys:
-            peak = prepared.peaks.get(key) if key in samples else None
+            memory = prepared.memory.get(key) if key in samples else None
             reason = prepared.reasons.get(key)
-            sticks = Sticks(rates[_gemm_of(key[1])], self.copy)
-            record = record_of(work, *key, samples.get(key), peak, sticks, reason)
+            peaks = Peaks(rates[_gemm_of(key[1])], self.copy)
+            record = record_of(work, *key, samples.get(key), memory, peaks, reason)
             # Of ours: which kernels ran.
             record["backend"] = self._checks.get((key[0], checked(work)), (None,))[0]
             if self.options.keep_samples:
@@ -198,14 +198,14 @@ class Session:
             try:
                 reason = self.refusal(rival, work, phase) or self._known_to_agree(rival, work)
                 if reason is None:
-                    taker, peak = self._prepare(rival, work, phase, sets)
-                    prepared.takers[key], prepared.peaks[key] = taker, peak
+                    sampler, memory = self._prepare(rival, work, phase, sets)
+                    prepared.samplers[key], prepared.memory[key] = sampler, memory
             except Exception as error:  # a rival's failure costs its own number only
                 reason = _failure(error)
             if reason is not None:
                 prepared.reasons[key] = reason
         for gemm in filter(work.gemm, gemms):
-            prepared.takers[CUBLAS, gemm] = self._gemm_sampler(work, gemm)
+            prepared.samplers[CUBLAS, gemm] = self._gemm_sampler(work, gemm)
 
     def _known_to_agree(self, rival: Rival, work: Work) -> str | None:
         if rival.trusted:
@@ -222,8 +222,8 @@ class Session:
         graph = roof.milliseconds(work.flops(phase), work.bytes(phase), work.dtype) < GRAPH_BELOW_MS
         with rival.preparing(phase):
             calls = calls_of(rival, work, phase, sets)
-            peak = self.timer.peak_bytes(calls[0])
-            return self.timer.sampler(calls, graph), peak
+            memory = self.timer.peak_bytes(calls[0])
+            return self.timer.sampler(calls, graph), memory
 
     def _gemm_sampler(self, work: Work, phase: str) -> Sampler:
         gemm = work.gemm(phase)
@@ -248,7 +248,7 @@ class Session:
         M, N, K = gemm
         tflops = 2 * M * N * K / summarize(samples).median / 1e9
         self.emit({
-            "kind": "stick", "name": "cublas", "dtype": work.dtype, "M": M, "N": N, "K": K,
+            "kind": "peak", "name": "cublas", "dtype": work.dtype, "M": M, "N": N, "K": K,
             "tflops": tflops, "gbps": None,
         })  # fmt: skip
         return tflops
@@ -270,8 +270,8 @@ def record_of(
     provider: str,
     phase: str,
     samples: Sequence[float] | None,
-    peak: int | None,
-    sticks: Sticks,
+    memory: int | None,
+    peaks: Peaks,
     skipped: str | None,
 ) -> Record:
     """A time record; without samples its measured fields are null and `skipped` says why."""
@@ -292,7 +292,7 @@ def record_of(
         "q80_ms": None if summary is None else summary.q80,
         "tflops": tflops,
         "gbps": gbps,
-        "of_cublas": None if tflops is None or sticks.cublas is None else tflops / sticks.cublas,
-        "of_copy": None if gbps is None or sticks.copy is None else gbps / sticks.copy,
-        "peak_memory_bytes": peak,
+        "of_cublas": None if tflops is None or peaks.cublas is None else tflops / peaks.cublas,
+        "of_copy": None if gbps is None or peaks.copy is None else gbps / peaks.copy,
+        "peak_memory_bytes": memory,
     }

@@ -34,20 +34,20 @@ def summarize(samples: Sequence[float]) -> Summary:
 
 
 def interleave(
-    takers: Mapping[Key, Callable[[], float]],
+    samplers: Mapping[Key, Callable[[], float]],
     rounds: int,
     after_round: Callable[[], None] = lambda: None,
 ) -> dict[Key, list[float]]:
-    """`rounds` samples of each taker, one of each per round, so that a drifting clock meets all
+    """`rounds` samples of each sampler, one of each per round, so that a drifting clock meets all
     alike.
 
     Each round starts one further on: nobody always runs behind the same neighbour.
     """
-    samples: dict[Key, list[float]] = {key: [] for key in takers}
-    order = list(takers)
+    samples: dict[Key, list[float]] = {key: [] for key in samplers}
+    order = list(samplers)
     for _ in range(rounds):
         for key in order:
-            samples[key].append(takers[key]())
+            samples[key].append(samplers[key]())
         order = order[1:] + order[:1]
         after_round()
     return samples

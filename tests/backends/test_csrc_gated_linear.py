@@ -10,7 +10,7 @@ import torch
 
 import fusedmlp
 from fusedmlp.backends.cuda.gated_linear import variant
-from fusedmlp.bench.report import ladder
+from fusedmlp.bench import variants
 from fusedmlp.testing import CASES, assert_close_to, compare, evaluate, poison
 
 ARCHS = ("sm_90a", "sm_100a")
@@ -60,14 +60,14 @@ def test_every_activation(name, activation, on_host):
     check(CASES[name], inputs, activation=activation)
 
 
-@pytest.mark.parametrize("chosen", ladder.variants_of("gated_linear_fwd"))
+@pytest.mark.parametrize("chosen", variants.variants_of("gated_linear_fwd"))
 @pytest.mark.parametrize("name", ("gated_linear-bias", "linear_act-bias"))
 def test_forward_variants(name, chosen, on_hopper):
     with variant(chosen):
         check(CASES[name], CASES[name].inputs(*SHAPES[2], torch.bfloat16), backward=False)
 
 
-@pytest.mark.parametrize("chosen", ladder.variants_of("gated_linear_bwd"))
+@pytest.mark.parametrize("chosen", variants.variants_of("gated_linear_bwd"))
 @pytest.mark.parametrize("name", ("gated_mlp-bias", "mlp-bias"))
 def test_backward_variants(name, chosen, on_hopper):
     with variant(chosen):

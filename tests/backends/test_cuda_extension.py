@@ -7,7 +7,7 @@ import torch
 
 import fusedmlp
 from fusedmlp.backends.cuda import loader
-from fusedmlp.bench.report import ladder
+from fusedmlp.bench import variants
 from fusedmlp.reference.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.extension
@@ -35,8 +35,8 @@ def test_tables(extension):
         capability = int(arch.removeprefix("sm_").removesuffix("a"))
         assert all(loader.find(kernel, capability)[0] for kernel in plain), arch
     assert extension.VARIANTS.keys() == extension.OPS.keys()
-    for kernel in ladder.KERNELS if "sm_90a" in archs else ():
-        assert tuple(extension.VARIANTS[kernel, "sm_90a"]) == ladder.variants_of(kernel)
+    for kernel in variants.KERNELS if "sm_90a" in archs else ():
+        assert tuple(extension.VARIANTS[kernel, "sm_90a"]) == variants.variants_of(kernel)
 
 
 def test_the_file_is_small(extension):

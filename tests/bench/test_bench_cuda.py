@@ -1,5 +1,5 @@
-"""The CUDA kernels in the bench: providers and variants, the phase dglu, the ladder; through an
-extension that computes on the CPU."""
+"""The CUDA kernels in the bench: providers and variants, the phase dglu; through an extension
+that computes on the CPU."""
 
 import dataclasses
 import json
@@ -14,9 +14,9 @@ from timing_fake import FakeTimer, of
 import fusedmlp
 from fusedmlp.backends.cuda import gated_linear as cuda_gated_linear, loader
 from fusedmlp.backends.cuda.gated_linear import variant
-from fusedmlp.bench import check
+from fusedmlp.bench import check, variants
 from fusedmlp.bench.campaign import worker
-from fusedmlp.bench.report import ladder, ladder_table, ledger, plots, summary, tables, targets
+from fusedmlp.bench.report import ledger, plots, summary, tables, targets
 from fusedmlp.bench.rivals import RIVALS
 from fusedmlp.bench.timing import calls, command as timing, session
 from fusedmlp.bench.timing.session import Options
@@ -27,7 +27,7 @@ from fusedmlp.testing import CASES, assert_close_to
 pytestmark = pytest.mark.interpreter  # the fake stands for a GPU on CPU tensors
 
 SAMPLE = Path(__file__).parents[1] / "data" / "synthetic.json"
-LADDER = [ladder.provider(name) for name in ladder.VARIANTS]
+VARIANTS = [variants.provider(name) for name in variants.VARIANTS]
 bf16 = torch.bfloat16
 
 
@@ -43,7 +43,7 @@ def work(case="gated_linear", dtype="bfloat16", M=8, D=16, H=24):
 def run(**changes):
     options = Options(**{
         "cases": ("gated_linear",), "shapes": ((8, 16, 24),), "phases": ("forward",), "rounds": 3,
-        "providers": ("fusedmlp", "fusedmlp-cuda", *LADDER), **changes,
+        "providers": ("fusedmlp", "fusedmlp-cuda", *VARIANTS), **changes,
     })  # fmt: skip
     records = []
     timing.run(options, records.append, FakeTimer())
@@ -61,9 +61,9 @@ def variants_of(launched, kernel):
 # ---- variants
 
 
-def test_the_ladder_names_the_variants_of_the_extension_in_their_order():
-    assert list(ladder.variants_of("gated_linear_fwd")) == cuda_fake.variants("kFwdSm90")
-    assert list(ladder.variants_of("gated_linear_bwd")) == cuda_fake.variants("kBwdSm90")
+def test_the_bench_names_the_variants_of_the_extension_in_their_order():
+    assert list(variants.variants_of("gated_linear_fwd")) == cuda_fake.variants("kFwdSm90")
+    assert list(variants.variants_of("gated_linear_bwd")) == cuda_fake.variants("kBwdSm90")
 
 
 def forward():
@@ -133,10 +133,14 @@ def test_each_provider_is_checked_and_timed_on_its_own_kernels():
     backends = {name: r["backend"] for name, r in times.items()}
     assert backends == {
         "fusedmlp": "reference",
-        **dict.fromkeys(["fusedmlp-cuda", *LADDER], "cuda"),
+        **dict.fromkeys(["fusedmlp-cuda", *VARIANTS], "cuda"),
     }
     checks = [(r["backend"], r["variant"]) for r in of(records, kind="check")]
-    assert checks == [("reference", None), ("cuda", None), *(("cuda", v) for v in ladder.VARIANTS)]
+    assert checks == [
+        ("reference", None),
+        ("cuda", None),
+        *(("cuda", v) for v in variants.VARIANTS),
+    ]
     # So that none takes another's place in the ledger.
     assert len({ledger.identity(r) for r in of(records, kind="check")}) == len(checks)
 
@@ -178,8 +182,8 @@ def test_variants_are_timed_only_by_name(monkeypatch):
     with installed():
         names = {r["provider"] for r in of(run(providers=()), kind="time")}
         assert names == {"fusedmlp", "fusedmlp-cuda"}
-        left = run(without=("fusedmlp-cuda", *LADDER[1:]))
-    assert {r["provider"] for r in of(left, kind="time")} == {"fusedmlp", LADDER[0]}
+        left = run(without=("fusedmlp-cuda", *VARIANTS[1:]))
+    assert {r["provider"] for r in of(left, kind="time")} == {"fusedmlp", VARIANTS[0]}
 
 
 # ---- the phase dglu
@@ -213,16 +217,16 @@ def test_dglu_is_set_against_its_own_gemm():
     with installed():
         records = run(
             cases=("gated_mlp",), phases=("forward", DGLU),
-            providers=("fusedmlp-cuda", "eager", *LADDER[:1]),
+            providers=("fusedmlp-cuda", "eager", *VARIANTS[:1]),
         )  # fmt: skip
-    sticks = {(r["M"], r["N"], r["K"]): r["tflops"] for r in of(records, name="cublas")}
-    assert set(sticks) == {(8, 48, 16), (8, 24, 16)}
+    peaks = {(r["M"], r["N"], r["K"]): r["tflops"] for r in of(records, name="cublas")}
+    assert set(peaks) == {(8, 48, 16), (8, 24, 16)}
     times = {(r["provider"], r["phase"]): r for r in of(records, kind="time")}
     for name in ("fusedmlp-cuda", "eager"):
         for phase, gemm in (("forward", (8, 48, 16)), (DGLU, (8, 24, 16))):
             r = times[name, phase]
-            assert r["of_cublas"] == pytest.approx(r["tflops"] / sticks[gemm])
-    assert "has variants" in times[LADDER[0], DGLU]["skipped"]
+            assert r["of_cublas"] == pytest.approx(r["tflops"] / peaks[gemm])
+    assert "has variants" in times[VARIANTS[0], DGLU]["skipped"]
     (whole,) = of(run(cases=("gated_mlp",), phases=(DGLU,), providers=("compile",)), kind="time")
     assert whole["skipped"] == "has gradients of whole calls only"
 
@@ -258,7 +262,7 @@ def test_check_of_variants(capsys):
     from fusedmlp.bench import cli
 
     argv = ["check", "--backend", "cuda", "--case", "gated_linear", "--shape", "8x16x24"]
-    names = list(ladder.VARIANTS)
+    names = list(variants.VARIANTS)
     with installed() as launched:
         assert cli.main([*argv, "--variant", *names]) == 0
     assert variants_of(launched, "gated_linear_fwd") == {0, 1, 2, 3}
@@ -312,14 +316,14 @@ def book(records):
 
 
 RACE = [("fusedmlp", 1.25), ("fusedmlp-cuda", 1.1), ("quack", 1.2)]
-RUNGS = [(LADDER[i], ms) for i, ms in enumerate((1.1, 1.14, 1.12, 1.16))]
+FORCED = [(VARIANTS[i], ms) for i, ms in enumerate((1.1, 1.14, 1.12, 1.16))]
 
 
-def test_none_of_ours_is_a_rival():
-    records = times_of(*RACE, *RUNGS)
+def test_none_of_ours_is_a_baseline():
+    records = times_of(*RACE, *FORCED)
     assert [r["provider"] for r in records if not summary.is_ours(r)] == ["quack"]
     assert [r["provider"] for r in records if summary.is_default(r)] == ["fusedmlp"]
-    assert [r["provider"] for r in records if summary.is_variant(r)] == LADDER
+    assert [r["provider"] for r in records if summary.is_variant(r)] == VARIANTS
     text = "\n".join(summary.summary(book(records)))
     assert "gated_linear forward 4096x4096x14336: 1.25 ms" in text
     assert "0.96x quack" in text
@@ -331,7 +335,7 @@ def test_none_of_ours_is_a_rival():
 
 def test_targets_are_each_decided_by_their_own_provider():
     triton, cuda = (t for t in targets.TARGETS if t.op == "gated_linear" and t.share == "of_cublas")
-    records = times_of(*RACE, *RUNGS)
+    records = times_of(*RACE, *FORCED)
     assert targets.measure(triton, records).value == pytest.approx(0.8)
     assert targets.verdict(triton, targets.measure(triton, records)) == "missed"
     assert targets.measure(cuda, records).value == pytest.approx(1 / 1.1)
@@ -350,11 +354,11 @@ def test_the_dglu_target_is_decided_by_its_phase():
     assert targets.measure(cuda, times_of(*RACE, case="gated_mlp", phase="backward")) is None
 
 
-def test_tables_and_plots_leave_variants_to_the_ladder():
-    records = times_of(*RACE, *RUNGS) + times_of(*RACE, *RUNGS, M=8192)
+def test_a_table_has_forced_variants_and_a_plot_has_not():
+    records = times_of(*RACE, *FORCED) + times_of(*RACE, *FORCED, M=8192)
     text = tables.times(records)
     assert "| fusedmlp-cuda |" in text
-    assert LADDER[0] not in text
+    assert f"| {VARIANTS[0]} |" in text
     assert "quack / ours" in text
     row = next(
         r for r in tables.readme([book(records)], ["gated_linear"]).splitlines() if "ms" in r
@@ -386,47 +390,3 @@ def test_a_sanitizer_says_of_which_kernels():
     one.add_record({**clean, "backend": "cuda", "status": "failed"})
     assert len(one.records) == 2
     assert f"`{clean['case']}` (cuda)" in tables.sanitizers(one)
-
-
-# ---- the ladder
-
-
-def test_predictions_without_records_are_not_measured():
-    text = ladder_table.section([])
-    assert text.count("| - | not measured | - |") == len(ladder.LADDER)
-    assert "| as predicted |" not in text
-
-
-def test_a_prediction_is_held_against_the_same_size_alone():
-    rung = next(r for r in ladder.LADDER if r.variant == "cooperative-cluster1")
-    good = times_of(*RUNGS)
-    assert [ratio for ratio, _ in ladder.measure(rung, good)] == [pytest.approx(1.14 / 1.1)]
-    assert ladder.verdict(rung, ladder.measure(rung, good)) == "as predicted"
-    other = [r for r in times_of(*RUNGS, M=8192) if r["provider"] != LADDER[0]]
-    assert len(ladder.measure(rung, good + other)) == 1
-    slow = times_of(*RUNGS[:1], (LADDER[1], 2.0), M=8192)
-    both = ladder.measure(rung, good + slow)
-    assert ladder.verdict(rung, both) == "held at 1 of 2 sizes"
-    assert not ladder.measure(rung, times_of(*RUNGS, M=2048))
-    assert not ladder.measure(rung, times_of(*RUNGS, phase="both"))
-
-
-def test_widths_part_the_predictions():
-    wide, narrow = (r for r in ladder.LADDER if r.variant == "pingpong-cluster2")
-    records = times_of(*RUNGS) + times_of(*RUNGS, D=2048)
-    assert [r["D"] for _, r in ladder.measure(wide, records)] == [4096]
-    assert [r["D"] for _, r in ladder.measure(narrow, records)] == [2048]
-
-
-def test_the_ladders_section_says_where_its_numbers_come_from():
-    skipped = dict.fromkeys(
-        ("median_ms", "q20_ms", "q80_ms", "of_cublas", "tflops", "gbps", "of_copy")
-    )
-    records = times_of(*RACE, *RUNGS[:3])
-    records += times_of((LADDER[3], 1), skipped="its check failed here (wrong: out)", **skipped)
-    ours = book(records)
-    text = ladder_table.section([ours])
-    assert tables.provenance(ours) in text
-    assert "| 90.9% | 90.9% | 87.7% | 89.3% | - |" in text
-    assert f"- not timed: {LADDER[3]}: its check failed here (wrong: out)" in text
-    assert "1.036 to 1.036 x, 1 sizes | as predicted | Synthetic, 2000-01-01" in text

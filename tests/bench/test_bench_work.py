@@ -173,12 +173,12 @@ def test_quantiles_by_hand():
 def test_interleaving_takes_one_of_each_per_round_and_rotates():
     taken = []
 
-    def taker(name):
+    def sampler(name):
         return lambda: taken.append(name) or float(len(taken))
 
     rounds = []
     samples = stats.interleave(
-        {name: taker(name) for name in "abc"}, 3, lambda: rounds.append(len(taken))
+        {name: sampler(name) for name in "abc"}, 3, lambda: rounds.append(len(taken))
     )
     assert "".join(taken) == "abcbcacab"
     assert rounds == [3, 6, 9]

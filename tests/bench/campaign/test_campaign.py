@@ -19,8 +19,8 @@ from fusedmlp.bench.report import ledger as book, summary
 from fusedmlp.testing import CASES
 
 MACHINE = {"gpu": "Synthetic", "commit": "c0ffee", "source": "5ca1e"}
-STICK = {
-    "kind": "stick", "name": "copy", "dtype": "float32", "bytes": 1, "tflops": None, "gbps": 1.0,
+PEAK = {
+    "kind": "peak", "name": "copy", "dtype": "float32", "bytes": 1, "tflops": None, "gbps": 1.0,
 }  # fmt: skip
 # What a child does with its records, without the second that importing the library takes.
 PRELUDE = """
@@ -36,7 +36,7 @@ def step(name: str, code: str, budget_s: float = 20, **more) -> Step:
 
 
 def emitting(*sizes: int) -> str:
-    return "".join(f"emit({{**{STICK!r}, 'bytes': {n}}})\n" for n in sizes)
+    return "".join(f"emit({{**{PEAK!r}, 'bytes': {n}}})\n" for n in sizes)
 
 
 def alive(pid: int) -> bool:
@@ -146,7 +146,7 @@ def test_a_crash_is_recorded_and_passed_over(tmp_path, code, detail):
 
 
 def test_a_bad_record_fails_its_step_and_costs_no_other(tmp_path):
-    code = emitting(1) + "emit({'kind': 'stick', 'name': 'copy'})\n" + emitting(2)
+    code = emitting(1) + "emit({'kind': 'peak', 'name': 'copy'})\n" + emitting(2)
     code += "open(os.environ['FUSEDMLP_RECORDS'], 'a').write('{\"kind\": \"st')\n"
     ran = run([step("bad", code)], tmp_path)
     assert [r["bytes"] for r in ran.records] == [1, 2]
@@ -395,11 +395,11 @@ def test_a_hang_of_a_kernel_under_development_costs_little():
         assert all(needed in steps for needed in s.without.values())
 
 
-def test_the_ladder_is_climbed_before_anything_is_compared_or_tuned():
+def test_variants_are_timed_before_anything_is_compared_or_tuned():
     names = [s.name for s in campaign.plan()]
-    ladder = names.index("time:cuda:gated_linear_fwd")
-    assert all(names.index(n) < ladder for n in names if n.startswith("check:"))
-    assert ladder < names.index("time:gated_act") < names.index("tests")
+    first = names.index("time:cuda:gated_linear_fwd")
+    assert all(names.index(n) < first for n in names if n.startswith("check:"))
+    assert first < names.index("time:gated_act") < names.index("tests")
 
 
 @pytest.fixture
@@ -498,7 +498,7 @@ def test_the_summary_never_passes_60_lines():
     lines = summary.summary(sample)
     assert len(lines) <= summary.LIMIT
     text = "\n".join(lines)
-    for head in ("steps: ", "check: ", "compute-sanitizer: ", "stick: ", "time: ", "tune: "):
+    for head in ("steps: ", "check: ", "compute-sanitizer: ", "peak: ", "time: ", "tune: "):
         assert head in text
     assert "more lines" in text
 

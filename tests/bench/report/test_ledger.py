@@ -64,7 +64,7 @@ def test_a_second_run_overwrites_nothing(tmp_path):
 def test_save_replaces_its_own_file_and_leaves_no_other(tmp_path):
     one = empty()
     path = book.create(one, tmp_path)
-    one.add_record(first("stick"))
+    one.add_record(first("peak"))
     book.save(one)
     assert len(book.load(path).records) == 1
     assert list(tmp_path.iterdir()) == [path]
@@ -79,7 +79,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(book.os, "replace", full)
-    one.add_record(first("stick"))
+    one.add_record(first("peak"))
     with pytest.raises(OSError, match="no space"):
         book.save(one)
     assert path.read_text() == before
@@ -105,10 +105,10 @@ CHANGES = [
     ("time", {"M": -1}, "M: expected a number >= 0, got -1"),
     ("time", {"M": 1.5}, "M: expected int, got 1.5"),
     ("time", {"phase": "sideways"}, "phase: expected forward or backward or both"),
-    ("time", {"kind": "tmie"}, "kind: expected check or time or stick or sanitizer or tune"),
+    ("time", {"kind": "tmie"}, "kind: expected check or time or peak or sanitizer or tune"),
     ("check", {"tensors": {}}, "passed: expected false, as its tensors, got True"),
-    ("stick", {"name": "ruler"}, "name: expected cublas or copy, got 'ruler'"),
-    ("stick", {"gbps": None}, "gbps: expected int or float, got None"),
+    ("peak", {"name": "ruler"}, "name: expected cublas or copy, got 'ruler'"),
+    ("peak", {"gbps": None}, "gbps: expected int or float, got None"),
     ("sanitizer", {"status": "fine"}, "status: expected ok or failed or killed or skipped"),
     ("tune", {"tile": "128"}, "tile: expected dict, got '128'"),
 ]
@@ -122,7 +122,7 @@ def test_a_bad_record_is_refused_by_name(tmp_path, kind, change, message):
     # The same from a file, with the file's name and the record's place.
     path = book.create(empty(), tmp_path)
     fields = json.loads(path.read_text())
-    fields["records"] = [first("stick"), record]
+    fields["records"] = [first("peak"), record]
     path.write_text(json.dumps(fields))
     with pytest.raises(LedgerError) as error:
         book.load(path)
@@ -140,13 +140,13 @@ def test_every_field_of_a_kind_is_required(kind):
 
 
 def test_what_the_timing_session_makes_is_a_valid_record():
-    from fusedmlp.bench.timing.session import Sticks, record_of
+    from fusedmlp.bench.timing.session import Peaks, record_of
     from fusedmlp.bench.work import Work, case_of
 
     work = Work(case_of("gated_linear"), "silu", "bfloat16", 16, 32, 48)
     one = empty()
-    one.add_record(record_of(work, "fusedmlp", "both", [1.0, 2.0, 4.0], 5, Sticks(7.0, 3.0), None))
-    one.add_record(record_of(work, "quack", "both", None, None, Sticks(None, None), "not here"))
+    one.add_record(record_of(work, "fusedmlp", "both", [1.0, 2.0, 4.0], 5, Peaks(7.0, 3.0), None))
+    one.add_record(record_of(work, "quack", "both", None, None, Peaks(None, None), "not here"))
     assert [r["skipped"] for r in one.records] == [None, "not here"]
 
 

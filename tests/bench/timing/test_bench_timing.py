@@ -12,7 +12,7 @@ from timing_fake import FakeTimer, of
 
 from fusedmlp.bench.shapes import DENSE
 from fusedmlp.bench.timing import base, calls, command as timing, session
-from fusedmlp.bench.timing.session import Options, Session, Sticks, plan, record_of
+from fusedmlp.bench.timing.session import Options, Peaks, Session, plan, record_of
 from fusedmlp.bench.work import PHASES, Work
 from fusedmlp.testing import CASES
 
@@ -58,7 +58,7 @@ def test_the_ledger_takes_every_record():
 def test_numbers_of_a_record_by_hand():
     work = Work(CASES["gated_linear"], "silu", "bfloat16", 8, 16, 24)
     record = record_of(
-        work, "eager", "forward", [2.0, 1.0, 3.0], 77, Sticks(cublas=1e-5, copy=1e-3), None
+        work, "eager", "forward", [2.0, 1.0, 3.0], 77, Peaks(cublas=1e-5, copy=1e-3), None
     )
     flops, moved = 4 * 8 * 16 * 24, 2 * (8 * 16 + 2 * 24 * 16 + 8 * 24)
     assert record["flops"] == flops
@@ -73,22 +73,22 @@ def test_numbers_of_a_record_by_hand():
 
 def test_a_skipped_record_has_no_numbers():
     work = Work(CASES["gated_act"], "silu", "bfloat16", 8, 16, 24)
-    record = record_of(work, "quack", "both", None, None, Sticks(1.0, 1.0), "not here")
+    record = record_of(work, "quack", "both", None, None, Peaks(1.0, 1.0), "not here")
     assert record["skipped"] == "not here"
     measured = ("median_ms", "q20_ms", "q80_ms", "tflops", "gbps", "of_cublas", "of_copy",
                 "peak_memory_bytes")  # fmt: skip
     assert all(record[field] is None for field in measured)
     with pytest.raises(ValueError, match="either samples or a reason"):
-        record_of(work, "quack", "both", None, None, Sticks(1.0, 1.0), None)
+        record_of(work, "quack", "both", None, None, Peaks(1.0, 1.0), None)
 
 
-def test_sticks_are_measured_in_the_same_run():
+def test_peaks_are_measured_in_the_same_run():
     records, _ = run()
-    (copy,) = of(records, kind="stick", name="copy")
+    (copy,) = of(records, kind="peak", name="copy")
     # The first sampler made takes 1 ms: 4096 bytes read and 4096 written.
     assert copy["bytes"] == 8192
     assert copy["gbps"] == pytest.approx(8192 / 1e-3 / 1e9)
-    (cublas,) = of(records, kind="stick", name="cublas")
+    (cublas,) = of(records, kind="peak", name="cublas")
     assert (cublas["M"], cublas["N"], cublas["K"]) == (8, 48, 16)
     eager = of(records, provider="eager", phase="forward")[0]
     assert eager["of_cublas"] == pytest.approx(eager["tflops"] / cublas["tflops"])
@@ -97,7 +97,7 @@ def test_sticks_are_measured_in_the_same_run():
 
 def test_elementwise_work_has_no_cublas():
     records, _ = run(cases=("gated_act",), providers=("fusedmlp", "eager"))
-    assert not of(records, kind="stick", name="cublas")
+    assert not of(records, kind="peak", name="cublas")
     assert {r["of_cublas"] for r in of(records, kind="time")} == {None}
 
 
@@ -159,7 +159,7 @@ def test_buffers_outgrow_l2_three_times(l2, expected):
 
 def test_every_copy_is_called():
     _, timer = run(cases=("gated_act",), providers=("eager",), phases=("forward",))
-    # One sampler for the copy stick, one for eager: 3 * 1000 bytes of L2 against sets of 768.
+    # One sampler for the copy's peak, one for eager: 3 * 1000 bytes of L2 against sets of 768.
     assert [count for count, _ in timer.made] == [1, 4]
 
 
@@ -187,8 +187,8 @@ def test_a_rival_that_raises_costs_its_own_number_only(monkeypatch):
 
 
 def test_running_out_of_memory_in_the_rounds_is_on_record(monkeypatch):
-    def interleave(takers, rounds):
-        if "copy" in takers:
+    def interleave(samplers, rounds):
+        if "copy" in samplers:
             return {"copy": [1.0]}
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -317,11 +317,11 @@ def fake_turn(order, ms):
     def turn(tree, works, options):
         side = "base" if "fusedmlp-base-" in str(tree) else "here"
         order.append(side)
-        records = [{"kind": "stick", "name": "copy", "gbps": 1000.0}]
+        records = [{"kind": "peak", "name": "copy", "gbps": 1000.0}]
         for work in works:
             for phase in options.phases:
                 samples = [ms[side] + 0.1 * order.count(side)] * 2
-                record = record_of(work, "fusedmlp", phase, samples, 1, Sticks(1.0, 1.0), None)
+                record = record_of(work, "fusedmlp", phase, samples, 1, Peaks(1.0, 1.0), None)
                 records.append({**record, "samples_ms": samples})
         return records
 
@@ -341,17 +341,17 @@ def test_both_sides_take_turns_and_their_samples_are_pooled(tmp_path):
     assert new["median_ms"] == pytest.approx(1.2)
     assert old["median_ms"] == pytest.approx(2.2)
     assert new["of_copy"] == pytest.approx(new["gbps"])
-    assert len(of(records, kind="stick")) == 1
+    assert len(of(records, kind="peak")) == 1
     assert "samples_ms" not in new
 
 
 def test_a_side_that_failed_its_check_has_no_time(tmp_path):
     work = Work(CASES["gated_act"], "silu", "bfloat16", 8, 16, 24)
     good = {
-        **record_of(work, "fusedmlp", "both", [1.0], 1, Sticks(1.0, 1.0), None),
+        **record_of(work, "fusedmlp", "both", [1.0], 1, Peaks(1.0, 1.0), None),
         "samples_ms": [1],
     }
-    bad = record_of(work, "fusedmlp", "both", None, None, Sticks(None, None), "its check failed")
+    bad = record_of(work, "fusedmlp", "both", None, None, Peaks(None, None), "its check failed")
     (pooled,) = base.pooled([[good], [bad]], "fusedmlp@x")
     assert pooled["skipped"] == "its check failed"
     assert pooled["median_ms"] is None
