@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from ..reference.activations import ACTIVATIONS, BSILU_ALPHA
-from .exponentials import exp2, sigmoids
+from .exponentials import exp2, reciprocal, sigmoids
 
 _BSILU_ALPHA = tl.constexpr(BSILU_ALPHA)
 
@@ -96,6 +96,19 @@ def tanh(x):
 @triton.jit
 def identity(x):
     return x, tl.full(x.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def mish(x):
+    # x t with t = tanh(softplus(x)) = n / (n + 2), n = e^2 + 2 e, e = exp(x). From 20 on t is 1 and
+    # its slope t' = sigmoid(x) (1 - t^2) is 0, to float32; e^2 would overflow. As 4 e (1 + e) /
+    # (n + 2)^2 t' does not cancel. Not minimum(): on the GPU that takes a NaN for 20.
+    z = tl.where(x > 20, 20.0, x)
+    e = exp2(1.4426950408889634 * z)
+    n = e * (e + 2)
+    r = reciprocal(n + 2)
+    t = tl.where(x > 0, 1 - 2 * r, n * r)  # the first is exact far out
+    return x * t, t + z * (4 * e * (1 + e) * r * r)
 
 
 def _own_functions() -> dict[str, Any]:

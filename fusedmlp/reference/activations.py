@@ -66,6 +66,7 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("identity", lambda x: x, modules=(nn.Identity,)),
         Activation("gelu2", lambda x: F.gelu(x).square()),
         Activation("bsilu", bsilu, settings={"alpha": BSILU_ALPHA}),
+        Activation("mish", F.mish, modules=(nn.Mish,)),
     )
 }  # fmt: skip
 
