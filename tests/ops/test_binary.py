@@ -117,8 +117,8 @@ def test_second_backward_and_reruns_are_bit_equal(case, device, on_triton):
 @pytest.mark.parametrize("how", ("wide rows", "every other row", "transposed"))
 def test_strides_are_read_in_place(how, rows, device, on_triton):
     inputs = LINEAR_BIAS.inputs(rows, 136, 40, torch.float32, device)
-    strided = {k: strided(inputs[k], how) for k in ("x", "b_weight")}
-    check(LINEAR_BIAS, inputs | strided, wanted=("x", "b_weight"))
+    apart = {k: strided(inputs[k], how) for k in ("x", "b_weight")}
+    check(LINEAR_BIAS, inputs | apart, wanted=("x", "b_weight"))
 
 
 def test_rows_four_gigabytes_apart(device):

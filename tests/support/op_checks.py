@@ -84,7 +84,7 @@ def rows_far_apart(case, device):
     inputs = case.inputs(M, D, H, torch.float16, device)
     first = next(iter(inputs))
     far = torch.empty(3 * step + 64, dtype=torch.float16, device=device)
-    far = far.asstrided(inputs[first].shape, (step, 1)).copy_(inputs[first])
+    far = far.as_strided(inputs[first].shape, (step, 1)).copy_(inputs[first])
     with fusedmlp.backend("triton"):
         check(case, {**inputs, first: far})
 
