@@ -19,6 +19,7 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -158,7 +159,10 @@ def projection_grads(
         return dx, dgu.t() @ x if need_gate else None, None
     assert w_up is not None
     dg, du = split_pair(dgu, None)
-    dx = (dg @ w_gate).addmm_(du, w_up) if need_x else None
+    dx = dg @ w_gate if need_x else None
+    if dx is not None:
+        # In place as addmm_ is, whose FLOPs PyTorch's counter leaves out.
+        torch.addmm(dx, du, w_up, out=dx)
     return dx, dg.t() @ x if need_gate else None, du.t() @ x if need_up else None
 
 
