@@ -1,8 +1,6 @@
 """What this machine is, and what the datasheets say of GPUs that are not here.
 
-`describe()` is what every result file says of where its numbers come from. `ROOFS` serves computed
-figures only: a measured time is set against cuBLAS and copy of the same run, never against a
-datasheet.
+`describe()` is what every result file says of where its numbers come from.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ from __future__ import annotations
 import platform
 import subprocess
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,51 +15,21 @@ import torch
 import triton
 
 from .. import __version__
+from ..kernels.arch import ARCHES, Arch
+from ..kernels.arch.roof import Roof
 
 # What has to be on sys.path for `import fusedmlp`: a checkout's root, or site-packages.
 ROOT = Path(__file__).absolute().parents[2]
 
 
-@dataclass(frozen=True)
-class Roof:
-    """A GPU's limits by its datasheet. flops: dtype -> dense FLOP/s. arch: its row in kernels.arch.
-
-    float32 is that of the CUDA cores, since PyTorch's default precision keeps TF32 off.
-    """
-
-    name: str
-    arch: str
-    multiprocessors: int
-    bytes_per_s: float
-    flops: Mapping[str, float]
-
-    def milliseconds(self, flops: float, moved: float, dtype: str) -> float:
-        """The longer of computing and moving: no kernel can be faster, most are slower."""
-        return max(flops / self.flops[dtype], moved / self.bytes_per_s) * 1e3
-
-    def bound(self, flops: float, moved: float, dtype: str) -> str:
-        computing = flops / self.flops[dtype] > moved / self.bytes_per_s
-        return "compute" if computing else "memory"
+# GPU -> what its datasheet says, and its generation: all that rows of kernels/arch know.
+ROOFS: dict[str, Roof] = {roof.name: roof for arch in ARCHES.values() for roof in arch.roofs}
+ARCH_OF: dict[str, Arch] = {roof.name: arch for arch in ARCHES.values() for roof in arch.roofs}
 
 
-def _roof(
-    name: str, arch: str, multiprocessors: int, tb_per_s: float, half: float, single: float
-) -> Roof:
-    flops = {"bfloat16": half * 1e12, "float16": half * 1e12, "float32": single * 1e12}
-    return Roof(name, arch, multiprocessors, tb_per_s * 1e12, flops)
-
-
-# NVIDIA's own figures, without sparsity: "H100 Tensor Core GPU" and "H200 Tensor Core GPU"
-# datasheets (SXM columns), "Blackwell Architecture Technical Brief" (HGX B200). Multiprocessors as
-# the driver reports them.
-ROOFS: dict[str, Roof] = {
-    roof.name: roof
-    for roof in (
-        _roof("H100", "sm_90", 132, 3.35, 989.4, 66.9),
-        _roof("H200", "sm_90", 132, 4.8, 989.4, 66.9),
-        _roof("B200", "sm_100", 148, 8.0, 2250.0, 80.0),
-    )
-}
+def shortest_ms(flops: float, moved: float, dtype: str) -> float:
+    """The roofline time on the fastest GPU of ROOFS."""
+    return min(roof.milliseconds(flops, moved, dtype) for roof in ROOFS.values())
 
 
 def _output(*command: str, cwd: Path | None = None) -> str | None:

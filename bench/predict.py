@@ -24,13 +24,14 @@ import torch
 
 from ..backends.op import OPS, Kernel
 from ..kernels import pick
-from ..kernels.arch import ARCHES, Arch
+from ..kernels.arch import Arch
+from ..kernels.arch.roof import Roof
 from ..kernels.arch.tile import Tile
 from ..kernels.device import pretend
 from ..kernels.moe.grouped import most_tiles
 from ..kernels.tiles import aligned
 from . import machine
-from .machine import ROOFS, Roof
+from .machine import ARCH_OF, ROOFS
 from .options import Record, Refusal, collecting, subparser, write_json
 from .render import number, size, table
 from .timing.command import add_sizes, options_of
@@ -39,9 +40,7 @@ from .work import Work
 
 # Beside its GEMM a launcher may run these, which sum what the GEMM stored.
 HELPERS = ("_reduce_kernel", "_sums_kernel", "_bias_kernel", "_dprob_kernel")
-# Of each multiprocessor of sm_80 to sm_100.
-REGISTERS = 65536
-THREADS = 2048
+REGISTERS = 65536  # of each multiprocessor
 RESERVED_SHARED = 1024  # of each block, for the system
 COMPUTED = "computed from datasheets; nothing was measured"
 
@@ -79,7 +78,7 @@ def launches(work: Work, phase: str, roof: Roof) -> list[Launch]:
         for shape in ((work.M, work.D), (work.H, work.D), (work.M, work.H))
     ]
     fits = aligned(*matrices)
-    with pretend(ARCHES[roof.arch], roof.multiprocessors):
+    with pretend(ARCH_OF[roof.name], roof.multiprocessors):
         return [
             (_grouped_launch if kernel.grouped else _launch)(kernel, work, x, fits, roof)
             for kernel in kernels(work.case.op, phase)
@@ -113,16 +112,17 @@ def _grouped_launch(kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roo
     return Launch(kernel.name, tile, count, count / roof.multiprocessors, 1)
 
 
-def blocks_at_once(arch: Arch, tile: Tile, registers: int, shared: int) -> int:
-    """Blocks that fit one multiprocessor by registers, shared memory and threads.
-
-    sm_100's tensor memory is not counted: the compiler does not report it.
-    """
+def blocks_at_once(
+    arch: Arch, tile: Tile, registers: int, shared: int, tensor_memory: int = 0
+) -> int:
+    """Blocks that fit one multiprocessor by registers, shared and tensor memory, and threads."""
+    by_threads = arch.threads // (32 * tile.num_warps)
     # A warp gets registers in units of 256.
     per_warp = math.ceil(registers * 32 / 256) * 256
-    by_registers = REGISTERS // per_warp // tile.num_warps if registers else THREADS
+    by_registers = REGISTERS // per_warp // tile.num_warps if registers else by_threads
     by_shared = (arch.shared_memory + RESERVED_SHARED) // (shared + RESERVED_SHARED)
-    return min(by_registers, by_shared, THREADS // (32 * tile.num_warps))
+    by_tensors = arch.tensor_memory // tensor_memory if tensor_memory else by_threads
+    return min(by_registers, by_shared, by_tensors, by_threads)
 
 
 def predict(work: Work, phase: str) -> list[Record]:
@@ -184,7 +184,7 @@ def show_launches(records: Sequence[Record]) -> None:
 
 def compile_kernels(records: Sequence[Record]) -> list[Mapping[str, Any]]:
     """The ahead-of-time gate's rows for what the records launch, compiled in another process."""
-    names = sorted({ROOFS[r["gpu"]].arch for r in records})
+    names = sorted({ARCH_OF[r["gpu"]].name for r in records})
     kernels = sorted({launch["kernel"] for r in records for launch in r["launches"]})
     dtypes = sorted({r["dtype"] for r in records})
     if not kernels:
@@ -215,7 +215,7 @@ def add_compiled(records: Sequence[Record], compiled: Sequence[Mapping[str, Any]
         if row["variant"] == "train" and not row["kernel"].endswith(HELPERS)
     }
     for record in records:
-        arch = ARCHES[ROOFS[record["gpu"]].arch]
+        arch = ARCH_OF[record["gpu"]]
         for launch in record["launches"]:
             key = (arch.name, launch["kernel"], record["dtype"], launch["tile"])
             row = found.get(key)
@@ -226,7 +226,8 @@ def add_compiled(records: Sequence[Record], compiled: Sequence[Mapping[str, Any]
                 t for t in arch.tiles[launch["kernel"], size_of] if str(t) == launch["tile"]
             )
             launch["registers"], launch["shared"] = row["registers"], row["shared"]
-            launch["blocks_at_once"] = blocks_at_once(arch, tile, row["registers"], row["shared"])
+            needs = row["registers"], row["shared"], row["tensor_memory"]
+            launch["blocks_at_once"] = blocks_at_once(arch, tile, *needs)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -1,4 +1,4 @@
-"""The device that tensors lie on, as launches see it: its row of kernels/arch.py, its size, and
+"""The device that tensors lie on, as launches see it: its row of kernels/arch, its size, and
 whether Triton interprets."""
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 import triton
 
-from .arch import ARCHES, INTERPRETER, Arch
+from .arch import INTERPRETER, Arch, arch_for
 
 # Triton decides at import whether @triton.jit makes interpreted functions; so it is read once,
 # here.
@@ -29,14 +29,13 @@ def _capability(index: int) -> int:
 
 @functools.cache
 def _arch_of_gpu(index: int) -> Arch:
-    capability = _capability(index)
-    older = [a for a in ARCHES.values() if a.capability <= capability]
-    if not older:
+    try:
+        return arch_for(_capability(index))
+    except LookupError as error:
         raise RuntimeError(
-            "fusedmlp: Triton kernels need compute capability 8.0 or newer, got "
-            f"{capability / 10} ({torch.cuda.get_device_name(index)}); use backend('reference')"
-        )
-    return max(older, key=lambda a: a.capability)
+            f"fusedmlp: Triton kernels cannot run on {torch.cuda.get_device_name(index)}: {error}; "
+            "use backend('reference')"
+        ) from None
 
 
 # What `pretend` put in place of the real device: (row, multiprocessors).

@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..machine import ROOT
-from .kernels import _tool
+from .inspecting import tool
 
 BASELINE = Path(__file__).with_name("csrc.json")
 BUILD = ROOT / "build" / str(sys.implementation.cache_tag)  # setup.py's
@@ -110,9 +110,9 @@ def inspect(item: Path) -> list[Kernel]:
     source = item.name.removesuffix(".cu.o")
     log = item.with_name(item.name + ".log").read_text()
     usage = dict(
-        _sections(_tool("cuobjdump", str(item), "-res-usage"), "arch = ", r"Function (\w+):")
+        _sections(tool("cuobjdump", str(item), "-res-usage"), "arch = ", r"Function (\w+):")
     )
-    sass = dict(_sections(_tool("cuobjdump", str(item), "-sass"), "code for ", r"Function : (\w+)"))
+    sass = dict(_sections(tool("cuobjdump", str(item), "-sass"), "code for ", r"Function : (\w+)"))
     names = _demangled([mangled for _, mangled in usage])
     kernels = []
     for key, text in usage.items():

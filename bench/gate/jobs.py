@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ...kernels.arch import Arch
+from ...kernels.arch import ARCHES, Arch
 from ...kernels.arch.tile import SKINNY_M, Tile
 from ...kernels.dense import gated_act, gated_linear, linear_act
 from ...reference.activations import ACTIVATIONS
@@ -18,7 +18,8 @@ from ...reference.activations import ACTIVATIONS
 M, D, H = 4096, 4096, 14336
 RAGGED = 4093, 4093, 1021
 KERNELS = ("gated_linear_fwd", "linear_act_fwd", "gated_linear_bwd", "linear_act_bwd")
-THOROUGH = "sm_90"  # compiled in more variants: the GPU that the tiles are made for
+# Compiled in more variants than the others.
+THOROUGH = next(arch.name for arch in ARCHES.values() if arch.thorough)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from ...kernels.arch import Arch
+from ...kernels.arch import TENSOR_MEMORY_LANES, Arch
 from ...kernels.arch.tile import SKINNY_M, Tile
 
 # field -> (smallest, largest); each field moves by factors of two, num_stages by one.
@@ -55,11 +55,11 @@ def fits(tile: Tile, arch: Arch, kernel: str, size: int) -> bool:
         return False
     if tile.block_n % tile.subtiles or tile.block_n // tile.subtiles < min(MIN_PART, tile.block_n):
         return False
-    # tcgen05 accumulates outside the registers; everywhere else a thread holds its share.
-    if arch.name == "sm_100":
-        return True
-    accumulators = _halves(kernel) * tile.block_m * tile.block_n // (32 * tile.num_warps)
-    return accumulators <= REGISTERS
+    accumulators = _halves(kernel) * tile.block_m * tile.block_n
+    # With tensor memory they lie outside the registers; else a thread holds its share.
+    if arch.tensor_memory:
+        return accumulators <= arch.tensor_memory * TENSOR_MEMORY_LANES
+    return accumulators // (32 * tile.num_warps) <= REGISTERS
 
 
 def _moves(tile: Tile) -> Iterator[Tile]:

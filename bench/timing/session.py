@@ -218,12 +218,11 @@ class Session:
     def _prepare(
         self, rival: Rival, work: Work, phase: str, sets: Sequence[Mapping[str, Tensor]]
     ) -> tuple[Sampler, int]:
-        roof = machine.ROOFS["H100"]
-        graph = roof.milliseconds(work.flops(phase), work.bytes(phase), work.dtype) < GRAPH_BELOW_MS
+        ms = machine.shortest_ms(work.flops(phase), work.bytes(phase), work.dtype)
         with rival.preparing(phase):
             calls = calls_of(rival, work, phase, sets)
             memory = self.timer.peak_bytes(calls[0])
-            return self.timer.sampler(calls, graph), memory
+            return self.timer.sampler(calls, ms < GRAPH_BELOW_MS), memory
 
     def _gemm_sampler(self, work: Work, phase: str) -> Sampler:
         gemm = work.gemm(phase)
@@ -238,7 +237,7 @@ class Session:
         pairs = [(make(M, K), weight()) for _ in range(3 * self.timer.l2_bytes // size + 1)]
         calls: list[Call] = [lambda a=a, b=b: torch.mm(a, b) for a, b in pairs]  # type: ignore[misc]
         moved = size + M * N * work.torch_dtype.itemsize
-        ms = machine.ROOFS["H100"].milliseconds(2 * M * N * K, moved, work.dtype)
+        ms = machine.shortest_ms(2 * M * N * K, moved, work.dtype)
         return self.timer.sampler(calls, ms < GRAPH_BELOW_MS)
 
     def _cublas(self, work: Work, phase: str, samples: Sequence[float] | None) -> float | None:

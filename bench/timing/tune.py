@@ -1,4 +1,4 @@
-"""`tune`: search tiles around those of kernels/arch.py on this GPU and print rows to paste there.
+"""`tune`: search tiles around those of kernels/arch on this GPU and print rows to paste there.
 
 A row's shapes are tuned together: those for which the table picks the same tile. A candidate is
 first launched with all that training stores and judged by the tolerance rule, then timed. The
@@ -180,7 +180,7 @@ def tune_row(row: Row, arch: Arch, device: torch.device, timer: Timer, limit: in
 
 
 def source(tile: Tile) -> str:
-    """The tile as kernels/arch.py writes it: five sizes, then whatever differs from the default."""
+    """The tile as kernels/arch writes it: five sizes, then whatever differs from the default."""
     fields = dataclasses.fields(tile)
     sizes = ", ".join(str(getattr(tile, f.name)) for f in fields[:5])
     named = [f for f in fields[5:] if getattr(tile, f.name) != f.default]
@@ -259,9 +259,7 @@ def main(args: argparse.Namespace) -> int:
     records: list[Record] = []
     rows = run(options, collecting(records))
     found = machine.describe()
-    print(
-        f"\n# For kernels/arch.py; timed on {found['gpu']}, commit {found['commit'] or 'unknown'}"
-    )
+    print(f"\n# For kernels/arch/; timed on {found['gpu']}, commit {found['commit'] or 'unknown'}")
     print(rows)
     write_json(args.json, found, records)
     return 0
@@ -269,7 +267,7 @@ def main(args: argparse.Namespace) -> int:
 
 def register(subparsers: Any) -> None:
     parser = subparser(
-        subparsers, "tune", "search tiles on this GPU and print rows for kernels/arch.py",
+        subparsers, "tune", "search tiles on this GPU and print rows for kernels/arch",
         ("tune", "tune --kernel gated_linear_fwd --shape 8192x4096x14336 --limit 80"), main,
     )  # fmt: skip
     parser.add_argument(

@@ -5,7 +5,7 @@
 | bits.py | words and scales as a weight tile |
 | binary_linear.py | the tiled forward and the forward for few rows, plain or gated |
 | binary_gated_linear.py | their launcher with a gate |
-| binary_bwd.py | dx, the backward of a whole block's h, the gradient of the scales |
+| backward.py | dx, the backward of a whole block's h, the gradient of the scales |
 
 Many rows: each K step makes a tile of +-scale in x's dtype and multiplies it on the tensor cores.
 Few rows (M <= SKINNY_M): words and scales are read once and are the time; the tile is +-1, its

@@ -9,7 +9,7 @@ again from q, k, v and what the forward left: h1, h2, n.
 | dq_kernel | dq = dS k | row tile and part of q's width |
 | dk_kernel | dk = dS' q | column tile and part of k's width |
 | dv_kernel | dv = Y' dO | column tile and part of v's width |
-| hyper_slots.py's slots_kernel | du, dvt, dd of both mixings | diagonal |
+| slots.py's slots_kernel | du, dvt, dd of both mixings | diagonal |
 
 A row's dP needs the whole of dz2, and its dS the whole of dz1: hence the passes.
 """

@@ -2,7 +2,7 @@
 
 All entries of a tile diagonal, over all rows and batches, meet the same band of slots. A block
 walks one diagonal with that band's gradients in registers and writes them once; neighbouring
-diagonals share half a band, which hyper_gradients.py adds. No atomics.
+diagonals share half a band, which gradients.py adds. No atomics.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
 |---|---|
 | masks.py | bit planes packed from logits; a mask over a weight tile |
 | masked_gated_linear.py | the tiled forward |
-| masked_gated_skinny.py | the forward for few rows, and its sum over parts |
-| masked_gated_bwd.py | the backward |
+| skinny.py | the forward for few rows, and its sum over parts |
+| backward.py | the backward |
 
 Each K step loads one tile of x and one of w; every mask is laid over the w tile in registers, so a
 step makes 1 + MASKS products with the same x. The complement x ((1 - m_i) * w)' is t - g_i, by

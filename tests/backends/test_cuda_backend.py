@@ -184,10 +184,15 @@ def test_float32_is_refused_before_anything_runs():
 MISSING = "the CUDA extension is not built: reinstall fusedmlp with nvcc"
 ABSENT = [
     ({"loaded": (None, MISSING)}, "gated_mlp", MISSING),
-    ({"gpu": "sm_80"}, "gated_mlp", "holds gated_linear_fwd for sm_90a, and this GPU is sm_80"),
-    ({"gpu": "sm_100"}, "mlp", "holds linear_act_fwd for sm_90a, and this GPU is sm_100"),
+    ({"gpu": 80}, "gated_mlp", "holds gated_linear_fwd for sm_90a, and this GPU is sm_80"),
+    ({"gpu": 100}, "mlp", "holds linear_act_fwd for sm_90a, and this GPU is sm_100"),
     (
-        {"gpu": "sm_100", "archs": ("sm_120", "sm_90a")},
+        {"gpu": 103, "archs": ("sm_100a",)},
+        "mlp",
+        "for sm_100a, and this GPU is sm_103, but code for sm_NNa runs on that very capability",
+    ),
+    (
+        {"gpu": 100, "archs": ("sm_120", "sm_90a")},
         "mlp",
         "for sm_120, sm_90a, and this GPU is",
     ),
@@ -251,7 +256,7 @@ def test_auto_takes_cuda_only_where_it_is_proven():
         assert launch(dtype=torch.float32) == "triton"
         with fusedmlp.backend("triton"):
             assert launch() == "triton"
-    with installed(proven=BOTH, gpu="sm_100", archs=("sm_90a", "sm_100a")):
+    with installed(proven=BOTH, gpu=100, archs=("sm_90a", "sm_100a")):
         assert launch() == "triton"
     with installed(proven=BOTH, loaded=(None, MISSING)):
         assert launch() == "triton"

@@ -11,7 +11,7 @@ import fusedmlp
 from fusedmlp import quantize_binary
 from fusedmlp.backends.cuda import binary as cuda_binary, loader
 from fusedmlp.backends.cuda.loader import Unfit
-from fusedmlp.kernels.arch import ARCHES
+from fusedmlp.kernels.arch import arch_for
 from fusedmlp.kernels.device import pretend
 from fusedmlp.testing import CASES
 
@@ -38,7 +38,7 @@ def on_cuda(monkeypatch):
     monkeypatch.setattr(loader, "load", lambda: (extension, ""))
     monkeypatch.setattr(cuda_binary, "stream", lambda device: 0)
     loader.find.cache_clear()
-    with pretend(ARCHES["sm_90"], 3), fusedmlp.backend("cuda"):
+    with pretend(arch_for(90), 3), fusedmlp.backend("cuda"):
         yield
     loader.find.cache_clear()
 
@@ -53,7 +53,7 @@ def test_every_case(name, on_cuda):
 
 def test_splits_fill_the_gpu():
     x = torch.empty(1, 4096)
-    with pretend(ARCHES["sm_90"], 132):
+    with pretend(arch_for(90), 132):
         assert cuda_binary.splits_of(x, 12288, 32, True) == 3
         assert cuda_binary.splits_of(x, 4096, 96, False) == 17
         assert cuda_binary.splits_of(x, 128, 1, False) == 1

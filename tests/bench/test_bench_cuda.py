@@ -90,7 +90,7 @@ def test_a_variant_is_forced_inside_its_context_alone():
 def test_a_variant_that_a_kernel_has_not_is_an_error():
     message = "gated_linear_fwd: variant must be one of cluster2, cluster1, got 'pingpong-cluster2'"
     with (
-        installed(gpu="sm_100", archs=("sm_100a",)),
+        installed(gpu=100, archs=("sm_100a",)),
         fusedmlp.backend("cuda"),
         pytest.raises(ValueError, match=message),
         variant("pingpong-cluster2"),
@@ -117,9 +117,9 @@ def test_why_a_provider_cannot_serve():
         assert cooperative.skip(work("gated_mlp"), "both") == reason
         del loader.load()[0].ACTIVATIONS["silu"]
         assert ours.skip(work(), "forward") == "has no functor for silu"
-    with installed(gpu="sm_80"):
+    with installed(gpu=80):
         assert ours.skip(work(), "forward").endswith("for sm_90a, and this GPU is sm_80")
-    with installed(gpu="sm_100", archs=("sm_100a",)):
+    with installed(gpu=100, archs=("sm_100a",)):
         assert ours.skip(work(), "forward") is None
         assert "sm_100a has variants cluster2" in cooperative.skip(work(), "forward")
 

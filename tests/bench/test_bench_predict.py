@@ -10,12 +10,12 @@ import torch
 
 from fusedmlp.backends.op import OPS
 from fusedmlp.bench import check, cli, overview, predict
-from fusedmlp.bench.machine import ROOFS, ROOT
+from fusedmlp.bench.machine import ARCH_OF, ROOFS, ROOT
 from fusedmlp.bench.shapes import DENSE
 from fusedmlp.bench.timing.session import plan
 from fusedmlp.bench.work import Work
 from fusedmlp.kernels import pick
-from fusedmlp.kernels.arch import ARCHES
+from fusedmlp.kernels.arch import ARCHES, arch_for
 from fusedmlp.kernels.arch.tile import Tile
 from fusedmlp.testing import CASES
 
@@ -44,7 +44,7 @@ def test_one_token_is_bound_by_memory():
 def test_launches_follow_the_table_of_tiles():
     h100 = ROOFS["H100"]
     (launch,) = predict.launches(work(), "forward", h100)
-    first = ARCHES["sm_90"].tiles["gated_linear_fwd", 2][0]
+    first = ARCH_OF["H100"].tiles["gated_linear_fwd", 2][0]
     assert launch.tile == first
     assert launch.tiles == -(-4096 // first.block_m) * -(-14336 // first.block_n)
     assert launch.waves == pytest.approx(launch.tiles / 132)
@@ -93,7 +93,7 @@ def test_planning_does_not_look_like_launching(monkeypatch):
         (128, 0, 8, 2),
         # 129 rounds up to 136 registers a thread: one block only.
         (129, 0, 8, 1),
-        # sm_90 has 228 KiB; each block costs its own and 1 KiB more.
+        # Hopper has 228 KiB; each block costs its own and 1 KiB more.
         (32, 113 * 1024, 4, 2),
         (32, 114 * 1024, 4, 1),
         # 2048 threads of 32 registers.
@@ -102,20 +102,29 @@ def test_planning_does_not_look_like_launching(monkeypatch):
 )
 def test_blocks_at_once_by_hand(registers, shared, warps, blocks):
     tile = Tile(64, 64, 32, warps, 2)
-    assert predict.blocks_at_once(ARCHES["sm_90"], tile, registers, shared) == blocks
+    assert predict.blocks_at_once(arch_for(90), tile, registers, shared) == blocks
+
+
+def test_blocks_share_tensor_memory_and_threads():
+    tile = Tile(64, 64, 32, 4, 2)
+    tensors = [predict.blocks_at_once(ARCH_OF["B200"], tile, 32, 0, n) for n in (512, 256, 0)]
+    assert tensors == [1, 2, 16]
+    for arch in ARCHES.values():
+        assert predict.blocks_at_once(arch, tile, 32, 0) == arch.threads // 128
 
 
 def test_the_compilers_words_reach_their_launch():
     records = predict.predict(work(), "forward")
     tile = records[0]["launches"][0]["tile"]
     row = {
-        "arch": "sm_90", "kernel": "gated_linear_fwd:_fwd_kernel", "dtype": "bfloat16",
+        "arch": ARCH_OF["H100"].name, "kernel": "gated_linear_fwd:_fwd_kernel",
+        "dtype": "bfloat16", "tensor_memory": 0,
         "tile": tile, "variant": "train", "registers": 168, "shared": 200_000,
     }  # fmt: skip
     predict.add_compiled(records, [{**row, "variant": "infer", "registers": 1}, row])
     for record in records:
         (launch,) = record["launches"]
-        if ROOFS[record["gpu"]].arch == "sm_90":
+        if ARCH_OF[record["gpu"]] is ARCH_OF["H100"]:
             assert (launch["registers"], launch["shared"]) == (168, 200_000)
             assert launch["blocks_at_once"] == 1
         else:
@@ -126,20 +135,20 @@ LAUNCHED = [{"gpu": "H100", "dtype": "bfloat16", "launches": [{"kernel": "linear
 
 
 def test_compiling_runs_the_gate_without_the_interpreter(monkeypatch):
-    seen = {}
+    seen, name = {}, ARCH_OF["H100"].name
 
     def run(argv, env, **options):
         seen.update(argv=argv, env=env)
         with open(argv[argv.index("--json") + 1], "w") as file:
-            json.dump([{"arch": "sm_90"}], file)
+            json.dump([{"arch": name}], file)
         return subprocess.CompletedProcess(argv, 0, b"", b"")
 
     monkeypatch.setattr(predict.subprocess, "run", run)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert predict.compile_kernels(LAUNCHED) == [{"arch": "sm_90"}]
+    assert predict.compile_kernels(LAUNCHED) == [{"arch": name}]
     assert "TRITON_INTERPRET" not in seen["env"]
     assert seen["argv"][1:3] == ["-m", "fusedmlp.bench.gate.kernels"]
-    wanted = ["--arch", "sm_90", "--kernel", "linear_act_fwd", "--dtype", "bfloat16"]
+    wanted = ["--arch", name, "--kernel", "linear_act_fwd", "--dtype", "bfloat16"]
     assert seen["argv"][-6:] == wanted
 
 
@@ -160,7 +169,7 @@ def test_command_prints_and_writes_computed_figures(tmp_path, capsys):
     records = json.loads(file.read_text())["records"]
     assert {r["case"] for r in records} == {"linear_act-bias", "mlp-bias"}
     assert {r["activation"] for r in records} == {"gelu_tanh"}
-    assert {r["gpu"] for r in records} == {"H100", "H200", "B200"}
+    assert {r["gpu"] for r in records} == set(ROOFS)
 
 
 @pytest.mark.parametrize("model", DENSE)

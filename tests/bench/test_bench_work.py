@@ -83,12 +83,13 @@ def test_roofline_by_hand():
     assert machine.ROOFS["H200"].milliseconds(0, 4.8e9, "bfloat16") == pytest.approx(1)
 
 
-def test_every_roof_knows_every_dtype_and_a_row_of_tiles():
-    from fusedmlp.kernels.arch import ARCHES
-
-    for roof in machine.ROOFS.values():
+def test_every_roof_knows_every_dtype_and_its_row():
+    for name, roof in machine.ROOFS.items():
         assert set(roof.flops) == set(DTYPES)
-        assert roof.arch in ARCHES
+        assert roof in machine.ARCH_OF[name].roofs
+    # The fastest of the table: the most FLOP/s, and the most bytes.
+    assert machine.shortest_ms(2250e9, 0, "bfloat16") == pytest.approx(1)
+    assert machine.shortest_ms(0, 8e9, "bfloat16") == pytest.approx(1)
 
 
 def test_machine_says_what_a_number_depends_on():

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from fusedmlp.kernels import arch, device as device_module, tiles
-from fusedmlp.kernels.arch import ARCHES
+from fusedmlp.kernels.arch import ARCHES, arch_for
 from fusedmlp.kernels.dense import gated_linear
 from fusedmlp.kernels.device import pretend
 from fusedmlp.kernels.pick import pick_splits, pick_tile
@@ -19,8 +19,9 @@ X = torch.empty(1, dtype=torch.bfloat16)
 
 @pytest.fixture
 def hopper():
-    with pretend(ARCHES["sm_90"], 132):
-        yield ARCHES["sm_90"].tiles["gated_linear_fwd", 2]
+    arch = arch_for(90)
+    with pretend(arch, 132):
+        yield arch.tiles["gated_linear_fwd", 2]
 
 
 def test_large_results_take_the_preferred_tile(hopper):
@@ -54,7 +55,7 @@ def test_splits_fill_the_gpu_and_leave_work_in_each(hopper):
 
 def test_pretending_ends():
     before = device_module.arch_of(torch.device("cpu"))
-    with pytest.raises(ZeroDivisionError), pretend(ARCHES["sm_100"], 148):
+    with pytest.raises(ZeroDivisionError), pretend(arch_for(100), 148):
         assert device_module.multiprocessors(torch.device("cpu")) == 148
         raise ZeroDivisionError
     assert device_module.arch_of(torch.device("cpu")) is before is arch.INTERPRETER
@@ -66,19 +67,32 @@ def forget_gpus():
 
 
 def test_gpus_between_rows_get_the_older_row(monkeypatch):
-    for capability, name in (((8, 0), "sm_80"), ((8, 9), "sm_86"), ((9, 0), "sm_90"),
-                             ((10, 3), "sm_100"), ((12, 1), "sm_120")):  # fmt: skip
+    exact = {arch.capability: arch for arch in ARCHES.values()}
+    newer = {capability + 1: arch for capability, arch in exact.items()}
+    for capability, row in (newer | exact).items():
         forget_gpus()
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i, c=capability: c)
-        assert device_module.arch_of(torch.device("cuda", 0)).name == name
+        monkeypatch.setattr(
+            torch.cuda, "get_device_capability", lambda i, c=capability: divmod(c, 10)
+        )
+        assert device_module.arch_of(torch.device("cuda", 0)) is row
     forget_gpus()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: "T4")
     with pytest.raises(
-        RuntimeError, match=r"capability 8\.0 or newer, got 7\.5 \(T4\).*backend\('reference'\)"
+        RuntimeError,
+        match=r"T4: compute capability 8\.0 or newer is needed, got 7\.5; .*backend\('reference'\)",
     ):
         device_module.arch_of(torch.device("cuda", 0))
     forget_gpus()
+
+
+def test_a_row_says_what_follows_from_its_instructions():
+    kinds = {arch.mma: arch for arch in ARCHES.values()}
+    assert [(kind, arch.tma, arch.tensor_memory) for kind, arch in sorted(kinds.items())] == [
+        ("mma.sync", False, 0), ("tcgen05", True, 512), ("wgmma", True, 0),
+    ]  # fmt: skip
+    assert sum(arch.thorough for arch in ARCHES.values()) == 1
+    assert len({arch.capability for arch in ARCHES.values()}) == len(ARCHES)
 
 
 def test_alignment():

@@ -13,7 +13,7 @@ import torch
 
 from fusedmlp.backends import choice
 from fusedmlp.backends.cuda import gated_linear as cuda_gated_linear, loader
-from fusedmlp.kernels.arch import ARCHES
+from fusedmlp.kernels.arch import arch_for
 from fusedmlp.kernels.device import pretend
 from fusedmlp.reference.activations import ACTIVATIONS
 
@@ -152,12 +152,12 @@ def extension(calls, archs=("sm_90a",), kernels=None):
 
 
 @contextlib.contextmanager
-def installed(gpu="sm_90", loaded=None, proven=(), **options):
-    """Inside, CPU tensors lie on such a GPU and the extension is the fake one, or what `loaded`
-    says of it. Yields the calls that its launchers get."""
+def installed(gpu=90, loaded=None, proven=(), **options):
+    """Inside, CPU tensors lie on a GPU of capability `gpu` and the extension is the fake one, or
+    what `loaded` says of it. Yields the calls that its launchers get."""
     calls = Calls()
     loaded = (extension(calls, **options), "") if loaded is None else loaded
-    with pytest.MonkeyPatch.context() as patch, pretend(ARCHES[gpu], 132):
+    with pytest.MonkeyPatch.context() as patch, pretend(arch_for(gpu), 132):
         patch.setattr(loader, "load", lambda: loaded)
         patch.setattr(loader, "PROVEN", frozenset(proven))
         patch.setattr(cuda_gated_linear, "stream", lambda device: 77)

@@ -19,7 +19,7 @@ from fusedmlp.backends.cuda import (
     masked as cuda_masked,
     route as cuda_route,
 )
-from fusedmlp.kernels.arch import ARCHES
+from fusedmlp.kernels.arch import arch_for
 from fusedmlp.kernels.device import pretend
 
 FLAGS = (
@@ -89,7 +89,8 @@ def installed(monkeypatch, arch: str, seed: int = 0, multiprocessors: int = MULT
     loader.find.cache_clear()
     choice.SERVED.clear()
     try:
-        with pretend(ARCHES[arch.removesuffix("a")], multiprocessors):
+        capability = int(arch.removeprefix("sm_").removesuffix("a"))
+        with pretend(arch_for(capability), multiprocessors):
             yield
     finally:
         loader.find.cache_clear()

@@ -90,9 +90,11 @@ def find(kernel: str, capability: int) -> tuple[Callable[..., None] | None, str]
         if serves(arch, capability):
             return extension.OPS[kernel, arch], arch
     if archs:
+        exact = any(arch.endswith("a") for arch in archs)
+        note = ", but code for sm_NNa runs on that very capability alone" if exact else ""
         return None, (
             f"the CUDA extension holds {kernel} for {', '.join(archs)}, and this GPU is "
-            f"sm_{capability}"
+            f"sm_{capability}{note}"
         )
     return None, (
         f"the CUDA extension holds no {kernel}: it was built for {extension.ARCHS}; "

@@ -1,15 +1,19 @@
 """The ahead-of-time gate under the installed Triton: every kernel compiles for every GPU, without
 spills."""
 
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 
 import pytest
+import triton
 
-from fusedmlp.bench.gate.kernels import ARCHES_COMPILED
-from fusedmlp.kernels.arch import ARCHES
+from fusedmlp.bench.gate import compiling, kernels as aot
+from fusedmlp.bench.gate.inspecting import OPCODE
+from fusedmlp.bench.options import Refusal
+from fusedmlp.kernels.arch import ARCHES, arch_for
 
 
 def gate(*flags):
@@ -20,7 +24,7 @@ def gate(*flags):
 
 
 def compile_for(arch, tmp_path, *flags):
-    result = gate("--arch", arch, "--json", str(tmp_path / "gate.json"), *flags)
+    result = gate("--arch", arch.name, "--json", str(tmp_path / "gate.json"), *flags)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
     rows = json.loads((tmp_path / "gate.json").read_text())
@@ -28,20 +32,25 @@ def compile_for(arch, tmp_path, *flags):
     return rows
 
 
-@pytest.mark.parametrize("arch", ARCHES_COMPILED)
+ROWS = pytest.mark.parametrize("arch", ARCHES.values(), ids=lambda arch: arch.name)
+BRIEF = pytest.mark.parametrize(
+    "arch", list(aot.distinct(ARCHES.values())), ids=lambda arch: arch.name
+)
+
+
+@BRIEF
 def test_a_job_of_each_kind_compiles(arch, tmp_path):
     rows = compile_for(arch, tmp_path, "--brief")
     kernels = {row["kernel"].rpartition(":")[0] for row in rows}
     assert kernels >= {"gated_act", "gated_linear_fwd", "gated_linear_bwd", "linear_act_fwd",
                        "linear_act_bwd", "masked_gated_linear_fwd", "moe_up",
                        "hyper_attention"}  # fmt: skip
-    best = {"sm_90": "HGMMA", "sm_100": "UTCHMMA"}.get(arch, "HMMA")
     for kernel in ("gated_linear_fwd:_fwd_kernel", "gated_linear_bwd:_bwd_kernel"):
-        assert any(row["kernel"] == kernel and best in row["opcodes"] for row in rows)
+        assert any(row["kernel"] == kernel and OPCODE[arch.mma] in row["opcodes"] for row in rows)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ARCHES_COMPILED)
+@ROWS
 def test_every_kernel_compiles(arch, tmp_path):
     rows = compile_for(arch, tmp_path)
     assert {row["dtype"] for row in rows} >= {"bfloat16", "float32"}
@@ -49,24 +58,54 @@ def test_every_kernel_compiles(arch, tmp_path):
 
 @pytest.mark.slow
 def test_every_activation_compiles_for_hopper(tmp_path):
-    compile_for("sm_90", tmp_path, "--every-activation")
+    compile_for(arch_for(90), tmp_path, "--every-activation")
 
 
-def test_what_is_compiled_for_others_covers_sm_86():
-    old, left_out, new = (ARCHES[name] for name in ("sm_80", "sm_86", "sm_120"))
-    assert left_out.tiles == old.tiles == new.tiles
-    assert left_out.shared_memory == new.shared_memory
+def test_brief_leaves_out_what_resembles_an_older_row():
+    rows = list(ARCHES.values())
+    firsts = list(aot.distinct(rows))
+    assert not any(a.resembles(b) for a in firsts for b in firsts if a is not b)
+    for row in rows:
+        (first,) = (first for first in firsts if row.resembles(first))
+        # What is compiled must fit the smallest of those that it stands for.
+        assert (first.tiles, first.hyper) == (row.tiles, row.hyper)
+        assert first.shared_memory <= row.shared_memory
+    assert not arch_for(120).resembles(arch_for(80))
+    other = dataclasses.replace(arch_for(80), tiles={})
+    assert len(list(aot.distinct((*rows, other)))) == len(firsts) + 1
+
+
+def test_every_row_is_compiled_for_unless_the_tools_do_not_know_it(monkeypatch, capsys):
+    assert aot.chosen(None, brief=False) == list(ARCHES.values())
+    assert [a.name for a in aot.chosen(None, brief=True)] == [
+        a.name for a in aot.distinct(ARCHES.values())
+    ]
+    old, newest = min(ARCHES.values(), key=by_age), max(ARCHES.values(), key=by_age)
+    knows = [f"'sm_{a.capability}{s}', 'sm{a.capability}{s}'" for a in ARCHES.values()
+             for s in ("", "a") if a is not newest]  # fmt: skip
+    monkeypatch.setattr(compiling, "_known", lambda tool: " ".join(knows))
+    capsys.readouterr()
+    assert aot.chosen(None, brief=False) == [a for a in ARCHES.values() if a is not newest]
+    why = f"Triton {triton.__version__}'s ptxas does not know sm_{newest.capability}a"
+    assert capsys.readouterr().out == f"{newest.name} is not compiled: {why}\n"
+    assert aot.chosen([old.name], brief=True) == [old]
+    with pytest.raises(Refusal, match=f"^{why}: use a newer Triton, or another --arch$"):
+        aot.chosen([old.name, newest.name], brief=True)
+
+
+def by_age(arch):
+    return arch.capability
 
 
 SPILLING = """
 import dataclasses, fusedmlp.kernels.arch as arch
 from fusedmlp.kernels.arch.tile import Tile
 import fusedmlp.bench.gate.kernels as aot
-row = arch.ARCHES["sm_80"]
+row = arch.arch_for(80)
 tile = Tile(128, 128, 32, 4, 4)
 tiles = {("gated_linear_fwd", 2): (tile,)}
-arch.ARCHES["sm_80"] = dataclasses.replace(row, tiles=tiles, shared_memory=60_000)
-raise SystemExit(aot.main(["--arch", "sm_80", "--kernel", "gated_linear_fwd"]))
+arch.ARCHES[row.name] = dataclasses.replace(row, tiles=tiles, shared_memory=60_000)
+raise SystemExit(aot.main(["--arch", row.name, "--kernel", "gated_linear_fwd"]))
 """
 
 

@@ -10,12 +10,12 @@ from fusedmlp.bench.launches import LAUNCHES, draw
 from fusedmlp.bench.report.ledger import check_record
 from fusedmlp.bench.timing import candidates, tune
 from fusedmlp.kernels import device as device_module, pick
-from fusedmlp.kernels.arch import ARCHES, INTERPRETER, Arch
+from fusedmlp.kernels.arch import ARCHES, INTERPRETER, TENSOR_MEMORY, Arch, arch_for
 from fusedmlp.kernels.arch.tile import Tile
 from fusedmlp.kernels.device import arch_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-SM90 = ARCHES["sm_90"]
+HOPPER = arch_for(90)
 START = Tile(64, 64, 32, 4, 3, loads="tma")
 
 
@@ -27,7 +27,7 @@ def cost(tile: Tile) -> float:
 
 
 def around(tile: Tile) -> list[Tile]:
-    return candidates.neighbours(tile, SM90, "linear_act_fwd", 2)
+    return candidates.neighbours(tile, HOPPER, "linear_act_fwd", 2)
 
 
 def test_the_search_finds_the_bottom():
@@ -54,9 +54,8 @@ def test_a_tile_that_cannot_be_used_never_wins():
     assert tune.search(START, around, only_start, limit=50)[0] == START
 
 
-@pytest.mark.parametrize("name", ARCHES)
-def test_every_tile_of_the_table_passes_the_arithmetic(name):
-    arch = ARCHES[name]
+@pytest.mark.parametrize("arch", ARCHES.values(), ids=lambda arch: arch.name)
+def test_every_tile_of_the_table_passes_the_arithmetic(arch):
     for (kernel, size), tiles in arch.tiles.items():
         for tile in tiles:
             assert candidates.fits(tile, arch, kernel, size)
@@ -74,18 +73,22 @@ def test_what_cannot_fit_is_ruled_out():
     assert candidates.shared_bytes(tile, "gated_linear_fwd", 2) == 4 * (128 + 2 * 128) * 64 * 2
     assert candidates.shared_bytes(tile, "linear_act_fwd", 2) == 4 * (128 + 128) * 64 * 2
     five = dataclasses.replace(tile, num_stages=5)
-    assert not candidates.fits(five, SM90, "gated_linear_fwd", 2)
-    assert candidates.fits(five, SM90, "linear_act_fwd", 2)
-    # 256 accumulators a thread leave no register; tcgen05 keeps them elsewhere.
+    assert not candidates.fits(five, HOPPER, "gated_linear_fwd", 2)
+    assert candidates.fits(five, HOPPER, "linear_act_fwd", 2)
+    # 256 accumulators a thread leave no register; tensor memory keeps up to 128 x 512 elsewhere.
     wide = Tile(128, 128, 32, 4, 2, loads="tma")
-    assert not candidates.fits(wide, SM90, "gated_linear_fwd", 2)
-    assert candidates.fits(wide, ARCHES["sm_100"], "gated_linear_fwd", 2)
-    assert not candidates.fits(Tile(64, 32, 32, 4, 2, subtiles=4), SM90, "linear_act_fwd", 2)
+    assert not candidates.fits(wide, HOPPER, "gated_linear_fwd", 2)
+    for arch in ARCHES.values():
+        assert candidates.fits(wide, arch, "gated_linear_fwd", 2) == (arch.mma == "tcgen05")
+        full, over = (Tile(m, TENSOR_MEMORY, 16, 8, 1, subtiles=8) for m in (128, 256))
+        assert candidates.fits(full, arch, "linear_act_fwd", 2) == (arch.mma == "tcgen05")
+        assert not candidates.fits(over, arch, "linear_act_fwd", 2)
+    assert not candidates.fits(Tile(64, 32, 32, 4, 2, subtiles=4), HOPPER, "linear_act_fwd", 2)
 
 
 def test_growing_a_full_tile_costs_a_stage():
     full = Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma")
-    near = candidates.neighbours(full, SM90, "gated_linear_fwd", 2)
+    near = candidates.neighbours(full, HOPPER, "gated_linear_fwd", 2)
     assert Tile(128, 128, 128, 8, 2, subtiles=2, loads="tma") in near
 
 
@@ -108,8 +111,8 @@ def test_every_kernel_of_the_table_has_a_launcher():
 @pytest.mark.parametrize("kernel", ("hyper_attention_dq", "hyper_attention_step"))
 def test_a_search_of_hyper_attentions_tiles(kernel):
     """Its tiles are reached, small ones too, and the launch obeys."""
-    (tile,) = SM90.hyper[kernel, 2]
-    near = candidates.neighbours(tile, SM90, kernel, 2)
+    (tile,) = HOPPER.hyper[kernel, 2]
+    near = candidates.neighbours(tile, HOPPER, kernel, 2)
     assert dataclasses.replace(tile, block_m=2 * tile.block_m) in near
     assert any(t.block_n != tile.block_n for t in near) == kernel.endswith("step")
     other = dataclasses.replace(tile, num_warps=1)
@@ -142,7 +145,7 @@ def fake_timer(call) -> float:
 
 
 TABLE = Arch(
-    "made_up", 0, 1 << 20, True,
+    "made_up", 0, "wgmma", 1 << 20, 2048,
     {("linear_act_fwd", 4): (
         Tile(32, 32, 32, 4, 2, loads="tma", group_m=2),
         Tile(32, 32, 32, 4, 2, loads="element", group_m=2),
@@ -236,7 +239,7 @@ def test_a_broken_table_tile_is_an_error_and_no_search(monkeypatch):
 
 
 def test_shapes_are_grouped_by_the_tables_tile():
-    with device_module.pretend(SM90, 132):
+    with device_module.pretend(HOPPER, 132):
         rows = tune.rows_of(
             "gated_linear_fwd", torch.bfloat16,
             ((16, 4096, 14336), (1, 4096, 14336), (8192, 4096, 14336), (4096, 2048, 8192)), DEVICE,
