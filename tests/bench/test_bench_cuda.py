@@ -118,7 +118,7 @@ def test_why_a_provider_cannot_serve():
         del loader.load()[0].ACTIVATIONS["silu"]
         assert ours.skip(work(), "forward") == "has no functor for silu"
     with installed(gpu=80):
-        assert ours.skip(work(), "forward").endswith("for sm_90a, and this GPU is sm_80")
+        assert "for sm_90a, and this GPU is sm_80" in ours.skip(work(), "forward")
     with installed(gpu=100, archs=("sm_100a",)):
         assert ours.skip(work(), "forward") is None
         assert "sm_100a has variants cluster2" in cooperative.skip(work(), "forward")
