@@ -85,7 +85,7 @@ def add_selection(parser: argparse.ArgumentParser, of_op: str = "every case of t
     )  # fmt: skip
     add_model(parser)
     parser.add_argument(
-        "--shape", nargs="+", metavar="MxDxH", type=_shape, default=[],
+        "--shape", nargs="+", metavar="MxDxH", type=shape_of, default=[],
         help="tokens x width x hidden width, such as 4096x2048x8192",
     )  # fmt: skip
     add_json(parser)
@@ -113,7 +113,7 @@ def _model(name: str) -> Model:
     return known[name]
 
 
-def _shape(text: str) -> tuple[int, int, int]:
+def shape_of(text: str) -> tuple[int, int, int]:
     parts = text.split("x")
     if len(parts) != 3 or not all(p.isdigit() and int(p) > 0 for p in parts):
         raise argparse.ArgumentTypeError(f"must be MxDxH, such as 4096x2048x8192; got {text!r}")

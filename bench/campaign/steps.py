@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ...backends.cuda import loader
 from ...testing import CASES
-from ..launches import LAUNCHES
 from ..shapes import CAMPAIGN, HYPER, HYPER_TOKENS, TOP1, TOP1_TOKENS
+from ..timing.tune import LAUNCHES
 from ..variants import CUDA, DEFAULT, TIMED, VARIANTS, provider, variants_of
 from .worker import SANITIZERS, SANITIZERS_CUDA
 

@@ -29,18 +29,9 @@ import triton
 from ...kernels.arch import ARCHES, Arch
 from ...reference.activations import ACTIVATIONS
 from ..options import Refusal
-from . import (
-    binary as aot_binary,
-    hyper as aot_hyper,
-    jobs as aot_jobs,
-    masked as aot_masked,
-    moe as aot_moe,
-)
 from .compiling import captured, unknown
 from .inspecting import Compiled, inspect
-from .jobs import Job
-
-FAMILIES = (aot_jobs, aot_masked, aot_moe, aot_hyper, aot_binary)
+from .jobs import Job, jobs_of
 
 
 def distinct(arches: Iterable[Arch]) -> Iterator[Arch]:
@@ -81,7 +72,7 @@ def gate(
     # Silu is in every job; gelu's erf needs the most registers.
     activations = [a for a in ACTIVATIONS if a != "silu"] if every_activation else ["gelu"]
     for arch in arches:
-        jobs = tuple(job for family in FAMILIES for job in family.jobs_of(arch, activations))
+        jobs = tuple(jobs_of(arch, activations))
         if brief:
             jobs = tuple(brief_of(jobs))
         if kernels:

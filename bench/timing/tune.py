@@ -18,17 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...backends.op import KERNELS
 from ...kernels.arch import Arch
 from ...kernels.arch.tile import Tile
 from ...kernels.device import arch_of, multiprocessors, pretend
+from ...kernels.launches.launch import Launch, draw
 from ...kernels.pick import pick_tile
 from ...testing import assert_close_to, doubled
-from ..launches import LAUNCHES, draw
-from ..options import Emit, Record, _shape, add_json, collecting, subparser, write_json
+from ..options import Emit, Record, add_json, collecting, shape_of, subparser, write_json
 from ..shapes import MODELS
 from ..work import DTYPES
 from .candidates import neighbours
 
+# Those with tiles to search, by the rows of the table that they read.
+LAUNCHES: dict[str, Launch] = {
+    launch.name: launch
+    for kernel in KERNELS.values()
+    for launch in kernel.launches
+    if launch.reference
+}
 Timer = Callable[[Callable[[], object]], float]
 Shape = tuple[int, int, int]
 
@@ -104,11 +112,13 @@ class Bench:
         m, d, h = row.shapes[0]
         few = (min(m, CHECKED_ROWS), d, h)
         self.checked = draw(self.launch, few, row.dtype, device)
+        assert self.launch.reference is not None
         exact = self.launch.reference(doubled(self.checked))
         eager = self.launch.reference(self.checked)
         self.expected = {name: (exact[name], eager[name]) for name in exact}
 
     def _launch(self, tile: Tile, inputs: dict[str, Tensor], training: bool) -> dict[str, Tensor]:
+        assert self.launch.call is not None
         with forced(self.row.kernel, self.row.dtype, tile, self.device):
             return self.launch.call(inputs, training)
 
@@ -276,7 +286,7 @@ def register(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument(
-        "--shape", nargs="+", type=_shape, default=[], metavar="MxDxH",
+        "--shape", nargs="+", type=shape_of, default=[], metavar="MxDxH",
         help="default: llama3-8b and llama3.2-1b at 16, 2048 and 8192 tokens; of hyper_attention "
         "layers with 2 and 16 heads at 16384",
     )  # fmt: skip

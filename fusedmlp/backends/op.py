@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.launches.launch import Launch, no_extras
 from .flops import Shapes
 
 MISSING: Any = None  # what a row was not given; the check names it
@@ -73,6 +74,7 @@ class Kernel:
     triton: its Triton launcher. fake: its shape rule. flops: of a call, from its arguments with
     shapes in place of tensors. result: sizes of its result where it is a product with tiles in the
     table of kernels/arch. grouped: one product an expert. cuda: the kernel of csrc/, if any.
+    launches: calls that the gate compiles, and with which its tiles are searched.
     """
 
     schema: str
@@ -82,6 +84,7 @@ class Kernel:
     result: str | None = None
     grouped: bool = False
     cuda: Cuda | None = None
+    launches: tuple[Launch, ...] = ()
 
     @property
     def name(self) -> str:
@@ -156,6 +159,9 @@ def add_kernel(kernel: Kernel) -> None:
     if kernel.result is not None and kernel.result not in DEPTHS:
         sizes = f"None or one of {', '.join(DEPTHS)}"
         raise RowError(name, "result", sizes, kernel.result, "name the sizes of its product")
+    if not any(launch.size or launch.everywhere is not no_extras for launch in kernel.launches):
+        remedy = "write one in kernels/launches/, which the gate compiles"
+        raise RowError(name, "launches", "calls at real sizes", kernel.launches, remedy)
     if name in KERNELS:
         raise RowError(name, "name", "new", name, "two kernels cannot share it: rename one")
     KERNELS[name] = kernel
@@ -181,7 +187,9 @@ def register(op: Op) -> None:
         if getattr(found, "__name__", None) != name:
             raise RowError(name, piece, f"a function called {name}", found, at_the_end)
     if not callable(op.flops):
-        raise RowError(name, "flops", "a formula over the shapes of x", op.flops, at_the_end)
+        raise RowError(
+            name, "flops", "a formula over the shapes of arguments", op.flops, at_the_end
+        )
     for phase in ("forward", "backward"):
         rows = getattr(op, phase)
         if not isinstance(rows, tuple) or not all(isinstance(row, Kernel) for row in rows):

@@ -29,6 +29,7 @@ from ..backends.cuda import binary as cuda_binary
 from ..backends.flops import Shapes
 from ..backends.op import ONE_BIT, Cuda, Op, kernel, register
 from ..kernels.binary import binary_gated_linear as _triton
+from ..kernels.launches import binary as launches
 from ..packing import empty_pair, rows, split_pair
 from ..weights.binary import BinaryWeight
 from . import binary_linear, gated_act
@@ -88,6 +89,7 @@ fwd = library.define(
     flops=lambda x, q_gate, s_gate, q_up, *_: 2 * prod(x) * (q_gate[0] + q_up[0]),
     result="MH",
     cuda=Cuda(cuda_binary.binary_gated_linear_fwd, decodes=True),
+    launches=(launches.GATED,),
 )
 
 

@@ -38,6 +38,7 @@ from ..backends import choice, library
 from ..backends.flops import Shapes
 from ..backends.op import ONE_BIT, Op, kernel, register
 from ..kernels.binary import backward as _triton_bwd
+from ..kernels.launches import binary as launches
 from ..packing import rows
 from ..weights.binary import BinaryWeight
 from . import binary_gated_linear, binary_linear
@@ -61,6 +62,7 @@ bwd = library.define(
     _bwd_fake,
     flops=lambda dy, q_down, s_down, gu, *_: 2 * prod(dy) * gu[2],
     result="MH",
+    launches=(launches.BWD,),
 )
 
 

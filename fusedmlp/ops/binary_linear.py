@@ -37,6 +37,7 @@ from ..backends import choice, library
 from ..backends.cuda import binary as cuda_binary
 from ..backends.op import ONE_BIT, Cuda, Op, kernel, register
 from ..kernels.binary import backward as _triton_bwd, binary_linear as _triton
+from ..kernels.launches import binary as launches
 from ..packing import rows
 from ..weights.binary import BinaryWeight
 
@@ -85,6 +86,7 @@ fwd = library.define(
     flops=lambda x, qweight, *_: 2 * prod(x) * qweight[0],
     result="MH",
     cuda=Cuda(cuda_binary.binary_linear_fwd, decodes=True),
+    launches=(launches.FWD,),
 )
 # dy1, dy2 (M, H), the second or None -> dx = dy1 w1 + dy2 w2 (M, D).
 dx = library.define(
@@ -94,6 +96,7 @@ dx = library.define(
     _dx_fake,
     flops=lambda dy1, q1, s1, dy2, q2, s2, D: 2 * prod(dy1) * D * (1 if dy2 is None else 2),
     result="MD",
+    launches=(launches.DX,),
 )
 # dy (M, H), x (M, D) -> the gradient of the scales (H, G) in `dtype`.
 ds = library.define(
@@ -102,6 +105,7 @@ ds = library.define(
     _ds_fake,
     flops=lambda dy, x, *_: 2 * prod(dy) * x[1],
     result="HD",
+    launches=(launches.DS,),
 )
 
 

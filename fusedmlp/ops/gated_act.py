@@ -24,6 +24,7 @@ from ..backends import choice, library
 from ..backends.flops import no_products
 from ..backends.op import Op, kernel, register
 from ..kernels.dense import gated_act as _triton
+from ..kernels.launches import dense as launches
 from ..packing import Packed, empty_pair, halves, rows, split_pair
 
 OP = "gated_act"
@@ -50,12 +51,14 @@ fwd = library.define(
     _triton.gated_act_fwd,
     _fwd_fake,
     flops=no_products,
+    launches=(launches.ACT_FWD,),
 )
 bwd = library.define(
     "gated_act_bwd(Tensor dh, Tensor g, Tensor u, str activation, str? packed) -> Tensor",
     _triton.gated_act_bwd,
     _bwd_fake,
     flops=no_products,
+    launches=(launches.ACT_BWD,),
 )
 
 

@@ -30,6 +30,7 @@ from ..backends.cuda import gated_linear as cuda_gated_linear
 from ..backends.flops import rows_times
 from ..backends.op import HOPPER_AND_NEWER, Cuda, Op, kernel, register
 from ..kernels.dense import gated_linear as _triton
+from ..kernels.launches import dense as launches
 from ..packing import Packed, empty_pair, halves, rows, split_pair
 from . import gated_act
 
@@ -109,6 +110,7 @@ fwd = library.define(
     flops=lambda x, w_gate, w_up, *_: 2 * x[0] * (prod(w_gate) + prod(w_up)),
     result="MH",
     cuda=Cuda(cuda_gated_linear.gated_linear_fwd, HOPPER_AND_NEWER, few_rows=False),
+    launches=(launches.GATED_FWD,),
 )
 # dy (M, D), w_down (D, H) -> with dh = dy w_down: dgu, h, and the column sums of dg, du (2, H) in
 # the order of `packed`.
@@ -120,6 +122,7 @@ bwd = library.define(
     flops=lambda dy, w_down, *_: 2 * dy[0] * prod(w_down),
     result="MH",
     cuda=Cuda(cuda_gated_linear.gated_linear_bwd, HOPPER_AND_NEWER),
+    launches=(launches.GATED_BWD,),
 )
 
 

@@ -37,6 +37,7 @@ from ..backends.flops import Shape, Shapes, hyper_gradients, hyper_scores
 from ..backends.op import Op, kernel, register
 from ..check import hyper as check_hyper
 from ..kernels.hyper import gradients as _triton_bwd, hyper_attention as _triton
+from ..kernels.launches import hyper as launches
 from ..reference.hyper import Kind, Norm
 
 OP = "hyper_attention"
@@ -113,6 +114,7 @@ fwd = library.define(
     _triton.hyper_attention_fwd,
     _fwd_fake,
     flops=_fwd_flops,
+    launches=launches.FORWARD,
 )
 # -> the gradients of NAMES, empty where not wanted.
 bwd = library.define(
@@ -121,6 +123,7 @@ bwd = library.define(
     _triton_bwd.hyper_attention_bwd,
     _bwd_fake,
     flops=_bwd_flops,
+    launches=launches.BACKWARD,
 )
 
 

@@ -33,6 +33,7 @@ from ..backends.flops import Shape, Shapes, hyper_pair
 from ..backends.op import Op, kernel, register
 from ..check import hyper as check_hyper
 from ..kernels.hyper import hyper_attention_step as _triton
+from ..kernels.launches import hyper as launches
 from ..reference.hyper import Kind, Norm
 from .hyper_attention import NAMES
 
@@ -77,6 +78,7 @@ step = library.define(
     _triton.hyper_attention_step,
     _fake,
     flops=_flops,
+    launches=launches.STEPS,
 )
 
 

@@ -27,6 +27,7 @@ from ..backends.cuda import gated_linear as cuda_gated_linear
 from ..backends.flops import no_products, rows_times
 from ..backends.op import HOPPER_AND_NEWER, Cuda, Op, kernel, register
 from ..kernels.dense import linear_act as _triton
+from ..kernels.launches import dense as launches
 from ..packing import rows
 
 OP = "linear_act"
@@ -76,6 +77,7 @@ fwd = library.define(
     flops=lambda x, w, *_: 2 * x[0] * prod(w),
     result="MH",
     cuda=Cuda(cuda_gated_linear.linear_act_fwd, HOPPER_AND_NEWER, few_rows=False),
+    launches=(launches.PLAIN_FWD,),
 )
 # dy (M, D), w_out (D, H) -> with dh = dy w_out: dz, h and the column sums of dz (1, H).
 bwd = library.define(
@@ -86,6 +88,7 @@ bwd = library.define(
     flops=lambda dy, w_out, *_: 2 * dy[0] * prod(w_out),
     result="MH",
     cuda=Cuda(cuda_gated_linear.linear_act_bwd, HOPPER_AND_NEWER),
+    launches=(launches.PLAIN_BWD,),
 )
 # Elementwise: dz from dh when there is no GEMM to fuse it into, h from z.
 dz = library.define(
@@ -93,12 +96,14 @@ dz = library.define(
     _triton.linear_act_dz,
     _dz_fake,
     flops=no_products,
+    launches=(launches.PLAIN_DZ,),
 )
 act = library.define(
     "linear_act_h(Tensor z, str activation) -> Tensor",
     _triton.linear_act_h,
     _h_fake,
     flops=no_products,
+    launches=(launches.PLAIN_H,),
 )
 
 

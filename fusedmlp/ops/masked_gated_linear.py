@@ -38,6 +38,7 @@ from ..backends import choice, library
 from ..backends.cuda import masked as cuda_masked
 from ..backends.flops import Shapes, no_products, rows_times
 from ..backends.op import BIT_PLANES, Cuda, Op, kernel, register
+from ..kernels.launches import masked as launches
 from ..kernels.masked import backward as _triton_bwd, masked_gated_linear as _triton
 from ..packing import rows
 from ..weights.masks import PackedMasks, check_logits, pack
@@ -103,6 +104,10 @@ fwd = library.define(
     flops=lambda x, w, planes, *_: 2 * (1 + planes[2]) * x[0] * prod(w),
     result="MH",
     cuda=Cuda(cuda_masked.masked_gated_linear_fwd, decodes=True),
+    launches=(
+        launches.ONE,
+        launches.GROUP,
+    ),
 )
 # dh (M, H) -> V, e_1, .. as ev (1 + n_m, M, H), and h (M, H) again, with M = 0 if not wanted.
 ev = library.define(
@@ -110,6 +115,7 @@ ev = library.define(
     _triton_bwd.masked_gated_linear_ev,
     _ev_fake,
     flops=no_products,
+    launches=(launches.EV,),
 )
 dx = library.define(
     "masked_gated_linear_dx(Tensor ev, Tensor w, Tensor planes) -> Tensor",
@@ -117,6 +123,7 @@ dx = library.define(
     _dx_fake,
     flops=lambda ev, w, planes: 2 * prod(ev[:2]) * prod(w),
     result="MD",
+    launches=(launches.DX,),
 )
 # -> dw (H, D) and dmasks (n_m, H, D) in `dtype`, each with no rows if not wanted.
 dw = library.define(
@@ -126,6 +133,7 @@ dw = library.define(
     _dw_fake,
     flops=lambda ev, x, w, planes, want_dw, *_: 2 * (ev[0] - 1 + want_dw) * x[0] * prod(w),
     result="HD",
+    launches=(launches.DW,),
 )
 
 

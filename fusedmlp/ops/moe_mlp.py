@@ -43,6 +43,7 @@ from ..backends import choice, library
 from ..backends.flops import Shape, no_products, rows_times
 from ..backends.op import Op, kernel, register
 from ..check.experts import autocast_prob, check_experts, check_routing
+from ..kernels.launches import moe as launches
 from ..kernels.moe import backward as _triton_bwd, moe_mlp as _triton
 from ..packing import Packed, empty_pair, halves, rows
 from ..reference import Routing
@@ -134,6 +135,7 @@ up = library.define(
     flops=_up_flops,
     result="MH",
     grouped=True,
+    launches=(launches.UP,),
 )
 # prob (a w' + a2 w2' + b) in token order.
 down = library.define(
@@ -144,6 +146,7 @@ down = library.define(
     flops=_down_flops,
     result="MD",
     grouped=True,
+    launches=(launches.DOWN,),
 )
 # -> dgu, prob h, dprob, db, db_down
 dh = library.define(
@@ -155,6 +158,7 @@ dh = library.define(
     flops=lambda dy, tokens, offsets, prob, w_down, *_: 2 * dy[0] * prod(w_down[1:]),
     result="MH",
     grouped=True,
+    launches=(launches.DH,),
 )
 # a (T, N), b (T, K) -> a' b of each expert's rows, (E, N, K)
 wgrad = library.define(
@@ -165,6 +169,7 @@ wgrad = library.define(
     flops=lambda a, b, *_: 2 * prod(a) * b[1],
     result="HD",
     grouped=True,
+    launches=(launches.WGRAD,),
 )
 # dy (T, N) in token order -> its sums over each expert's tokens, (E, N)
 bias_grad = library.define(
@@ -172,6 +177,7 @@ bias_grad = library.define(
     _triton_bwd.moe_bias_grad,
     _bias_grad_fake,
     flops=no_products,
+    launches=(launches.BIAS,),
 )
 
 

@@ -36,6 +36,7 @@ from ..backends.cuda import route as cuda_route
 from ..backends.flops import no_products
 from ..backends.op import TRITON_DTYPES, Cuda, Op, kernel, register
 from ..check.experts import check_kind
+from ..kernels.launches import moe as launches
 from ..kernels.moe import top1_route as _triton
 from ..packing import rows
 from ..reference import Routing
@@ -78,6 +79,7 @@ fwd = library.define(
     _fwd_fake,
     flops=no_products,
     cuda=Cuda(cuda_route.top1_route_fwd, dtypes=TRITON_DTYPES),
+    launches=(launches.ROUTE,),
 )
 # expert (T,) -> tokens, rows, offsets, counts
 given = library.define(
@@ -87,6 +89,7 @@ given = library.define(
     _given_fake,
     flops=no_products,
     cuda=Cuda(cuda_route.route_to_fwd, dtypes=(torch.int64, *TRITON_DTYPES)),
+    launches=(launches.GIVEN,),
 )
 bwd = library.define(
     "top1_route_bwd(Tensor logits, Tensor expert, Tensor? dprob, Tensor? dmean, Tensor? dlse) "
@@ -94,6 +97,7 @@ bwd = library.define(
     _triton.top1_route_bwd,
     _bwd_fake,
     flops=no_products,
+    launches=(launches.ROUTE_BWD,),
 )
 
 

@@ -20,6 +20,7 @@ from .. import reference
 from ..backends import choice, library
 from ..backends.flops import no_products
 from ..backends.op import Op, kernel, register
+from ..kernels.launches import moe as launches
 from ..kernels.moe import tree_path as _triton
 from ..packing import rows
 
@@ -35,6 +36,7 @@ fwd = library.define(
     _triton.tree_path_fwd,
     _fake,
     flops=no_products,
+    launches=(launches.TREE,),
 )
 
 

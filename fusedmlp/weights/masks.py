@@ -18,6 +18,7 @@ from .. import reference
 from ..backends import choice, library
 from ..backends.flops import no_products
 from ..backends.op import Op, kernel, register
+from ..kernels.launches import masked as launches
 from ..kernels.masked import masks as _triton
 
 MAX_MASKS = 16
@@ -124,6 +125,7 @@ pack = library.define(
     _triton.pack_masks,
     _pack_fake,
     flops=no_products,
+    launches=(launches.PACK,),
 )
 
 

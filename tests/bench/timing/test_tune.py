@@ -6,13 +6,14 @@ import math
 import pytest
 import torch
 
-from fusedmlp.bench.launches import LAUNCHES, draw
 from fusedmlp.bench.report.ledger import check_record
 from fusedmlp.bench.timing import candidates, tune
+from fusedmlp.bench.timing.tune import LAUNCHES
 from fusedmlp.kernels import device as device_module, pick
 from fusedmlp.kernels.arch import ARCHES, INTERPRETER, TENSOR_MEMORY, Arch, arch_for
 from fusedmlp.kernels.arch.tile import Tile
 from fusedmlp.kernels.device import arch_of
+from fusedmlp.kernels.launches.launch import draw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HOPPER = arch_for(90)

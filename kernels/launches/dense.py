@@ -1,0 +1,167 @@
+"""Launches of the dense family, at Llama-3-8B's MLP; the ragged sizes keep no 16-byte alignment, so
+they take masked element loads."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ... import reference
+from ...reference.activations import ACTIVATIONS
+from ..dense.gated_act import gated_act_bwd, gated_act_fwd
+from ..dense.gated_linear import gated_linear_bwd, gated_linear_fwd
+from ..dense.linear_act import linear_act_bwd, linear_act_dz, linear_act_fwd, linear_act_h
+from .launch import Extra, Launch, Shapes, Tensors, sizes_of_one
+
+M, D, H = SIZE = 4096, 4096, 14336
+RAGGED = 4093, 4093, 1021
+_BF16 = torch.bfloat16
+
+
+def new(*shape: int, dtype: torch.dtype = _BF16) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+def calls(
+    launcher: Callable[..., Any], arguments: Mapping[str, tuple[Any, ...]]
+) -> Iterator[Extra]:
+    """Calls in bfloat16, of variant -> arguments."""
+    for variant, args in arguments.items():
+        yield variant, _BF16, functools.partial(launcher, *args)
+
+
+def _gated_fwd(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
+    b_gate, b_up = (t["b_gate"], t["b_up"]) if training else (None, None)
+    weights = (t["w_gate"], t["w_up"], b_gate, b_up)
+    h, gu = gated_linear_fwd(t["x"], *weights, activation, True, training)
+    return {"h": h, "g": gu[0], "u": gu[1]} if training else {"h": h}
+
+
+def _gated_fwd_reference(t: Mapping[str, Tensor]) -> Tensors:
+    g, u = F.linear(t["x"], t["w_gate"], t["b_gate"]), F.linear(t["x"], t["w_up"], t["b_up"])
+    return {"h": reference.gated_act(g, u), "g": g, "u": u}
+
+
+def _gated_fwd_extras() -> Iterator[Extra]:
+    """Weights contiguous along either dimension, or not stacked; g and u alone."""
+    x, w, halves = new(M, D), new(H, D), new(2 * H, D).chunk(2)
+    arguments = {
+        "transposed": (x, new(D, H).t(), w, None, None, "silu", True, True),
+        "two boxes": (x, w, w, None, None, "silu", True, True),
+        "g and u": (x, *halves, None, None, "silu", False, True),
+    }
+    return calls(gated_linear_fwd, arguments)
+
+
+def _gated_bwd(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
+    dgu, h, db = gated_linear_bwd(t["dy"], t["w_down"], t["gu"], activation, None, True, training)
+    return {"dgu": dgu, "h": h, "db": db}
+
+
+def _gated_bwd_reference(t: Mapping[str, Tensor]) -> Tensors:
+    gu = t["gu"].detach().requires_grad_()
+    h = reference.gated_act(gu[0], gu[1])
+    (dgu,) = torch.autograd.grad(h, gu, t["dy"] @ t["w_down"])
+    return {"dgu": dgu, "h": h.detach(), "db": dgu.sum(1)}
+
+
+def _gated_bwd_extras() -> Iterator[Extra]:
+    dy, pair = new(M, D), new(2, M, H)
+    arguments = {
+        "transposed down": (dy, new(H, D).t(), pair, "silu", None, True, True),
+        "packed dgu": (dy, new(D, H), pair, "silu", "up_gate", False, True),
+    }
+    return calls(gated_linear_bwd, arguments)
+
+
+def _plain_fwd(t: Mapping[str, Tensor], training: bool, activation: str = "gelu") -> Tensors:
+    b = t["b"] if training else None
+    h, z = linear_act_fwd(t["x"], t["w"], b, activation, True, training)
+    return {"h": h, "z": z}
+
+
+def _plain_fwd_reference(t: Mapping[str, Tensor]) -> Tensors:
+    return {
+        "h": reference.linear_act(t["x"], t["w"], t["b"]),
+        "z": F.linear(t["x"], t["w"], t["b"]),
+    }
+
+
+def _plain_bwd(t: Mapping[str, Tensor], training: bool, activation: str = "gelu") -> Tensors:
+    dz, h, db = linear_act_bwd(t["dy"], t["w_down"], t["z"], activation, True, training)
+    return {"dz": dz, "h": h, "db": db}
+
+
+def _plain_bwd_reference(t: Mapping[str, Tensor]) -> Tensors:
+    z = t["z"].detach().requires_grad_()
+    h = F.gelu(z)
+    (dz,) = torch.autograd.grad(h, z, t["dy"] @ t["w_down"])
+    return {"dz": dz, "h": h.detach(), "db": dz.sum(0, keepdim=True)}
+
+
+GATED_FWD = Launch(
+    "gated_linear_fwd", _gated_fwd,
+    lambda M, D, H: {"x": (M, D), "w_gate+w_up": (2 * H, D), "b_gate": (H,), "b_up": (H,)},
+    SIZE, RAGGED, _gated_fwd_reference, activated=True, odd=sizes_of_one(*SIZE),
+    extras=_gated_fwd_extras,
+)  # fmt: skip
+GATED_BWD = Launch(
+    "gated_linear_bwd", _gated_bwd,
+    lambda M, D, H: {"dy": (M, D), "w_down": (D, H), "gu": (2, M, H)},
+    SIZE, RAGGED, _gated_bwd_reference, activated=True, odd=sizes_of_one(*SIZE),
+    extras=_gated_bwd_extras,
+)  # fmt: skip
+PLAIN_FWD = Launch(
+    "linear_act_fwd", _plain_fwd, lambda M, D, H: {"x": (M, D), "w": (H, D), "b": (H,)},
+    SIZE, RAGGED, _plain_fwd_reference, activated=True, odd=sizes_of_one(*SIZE),
+)  # fmt: skip
+PLAIN_BWD = Launch(
+    "linear_act_bwd", _plain_bwd, lambda M, D, H: {"dy": (M, D), "w_down": (D, H), "z": (M, H)},
+    SIZE, RAGGED, _plain_bwd_reference, activated=True, odd=sizes_of_one(*SIZE),
+)  # fmt: skip
+
+
+# ---- elementwise
+
+
+def _act_shapes(*names: str) -> Callable[..., Shapes]:
+    return lambda M, D, H: dict.fromkeys(names, (M, H))
+
+
+def _every_activation() -> Iterator[Extra]:
+    """Cheap to compile, and the same on every architecture: all activations on one."""
+    g = new(M, H)
+    arguments = {name: (g, g, g, name, None) for name in ACTIVATIONS if name != "silu"}
+    return calls(gated_act_bwd, arguments)
+
+
+def _packed() -> Iterator[Extra]:
+    for dtype in (_BF16, torch.float32):
+        gate, up = new(M, 2 * H, dtype=dtype).chunk(2, 1)
+        yield (
+            "packed", dtype,
+            functools.partial(gated_act_bwd, gate, gate, up, "silu", "up_gate"),
+        )  # fmt: skip
+
+
+ACT_FWD = Launch(
+    "gated_act_fwd", lambda t, training: {"h": gated_act_fwd(t["g"], t["u"], "silu")},
+    _act_shapes("g", "u"), SIZE,
+)  # fmt: skip
+ACT_BWD = Launch(
+    "gated_act_bwd",
+    lambda t, training: {"dgu": gated_act_bwd(t["dh"], t["g"], t["u"], "silu", None)},
+    _act_shapes("dh", "g", "u"), SIZE, extras=_every_activation, everywhere=_packed,
+)  # fmt: skip
+PLAIN_H = Launch(
+    "linear_act_h", lambda t, training: {"h": linear_act_h(t["z"], "silu")}, _act_shapes("z"), SIZE
+)
+PLAIN_DZ = Launch(
+    "linear_act_dz", lambda t, training: {"dz": linear_act_dz(t["dh"], t["z"], "silu")},
+    _act_shapes("dh", "z"), SIZE,
+)  # fmt: skip
