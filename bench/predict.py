@@ -39,7 +39,7 @@ from .timing.session import DEFAULT_WIDTHS, plan
 from .work import Work
 
 # Beside its GEMM a launcher may run these, which sum what the GEMM stored.
-HELPERS = ("_reduce_kernel", "_sums_kernel", "_bias_kernel", "_dprob_kernel")
+HELPERS = ("reduce_kernel", "_sums_kernel", "_bias_kernel", "_dprob_kernel")
 REGISTERS = 65536  # of each multiprocessor
 RESERVED_SHARED = 1024  # of each block, for the system
 COMPUTED = "computed from datasheets; nothing was measured"

@@ -58,7 +58,7 @@ def _partial_kernel(
 
 
 @triton.jit
-def _reduce_kernel(
+def reduce_kernel(
     parts_ptr,
     b_gate_ptr,
     b_up_ptr,
@@ -124,7 +124,7 @@ def launch_split(
         BLOCK_K=tile.block_k, MASK_K=D % tile.block_k != 0, PRECISION=precision(x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
     )  # fmt: skip
-    _reduce_kernel[columns,](
+    reduce_kernel[columns,](
         parts, b_gate, b_up, h, g, u, M, H, splits, *strides,
         ACT=DEVICE[activation], GATED=gated, **shared,
     )  # fmt: skip

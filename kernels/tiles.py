@@ -216,7 +216,7 @@ def multiply_stacked(
     for k in tl.range(0, K, BLOCK_K):
         b = tl.reshape(w.load([0, n0, k]), (2 * BLOCK_N, BLOCK_K)).T
         acc = dot(x.load([m0, k]), b, acc, PRECISION)
-    first, second = _halve(acc, BLOCK_M, 2 * BLOCK_N)
+    first, second = halve(acc, BLOCK_M, 2 * BLOCK_N)
     return first, second
 
 
@@ -232,7 +232,7 @@ def tile_at(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
-def _halve(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+def halve(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     left, right = tl.split(tl.permute(tl.reshape(t, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
     return left, right
 
@@ -243,7 +243,7 @@ def column_parts(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.cons
     if PARTS == 1:
         parts = (t,)
     else:
-        left, right = _halve(t, BLOCK_M, BLOCK_N)
+        left, right = halve(t, BLOCK_M, BLOCK_N)
         first = column_parts(left, BLOCK_M, BLOCK_N // 2, PARTS // 2)
         second = column_parts(right, BLOCK_M, BLOCK_N // 2, PARTS // 2)
         parts = first + second
@@ -311,7 +311,7 @@ def _aligned(t: Tensor, outer: int, inner: int, rows: int, columns: int) -> bool
     )
 
 
-def _descriptor(
+def descriptor_of(
     t: Tensor,
     block: list[int],
     shape: tuple[int, ...] | None = None,
@@ -340,17 +340,17 @@ def stacked_of(
         return None
     strides = (abs(step) // w1.element_size(), *w1.stride())
     low = w1 if step > 0 else w2
-    return _descriptor(low, [2, block_n, block_k], (2, *w1.shape), strides), step < 0
+    return descriptor_of(low, [2, block_n, block_k], (2, *w1.shape), strides), step < 0
 
 
 def rows_of(t: Tensor | None, block_r: int, block_c: int, tma: bool) -> Any:
     """A matrix with contiguous columns (x, h, g, ...) as a kernel takes it."""
-    return t if t is None or not tma else _descriptor(t, [block_r, block_c])
+    return t if t is None or not tma else descriptor_of(t, [block_r, block_c])
 
 
 def slices_of(t: Tensor | None, block_r: int, block_c: int, tma: bool) -> Any:
     """A contiguous (n, R, C) stack of matrices as a kernel takes it."""
-    return t if t is None or not tma else _descriptor(t, [1, block_r, block_c])
+    return t if t is None or not tma else descriptor_of(t, [1, block_r, block_c])
 
 
 def weight_of(
@@ -365,4 +365,4 @@ def weight_of(
         return t, stride_n, stride_k, True
     k_major = stride_k == 1 and _aligned(t, *t.stride(), *t.shape)
     view, block = (t, [block_n, block_k]) if k_major else (t.t(), [block_k, block_n])
-    return _descriptor(view, block), stride_n, stride_k, k_major
+    return descriptor_of(view, block), stride_n, stride_k, k_major

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..layers.parts.block import _DROPOUTS
+from ..layers.parts.block import DROPOUTS
 from .activation import name_by_values
 from .dense import RESIDUAL, Dense, is_projection
 from .experts import advice
@@ -101,7 +101,7 @@ class _Matcher:
             tail.insert(0, step)
         down = node
         h, dropout = self.only(node.args[0]), None
-        if self.calls(h) and isinstance(self.called(h), _DROPOUTS):
+        if self.calls(h) and isinstance(self.called(h), DROPOUTS):
             dropout, h = str(h.target), self.only(h.args[0])
         if self.is_call(h, _MUL):
             first, packed, (activation, by) = self.gated(*h.args)

@@ -23,7 +23,7 @@ from ..activations import DEVICE
 from ..arch.tile import Tile, cdiv
 from ..epilogues import store_fwd
 from ..pick import LAST, pick_splits, pick_tile
-from ..skinny import _reduce_kernel
+from ..skinny import reduce_kernel
 from ..tiles import (
     aligned,
     column_parts,
@@ -193,7 +193,7 @@ def _launch_split(
         BLOCK_K=tile.block_k, MASK_K=D % tile.block_k != 0, PRECISION=precision(x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
     )  # fmt: skip
-    _reduce_kernel[columns,](
+    reduce_kernel[columns,](
         parts, *biases, *outputs, M, H, splits, *strides,
         ACT=DEVICE[activation], GATED=gated, **shared,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..arch.tile import Tile, cdiv
 from ..device import multiprocessors
-from ..tiles import _descriptor, _halve, aligned, dot, load_weight
+from ..tiles import aligned, descriptor_of, dot, halve, load_weight
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def multiply_both(
             )
             b = tl.reshape(w1.load([0, expert, n0, k]), (2 * BLOCK_N, BLOCK_K)).T
             acc = dot(a, b, acc, PRECISION)
-        acc1, acc2 = _halve(acc, BLOCK_M, 2 * BLOCK_N)
+        acc1, acc2 = halve(acc, BLOCK_M, 2 * BLOCK_N)
     else:
         acc1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc2 = acc1
@@ -257,7 +257,7 @@ def experts_of(
         return w, stride_e, stride_n, stride_k, True
     k_major = stride_k == 1 and aligned(w[0])
     view, block = (w, [1, block_n, block_k]) if k_major else (w.mT, [1, block_k, block_n])
-    return _descriptor(view, block), stride_e, stride_n, stride_k, k_major
+    return descriptor_of(view, block), stride_e, stride_n, stride_k, k_major
 
 
 def stacked_experts(
@@ -272,4 +272,4 @@ def stacked_experts(
         return None
     strides = (abs(step) // w1.element_size(), *w1.stride())
     low = w1 if step > 0 else w2
-    return _descriptor(low, [2, 1, block_n, block_k], (2, *w1.shape), strides), step < 0
+    return descriptor_of(low, [2, 1, block_n, block_k], (2, *w1.shape), strides), step < 0

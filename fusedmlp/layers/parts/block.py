@@ -21,7 +21,7 @@ from ...ops.mlp import mlp
 from ...packing import Packed
 
 # Exact types: a subclass may do something in eval, or at p = 0.
-_DROPOUTS = (
+DROPOUTS = (
     nn.Dropout,
     nn.Dropout1d,
     nn.Dropout2d,
@@ -121,7 +121,7 @@ def passes_through(dropout: nn.Module | None) -> bool:
     """Whether calling `dropout` now would return its input unchanged."""
     if dropout is None or type(dropout) is nn.Identity:
         return True
-    return type(dropout) in _DROPOUTS and (not dropout.training or bool(dropout.p == 0))
+    return type(dropout) in DROPOUTS and (not dropout.training or bool(dropout.p == 0))
 
 
 def block_path(dropout: nn.Module | None, *, activation: str, gated: bool) -> str:
