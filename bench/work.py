@@ -158,5 +158,7 @@ def case_of(name: str) -> Case:
 
 
 def ops() -> list[str]:
-    """Every op that a case calls."""
-    return list(dict.fromkeys(case.op for case in CASES.values()))
+    """Every op that a case calls, then those whose row is new and that no case calls yet."""
+    called = dict.fromkeys(case.op for case in CASES.values())
+    new = (name for name, op in OPS.items() if op.public and not op.within and name not in called)
+    return [*called, *new]
