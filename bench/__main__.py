@@ -1,10 +1,9 @@
-"""python -m fusedmlp.bench"""
+"""python -m fusedmlp.bench: `fusedmlp bench` of the copy that Python finds first, which in the
+folder of a checkout is the checkout."""
 
 import sys
 
-from .cli import main
-from .process import end_on_sigterm
+from ..cli import main
 
 if __name__ == "__main__":
-    end_on_sigterm()
-    sys.exit(main())
+    sys.exit(main(["bench", *sys.argv[1:]]))

@@ -1,73 +1,75 @@
-"""The command line: `python -m fusedmlp.bench [subcommand]`.
+"""The command line: `fusedmlp bench [COMMAND]`.
 
-Every subcommand lives in its own module and enters the tree through `register(subparsers)`, which
-adds a parser with `set_defaults(main=...)`; main takes the parsed arguments and returns the exit
-code.
+Every command lives in its own module and enters the tree through `register(subparsers)`, which adds
+a parser with `set_defaults(main=...)`; main takes the parsed arguments and returns the exit code.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
-from . import overview
-from .options import Refusal
+from . import overview, rooms
+from .options import PROG, Refusal
 
-# Modules with a subcommand, in the order of --help.
-COMMANDS = (
-    "check",
-    "timing.command",
-    "predict",
-    "campaign.command",
-    "timing.tune",
-    "report.command",
-    "report.plots",
-    "experiments.table",
-    "experiments.lm",
-)
+# Commands and their modules, in the order of --help.
+COMMANDS = {
+    "check": "check",
+    "time": "timing.command",
+    "predict": "predict",
+    "tune": "timing.tune",
+    "campaign": "campaign.command",
+    "report": "report.command",
+    "plots": "report.plots",
+    "table": "experiments.table",
+    "lm": "experiments.lm",
+}
 
-EPILOG = """\
+EPILOG = f"""\
+exit code: 0 all is right, 1 something is wrong, 2 wrong usage, 130 interrupted
+
 examples:
-  python -m fusedmlp.bench                       what is here, errors, times or computed times
-  python -m fusedmlp.bench --model llama3-8b     the same at that model's widths
-  python -m fusedmlp.bench check --dtype float16
-  python -m fusedmlp.bench time --case gated_mlp --m 4096 --json times.json
-  python -m fusedmlp.bench COMMAND --help
+  {PROG}                       errors of every op, times or computed times
+  {PROG} --model llama3-8b     the same at that model's widths
+  {PROG} --verbose             every row of it
+  {PROG} check --dtype float16
+  {PROG} time --case gated_mlp --m 4096 --json times.json
+  {PROG} COMMAND --help
 
-Gates that need no GPU are modules of their own: python -m fusedmlp.bench.gate.kernels (kernels/)
-and python -m fusedmlp.bench.gate.csrc (csrc/).
+The gate of csrc/ is a module of its own: python -m fusedmlp.bench.gate.csrc (in a checkout).
 """
 
 
 def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(
-        prog="python -m fusedmlp.bench",
+        prog=PROG,
         description="Errors, times and computed times of fusedmlp's kernels on this machine.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     overview.configure(root)
     subparsers = root.add_subparsers(metavar="COMMAND", title="commands")
-    for name in COMMANDS:
-        importlib.import_module(f".{name}", __package__).register(subparsers)
+    for name, module in COMMANDS.items():
+        if rooms.has(module):
+            importlib.import_module(f".{module}", __package__).register(subparsers)
+        else:
+            subparsers.add_parser(name, help="needs a checkout")
     return root
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
+        # Before its arguments are read: only its own room knows them.
+        name = arguments[0] if arguments else ""
+        if name in COMMANDS and not rooms.has(COMMANDS[name]):
+            raise Refusal(rooms.missing(name))
+        args = parser().parse_args(arguments)
         return int(args.main(args) or 0)
     except Refusal as refusal:
-        print(f"fusedmlp.bench: {refusal}", file=sys.stderr)
+        print(f"{PROG}: {refusal}", file=sys.stderr)
         return 2
-    except BrokenPipeError:
-        # `... | head` closed the pipe: not our fault, and no traceback's worth.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except KeyboardInterrupt:
         return 130

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import triton
 
-from .. import __version__
+from .. import __version__, running
 from ..kernels.arch import ARCHES, Arch
 from ..kernels.arch.roof import Roof
 
@@ -118,7 +118,9 @@ def lines(found: Mapping[str, Any]) -> list[str]:
         now = found["clocks"]
         gpu += f", SM clock {now['sm_mhz']} of {now['sm_max_mhz']} MHz" if now else ""
     return [
+        *running.describe(),
         gpu,
-        f"fusedmlp {found['fusedmlp']} at commit {found['commit'] or 'unknown'}, "
-        f"Python {found['python']}, CUDA {found['cuda'] or 'none'}",
+        f"torch {found['torch']}, triton {found['triton']}, CUDA {found['cuda'] or 'none'}, "
+        f"Python {found['python']}",
+        *([f"commit {found['commit']}"] if found["commit"] else []),
     ]

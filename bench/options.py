@@ -18,7 +18,9 @@ from . import process
 from .shapes import DENSE, HYPER, TOP1, Model
 from .work import ALL_CASES, DTYPES, ops
 
+PROG = "fusedmlp bench"
 SCHEMA = 1
+INTERRUPTED = 130  # the exit code of a program that SIGINT ends
 Record = dict[str, Any]
 Emit = Callable[[Record], None]
 
@@ -31,7 +33,7 @@ def subparser(
     subparsers: Any, name: str, summary: str, examples: Sequence[str], main: Callable[..., int]
 ) -> argparse.ArgumentParser:
     """Add a subcommand whose --help ends in examples."""
-    lines = "\n".join(f"  python -m fusedmlp.bench {example}" for example in examples)
+    lines = "\n".join(f"  {PROG} {example}" for example in examples)
     made: argparse.ArgumentParser = subparsers.add_parser(
         name,
         help=summary,
@@ -159,11 +161,20 @@ def collecting(records: list[Record]) -> Emit:
     return emit
 
 
-def write_json(path: str | None, found: Mapping[str, Any], records: Sequence[Record]) -> None:
+def write_json(
+    path: str | None, found: Mapping[str, Any], records: Sequence[Record], say: bool = True
+) -> None:
     if path is None:
         return
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(
-            {"schema": SCHEMA, "machine": dict(found), "records": list(records)}, file, indent=1
-        )
-        file.write("\n")
+    content = {"schema": SCHEMA, "machine": dict(found), "records": list(records)}
+    write_text(path, json.dumps(content, indent=1) + "\n", say)
+
+
+def write_text(path: str | Path, text: str, say: bool = True) -> None:
+    """Write a file that a user is to find, and say where; Refusal where it cannot be written."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise Refusal(f"{path} was not written: {error.strerror}") from error
+    if say:
+        print(f"wrote {path}")

@@ -33,7 +33,7 @@ from ..kernels.tiles import aligned
 from . import machine
 from .machine import ARCH_OF, ROOFS
 from .options import Record, Refusal, collecting, subparser, write_json
-from .render import number, size, table
+from .render import number, say, size, table
 from .timing.command import add_sizes, options_of
 from .timing.session import DEFAULT_WIDTHS, plan
 from .work import Work
@@ -159,7 +159,20 @@ def show(records: Sequence[Record]) -> None:
     header = ("case", "activation", "dtype", "model", "M x D x H", "phase", "GFLOP", "bytes")
     gpus = [f"{name} ms, bound" for name in ROOFS]
     body = [[*key, *row] for key, row in rows.items()]
-    table(f"Roofline times: {COMPUTED}", (*header, *gpus), body)
+    table(
+        f"Roofline times: {COMPUTED}", (*header, *gpus), body,
+        drop=("activation", "GFLOP", "bytes", "model", "dtype", *gpus[:0:-1]),
+    )  # fmt: skip
+
+
+TILE = "tile, warps, stages, loads"
+
+
+def _short(tile: str) -> str:
+    """A tile as TILE heads it: "64x128x64, 4, 3, tma"."""
+    for unit in (" warps", " stages", " loads"):
+        tile = tile.replace(unit, "")
+    return tile
 
 
 def show_launches(records: Sequence[Record]) -> None:
@@ -170,16 +183,21 @@ def show_launches(records: Sequence[Record]) -> None:
             compiled = [str(launch.get(n, "-")) for n in ("registers", "shared", "blocks_at_once")]
             cells = [str(launch["tiles"]), str(launch["splits"]), f"{launch['waves']:.2f}"]
             rows.append([
-                r["gpu"], launch["kernel"], r["dtype"], shape, launch["tile"], *cells, *compiled
+                r["gpu"], launch["kernel"], r["dtype"], shape, _short(launch["tile"]), *cells,
+                *compiled,
             ])  # fmt: skip
     header = (
-        "GPU", "kernel", "dtype", "M x D x H", "tile", "tiles", "K parts", "waves", "registers",
+        "GPU", "kernel", "dtype", "M x D x H", TILE, "tiles", "K parts", "waves", "registers",
         "shared", "blocks at once",
     )  # fmt: skip
     if rows:
         # Forward and both launch the same forward kernel.
         rows = list(map(list, dict.fromkeys(map(tuple, rows))))
-        table("Launches as planned: computed, nothing was run", header, rows)
+        table(
+            "Launches as planned: computed, nothing was run", header, rows,
+            drop=("blocks at once", "shared", "registers", "K parts", "tiles", "dtype", "waves",
+                  "M x D x H"),
+        )  # fmt: skip
 
 
 def compile_kernels(records: Sequence[Record]) -> list[Mapping[str, Any]]:
@@ -200,7 +218,10 @@ def compile_kernels(records: Sequence[Record]) -> list[Mapping[str, Any]]:
         print(f"compiling for {', '.join(names)}: minutes", file=sys.stderr, flush=True)
         # On a terminal the gate's own rows are the progress.
         out = sys.stderr if sys.stderr.isatty() else subprocess.DEVNULL
-        done = subprocess.run(argv, env=environment, stdout=out, stderr=subprocess.PIPE)
+        # In ROOT, for the folder that a child starts in comes first among its modules' places.
+        done = subprocess.run(
+            argv, env=environment, stdout=out, stderr=subprocess.PIPE, cwd=machine.ROOT
+        )
         if not file.exists():
             raise Refusal(f"the ahead-of-time gate failed: {done.stderr.decode()[-2000:]}")
         rows: list[Mapping[str, Any]] = json.loads(file.read_text())
@@ -246,7 +267,8 @@ def main(args: argparse.Namespace) -> int:
         add_compiled(records, compile_kernels(records))
     show(records)
     show_launches(records)
-    print(f"\nAll of this is {COMPUTED}.")
+    print()
+    say(f"All of this is {COMPUTED}.")
     write_json(args.json, machine.describe(), records)
     return 0
 

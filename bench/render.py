@@ -1,11 +1,13 @@
 """Tables and progress for a terminal; with rich where it is installed, in plain text where not.
 
-Anything that is not a terminal gets plain text: a rich table would be folded to 80 columns there.
+Anything that is not a terminal gets plain text with every column: it has no width to fit.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
@@ -39,24 +41,66 @@ def _is_figure(cell: str) -> bool:
     return not cell or cell[0].isdigit() or cell in ("-", "inf")
 
 
+def width_of(out: TextIO) -> int:
+    """Columns of a terminal (COLUMNS, where it is set); more than anything needs elsewhere."""
+    return shutil.get_terminal_size().columns if out.isatty() else 10_000
+
+
+def say(text: str, out: TextIO | None = None) -> None:
+    """Print a paragraph, broken between words where the terminal ends."""
+    out = out or sys.stdout
+    width = width_of(out)
+    lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    print("\n".join(lines), file=out)
+
+
+def fit(
+    header: Sequence[str], rows: Rows, width: int, drop: Sequence[str]
+) -> tuple[Sequence[str], Rows, list[str]]:
+    """The table without as many of the columns `drop`, in that order, as make it fit; and those."""
+    gone: list[str] = []
+    for name in drop:
+        if max(map(len, plain_table(header, rows).splitlines())) <= width:
+            break
+        if name not in header:
+            continue
+        at = list(header).index(name)
+        header = [*header[:at], *header[at + 1 :]]
+        rows = [[*row[:at], *row[at + 1 :]] for row in rows]
+        gone.append(name)
+    return header, rows, gone
+
+
 def table(
     title: str,
     header: Sequence[str],
     rows: Rows,
     out: TextIO | None = None,
     styles: Mapping[str, str] | None = None,
+    drop: Sequence[str] = (),
 ) -> None:
-    """styles: rich's style of cells with exactly this text."""
+    """styles: rich's style of cells with exactly this text. drop: columns that a terminal too
+    narrow for all of them does without, the least needed first."""
     out = out or sys.stdout
     styles = styles or {}
+    header, rows, gone = fit(header, rows, width_of(out), drop)
+    print(file=out)
+    if title:
+        say(title, out)
+    _print_table(header, rows, out, styles)
+    if gone:
+        say(f"Left out, for want of columns: {', '.join(gone)}.", out)
+
+
+def _print_table(header: Sequence[str], rows: Rows, out: TextIO, styles: Mapping[str, str]) -> None:
     plain = plain_table(header, rows)
     console = rich.console.Console(file=out) if rich is not None and out.isatty() else None
     # A table wider than the terminal would have its cells folded: whole lines read better.
     frame = 3 * len(header) + 1
     if console is None or console.width < max(map(len, plain.splitlines())) + frame:
-        print(f"\n{title}\n{plain}", file=out)
+        print(plain, file=out)
         return
-    made = rich.table.Table(title=title, title_justify="left")
+    made = rich.table.Table()
     for i, name in enumerate(header):
         figures = all(_is_figure(row[i]) for row in rows)
         made.add_column(name, justify="right" if figures else "left")

@@ -1,18 +1,15 @@
-"""The `fusedmlp` command.
-
-| command | |
-|---|---|
-| fusedmlp doctor | what is installed, what runs where, and whether the numbers are right here |
-| fusedmlp bench ... | python -m fusedmlp.bench |
-| fusedmlp patch-report MODEL_DIR | what patch() would do to a checkpoint, from its configuration |
+"""What is installed here, whether its numbers are right and how fast they come, and what patch()
+would do to a checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import __version__
+
 if TYPE_CHECKING:
     from .patching import Entry, Report
 
 OPTIONAL = ("transformers", "kernels", "numpy", "matplotlib", "rich")
+CHECKED = ("gated_mlp", "mlp", "moe_mlp")
 
 
 def _version(name: str) -> str:
@@ -34,18 +34,22 @@ def _version(name: str) -> str:
 
 
 def doctor() -> int:
-    """Versions, explain(), and gated_mlp, mlp and moe_mlp against float64 on what `auto` takes."""
-    from . import __version__, explain
+    """Versions, explain(), and three ops against float64 on what `auto` takes. Exit code 1 where
+    one is wrong, 2 where the chosen backend cannot run here."""
+    from . import explain
     from .testing import CASES, judge
 
-    print(f"fusedmlp {__version__}, Python {sys.version.split()[0]}")
-    print(", ".join(map(_version, OPTIONAL)))
     print(explain())
+    print(f"Python {sys.version.split()[0]}, {', '.join(map(_version, OPTIONAL))}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     passed = True
-    for name in ("gated_mlp", "mlp", "moe_mlp"):
+    for name in CHECKED:
         case = next(c for c in CASES.values() if c.op == name)
-        errors = judge(case, case.inputs(37, 64, 96, torch.float32, device))
+        try:
+            errors = judge(case, case.inputs(37, 64, 96, torch.float32, device))
+        except RuntimeError as error:  # of the backend that FUSEDMLP_BACKEND names
+            print(f"nothing was checked: {str(error).partition(chr(10))[0]}")
+            return 2
         good = all(error.passed for error in errors.values())
         passed = passed and good
         print(f"{name} on {device}, float32, forward and backward: {'right' if good else 'WRONG'}")
@@ -113,26 +117,61 @@ def patch_report(folder: str) -> int:
     return 0 if report.patched else 1
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for a wrong result or nothing to patch, 2 for wrong usage."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fusedmlp", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"fusedmlp {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser(
+        "doctor", help="which copy runs, what runs where, and whether its numbers are right"
+    )
+    commands.add_parser(
+        "bench", help="errors of every kernel, times or computed times; fusedmlp bench --help"
+    )
+    report = commands.add_parser("patch-report", help="what patch() would do to a checkpoint")
+    report.add_argument("model_dir", metavar="MODEL_DIR", help="a folder with a config.json")
+    return parser
+
+
+def _run(arguments: Sequence[str]) -> int:
+    if arguments[:1] != ["bench"]:
+        args = _parser().parse_args(arguments)
+    try:
+        from .backends import choice  # noqa: F401 - it reads FUSEDMLP_BACKEND
+    except ValueError as error:
+        print(f"fusedmlp: {error}", file=sys.stderr)
+        return 2
     if arguments[:1] == ["bench"]:
         from .bench.cli import main as bench
         from .bench.process import end_on_sigterm
 
         end_on_sigterm()
-
         return bench(arguments[1:])
-    parser = argparse.ArgumentParser(
-        prog="fusedmlp", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("doctor", help="what is installed, and whether its numbers are right")
-    commands.add_parser("bench", help="errors and times; fusedmlp bench --help")
-    report = commands.add_parser("patch-report", help="what patch() would do to a checkpoint")
-    report.add_argument("model_dir", metavar="MODEL_DIR")
-    args = parser.parse_args(arguments)
     return doctor() if args.command == "doctor" else patch_report(args.model_dir)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0; 1 for a wrong result or nothing to patch; 2 for wrong usage or a
+    backend that cannot run here; 130 after an interrupt."""
+    try:
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # here, where a closed pipe or a full disk can still be answered
+        return code
+    except BrokenPipeError:
+        # `... | head` has seen enough.
+        _discard_output()
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        _discard_output()
+        print(f"fusedmlp: {error}", file=sys.stderr)
+        return 1
+
+
+def _discard_output() -> None:
+    """What is still buffered has nowhere to go; Python would try again at its end and complain."""
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import torch
 import triton
 from torch import nn
 
+from . import running
 from .backends import choice
 from .backends.cuda import loader
 from .backends.op import public_ops
@@ -61,9 +62,9 @@ def _layer_lines(layer: nn.Module) -> list[str]:
 
 
 def explain(layer: nn.Module | None = None) -> str:
-    """A text of what runs where: versions, the chosen backend, what the CUDA extension holds or why
-    it is not there, each device's backend, what each kernel was last launched with, and which calls
-    in `layer` are fused.
+    """A text of what runs where: which copy of this package, versions, the chosen backend, what the
+    CUDA extension holds or why it is not there, each device's backend, what each kernel was last
+    launched with, and which calls in `layer` are fused.
 
     Raises TypeError unless `layer` is an nn.Module or None.
 
@@ -76,6 +77,7 @@ def explain(layer: nn.Module | None = None) -> str:
     if layer is not None and not isinstance(layer, nn.Module):
         raise TypeError(f"explain: layer must be an nn.Module or None, got {layer!r}")
     lines = [
+        *running.describe(),
         f"torch {torch.__version__}, triton {triton.__version__}, "
         f"backend {choice.chosen()!r} (backend(), FUSEDMLP_BACKEND)",
     ]

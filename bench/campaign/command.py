@@ -1,6 +1,6 @@
 """Everything a borrowed GPU should do, the most valuable first, inside a time box.
 
-    python -m fusedmlp.bench campaign [--minutes N] [--out DIR]
+    fusedmlp bench campaign [--minutes N] [--out DIR]
 
 check, the CUDA kernels, time, the test suite, compute-sanitizer, tune (steps.py): one process per
 step, so that a crash, a hang or a poisoned CUDA context costs its own step, those that need it, and

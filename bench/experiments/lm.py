@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -20,7 +21,17 @@ from typing import Any
 import torch
 
 from .. import machine, render
-from ..options import SCHEMA, Refusal, add_device, check_device, count, positive, subparser
+from ..options import (
+    INTERRUPTED,
+    SCHEMA,
+    Refusal,
+    add_device,
+    check_device,
+    count,
+    positive,
+    subparser,
+    write_text,
+)
 from ..report import plots
 from ..report.ledger import RESULTS
 from . import lm_page
@@ -29,6 +40,7 @@ from .lm_models import MLPS, Plan, names
 from .lm_train import Record, Run, digest, text
 
 TITLE = "Held-out loss"
+GO_ON = "the same command goes on with them"
 
 
 def read(folder: Path) -> list[Record]:
@@ -87,6 +99,8 @@ def plans(args: argparse.Namespace) -> list[Plan]:
 def train(wanted: Sequence[Plan], args: argparse.Namespace) -> int:
     """Run what results.json does not have; how many runs the deadline left unfinished."""
     check_device(args.device)
+    if importlib.util.find_spec("safetensors") is None:  # before hours of training are lost
+        raise Refusal('checkpoints need safetensors: pip install "fusedmlp[bench]"')
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -121,21 +135,29 @@ def report(folder: Path) -> None:
         render.table(TITLE, *lm_page.cells(models))
     if not records:
         return
-    (folder / "table.md").write_text(lm_page.markdown(records), encoding="utf-8")
+    write_text(folder / "table.md", lm_page.markdown(records))
+    drawn = lm_page.plots(records)
     try:
-        plots.write(lm_page.plots(records), folder)
+        plots.write(drawn, folder)
     except ImportError as error:
         raise Refusal(f"plots need pip install 'fusedmlp[bench]': {error}") from error
+    print(*(f"wrote {folder / plot.name}.svg" for plot in drawn), sep="\n")
 
 
 def main(args: argparse.Namespace) -> int:
     wanted = plans(args)
     if args.report and not (args.out / "results.json").exists():
         raise Refusal(f"{args.out}: expected a folder with a results.json that `lm` wrote")
-    unfinished = 0 if args.report else train(wanted, args)
+    try:
+        unfinished = 0 if args.report else train(wanted, args)
+    except KeyboardInterrupt:
+        report(args.out)
+        print(f"interrupted: {GO_ON}, from the checkpoints in {args.out / 'checkpoints'}")
+        return INTERRUPTED
     report(args.out)
     if unfinished:
-        print(f"{unfinished} of {len(wanted)} runs unfinished: the same command goes on with them")
+        print(f"{unfinished} of {len(wanted)} runs unfinished: {GO_ON}")
+        print(f"their checkpoints: {args.out / 'checkpoints'}")
     return 0
 
 

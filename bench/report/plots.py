@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..options import subparser
+from ..options import Refusal, subparser
 from ..variants import CUDA, DEFAULT
 from ..work import ops
-from .ledger import RESULTS, Ledger, Record, collect
+from .ledger import RESULTS, Ledger, LedgerError, Record, collect
 from .summary import is_default, is_variant
 from .tables import newest, size
 
@@ -261,9 +261,16 @@ def stale(plots: Sequence[Plot], folder: Path) -> list[Path]:
 
 
 def main(args: argparse.Namespace) -> int:
-    plots = plots_of(collect(args.results), ops())
+    try:
+        plots = plots_of(collect(args.results), ops())
+    except LedgerError as error:
+        raise Refusal(
+            f"plots draws ledgers, which campaign writes; what --json of another command wrote is "
+            f"none: {error}"
+        ) from error
     if plots:
         write(plots, args.out)
+    print(*(f"wrote {args.out / plot.name}.svg" for plot in plots), sep="\n")
     print(f"plots: {len(plots)} in {args.out}" if plots else "plots: no ledger has times to show")
     return 0
 
@@ -272,9 +279,10 @@ def register(subparsers: Any) -> None:
     parser = subparser(
         subparsers,
         "plots",
-        "draw the plots of the recorded times, no report",
+        "draw the plots of the ledgers that campaign wrote, no report",
         ("plots", "plots --results results --out plots"),
         main,
     )
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="ledgers")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR",
+                        help="of ledgers; a file of another command's --json is none")  # fmt: skip
     parser.add_argument("--out", type=Path, default=RESULTS / "plots", metavar="DIR")

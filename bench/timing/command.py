@@ -21,8 +21,9 @@ import torch
 
 from ...backends import choice
 from ...testing import CASES
-from .. import machine
+from .. import machine, rooms
 from ..options import (
+    INTERRUPTED,
     Emit,
     Record,
     Refusal,
@@ -36,9 +37,11 @@ from ..options import (
 from ..render import Progress, number, percent, size, table
 from ..rivals import RIVALS
 from ..work import DGLU, PHASES
-from . import base
 from .clock import CudaTimer, Timer
 from .session import PLAIN_CASES, Options, Session, plan
+
+# What a narrow terminal does without, the least needed first.
+DROP = ("activation", "GB/s", "20-80%", "of copy", "peak memory", "dtype", "TFLOP/s", "of cuBLAS")
 
 
 class NothingTimed(Refusal):
@@ -105,7 +108,7 @@ def show(records: Sequence[Record]) -> None:
             "case", "activation", "dtype", "M x D x H", "phase", "provider", "median ms", "20-80%",
             "TFLOP/s", "of cuBLAS", "GB/s", "of copy", "peak memory",
         )  # fmt: skip
-        table("Times measured on this GPU", header, rows)
+        table("Times measured on this GPU", header, rows, drop=DROP)
     reasons = dict.fromkeys(
         f"{r['provider']}, {r['case']} {r['phase']}: {r['skipped']}"
         for r in records
@@ -167,19 +170,23 @@ def main(args: argparse.Namespace) -> int:
     records: list[Record] = []
     found = machine.describe()
     if args.base is not None:
+        base = rooms.load("campaign.base", "time --base")
         require_gpu()
-        return base.main(args.base, options, args.json, found)
+        return int(base.main(args.base, options, args.json, found))
+    interrupted = False
     try:
-        seen = run(options, collecting(records))
+        found["sm_clocks_while_timing"] = clock_range(run(options, collecting(records)))
     except NothingTimed:
         write_json(args.json, found, records)
         raise
-    found["sm_clocks_while_timing"] = clock_range(seen)
+    except KeyboardInterrupt:
+        interrupted = True
     show(records)
-    print(f"\nSM clocks between rounds: {found['sm_clocks_while_timing'] or 'could not be read'}")
+    clocks = found.get("sm_clocks_while_timing") or "could not be read"
+    print("\nInterrupted." if interrupted else f"\nSM clocks between rounds: {clocks}")
     write_json(args.json, found, records)
     failed = any(r["kind"] == "check" and not r["passed"] for r in records)
-    return 1 if failed else 0
+    return INTERRUPTED if interrupted else int(failed)
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -206,7 +213,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )  # fmt: skip
     parser.add_argument("--rounds", type=count, default=20, metavar="N", help="default: 20")
     parser.add_argument(
-        "--base", metavar="REF", help="time this tree against that commit, fusedmlp only"
+        "--base", metavar="REF", help="time this checkout against that commit, fusedmlp only"
     )
     parser.add_argument(
         "--keep-samples", action="store_true", help="keep every sample in the records"

@@ -45,7 +45,7 @@ def write(folder: Path) -> None:
     must be new or empty."""
     from .. import __version__
 
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"fusedmlp.hub: folder must be new or empty, got {folder}")
     source, variant = folder / "torch-ext" / NAME, folder / "build" / "torch-cuda"
     for target in (source, variant):
@@ -80,4 +80,7 @@ def metadata(variant: Path) -> dict[str, object]:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m fusedmlp.hub", description=__doc__)
     parser.add_argument("folder", type=Path)
-    write(parser.parse_args().folder)
+    try:
+        write(parser.parse_args().folder)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))

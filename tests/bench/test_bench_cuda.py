@@ -276,7 +276,7 @@ def test_check_of_cuda_needs_a_gpu(capsys):
     from fusedmlp.bench import cli
 
     assert cli.main(["check", "--backend", "cuda", "--case", "gated_linear"]) == 2
-    assert "check --backend cuda needs a GPU" in capsys.readouterr().err
+    assert "the backend cuda needs a GPU" in capsys.readouterr().err
 
 
 def test_small_cases_run_every_variant(monkeypatch, capsys):

@@ -99,7 +99,7 @@ def test_machine_says_what_a_number_depends_on():
     if not torch.cuda.is_available():
         assert found["gpu"] is None
         assert found["clocks"] is None
-        assert machine.lines(found)[0] == "GPU: none found by torch"
+        assert "GPU: none found by torch" in machine.lines(found)
 
 
 def test_commit_names_a_checkout_and_says_dirty(tmp_path, monkeypatch):

@@ -10,8 +10,9 @@ import pytest
 import torch
 from timing_fake import FakeTimer, of
 
+from fusedmlp.bench.campaign import base
 from fusedmlp.bench.shapes import DENSE
-from fusedmlp.bench.timing import base, calls, command as timing, session
+from fusedmlp.bench.timing import calls, command as timing, session
 from fusedmlp.bench.timing.session import Options, Peaks, Session, plan, record_of
 from fusedmlp.bench.work import PHASES, Work
 from fusedmlp.testing import CASES

@@ -18,9 +18,9 @@ from typing import Any
 from .. import machine, process
 from ..options import Emit, Record, Refusal, collecting, write_json
 from ..render import Progress, number, table
+from ..timing.session import Options, plan
+from ..timing.stats import summarize
 from ..work import Work
-from .session import Options, plan
-from .stats import summarize
 
 TURNS = 3
 LIMIT_S = 3600
