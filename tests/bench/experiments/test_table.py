@@ -228,6 +228,19 @@ def test_worse_than_the_mean_is_said():
     assert table.remarks(record, False) == ""
 
 
+def test_a_page_of_other_steps_says_so_and_compares_nothing(tmp_path):
+    page = tmp_path / "page.md"
+    argv = ["table", "--model", "mlp", "--published", "--steps", "2", "--seeds", "1"]
+    argv += ["--no-compile", "--device", "cpu"]
+    assert cli.main([*argv, "--markdown", str(page)]) == 0
+    text = page.read_text()
+    assert "The task of mlp_utils' README: 2 (its recipe has 501: only after as many" in text
+    assert "501 steps" not in text
+    header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
+    at = header.split(" | ").index("Difference")
+    assert rows and all(row.split(" | ")[at] == "-" for row in rows)
+
+
 @pytest.fixture(scope="module")
 def kept():
     return table.read(str(KEPT))
