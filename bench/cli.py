@@ -20,6 +20,7 @@ COMMANDS = {
     "time": "timing.command",
     "predict": "predict",
     "tune": "timing.tune",
+    "gate": "gate.command",
     "campaign": "campaign.command",
     "report": "report.command",
     "plots": "report.plots",

@@ -52,7 +52,7 @@ def test_the_wheel_holds_what_an_installed_user_can_run(wheel):
     files = zipfile.ZipFile(wheel).infolist()
     names = {f.filename.removeprefix("fusedmlp/bench/") for f in files if "/bench/" in f.filename}
     folders = left_out()
-    assert {"campaign", "experiments", "report", "results"} <= set(folders)
+    assert {"campaign", "experiments", "gate/csrc", "report", "results"} <= set(folders)
     assert {"check.py", "timing/command.py", "predict.py", "gate/kernels.py"} <= names
     assert not [name for name in names if name.startswith(tuple(f"{f}/" for f in folders))]
     assert not [f.filename for f in files if f.filename.startswith("tests")]
@@ -131,6 +131,7 @@ def test_the_console_script_of_a_wheel(wheel, tmp_path):
     file = tmp_path / "out.json"
     case = ("--case", "gated_act", "--shape", "8x16x24")
     assert f"wrote {file}" in command("bench", "check", *case, "--json", file)
+    assert "--every-activation" in command("bench", "gate", "--help")
     assert "nothing was measured" in command("bench", "predict", "--op", "gated_mlp")
     if not torch.cuda.is_available():
         assert "torch finds no GPU" in command("bench", "time", code=2)

@@ -20,10 +20,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..machine import ROOT
-from .inspecting import tool
+from ...machine import ROOT
+from ..inspecting import tool
 
-BASELINE = Path(__file__).with_name("csrc.json")
+BASELINE = Path(__file__).parents[1] / "csrc.json"
 BUILD = ROOT / "build" / str(sys.implementation.cache_tag)  # setup.py's
 
 # What each kernel of a source X_smNN.cu must hold, by NN.
@@ -194,7 +194,8 @@ def _judged(version: str, kernels: list[Kernel]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    name = "python -m fusedmlp.bench.gate.csrc"
+    parser = argparse.ArgumentParser(name, description=__doc__.splitlines()[0])
     parser.add_argument("--build", type=Path, default=BUILD, help="CMake's build folder")
     parser.add_argument("--update", action="store_true", help=f"write {BASELINE.name} anew")
     parser.add_argument("--json", metavar="FILE", help="also write every row to FILE")
@@ -220,7 +221,3 @@ def main(argv: list[str] | None = None) -> int:
     faulty = sum(bool(kernel.faults) for kernel in kernels)
     print(f"{len(kernels)} kernels, {faulty} with faults, {len(worse)} worse than the baseline")
     return 1 if faulty or worse else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
