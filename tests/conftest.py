@@ -1,17 +1,19 @@
 """Without a GPU the kernels run in Triton's interpreter; it has to be chosen before Triton is
-imported."""
+imported. One thread each, unless OMP_NUM_THREADS says otherwise: NumPy, which the interpreter
+computes with, reads it once, when torch imports it."""
 
 import importlib.util
 import os
 import shutil
 
-import torch
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 import pytest  # noqa: E402
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...testing import doubled, error_of, floating
+from ...testing import error_of, floating, yardsticks
 from ..rivals import Rival
 from ..work import DGLU, Work
 from .clock import Call
@@ -112,9 +112,8 @@ def disagreement(rival: Rival, work: Work, device: str) -> str | None:
     )
     with torch.no_grad():
         out = rival.function(small)(rival.arguments(small, inputs))
-        eager = small.case.run_reference(inputs, **small.options)
-        exact = small.case.run_reference(doubled(inputs), **small.options)
-    error = error_of(out, exact, eager)
+        known = yardsticks(lambda t: small.case.run_reference(t, **small.options), inputs)
+    error = error_of(out, *known["out"])
     if error.rms <= RIVAL_SLACK * error.rms_bound:
         return None
     return f"computes something else: relative L2 error {error.relative_l2:.1e}"

@@ -132,7 +132,7 @@ class Bench:
         """Raise unless `tile` compiles, launches, and passes the tolerance rule."""
         results = self._launch(tile, self.checked, True)
         for name, expected in self.expected.items():
-            assert_close_to(results[name], *expected, name)
+            assert_close_to(results[name], *expected, name=name)
 
     def measure(self, tile: Tile) -> float:
         """Geometric mean of the shapes' milliseconds; infinite if the tile cannot be used."""

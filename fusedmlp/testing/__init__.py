@@ -1,7 +1,7 @@
 """What tests and bench share: the tolerance rule, the cases, NaN-poisoned memory."""
 
 from . import binary, dense, hyper, masked, moe
-from .case import Case, Shapes, compare, doubled, evaluate, floating, judge
+from .case import Case, Shapes, compare, doubled, evaluate, floating, judge, yardsticks
 from .memory import poison
 from .rule import Error, assert_close_to, error_of
 
@@ -18,6 +18,7 @@ __all__ = [
     "floating",
     "judge",
     "poison",
+    "yardsticks",
 ]
 
 FAMILIES = (dense, masked, moe, hyper, binary)

@@ -3,6 +3,7 @@ reference."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,8 @@ from torch import Tensor
 from .. import _api, reference
 from ..backends.op import OPS
 from ..reference.activations import ACTIVATIONS
-from .rule import Error, error_of
+from .rounding import rounding_errors
+from .rule import Error, Rounding, error_of
 
 Shapes = dict[str, tuple[int, ...]]
 Draw = Callable[[tuple[int, ...], torch.Generator], Tensor]
@@ -180,6 +182,22 @@ def evaluate(
     return results
 
 
+def yardsticks(
+    fn: Callable[[Mapping[str, Tensor]], Tensor],
+    inputs: Mapping[str, Tensor],
+    dy: Tensor | None = None,
+    wanted: tuple[str, ...] | None = None,
+) -> dict[str, tuple[Tensor, Tensor, Rounding]]:
+    """(exact, eager, rounding) of each result that `evaluate` gives of the reference `fn`: all that
+    the tolerance rule judges another computation by."""
+    exact_inputs, exact_dy = doubled(inputs), None if dy is None else dy.double()
+    run = lambda: evaluate(fn, exact_inputs, exact_dy, wanted)  # noqa: E731
+    eager, exact = evaluate(fn, inputs, dy, wanted), run()
+    errors = functools.cache(lambda: rounding_errors(run, exact, eager["out"].dtype))
+    one = lambda name: errors()[name]  # noqa: E731
+    return {k: (t, eager[k], functools.partial(one, k)) for k, t in exact.items()}
+
+
 def judge(
     case: Case,
     inputs: Mapping[str, Tensor],
@@ -192,7 +210,7 @@ def judge(
     """Errors of case.fn's output and gradients by the tolerance rule, on whatever backend is
     chosen."""
     results = compare(case, inputs, backward=backward, wanted=wanted, dy=dy, **options)
-    return {name: error_of(*triple) for name, triple in results.items()}
+    return {name: error_of(*numbers) for name, numbers in results.items()}
 
 
 def compare(
@@ -203,10 +221,9 @@ def compare(
     wanted: tuple[str, ...] | None = None,
     dy: Tensor | None = None,
     **options: Any,
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """name -> (out, exact, eager) for the output and every gradient."""
+) -> dict[str, tuple[Tensor, Tensor, Tensor, Rounding]]:
+    """name -> (out, exact, eager, rounding) for the output and every gradient."""
     reference = lambda t: case.run_reference(t, **options)  # noqa: E731
-    exact_inputs = doubled(inputs)
     backward = backward and not case.forward_only
     if backward and dy is None:
         with torch.no_grad():
@@ -215,6 +232,5 @@ def compare(
         dy = _uniform("dy", tuple(out.shape), 0, generator).to(out)
     grads = dy if backward else None
     ours = evaluate(lambda t: case.run(t, **options), inputs, grads, wanted)
-    eager = evaluate(reference, inputs, grads, wanted)
-    exact = evaluate(reference, exact_inputs, None if grads is None else grads.double(), wanted)
-    return {name: (ours[name], exact[name], eager[name]) for name in ours}
+    known = yardsticks(reference, inputs, grads, wanted)
+    return {name: (out, *known[name]) for name, out in ours.items()}

@@ -37,8 +37,8 @@ def on_hopper(monkeypatch):
 
 
 def check(case, inputs, **options):
-    for name, triple in compare(case, inputs, **options).items():
-        assert_close_to(*triple, name=name)
+    for name, numbers in compare(case, inputs, **options).items():
+        assert_close_to(*numbers, name=name)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)

@@ -37,8 +37,8 @@ def inputs_of(name, *shape, dtype):
 def test_masked_gated_linear(name, shape, dtype):
     """The first shape is cut into two parts, which a second kernel adds up."""
     case = CASES[name]
-    triple = compare(case, inputs_of(name, *shape, dtype=dtype), backward=False)
-    for tensor, numbers in triple.items():
+    results = compare(case, inputs_of(name, *shape, dtype=dtype), backward=False)
+    for tensor, numbers in results.items():
         assert_close_to(*numbers, name=tensor)
     assert choice.SERVED["masked_gated_linear_fwd"] == "cuda"
 
@@ -61,8 +61,8 @@ def test_masked_gated_mlp():
 @pytest.mark.parametrize("name", [n for n in CASES if n.startswith("binary_")])
 def test_binary(name):
     case = CASES[name]
-    triples = compare(case, inputs_of(name, 3, 1024, 128, dtype=torch.bfloat16), backward=False)
-    assert_close_to(*triples["out"])
+    results = compare(case, inputs_of(name, 3, 1024, 128, dtype=torch.bfloat16), backward=False)
+    assert_close_to(*results["out"])
     served = {k: v for k, v in choice.SERVED.items() if k.startswith("binary_")}
     assert set(served.values()) == {"cuda"}
 

@@ -27,8 +27,8 @@ bf16 = torch.bfloat16
 
 
 def check(case, inputs, **options):
-    for name, triple in compare(case, inputs, **options).items():
-        assert_close_to(*triple, name=name)
+    for name, numbers in compare(case, inputs, **options).items():
+        assert_close_to(*numbers, name=name)
 
 
 # ---- what the extension is handed

@@ -29,8 +29,8 @@ def test_a_record_has_what_the_ledger_wants():
     assert (record["M"], record["D"], record["H"]) == SMALL[0]
     assert set(record["tensors"]) == {"out", "dg", "du"}
     assert set(record["tensors"]["out"]) == {
-        "max", "rms", "relative_l2", "eager_max", "eager_rms", "max_bound", "rms_bound", "worst",
-        "passed",
+        "max", "rms", "relative_l2", "eager_max", "eager_rms", "rounding_max", "rounding_rms",
+        "max_bound", "rms_bound", "worst", "passed",
     }  # fmt: skip
 
 

@@ -209,8 +209,8 @@ def test_dglu_is_the_gates_gradient_of_the_gemm(name):
     eager = RIVALS["eager"].dglu(here)
     exact, rough = (eager({k: t.to(d) for k, t in inputs.items()}) for d in (torch.float64, bf16))
     for i, part in enumerate(dgu):
-        assert_close_to(part, exact[0][i], rough[0][i], f"half {i}")
-    assert_close_to(h, exact[1], rough[1], "h")
+        assert_close_to(part, exact[0][i], rough[0][i], name=f"half {i}")
+    assert_close_to(h, exact[1], rough[1], name="h")
 
 
 def test_dglu_is_set_against_its_own_gemm():

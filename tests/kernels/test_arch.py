@@ -126,8 +126,8 @@ def test_every_way_of_cutting_gives_the_same_numbers(
     monkeypatch.setattr(gated_linear, "aligned", lambda *rows, weights: loads != "element")
     for name in ("gated_mlp-bias", "mlp-bias"):
         case = CASES[name]
-        for key, triple in compare(case, case.inputs(70, 48, 136, torch.float16)).items():
-            assert_close_to(*triple, name=key)
+        for key, numbers in compare(case, case.inputs(70, 48, 136, torch.float16)).items():
+            assert_close_to(*numbers, name=key)
 
 
 @triton.jit
@@ -177,6 +177,6 @@ def test_weights_that_cannot_be_stacked_take_two_accumulators(name, device, on_t
     case = CASES[name]
     inputs = case.inputs(40, 48, 72, torch.bfloat16, device)
     inputs["w_up"] = inputs["w_up"].t().contiguous().t()
-    for key, triple in compare(case, inputs).items():
-        assert_close_to(*triple, name=key)
+    for key, numbers in compare(case, inputs).items():
+        assert_close_to(*numbers, name=key)
     assert seen and not any(seen)

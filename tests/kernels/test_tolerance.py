@@ -17,7 +17,7 @@ SHAPE = 37, 67, 91  # element loads: every tile is launched on its own
 
 def verdicts(case, dtype=torch.bfloat16):
     results = compare(case, case.inputs(*SHAPE, dtype))
-    return {name: error_of(*triple).passed for name, triple in results.items()}
+    return {name: error_of(*numbers).passed for name, numbers in results.items()}
 
 
 def test_honest_kernels_pass(on_triton):

@@ -21,8 +21,8 @@ GEMMS = {name: case for name, case in CASES.items() if case.op in OWN}
                          ids=str)  # fmt: skip
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_model_sizes(case, shape, dtype):
-    for name, triple in compare(case, case.inputs(*shape, dtype, "cuda")).items():
-        assert_close_to(*triple, name=name)
+    for name, numbers in compare(case, case.inputs(*shape, dtype, "cuda")).items():
+        assert_close_to(*numbers, name=name)
 
 
 @pytest.mark.extension
@@ -38,8 +38,8 @@ def test_model_sizes_in_the_cuda_extension(case, shape, dtype):
             with pytest.raises(RuntimeError, match=re.escape(why)):
                 case.run(inputs)
         else:
-            for name, triple in compare(case, inputs).items():
-                assert_close_to(*triple, name=name)
+            for name, numbers in compare(case, inputs).items():
+                assert_close_to(*numbers, name=name)
 
 
 @pytest.mark.parametrize("name", ("gated_mlp-bias", "mlp-bias", "gated_mlp-recompute-bias"))

@@ -12,7 +12,7 @@ import fusedmlp
 from fusedmlp import hyper_attention
 from fusedmlp.kernels.hyper import gradients as hyper_gradients
 from fusedmlp.ops import hyper_attention as op
-from fusedmlp.testing import assert_close_to, evaluate
+from fusedmlp.testing import assert_close_to, evaluate, yardsticks
 
 SMALL = {"B": 1, "H": 1, "T": 37, "L": 40, "dq": 5, "dv": 6}
 
@@ -28,11 +28,9 @@ def check(inputs, dy=None, wanted=None, **options):
     torch.manual_seed(1)
     dy = torch.randn_like(inputs["v"]) if dy is None else dy
     ours = evaluate(lambda t: hyper_attention(**t, **options), inputs, dy, wanted)
-    eager = evaluate(lambda t: reference(t, options), inputs, dy, wanted)
-    double = {k: t.double() for k, t in inputs.items()}
-    exact = evaluate(lambda t: reference(t, options), double, dy.double(), wanted)
+    known = yardsticks(lambda t: reference(t, options), inputs, dy, wanted)
     for name, out in ours.items():
-        assert_close_to(out, exact[name], eager[name], name)
+        assert_close_to(out, *known[name], name=name)
     return ours
 
 

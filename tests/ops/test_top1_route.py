@@ -111,7 +111,7 @@ def test_gradients_match_reference(size, dtype, strided, device, on_triton):
                 {"z": logits.double()},
                 one.double(),
             )
-        assert_close_to(ours["dz"], exact["dz"], eager["dz"], f"scalar {i}")
+        assert_close_to(ours["dz"], exact["dz"], eager["dz"], name=f"scalar {i}")
 
 
 def test_reference_passes_gradcheck():

@@ -103,4 +103,4 @@ def test_patched_in_place(encoder):
         after = {k: p.detach() for k, p in twin.named_parameters()}
         steps.append({"hidden": hidden.detach(), **grads, **after})
     for name, out in steps[0].items():
-        assert_close_to(out, steps[1][name], steps[2][name], name)
+        assert_close_to(out, steps[1][name], steps[2][name], name=name)

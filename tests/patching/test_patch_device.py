@@ -27,7 +27,7 @@ def test_a_step_in_float32(name):
             for k, p in m.named_parameters()
         })  # fmt: skip
     for key, out in results[0].items():
-        assert_close_to(out, results[1][key], results[2][key], key)
+        assert_close_to(out, results[1][key], results[2][key], name=key)
 
 
 @pytest.mark.parametrize("name", KINDS)

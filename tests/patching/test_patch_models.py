@@ -41,7 +41,7 @@ def trained(model, inputs, momentum, steps=10):
 def assert_same(ours, exact, eager):
     assert ours.keys() == exact.keys() == eager.keys()
     for name, out in ours.items():
-        assert_close_to(out, exact[name], eager[name], name)
+        assert_close_to(out, exact[name], eager[name], name=name)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -73,7 +73,7 @@ def test_autocast(index, each_backend):
     truth = results(exact, exact, X.double())
     for i, (ours, eager, true) in enumerate(zip(*outs, truth, strict=True)):
         assert ours.dtype == eager.dtype
-        assert_close_to(ours, true, eager, str(i))
+        assert_close_to(ours, true, eager, name=str(i))
 
 
 def test_grad_scaler():

@@ -6,7 +6,7 @@ from simt_build import FUNCTORS, SEEDS, empty, guarded, load
 
 from fusedmlp import quantize_binary, reference
 from fusedmlp.reference.activations import ACTIVATIONS
-from fusedmlp.testing import assert_close_to
+from fusedmlp.testing import assert_close_to, yardsticks
 
 DTYPES = {torch.bfloat16: 0, torch.float16: 1}  # as csrc/gated_linear.h numbers them
 
@@ -38,15 +38,16 @@ def check(M, H, D, dtype, *, gated=True, bias=False, **options):
     h = run(x, weights, biases, **options)
     activation = options.get("activation", "silu")
 
-    def expected(x, biases):
+    def formula(t):
         products = [
-            reference.binary_linear(x, w.qweight, w.scales.to(x.dtype), b)
-            for w, b in zip(weights, biases or [None] * count, strict=True)
+            reference.binary_linear(t["x"], w.qweight, w.scales.to(t["x"].dtype), t.get(f"b{i}"))
+            for i, w in enumerate(weights)
         ]
         value = ACTIVATIONS[activation].reference(products[0])
         return value * products[1] if gated else value
 
-    assert_close_to(h, expected(x.double(), [b.double() for b in biases]), expected(x, biases), "h")
+    inputs = {"x": x, **{f"b{i}": b for i, b in enumerate(biases)}}
+    assert_close_to(h, *yardsticks(formula, inputs)["out"], name="h")
     return h
 
 

@@ -193,7 +193,7 @@ def test_gradients_are_those_of_a_loop_over_experts(installed, name, routing):
     assert set(found) == {n for n, t in exact.items() if t.is_floating_point()}
     assert sum(g.numel() for g in found.values()) == sum(inputs[n].numel() for n in FLOATS)
     for argument, g in found.items():
-        assert_close_to(g, exact[argument], eager[argument], argument)
+        assert_close_to(g, exact[argument], eager[argument], name=argument)
 
 
 def served():
