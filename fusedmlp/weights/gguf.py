@@ -5,22 +5,24 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 from .binary import BinaryWeight
+from .gguf_file import TENSOR_TYPES, GGUFFile, Info, opened
 
 
 def read_gguf(
     path: str | os.PathLike[str], names: Iterable[str] | None = None
 ) -> dict[str, BinaryWeight]:
-    """The Q1_0 matrices of a GGUF file by name, of `names` or all: pip install "fusedmlp[gguf]".
+    """The Q1_0 matrices of a GGUF file by name, of `names` or all.
 
     Q1_0 tensors of other dimensions, such as stacked experts, are left out with a warning, or
     refused where `names` has them.
 
-    Raises ImportError without the package `gguf`; OSError for a file that cannot be opened;
-    KeyError for a name that the file lacks; TypeError for a tensor of another type, or names that
-    are one str; ValueError for a tensor that is no matrix, or a file that is no GGUF or cut short.
+    Raises OSError for a file that cannot be opened; KeyError for a name that the file lacks;
+    TypeError for a tensor of another type, or names that are one str; ValueError for a tensor that
+    is no matrix or has a type newer than this version, or a file that is no GGUF of version 2 or 3
+    in little-endian, is cut short, or contradicts itself. A file from anyone may be read: that
+    takes no more time and memory than some multiple of its size, whatever it claims.
 
     Examples:
         >>> import gguf, numpy, os, tempfile, torch
@@ -38,45 +40,40 @@ def read_gguf(
         >>> torch.equal(read["blk.0.ffn_up"].qweight, w.qweight)
         True
     """
-    try:
-        import gguf
-    except ImportError as error:
-        raise ImportError(
-            'read_gguf: needs the package gguf; pip install "fusedmlp[gguf]"'
-        ) from error
     if isinstance(names, str):
         raise TypeError(f"read_gguf: names must be several names or None, got the str {names!r}")
-    try:
-        tensors = {t.name: t for t in gguf.GGUFReader(os.fspath(path)).tensors}
-    except (ValueError, IndexError, KeyError) as error:  # whatever its arrays stumble over
-        raise ValueError(
-            f"read_gguf: {os.fspath(path)} must be a whole GGUF file, got one that gguf cannot "
-            f"read: {error}"
-        ) from error
-    if names is None:
-        names = _matrices(path, tensors)
-    found = {}
-    for name in names:
-        if name not in tensors:
-            raise KeyError(f"read_gguf: {path} has no tensor {name!r}")
-        t = tensors[name]
-        if t.tensor_type.name != "Q1_0":
-            raise TypeError(f"read_gguf: {name} must be Q1_0, got {t.tensor_type.name}")
-        shape = _shape_of(t)
-        if len(shape) != 2:
-            raise ValueError(f"read_gguf: {name} must be a matrix, got shape {shape}")
-        found[name] = BinaryWeight.from_q1_0_bytes(t.data.tobytes(), shape)
-    return found
+    with opened("read_gguf", path) as file:
+        wanted = _matrices(path, file.tensors) if names is None else names
+        return {name: _weight(path, file, name) for name in wanted}
 
 
-def _shape_of(t: Any) -> tuple[int, ...]:
-    """GGUF counts from the innermost dimension."""
-    return tuple(int(n) for n in reversed(t.shape))
+def _weight(path: str | os.PathLike[str], file: GGUFFile, name: str) -> BinaryWeight:
+    if name not in file.tensors:
+        raise KeyError(f"read_gguf: {path} has no tensor {name!r}")
+    t = file.tensors[name]
+    if t.type_name is None:
+        raise ValueError(_newer(name, t))
+    if t.type_name != "Q1_0":
+        raise TypeError(f"read_gguf: {name} must be Q1_0, got {t.type_name}")
+    if len(t.shape) != 2:
+        raise ValueError(f"read_gguf: {name} must be a matrix, got shape {t.shape}")
+    rows, width = t.shape
+    return BinaryWeight.from_q1_0_bytes(file.read(t), (rows, width))
 
 
-def _matrices(path: str | os.PathLike[str], tensors: Mapping[str, Any]) -> list[str]:
+def _newer(name: str, t: Info) -> str:
+    return (
+        f"read_gguf: {name} must be Q1_0 (type 41), got type {t.type}, which this version of "
+        f"fusedmlp does not know; it knows those up to {max(TENSOR_TYPES)}"
+    )
+
+
+def _matrices(path: str | os.PathLike[str], tensors: Mapping[str, Info]) -> list[str]:
     """Names of the Q1_0 matrices; warns of Q1_0 tensors that are none."""
-    binary = {n: _shape_of(t) for n, t in tensors.items() if t.tensor_type.name == "Q1_0"}
+    for name, t in tensors.items():
+        if t.type_name is None:
+            raise ValueError(f"{_newer(name, t)}; `names` reads the others")
+    binary = {name: t.shape for name, t in tensors.items() if t.type_name == "Q1_0"}
     odd = [name for name, shape in binary.items() if len(shape) != 2]
     if odd:
         warnings.warn(

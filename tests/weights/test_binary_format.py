@@ -1,14 +1,13 @@
-"""The one-bit format: against the definition, through bytes, GGUF, safetensors and state_dict."""
+"""The one-bit format: against the definition, through bytes, safetensors and state_dict."""
 
 import struct
-import sys
 import warnings
 
 import pytest
 import torch
 
 import fusedmlp
-from fusedmlp import BinaryWeight, quantize_binary, read_gguf
+from fusedmlp import BinaryWeight, quantize_binary
 from fusedmlp.testing import CASES
 
 
@@ -159,69 +158,6 @@ def test_scales_may_be_trained():
     assert [name for name, _ in trained.named_parameters()] == ["scales"]
     fusedmlp.binary_linear(draw(5, 256), trained).square().sum().backward()
     assert trained.scales.grad.shape == (3, 2)
-
-
-def gguf_file(path, weights, experts=False):
-    """With a tensor in float32 last, and before it perhaps two stacked experts."""
-    import gguf
-
-    q1_0 = gguf.GGMLQuantizationType.Q1_0
-    writer = gguf.GGUFWriter(path, "llama")
-    for name, w in weights.items():
-        raw = torch.frombuffer(bytearray(w.to_q1_0_bytes()), dtype=torch.uint8)
-        raw = raw.view(w.shape[0], -1)
-        writer.add_tensor(name, raw.numpy(), raw_dtype=q1_0)
-        if experts:
-            writer.add_tensor(f"{name}.exps", torch.stack((raw, raw)).numpy(), raw_dtype=q1_0)
-    writer.add_tensor("norm", torch.ones(4).numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def test_gguf(tmp_path):
-    weights = {f"blk.0.ffn_{n}.weight": quantize_binary(draw(*s)) for n, s in
-               (("gate", (5, 256)), ("down", (3, 128)))}  # fmt: skip
-    path = tmp_path / "model.gguf"
-    gguf_file(path, weights)
-    found = read_gguf(path)
-    assert found.keys() == weights.keys()
-    for name, w in weights.items():
-        assert found[name].shape == w.shape
-        assert torch.equal(found[name].dequantize(), w.dequantize())
-    assert list(read_gguf(path, ["blk.0.ffn_down.weight"])) == ["blk.0.ffn_down.weight"]
-    with pytest.raises(KeyError, match="has no tensor 'output'"):
-        read_gguf(path, ["output"])
-    with pytest.raises(TypeError, match="read_gguf: norm must be Q1_0, got F32"):
-        read_gguf(path, ["norm"])
-    with pytest.raises(TypeError, match="names must be several names or None, got the str 'norm'"):
-        read_gguf(path, "norm")
-
-
-def test_gguf_leaves_out_stacked_experts_and_says_so(tmp_path):
-    gguf_file(path := tmp_path / "moe.gguf", {"a": quantize_binary(draw(4, 256))}, experts=True)
-    with pytest.warns(
-        UserWarning, match=r"moe\.gguf has 1 Q1_0 .*, the first a.exps of shape \(2, 4"
-    ):
-        assert list(read_gguf(path)) == ["a"]
-    with pytest.raises(ValueError, match=r"a.exps must be a matrix, got shape \(2, 4, 256\)"):
-        read_gguf(path, ["a.exps"])
-
-
-def test_gguf_that_is_cut_short(tmp_path):
-    gguf_file(path := tmp_path / "cut.gguf", {"a": quantize_binary(draw(4, 256))})
-    whole = path.read_bytes()
-    for size in range(0, len(whole) - 32, 8):  # less cuts padding alone
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=r"read_gguf: .*cut\.gguf must be a whole GGUF file"):
-            read_gguf(path)
-
-
-def test_gguf_says_what_to_install(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(ImportError, match=r'pip install "fusedmlp\[gguf\]"'):
-        read_gguf(tmp_path / "none.gguf")
 
 
 def test_cases_draw_what_the_format_allows():
