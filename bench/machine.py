@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import triton
 
-from .. import __version__, running
+from .. import running
 from ..kernels.arch import ARCHES, Arch
 from ..kernels.arch.roof import Roof
+from ..version import __version__
 
 # What has to be on sys.path for `import fusedmlp`: a checkout's root, or site-packages.
 ROOT = Path(__file__).absolute().parents[2]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import __version__
+from .version import __version__
 
 if TYPE_CHECKING:
     from .patching import Entry, Report

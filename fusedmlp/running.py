@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from .version import __version__
+
 # Not resolved further: an installed copy may itself be a link, and it is what was asked for.
 FOLDER = Path(__file__).absolute().parent
 EXTENSION = "_C.*.so"
@@ -25,8 +27,6 @@ def with_extension() -> Path | None:
 
 def describe() -> list[str]:
     """The version and the files that run; and whether `python -m` has passed over a better copy."""
-    from . import __version__  # in a kernel of the Hub it is set after this module is loaded
-
     kind = "checkout" if is_checkout() else "installed"
     lines = [f"fusedmlp {__version__}, {kind}: {FOLDER}"]
     if is_checkout() and (other := with_extension()):

@@ -34,8 +34,8 @@ INIT = '''\
 from . import _api
 from ._api import *  # noqa: F403
 from .hub import layers
+from .version import __version__
 
-__version__ = "{version}"
 __all__ = ["layers", *(name for name in _api.__all__ if name != "layers")]
 '''
 
@@ -43,8 +43,6 @@ __all__ = ["layers", *(name for name in _api.__all__ if name != "layers")]
 def write(folder: Path) -> None:
     """The source tree for kernel-builder and the build variant for `kernels`, into `folder`, which
     must be new or empty."""
-    from .. import __version__
-
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"fusedmlp.hub: folder must be new or empty, got {folder}")
     source, variant = folder / "torch-ext" / NAME, folder / "build" / "torch-cuda"
@@ -52,7 +50,7 @@ def write(folder: Path) -> None:
         # Not the bench, nor what a build left: Python files alone, links as folders.
         leave = shutil.ignore_patterns("bench", "__pycache__", "*.so", "README.md")
         shutil.copytree(PACKAGE, target, ignore=leave)
-        (target / "__init__.py").write_text(INIT.format(version=__version__))
+        (target / "__init__.py").write_text(INIT)
     (folder / "build.toml").write_text(BUILD_TOML)
     (variant / "metadata.json").write_text(json.dumps(metadata(variant), indent=2) + "\n")
 
