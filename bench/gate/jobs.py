@@ -12,12 +12,9 @@ import torch
 
 from ... import ops  # noqa: F401  (its files enter their kernels' rows)
 from ...backends.op import KERNELS
-from ...kernels.arch import ARCHES, Arch
+from ...kernels.arch import Arch
 from ...kernels.arch.tile import SKINNY_M, Tile
 from ...kernels.launches.launch import Extra, Launch, Size, empty
-
-# Compiled in more variants than the others.
-THOROUGH = next(arch.name for arch in ARCHES.values() if arch.thorough)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +52,7 @@ def _tile_jobs(arch: Arch, launch: Launch, size: int, activations: list[str]) ->
             return Job(arch, dtype, variant, call, key, tile)  # noqa: B023
 
         yield job("train", "silu", dtype, True)
-        if tile == arch.tiles[key][0] and arch.name == THOROUGH:
+        if tile == arch.tiles[key][0] and arch.thorough:
             yield job("infer", "silu", dtype, False)
             if size == 2:
                 yield job("train", "silu", torch.float16, True)
@@ -77,7 +74,7 @@ def _launch_jobs(arch: Arch, launch: Launch, activations: list[str]) -> Iterator
         for dtype in launch.dtypes:
             yield extra("train", dtype, _call(launch, launch.size, dtype, True, "silu"))
     extras: list[Extra] = list(launch.everywhere())
-    if arch.name == THOROUGH:
+    if arch.thorough:
         for variant, sizes in launch.odd.items():
             call = _call(launch, sizes, torch.bfloat16, True, "silu")
             extras.append((variant, torch.bfloat16, call))
