@@ -97,7 +97,7 @@ def _launch(kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roof: Roof)
 
 
 def _grouped_launch(kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roof: Roof) -> Launch:
-    """Of experts with as many tokens each: the most row tiles that there can be."""
+    """The launch for experts with as many tokens each: the most row tiles that there can be."""
     assert kernel.result is not None
     shapes = work.case.shapes(work.M, work.D, work.H).values()
     experts = next(shape[0] for shape in shapes if len(shape) == 3)

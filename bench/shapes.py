@@ -64,7 +64,7 @@ MODELS: dict[str, Model] = {model.name: model for model in _MODELS}
 DENSE: dict[str, Model] = {m.name: m for m in _MODELS if m.experts is None and not m.hyper}
 HYPER: dict[str, Model] = {m.name: m for m in _MODELS if m.hyper}
 MOE: dict[str, Model] = {m.name: m for m in _MODELS if m.experts is not None}
-# Of these, what moe_mlp serves.
+# What moe_mlp serves of these.
 TOP1: dict[str, Model] = {name: m for name, m in MOE.items() if m.top_k == 1}
 # Tokens at which their baselines are measured.
 TOP1_TOKENS = (8192, 32768)

@@ -75,7 +75,7 @@ class Work:
         return {"activation": self.activation} if takes_activation(self.case) else {}
 
     def shapes(self, phase: str) -> Shapes:
-        """Of the tensors that a call of the phase is handed."""
+        """The shapes of the tensors that a call of the phase is handed."""
         if phase == DGLU:
             M, D, H = self.M, self.D, self.H
             return {"dy": (M, D), "w_down": (D, H), "gu": (2, M, H)}

@@ -92,7 +92,7 @@ FUSEDMLP_DEVICE Rows rows_of(const BinaryGemv& p, int begin) {
   return rows;
 }
 
-// Of the group `i` from where `rows` is.
+// Reads the group `i` from where `rows` is.
 FUSEDMLP_DEVICE void load(const Rows& rows, int i, Words& words) {
 #pragma unroll
   for (int tile = 0; tile < kTiles; ++tile) {

@@ -21,7 +21,7 @@
 
 namespace fusedmlp {
 
-// Of the calling thread: the runtime that this extension links knows nothing of PyTorch's choice.
+// The device of the calling thread: the runtime that this extension links knows nothing of PyTorch's choice.
 inline cudaError_t use_device([[maybe_unused]] int device) {
 #ifdef __CUDACC__
   return cudaSetDevice(device);

@@ -77,7 +77,7 @@ struct Consumer {
 };
 
 // acc = A B over all of K; leaves `ring` behind the tile. Ping-pong consumers multiply in turn: one
-// that waited for a stage's next filling but one could not tell it from the last.
+// mbarrier exposes one phase bit, so a consumer two fills ahead could not tell them apart.
 template <class C>
 FUSEDMLP_DEVICE void multiply(const Arguments& args, const Consumer<C>& self, Ring<C::STAGES>& ring,
                               uint32_t turn, float (&acc)[C::ROW_BLOCKS][C::BN / 2]) {

@@ -146,7 +146,7 @@ FUSEDMLP_DEVICE Corner box_of(TileAt tile, int chunk) {
 // The descriptors of one call. A null matrix gets none: no kernel reads it.
 class Maps {
  public:
-  // Of a matrix (rows, columns), handed out in boxes of (box_rows, 64).
+  // The descriptor of a matrix (rows, columns), handed out in boxes of (box_rows, 64).
   void add(TensorMap* map, const char* name, const void* base, int64_t rows, int64_t columns,
            int64_t stride, int box_rows) {
     if (base == nullptr) return;

@@ -85,7 +85,7 @@ FUSEDMLP_DEVICE float combine(int activation, const float (&sums)[1 + N_M]) {
   return h;
 }
 
-// Of weights that may be read again, or not.
+// Loads weights that may be read again, or not.
 template <int XS, class W>
 FUSEDMLP_DEVICE W read(const W* at) {
   return XS < kRows ? __ldcs(at) : __ldcg(at);

@@ -9,7 +9,7 @@ struct alignas(64) TensorMap {
   unsigned char bytes[128];  // the driver's CUtensorMap
 };
 
-// Of 16-bit elements in up to three dimensions, innermost first and contiguous. size, box and
+// A tensor map of 16-bit elements in up to three dimensions, innermost first and contiguous. size, box and
 // stride (of dimensions 1 and 2) in elements. With `swizzle`, 128-byte rows of the box have their
 // 16-byte chunks permuted by the row. Elements outside load as 0 and are not stored. 0, or the
 // driver's error, or -1 where it has no such function.

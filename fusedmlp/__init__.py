@@ -28,7 +28,7 @@ def __getattr__(name: str) -> object:
     # Dunder and private probes (inspect, pickle, doctest) must not cost an import.
     if name != "__all__" and name.startswith("_"):
         raise AttributeError(f"module 'fusedmlp' has no attribute {name!r}")
-    # Of a module alone: it may be what `_api` is waiting for.
+    # A module is imported alone: it may be what `_api` is waiting for.
     if importlib.util.find_spec(f"{__name__}.{name}") is not None:
         return importlib.import_module(f"{__name__}.{name}")
     try:

@@ -46,7 +46,7 @@ def _last_launch(kernel: str) -> str:
 def _path(module: nn.Module) -> str | None:
     if isinstance(module, Patched):
         return module._path()
-    # Of a class of ours: a submodule, or another library's method, may have the name.
+    # A submodule, or another library's method, may have the name.
     method = getattr(type(module), "path", None)
     ours = getattr(method, "__module__", "").startswith(f"{__package__}.")
     return method(module) if callable(method) and ours else None

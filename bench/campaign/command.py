@@ -36,7 +36,7 @@ LEAST_S = 15
 
 
 def source_hash(root: Path = ROOT) -> str:
-    """Of all code that a number depends on: a dirty tree, or one without git, has no other name."""
+    """The hash of all code that a number depends on: a dirty tree has no other name."""
     digest = hashlib.sha256()
     folders = ("fusedmlp", "kernels", "bench", "csrc")
     for folder in folders:

@@ -113,7 +113,7 @@ def _variants(name: str, budget_s: float, kernel: str, *arguments: str) -> Step:
 
 
 def _sanitizers_cuda(tools: Sequence[str]) -> Iterator[Step]:
-    """Of the ops that launch all kernels there are; each runs every variant."""
+    """Steps for the ops that launch all kernels there are; each runs every variant."""
     kernels = _OWN
     cases = _cases() | {_MASKED: _PORTABLE[_MASKED][1]}
     whole = [op for op in kernels if not any(set(kernels[op]) < set(k) for k in kernels.values())]

@@ -147,7 +147,7 @@ def exercise(name: str, on: str = "triton") -> None:
     with backend(on):
         for chosen in variants:
             for m, d, h in sizes:
-                # Of a run that hangs this is all that is known.
+                # This is all that is known of a run that hangs.
                 print(f"{name} {m}x{d}x{h} on {on}, {chosen or 'own choice'}", flush=True)
                 inputs = case.inputs(m, d, h, torch.bfloat16, "cuda")
                 with variant(chosen):

@@ -167,7 +167,7 @@ def register(subparsers: Any) -> None:
         "lm",
         "train a small language model with one MLP after another, at equal weights",
         (
-            "lm --minutes 30   # seed 004's four; again to go on",
+            "lm --minutes 30   # the first four; again to go on",
             "lm --mlp swiglu mswiglu-1 switch-4 --seeds 1 --steps 500 --out /tmp/lm",
             "lm --device cuda --dim 384 --heads 6 --layers 6 --batch 64 --dtype bfloat16",
             "lm --report   # no training",

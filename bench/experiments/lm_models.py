@@ -74,7 +74,7 @@ def _mult(dim: int, hidden: int) -> float:
     return (hidden + 0.5) / dim  # layers take its floor
 
 
-# (name, the MLP from dim and hidden width). The first four are seed 004's; they have widths of
+# (name, the MLP from dim and hidden width). The first four are the table's; they have widths of
 # their own. What returns a pair adds the second to the loss in training.
 MLPS: list[tuple[str, Build]] = [
     ("relu_sq", lambda dim, hidden: layers.ReluSquaredMLP(dim)),

@@ -98,7 +98,7 @@ def _mean(values: Any) -> float:
 
 
 def verdicts(models: dict[str, list[Record]]) -> list[str]:
-    """What came out of seed 004's experiments, in words made from the numbers."""
+    """What came out of the experiments, in words made from the numbers."""
     if "relu_sq" not in models:
         return []
     baseline, found = _losses(models["relu_sq"]), []

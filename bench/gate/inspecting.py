@@ -82,7 +82,7 @@ def _read(cubin: bytes) -> _Code:
 
 
 def _matrix_faults(job: Job, code: _Code) -> list[str]:
-    """Of a kernel that multiplies 16-bit tiles: without the architecture's own instructions."""
+    """Which of the architecture's own instructions a kernel of 16-bit products lacks."""
     assert job.tile is not None
     faults = []
     # wgmma and tcgen05 multiply no fewer than 64 rows.

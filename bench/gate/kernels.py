@@ -35,7 +35,7 @@ from .jobs import Job, jobs_of
 
 
 def distinct(arches: Iterable[Arch]) -> Iterator[Arch]:
-    """Of rows that resemble each other the oldest, with the least shared memory of them all."""
+    """The oldest of rows that resemble each other, with the least shared memory of them all."""
     left = sorted(arches, key=lambda arch: arch.capability)
     while left:
         first = left[0]

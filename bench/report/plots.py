@@ -60,7 +60,7 @@ def plots_of(ledgers: Sequence[Ledger], ops: Sequence[str]) -> list[Plot]:
 
 
 def _rooflines(ledgers: Sequence[Ledger], ops: Sequence[str]) -> Iterator[Plot]:
-    """Of each GPU: our plain cases in bfloat16 under the two peaks of their ledger."""
+    """A plot for each GPU: our plain cases in bfloat16 under the two peaks of their ledger."""
     by_gpu: dict[str, dict[str, Any]] = {}
     for op in ops:
         for ledger, records in newest(ledgers, op, "time"):
@@ -96,7 +96,7 @@ def _plain(records: Sequence[Record], op: str) -> list[Record]:
 
 
 def _curves(ledgers: Sequence[Ledger], ops: Sequence[str]) -> Iterator[Plot]:
-    """Of each op, GPU and phase with two token counts or more: one panel per width."""
+    """A plot for each op, GPU and phase with two token counts or more; a panel a width."""
     for op in ops:
         for ledger, records in newest(ledgers, op, "time"):
             plain = [r for r in _plain(records, op) if not is_variant(r)]

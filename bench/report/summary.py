@@ -103,7 +103,7 @@ def fastest(records: Iterable[Record]) -> Record | None:
 
 
 def _times(records: list[Record]) -> Iterator[str]:
-    """Of each op and phase: our fastest at the largest size, beside the best baseline there."""
+    """Our fastest at the largest size for each op and phase, beside the best baseline there."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for r in records:
         groups.setdefault((r["op"], r["phase"]), []).append(r)
@@ -144,7 +144,7 @@ def _rate(r: Record) -> str:
 
 
 def share(record: Record) -> str:
-    """Of the peak that is nearer: cuBLAS or copy."""
+    """The share of the nearer peak: cuBLAS or copy."""
     of = {"cuBLAS": record["of_cublas"] or 0, "copy": record["of_copy"] or 0}
     nearer = max(of, key=lambda name: of[name])
     return f", {of[nearer]:.1%} of {nearer}" if of[nearer] else ""

@@ -41,7 +41,7 @@ def on_device(record: Record) -> bool:
 
 
 def newest(ledgers: Sequence[Ledger], op: str, kind: str) -> list[tuple[Ledger, list[Record]]]:
-    """Of each GPU the last ledger that has records of `kind` for `op`, with these."""
+    """The last ledger of each GPU that has records of `kind` for `op`, with these."""
     found: dict[str, tuple[Ledger, list[Record]]] = {}
     for ledger in ledgers:
         records = [r for r in ledger.of_kind(kind) if r["op"] == op]

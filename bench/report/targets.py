@@ -75,7 +75,7 @@ def _narrow(record: Record) -> bool:
     return bool(record["D"] <= 2048)
 
 
-# Of models with experts, however their tokens spread.
+# Models with experts, however their tokens spread.
 _EXPERTS = tuple(case for model in TOP1.values() for case in cases_of(model))
 
 

@@ -28,7 +28,7 @@ def _halves(kernel: str) -> int:
 
 
 def _in_one_group(tile: Tile, kernel: str) -> bool:
-    """Of one-bit weights: whole words, and none of the next group of 128."""
+    """Tiles of one-bit weights hold whole words, and none of the next group of 128."""
     if not kernel.startswith("binary"):
         return True
     if kernel.endswith("_fwd"):

@@ -121,7 +121,7 @@ class Session:
             self.clocks.append(now)
 
     def check(self, rival: Rival, work: Work) -> tuple[str, str | None]:
-        """(the backend that a provider of ours runs on, why `work` may have no speed on it)."""
+        """(the backend that a provider of ours runs on, the reason not to time `work` on it)."""
         key = rival.name, checked(work)
         if key not in self._checks:
             with rival.in_force():
@@ -183,7 +183,7 @@ class Session:
             reason = prepared.reasons.get(key)
             peaks = Peaks(rates[_gemm_of(key[1])], self.copy)
             record = record_of(work, *key, samples.get(key), memory, peaks, reason)
-            # Of ours: which kernels ran.
+            # Which kernels ran, where the provider is ours.
             record["backend"] = self._checks.get((key[0], checked(work)), (None,))[0]
             if self.options.keep_samples:
                 record["samples_ms"] = samples.get(key)

@@ -61,8 +61,8 @@ def backend(name: str) -> Iterator[None]:
 
 
 def pick(op: str, x: Tensor, name: str = "x") -> str:
-    """The backend that runs `op` on tensors like its argument `name`, `x`: "triton", "cuda" or
-    "reference".
+    """Return the backend for `op`: "triton", "cuda" or "reference". `x` is a sample tensor, and
+    `name` is what errors call it.
 
     Between triton and cuda each kernel chooses again at its launch (`launcher`), which compiled
     code and autograd reach without coming through here.

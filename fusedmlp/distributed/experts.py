@@ -104,7 +104,7 @@ def _local(name: str, w: Tensor | None, E: int, ranks: int) -> Tensor | None:
                 f"{OP}: {name} must be sharded by experts, Shard(0), got {w.placements}"
             )
         w = w.to_local()
-    # Of what is no stack of matrices or biases, check_experts speaks.
+    # check_experts speaks of what is no stack of matrices or biases.
     if isinstance(w, Tensor) and w.dim() and w.shape[0] * ranks != E:
         raise ValueError(
             f"{OP}: {name} must hold {E // ranks} of {E} experts on each of {ranks} ranks, got "

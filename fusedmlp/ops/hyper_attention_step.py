@@ -156,7 +156,7 @@ def hyper_attention_step(
 
 
 def _call_flops(shapes: Shapes) -> int:
-    """Of a full cache."""
+    """The FLOPs of a step over a full cache."""
     q, k, v = (shapes[name] for name in NAMES[:3])
     pair = hyper_pair((q[-2], v[-3]), q, v, shapes.get("c1"), shapes.get("c2"))
     return math.prod(q[:-2]) * k[-2] * pair

@@ -10,13 +10,13 @@ from torch import nn
 
 from .plan import Plan, child, hooked
 
-# Of a holder, None is the patched module itself: no module refers to itself.
+# The holder is None for the patched module itself: no module refers to itself.
 _Part = tuple[str, nn.Module | None, str, nn.Module, int]
 _Function = tuple[str, nn.Module | None, str, Any]
 
 
 class Kept(NamedTuple):
-    """Of one patched module, in its __dict__, so that copies and pickles have their own.
+    """What one patched module keeps in its __dict__, so that copies and pickles have their own.
 
     children: how many submodules it has.
     parts: (path, the module that holds it, its key there, itself, how many submodules it has).

@@ -34,8 +34,8 @@ class Plan:
         return ()
 
     def passes_by(self) -> tuple[str, ...]:
-        """Those of `bypassed()` of which `run` reads nothing (an activation) or that hold others,
-        each after what holds it. With another in its place after patch(), a call raises."""
+        """Submodules in `bypassed()` whose parameters `run` never reads, or that hold others;
+        parents first. Replacing one after patch() makes the next call raise."""
         return ()
 
     def obstacle(self, module: nn.Module) -> str | None:

@@ -28,7 +28,7 @@ PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 
 def nbytes(module: nn.Module) -> int:
-    """Of parameters and buffers, each once."""
+    """The bytes of parameters and buffers, each counted once."""
     tensors = {id(t): t for t in (*module.parameters(), *module.buffers())}
     return sum(t.nbytes for t in tensors.values())
 

@@ -98,11 +98,11 @@ class Case:
         return self.adapt({**inputs, absent: None}, functions)
 
     def flops(self, M: int, D: int, H: int) -> int:
-        """Of one forward."""
+        """The FLOPs of one forward."""
         return OPS[self.op].flops(self.shapes(M, D, H))
 
     def elements(self, M: int, D: int, H: int) -> int:
-        """Of one forward: each argument read once and the result written once."""
+        """The elements that one forward moves: each argument read once, the result written once."""
         shapes = self.shapes(M, D, H)
         out = self.fake_output(M, D, H)
         return sum(torch.Size(s).numel() for s in shapes.values()) + out.numel()

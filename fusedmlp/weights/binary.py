@@ -77,7 +77,7 @@ class BinaryWeight(nn.Module):
 
     @property
     def nbytes(self) -> int:
-        """Of bits and scales."""
+        """The bytes of bits and scales."""
         return self.qweight.nbytes + self.scales.nbytes
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -173,7 +173,7 @@ class BinaryWeight(nn.Module):
                     f"BinaryWeight: {prefix}{name} must be {own.dtype}, got {loaded.dtype}"
                 )
         key = prefix + "width"
-        # Of another width, padding would become weights, or weights padding.
+        # At another width padding would become weights, or weights padding.
         if key in state_dict and (width := int(state_dict[key])) != self.width:
             error_msgs.append(f"BinaryWeight: {key} must be {self.width}, got {width}")
             return

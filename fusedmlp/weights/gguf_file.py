@@ -69,7 +69,7 @@ _LEAST_ENTRY, _LEAST_INFO = 8 + 4 + 1, 8 + 4 + 4 + 8
 _NESTING = 4
 _DIMS = 4
 _ALIGNMENT = 32
-# Of a key, or a tensor's name.
+# The longest key or name of a tensor.
 _NAME_BYTES = 65535
 
 

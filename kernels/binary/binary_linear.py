@@ -214,7 +214,7 @@ def launch_fwd(
         return
     tile = LAST[kernel] = pick_tile(kernel, x, M, H, aligned(x, *outputs))
     h, g, _ = outputs
-    # Of whatever is there; u is laid out as g is.
+    # Strides of whatever is there; u is laid out as g is.
     strides = tuple(0 if t is None else t.stride(0) for t in (h, g, *biases))
     if tile.skinny:
         _launch_split(tile, x, weights, outputs, biases, strides, activation)

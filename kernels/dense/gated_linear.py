@@ -187,7 +187,7 @@ def launch_fwd(
         return
     fits = aligned(x, h, g, u, weights=(w_gate, w_up))
     tile = LAST[kernel] = pick_tile(kernel, x, M, H, fits)
-    # Of whatever is there; u is laid out as g is.
+    # Strides of whatever is there; u is laid out as g is.
     strides = tuple(0 if t is None else t.stride(0) for t in (h, g, b_gate, b_up))
     if tile.skinny and (splits := pick_splits(tile, x, H, D)) > 1:
         launch_split(tile, splits, x, w_gate, w_up, b_gate, b_up, h, g, u, strides, activation)

@@ -46,8 +46,8 @@ class Mix(NamedTuple):
 
 
 class Core(NamedTuple):
-    """What every pass reads. n (B, H, T): 1 / |P1| of each row. The widths again, as values: of a
-    constant the compiler would unroll loops, and spill."""
+    """What every pass reads. n (B, H, T): 1 / |P1| of each row. Widths are passed at run time
+    too: with constants the compiler unrolls loops and spills."""
 
     q: Rows
     k: Rows

@@ -59,7 +59,7 @@ def _gated_reference(t: Mapping[str, Tensor]) -> Tensors:
 
 
 def _dx(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
-    """Of two weights in training, as gate and up are; of one else."""
+    """Operands of two weights in training, as gate and up are; else of one."""
     dh, q, s = second = (t["dh"], t["q_gate"], t["s_gate"])
     dh2, q2, s2 = second if training else (None, None, None)
     return {"dx": binary_linear_dx(dh, q, s, dh2, q2, s2, t["x"].shape[1])}

@@ -93,7 +93,7 @@ def _bwd_reference(t: Mapping[str, Tensor]) -> Tensors:
 
 
 def _position(size: Size, device: torch.device) -> Tensors:
-    """Of a full cache."""
+    """A step at the end of a full cache."""
     M, D, heads = size
     return {"position": torch.full((1,), STEP(M, D, heads)["k"][-2] - 1, device=device)}
 

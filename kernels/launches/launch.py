@@ -72,7 +72,7 @@ class Launch:
 
 
 def dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
-    """Of an operand, in a call of `dtype`."""
+    """The dtype of an operand in a call of `dtype`."""
     return next((own for prefix, own in _DTYPES.items() if name.startswith(prefix)), dtype)
 
 

@@ -43,7 +43,7 @@ from .skinny import launch_split
 
 @triton.jit
 def _parts(accs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr):
-    """Of each tile, its column parts."""
+    """The column parts of each tile."""
     parts = ()
     for i in tl.static_range(len(accs)):
         parts = parts + (column_parts(accs[i], BLOCK_M, BLOCK_N, SUBTILES),)

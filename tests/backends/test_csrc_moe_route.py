@@ -80,6 +80,6 @@ def test_bad_logits_stay_in_their_token(kernels, bad):
     logits[7, 3] = logits[9, 5] = bad
     found = run(kernels, logits, None, 6, 32, None, 2)
     expected = reference.top1_route(logits)
-    # Of an infinite logit the kernels make NaN, where logsumexp makes infinity.
+    # The kernels make NaN of an infinite logit, where logsumexp makes infinity.
     del found["log_sum_exp"]
     assert_same(found, expected)

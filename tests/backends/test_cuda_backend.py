@@ -345,7 +345,7 @@ def test_architectures_and_who_they_serve():
 
 
 def unproven(proven, ledgers):
-    """Of `proven`, what no ledger shows: passing checks on backend cuda, on such a GPU, of an op
+    """What no ledger shows of `proven`: passing checks on backend cuda, on such a GPU, of an op
     that launches the kernel, in each dtype, and no failing one."""
     missing = []
     for kernel, arch in proven:

@@ -95,7 +95,7 @@ def test_no_circle_of_folders():
 
 
 def test_no_private_name_is_taken_from_another_file():
-    """Of ours; a file itself may be private to the package."""
+    """No private name of ours is imported; a file itself may be private to the package."""
     taken = [
         f"{path.relative_to(ROOT)}: {source}.{name}"
         for module, path in FILES.items()

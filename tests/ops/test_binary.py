@@ -76,7 +76,7 @@ def test_scales_of_another_dtype(rows, on_triton, device):
 
 @each_case
 def test_reference_passes_gradcheck(case):
-    """Of x, the scales and the biases."""
+    """The gradients of x, the scales and the biases."""
     inputs = doubled(case.inputs(2, 130, 3, torch.float64))
     leaves = {k: t.requires_grad_() for k, t in inputs.items() if t.is_floating_point()}
     assert torch.autograd.gradcheck(

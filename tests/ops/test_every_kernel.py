@@ -55,7 +55,7 @@ def by_op():
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_opcheck(name, by_op, on_triton):
-    """Of every kernel, and the cases reach every one."""
+    """The cases reach every kernel."""
     func, args = next(calls[name] for calls in by_op.values() if name in calls)
     opcheck(func, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 

@@ -31,7 +31,7 @@ FLAGS = (
 MULTIPROCESSORS = 3  # an odd number, so that a cluster of two leaves one out; loops do loop
 
 
-# Of every build: where each kernel is, and what else CMake would define.
+# Where each kernel of a build is, and what else CMake would define.
 SOURCES = {
     **{f"sm_{sm}a": dict.fromkeys(
         ("gated_linear_fwd", "gated_linear_bwd", "linear_act_fwd", "linear_act_bwd"),

@@ -60,7 +60,7 @@ def test_mixers_are_causal_and_of_equal_weights(name, build):
 
 @pytest.mark.parametrize("mlp", names(MLPS))
 def test_equal_weights(mlp):
-    """Of seed 004's four exactly; PathWeightedFFF's widths are what they are."""
+    """The four MLPs of the table match exactly; PathWeightedFFF's widths are what they are."""
     for dim in (96, 384):
         with torch.device("meta"):
             got = weights_of(build_mlp(mlp, dim))

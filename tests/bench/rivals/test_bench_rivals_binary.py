@@ -58,7 +58,7 @@ def test_what_they_skip(gemlite):
 
 
 def test_bytes_of_decoding():
-    """Of Qwen3-8B: 20.25 MiB of weights a layer."""
+    """Qwen3-8B has 20.25 MiB of weights a layer."""
     block = work("binary_gated_mlp", 1, 4096, 12288)
     assert block.bytes("forward") == 20.25 * 2**20 + 2 * 2 * 4096
     linear = work(M=1, D=4096, H=12288)

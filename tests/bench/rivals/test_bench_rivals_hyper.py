@@ -49,7 +49,7 @@ def test_softmax_attention_runs_and_has_no_backward_here(device):
 
 
 def test_flops_and_bytes_of_a_layer():
-    """Of the specification's table: the parts of 0.231 TF that go by pairs of tokens."""
+    """The parts of the specification's 0.231 TF that go by pairs of tokens."""
     here = work(M=16384, D=1024, H=2)
     pairs = 4 * 4096 * 4097 // 2
     assert here.flops("forward") == pairs * (5 * 1024 // 2 + 4 * 16 * 6)

@@ -93,7 +93,7 @@ def test_growing_a_full_tile_costs_a_stage():
     assert Tile(128, 128, 128, 8, 2, subtiles=2, loads="tma") in near
 
 
-# Of kernels that one call launches, one.
+# One of the kernels that one call launches.
 CALLS = {launch.call: kernel for kernel, launch in LAUNCHES.items()}
 
 
