@@ -29,6 +29,12 @@ def empty_pair(like: Tensor, M: int, H: int, packed: Packed | None) -> Tensor:
     return like.new_empty((M, 2 * H) if packed else (2, M, H))
 
 
+def empty_gated(like: Tensor, M: int, H: int, want_h: bool, want_gu: bool) -> tuple[Tensor, Tensor]:
+    """h (M, H) and gu (2, M, H) of a gated projection, each with no rows if not wanted."""
+    h = like.new_empty((M if want_h else 0, H))
+    return h, empty_pair(like, M if want_gu else 0, H, None)
+
+
 def split_pair(buffer: Tensor, packed: Packed | None) -> tuple[Tensor, Tensor]:
     """(gate, up) as (M, H) views."""
     return halves(buffer, packed) if packed else (buffer[0], buffer[1])

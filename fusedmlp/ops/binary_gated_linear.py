@@ -30,7 +30,7 @@ from ..backends.flops import Shapes
 from ..backends.op import ONE_BIT, Cuda, Op, kernel, register
 from ..kernels.binary import binary_gated_linear as _triton
 from ..kernels.launches import binary as launches
-from ..packing import empty_pair, rows, split_pair
+from ..packing import empty_gated, rows, split_pair
 from ..weights.binary import BinaryWeight
 from . import binary_linear, gated_act
 from .binary_linear import planes
@@ -76,8 +76,7 @@ def _fwd_fake(
     want_h: bool,
     want_gu: bool,
 ) -> tuple[Tensor, Tensor]:
-    M, H = x.shape[0], q_gate.shape[0]
-    return x.new_empty((M if want_h else 0, H)), empty_pair(x, M if want_gu else 0, H, None)
+    return empty_gated(x, x.shape[0], q_gate.shape[0], want_h, want_gu)
 
 
 # x (M, D) -> h (M, H) and gu (2, M, H), each with M = 0 if not wanted.

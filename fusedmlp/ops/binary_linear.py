@@ -59,7 +59,7 @@ def planes(*weights: BinaryWeight) -> tuple[Tensor, ...]:
 
 
 def _fwd_fake(x: Tensor, qweight: Tensor, scales: Tensor, b: Tensor | None) -> Tensor:
-    return x.new_empty((x.shape[0], qweight.shape[0]))
+    return _triton.binary_linear_result(x, qweight)
 
 
 def _dx_fake(

@@ -31,7 +31,7 @@ from ..backends.flops import rows_times
 from ..backends.op import HOPPER_AND_NEWER, Cuda, Op, kernel, register
 from ..kernels.dense import gated_linear as _triton
 from ..kernels.launches import dense as launches
-from ..packing import Packed, empty_pair, halves, rows, split_pair
+from ..packing import Packed, empty_gated, halves, rows, split_pair
 from . import gated_act
 
 OP = "gated_linear"
@@ -82,9 +82,7 @@ def _fwd_fake(
     want_h: bool,
     want_gu: bool,
 ) -> tuple[Tensor, Tensor]:
-    M, H = x.shape[0], w_gate.shape[0]
-    h = x.new_empty((M if want_h else 0, H))
-    return h, empty_pair(x, M if want_gu else 0, H, None)
+    return empty_gated(x, x.shape[0], w_gate.shape[0], want_h, want_gu)
 
 
 def _bwd_fake(
@@ -96,9 +94,8 @@ def _bwd_fake(
     want_h: bool,
     want_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    M, H = dy.shape[0], w_down.shape[1]
-    h = dy.new_empty((M if want_h else 0, H))
-    return empty_pair(dy, M, H, packed), h, dy.new_empty((2, H) if want_db else (0, H))
+    dgu, h = _triton.gated_linear_grads(dy, w_down, packed, want_h)
+    return dgu, h, dy.new_empty((2 if want_db else 0, w_down.shape[1]))
 
 
 # x (M, D) -> h (M, H) and gu (2, M, H), each with M = 0 if not wanted.

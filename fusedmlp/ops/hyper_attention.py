@@ -26,7 +26,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -37,6 +36,7 @@ from ..backends.flops import Shape, Shapes, hyper_gradients, hyper_scores
 from ..backends.op import Op, kernel, register
 from ..check import hyper as check_hyper
 from ..kernels.hyper import gradients as _triton_bwd, hyper_attention as _triton
+from ..kernels.hyper.plan import heads_last
 from ..kernels.launches import hyper as launches
 from ..reference.hyper import Kind, Norm
 
@@ -59,25 +59,12 @@ def _check_all(tensors: Sequence[Optional], kind: str, norm: str) -> None:
     check_hyper.mixings(OP, tensors[3:7], tensors[7:11], lead, (Q, H), (T,), ("T", T))
 
 
-def _heads_last(t: Tensor) -> Tensor:
-    """Empty memory for (B, heads, T, width) with a token's heads side by side."""
-    B, heads, T, width = t.shape
-    return t.new_empty((B, T, heads, width)).transpose(1, 2)
-
-
 def _fwd_fake(
     q: Tensor, k: Tensor, v: Tensor, c1: Optional, u1: Optional, vt1: Optional, d1: Optional,
     c2: Optional, u2: Optional, vt2: Optional, d2: Optional, normed: bool, shortcut1: bool,
     shortcut2: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    (B, Q, T, _), H = q.shape, v.shape[1]
-    wide = torch.float32
-    return (
-        _heads_last(v),
-        q.new_empty((B, Q, T, 0 if c1 is None else c1.shape[-1]), dtype=wide),
-        q.new_empty((B, H, T, 0 if c2 is None else c2.shape[-1]), dtype=wide),
-        q.new_empty((B, H, T if normed else 0), dtype=wide),
-    )
+    return _triton.hyper_attention_results(q, v, c1, c2, normed)
 
 
 def _bwd_fake(
@@ -87,7 +74,7 @@ def _bwd_fake(
     wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     tensors = (q, k, v, c1, u1, vt1, d1, c2, u2, vt2, d2)
-    empty = lambda i, t: _heads_last(t) if i < 3 else t.new_empty(t.shape)  # noqa: E731
+    empty = lambda i, t: heads_last(t) if i < 3 else t.new_empty(t.shape)  # noqa: E731
     return [
         empty(i, t) if w and t is not None else q.new_empty(0)
         for i, (t, w) in enumerate(zip(tensors, wanted, strict=True))

@@ -66,14 +66,11 @@ def check_projection(
 def _fwd_fake(
     x: Tensor, w: Tensor, planes: Tensor, activation: str, want_h: bool, want_gt: bool
 ) -> tuple[Tensor, Tensor]:
-    M, H = x.shape[0], w.shape[0]
-    h = x.new_empty((M if want_h else 0, H))
-    return h, x.new_empty((1 + planes.shape[2], M if want_gt else 0, H))
+    return _triton.masked_gated_linear_results(x, w, planes, want_h, want_gt)
 
 
 def _ev_fake(dh: Tensor, gt: Tensor, activation: str, want_h: bool) -> tuple[Tensor, Tensor]:
-    _, M, H = gt.shape
-    return gt.new_empty(gt.shape), gt.new_empty((M if want_h else 0, H))
+    return _triton_bwd.masked_gated_linear_ev_results(gt, want_h)
 
 
 def _dx_fake(ev: Tensor, w: Tensor, planes: Tensor) -> Tensor:
@@ -89,9 +86,7 @@ def _dw_fake(
     want_dmasks: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    (H, D), n_m = w.shape, planes.shape[2]
-    dw = w.new_empty((H if want_dw else 0, D))
-    return dw, w.new_empty((n_m if want_dmasks else 0, H, D), dtype=dtype)
+    return _triton_bwd.masked_gated_linear_dw_results(w, planes, want_dw, want_dmasks, dtype)
 
 
 # x (M, D), planes (H, ceil(D / 8), n_m) -> h (M, H) and t, g_1, .. as gt (1 + n_m, M, H), each with

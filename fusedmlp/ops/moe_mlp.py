@@ -32,7 +32,6 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -45,7 +44,7 @@ from ..backends.op import Op, kernel, register
 from ..check.experts import autocast_prob, check_experts, check_routing
 from ..kernels.launches import moe as launches
 from ..kernels.moe import backward as _triton_bwd, moe_mlp as _triton
-from ..packing import Packed, empty_pair, halves, rows
+from ..packing import Packed, halves, rows
 from ..reference import Routing
 
 OP = "moe_mlp"
@@ -63,9 +62,7 @@ def _up_fake(
     want_h: bool,
     want_gu: bool,
 ) -> tuple[Tensor, Tensor]:
-    T, H = x.shape[0], w_gate.shape[1]
-    gu = x.new_empty((1 if w_up is None else 2, T if want_gu else 0, H))
-    return x.new_empty((T if want_h else 0, H)), gu
+    return _triton.moe_up_results(x, w_gate, w_up, want_h, want_gu)
 
 
 def _down_fake(
@@ -79,7 +76,7 @@ def _down_fake(
     prob: Tensor | None,
     gather: bool,
 ) -> Tensor:
-    return a.new_empty((a.shape[0], w.shape[1]))
+    return _triton.moe_down_result(a, w)
 
 
 def _dh_fake(
@@ -97,20 +94,18 @@ def _dh_fake(
     want_db: bool,
     want_db_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    (T, D), (E, _, H), parts = dy.shape, w_down.shape, gu.shape[0]
-    dgu = empty_pair(dy, T, H, packed) if parts == 2 else dy.new_empty((1, T, H))
-    h, db = dy.new_empty((T if want_h else 0, H)), dy.new_empty((parts, E if want_db else 0, H))
-    return dgu, h, torch.empty_like(prob), db, dy.new_empty((E if want_db_down else 0, D))
+    wanted = (want_h, want_db, want_db_down)
+    return _triton_bwd.moe_dh_results(dy, prob, w_down, gu, packed, *wanted)
 
 
 def _wgrad_fake(
     a: Tensor, b: Tensor, tokens: Tensor, offsets: Tensor, gather_a: bool, gather_b: bool
 ) -> Tensor:
-    return a.new_empty((offsets.shape[0] - 2, a.shape[1], b.shape[1]))
+    return _triton_bwd.wgrad_result(a, b, offsets)
 
 
 def _bias_grad_fake(dy: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
-    return dy.new_empty((offsets.shape[0] - 2, dy.shape[1]))
+    return _triton_bwd.bias_result(dy, offsets)
 
 
 def _up_flops(

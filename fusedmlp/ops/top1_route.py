@@ -45,20 +45,14 @@ OP = "top1_route"
 Groups = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _groups_fake(like: Tensor, T: int, E: int) -> Groups:
-    new = lambda n: like.new_empty(n, dtype=torch.int32)  # noqa: E731
-    return new(T), new(T), new(E + 2), new(E)
-
-
 def _fwd_fake(logits: Tensor, capacity: int | None) -> tuple[Tensor, ...]:
     T, E = logits.shape
-    expert = logits.new_empty(T, dtype=torch.int64)
-    lse, mean = (logits.new_empty(n, dtype=torch.float32) for n in (T, E))
-    return expert, logits.new_empty(T), *_groups_fake(logits, T, E), mean, lse
+    expert, prob, mean, lse = _triton.empty_choice(logits)
+    return expert, prob, *_triton.empty_groups(logits, T, E), mean, lse
 
 
 def _given_fake(expert: Tensor, num_experts: int, capacity: int | None) -> Groups:
-    return _groups_fake(expert, expert.shape[0], num_experts)
+    return _triton.empty_groups(expert, expert.shape[0], num_experts)
 
 
 def _bwd_fake(

@@ -13,7 +13,6 @@ Networks, arXiv 2308.14711.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import reference
@@ -27,14 +26,10 @@ from ..packing import rows
 OP = "tree_path"
 
 
-def _fake(logits: Tensor, depth: int) -> Tensor:
-    return logits.new_empty((logits.shape[0], depth + 1), dtype=torch.int64)
-
-
 fwd = library.define(
     "tree_path_fwd(Tensor logits, int depth) -> Tensor",
     _triton.tree_path_fwd,
-    _fake,
+    _triton.empty_path,
     flops=no_products,
     launches=(launches.TREE,),
 )

@@ -114,16 +114,11 @@ def _check_planes(planes: Tensor, width: int) -> None:
         )
 
 
-def _pack_fake(logits: Tensor) -> Tensor:
-    n_m, H, D = logits.shape
-    return logits.new_empty((H, (D + 7) // 8, n_m), dtype=torch.uint8)
-
-
 # logits (n_m, H, D) -> planes.
 pack = library.define(
     "pack_masks(Tensor logits) -> Tensor",
     _triton.pack_masks,
-    _pack_fake,
+    _triton.empty_planes,
     flops=no_products,
     launches=(launches.PACK,),
 )

@@ -225,12 +225,18 @@ def binary_linear_dx(
     return dx
 
 
+def binary_gated_mlp_grads(dy: Tensor, gu: Tensor, want_h: bool) -> tuple[Tensor, Tensor]:
+    """Memory for dg and du as one (2, M, H), and for h (M, or 0 if not wanted, H)."""
+    _, M, H = gu.shape
+    return empty_pair(dy, M, H, None), dy.new_empty((M if want_h else 0, H))
+
+
 def binary_gated_mlp_bwd(
     dy: Tensor, q_down: Tensor, s_down: Tensor, gu: Tensor, activation: str, want_h: bool
 ) -> tuple[Tensor, Tensor]:
     """dg and du as one (2, M, H), and h (M, or 0 if not wanted, H)."""
     (M, N), H = dy.shape, gu.shape[2]
-    dgu, h = empty_pair(dy, M, H, None), dy.new_empty((M if want_h else 0, H))
+    dgu, h = binary_gated_mlp_grads(dy, gu, want_h)
     if M == 0 or H == 0:
         return dgu, h
     kernel = "binary_gated_mlp_bwd"

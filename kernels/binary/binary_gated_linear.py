@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...packing import empty_pair, split_pair
+from ...packing import empty_gated, split_pair
 from .binary_linear import launch_fwd
 
 
@@ -21,9 +21,7 @@ def binary_gated_linear_fwd(
     want_h: bool,
     want_gu: bool,
 ) -> tuple[Tensor, Tensor]:
-    M, H = x.shape[0], q_gate.shape[0]
-    h = x.new_empty((M if want_h else 0, H))
-    gu = empty_pair(x, M if want_gu else 0, H, None)
+    h, gu = empty_gated(x, x.shape[0], q_gate.shape[0], want_h, want_gu)
     outputs = h if want_h else None, *(split_pair(gu, None) if want_gu else (None, None))
     weights = (q_gate, s_gate, q_up, s_up)
     launch_fwd("binary_gated_linear_fwd", x, weights, (b_gate, b_up), outputs, activation)

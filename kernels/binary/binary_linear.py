@@ -228,8 +228,13 @@ def launch_fwd(
     )  # fmt: skip
 
 
+def binary_linear_result(x: Tensor, qweight: Tensor) -> Tensor:
+    """Memory for y (M, H)."""
+    return x.new_empty((x.shape[0], qweight.shape[0]))
+
+
 def binary_linear_fwd(x: Tensor, qweight: Tensor, scales: Tensor, b: Tensor | None) -> Tensor:
-    y = x.new_empty((x.shape[0], qweight.shape[0]))
+    y = binary_linear_result(x, qweight)
     weights = (qweight, scales, None, None)
     launch_fwd("binary_linear_fwd", x, weights, (b, None), (y, None, None), "identity")
     return y

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...packing import Packed, empty_pair, split_pair
+from ...packing import Packed, empty_gated, empty_pair, split_pair
 from ..activations import DEVICE
 from ..arch.tile import cdiv
 from ..epilogues import store_bwd, store_fwd
@@ -220,20 +220,18 @@ def launch_bwd(
     u: Tensor | None,
     dg: Tensor,
     du: Tensor | None,
-    want_h: bool,
+    h: Tensor | None,
     want_db: bool,
     activation: str,
-) -> tuple[Tensor, Tensor]:
-    """Fill dg and du (M, H); returns h (M or 0, H) and the column sums of dg and du (1 or 2 or 0,
+) -> Tensor:
+    """Fill dg, du and, if given, h (M, H); returns the column sums of dg and du (1 or 2 or 0,
     H)."""
     M, D = dy.shape
     H = w_down.shape[1]
     halves = 1 if u is None else 2
-    h = dy.new_empty((M if want_h else 0, H))
     if M == 0 or H == 0:
-        return h, dy.new_zeros((halves if want_db else 0, H))
-    wanted_h = h if want_h else None
-    fits = aligned(dy, g, u, dg, du, wanted_h, weights=(w_down,))
+        return dy.new_zeros((halves if want_db else 0, H))
+    fits = aligned(dy, g, u, dg, du, h, weights=(w_down,))
     tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fits)
     tiles_m = cdiv(M, tile.block_m)
     sums = dy.new_empty((halves, tiles_m, H), dtype=torch.float32) if want_db else None
@@ -242,12 +240,11 @@ def launch_bwd(
     options = gemm_options(tile, D % tile.block_k != 0, precision(dy.dtype))
     _bwd_kernel[grid_of(tile, dy, M, H)](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), down,
-        *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (g, u, dg, du, wanted_h)), sums,
-        M, H, D, *dy.stride(), *down_strides, *g.stride(), dg.stride(0), h.stride(0),
+        *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (g, u, dg, du, h)), sums,
+        M, H, D, *dy.stride(), *down_strides, *g.stride(), dg.stride(0), H,
         ACT=DEVICE[activation], DOWN_K_MAJOR=k_major, **options,
     )  # fmt: skip
-    db = dy.new_empty((0, H)) if sums is None else sums.sum(1).to(dy.dtype)
-    return h, db
+    return dy.new_empty((0, H)) if sums is None else sums.sum(1).to(dy.dtype)
 
 
 def gated_linear_fwd(
@@ -260,14 +257,20 @@ def gated_linear_fwd(
     want_h: bool,
     want_gu: bool,
 ) -> tuple[Tensor, Tensor]:
-    M, H = x.shape[0], w_gate.shape[0]
-    h = x.new_empty((M if want_h else 0, H))
-    gu = empty_pair(x, M if want_gu else 0, H, None)
+    h, gu = empty_gated(x, x.shape[0], w_gate.shape[0], want_h, want_gu)
     g, u = split_pair(gu, None) if want_gu else (None, None)
     launch_fwd(
         "gated_linear_fwd", x, w_gate, w_up, b_gate, b_up, h if want_h else None, g, u, activation
     )
     return h, gu
+
+
+def gated_linear_grads(
+    dy: Tensor, w_down: Tensor, packed: Packed | None, want_h: bool
+) -> tuple[Tensor, Tensor]:
+    """Memory for dgu, and for h (M, or 0 if not wanted, H)."""
+    M, H = dy.shape[0], w_down.shape[1]
+    return empty_pair(dy, M, H, packed), dy.new_empty((M if want_h else 0, H))
 
 
 def gated_linear_bwd(
@@ -280,8 +283,9 @@ def gated_linear_bwd(
     want_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     g, u = split_pair(gu, None)
-    dgu = empty_pair(dy, g.shape[0], g.shape[1], packed)
+    dgu, h = gated_linear_grads(dy, w_down, packed, want_h)
     dg, du = split_pair(dgu, packed)
-    h, db = launch_bwd("gated_linear_bwd", dy, w_down, g, u, dg, du, want_h, want_db, activation)
+    rows = (g, u, dg, du, h if want_h else None)
+    db = launch_bwd("gated_linear_bwd", dy, w_down, *rows, want_db, activation)
     # Sums come gate first; a packed bias wants them in its own order.
     return dgu, h, db.flip(0) if packed == "up_gate" else db

@@ -12,7 +12,7 @@ from ..arch.tile import cdiv
 from ..device import multiprocessors
 from ..pick import hyper_tile
 from .backward import coefficient_kernel, dk_kernel, dq_kernel, dv_kernel, dz1_kernel, dz2_kernel
-from .plan import Call, Core, mix_of, plan_launch, rows
+from .plan import Call, Core, heads_last, mix_of, plan_launch, rows
 from .slots import Bands, slots_kernel
 
 
@@ -71,7 +71,7 @@ class _Backward:
     def score_grad(self, kernel: Any, name: str) -> Tensor:
         """dq or dk, heads side by side."""
         B, Q, T, dq = self.q.shape
-        grad = self.q.new_empty((B, T, Q, dq)).transpose(1, 2)
+        grad = heads_last(self.q)
         parts = cdiv(dq, min(hyper_tile(name, self.q).block_k, dq))
         launch = plan_launch(name, self.call, parts=parts)
         kernel[launch.programs,](
@@ -82,7 +82,7 @@ class _Backward:
 
     def dv(self) -> Tensor:
         B, H, T, dv = self.v.shape
-        grad = self.v.new_empty((B, T, H, dv)).transpose(1, 2)
+        grad = heads_last(self.v)
         parts = cdiv(dv, min(hyper_tile("hyper_attention_dv", self.q).block_n, dv))
         launch = plan_launch("hyper_attention_dv", self.call, parts=parts)
         dv_kernel[launch.programs,](

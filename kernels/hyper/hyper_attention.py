@@ -36,7 +36,7 @@ from .band import (
     store_rows,
     visible,
 )
-from .plan import Call, Core, mix_of, plan_launch, rows
+from .plan import Call, Core, heads_last, mix_of, plan_launch, rows
 from .scores import both_mixed, expand_first, expand_values, row_operands, second_rows, weights
 
 
@@ -182,6 +182,18 @@ def _out_kernel(core, out, scratch_ptr, batch, T, L, eps, parts, P: tl.constexpr
         store_rows(out, b, i, m0, part * BLOCK_V, T, acc, WIDTH_V, BLOCK, BLOCK_V)
 
 
+def hyper_attention_results(
+    q: Tensor, v: Tensor, c1: Tensor | None, c2: Tensor | None, normed: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for out (B, H, T, dv), and in float32 for h1 (B, Q, T, r1), h2 (B, H, T, r2) and
+    n (B, H, T), or (B, H, 0) where nothing is normed."""
+    (B, Q, T, _), H = q.shape, v.shape[1]
+    wide = lambda *shape: q.new_empty(shape, dtype=torch.float32)  # noqa: E731
+    r1, r2 = (0 if c is None else c.shape[-1] for c in (c1, c2))
+    n = wide(B, H, T if normed else 0)
+    return heads_last(v), wide(B, Q, T, r1), wide(B, H, T, r2), n
+
+
 def hyper_attention_fwd(
     q: Tensor,
     k: Tensor,
@@ -199,14 +211,10 @@ def hyper_attention_fwd(
     shortcut2: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (B, Q, T, _), (_, H, _, dv) = q.shape, v.shape
+    (B, Q, T, _), dv = q.shape, v.shape[-1]
     ranks = (0 if c1 is None else c1.shape[-1], 0 if c2 is None else c2.shape[-1])
     L = next((u.shape[1] for u in (u1, u2) if u is not None), T)
-    # Heads lie side by side, as the projection behind takes them.
-    out = v.new_empty((B, T, H, dv)).transpose(1, 2)
-    h1 = q.new_empty((B, Q, T, ranks[0]), dtype=torch.float32)
-    h2 = q.new_empty((B, H, T, ranks[1]), dtype=torch.float32)
-    n = q.new_empty((B, H, T if normed else 0), dtype=torch.float32)
+    out, h1, h2, n = hyper_attention_results(q, v, c1, c2, normed)
     if not out.numel():
         return out, h1, h2, n.zero_()
     z1, z2 = (q.new_empty(h.shape) for h in (h1, h2))

@@ -294,6 +294,11 @@ def _plan(
     return plan, chunk, parts
 
 
+def step_result(q: Tensor, v: Tensor) -> Tensor:
+    """Memory for out (B, H, dv)."""
+    return q.new_empty((q.shape[0], v.shape[1], v.shape[3]))
+
+
 def hyper_attention_step(
     q: Tensor,
     k: Tensor,
@@ -313,7 +318,7 @@ def hyper_attention_step(
     eps: float,
 ) -> Tensor:
     (B, Q, dq), (_, H, N, dv) = q.shape, v.shape
-    out = q.new_empty((B, H, dv))
+    out = step_result(q, v)
     if not out.numel():
         return out
     if not N:

@@ -136,6 +136,13 @@ class Launch(NamedTuple):
         return like.new_empty(self.programs * regions * self.plan.region)
 
 
+def heads_last(t: Tensor) -> Tensor:
+    """Memory for (B, heads, T, width) with a token's heads side by side, as the next projection
+    takes them."""
+    B, heads, T, width = t.shape
+    return t.new_empty((B, T, heads, width)).transpose(1, 2)
+
+
 class Call(NamedTuple):
     """What all launches of one call share."""
 

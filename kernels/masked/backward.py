@@ -198,13 +198,27 @@ def _dw_kernel(
                 store_tile(dw, D, r0, c0 + part * PART, H, D, sums[part], BLOCK_M, PART, TMA)
 
 
+def masked_gated_linear_ev_results(gt: Tensor, want_h: bool) -> tuple[Tensor, Tensor]:
+    """Memory for ev (1 + n_m, M, H), and for h (M, or 0 if not wanted, H)."""
+    _, M, H = gt.shape
+    return gt.new_empty(gt.shape), gt.new_empty((M if want_h else 0, H))
+
+
+def masked_gated_linear_dw_results(
+    w: Tensor, planes: Tensor, want_dw: bool, want_dlogits: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Memory for dw (H, D) and dlogits (n_m, H, D), each with no rows if not wanted."""
+    (H, D), n_m = w.shape, planes.shape[2]
+    dw = w.new_empty((H if want_dw else 0, D))
+    return dw, w.new_empty((n_m if want_dlogits else 0, H, D), dtype=dtype)
+
+
 def masked_gated_linear_ev(
     dh: Tensor, gt: Tensor, activation: str, want_h: bool
 ) -> tuple[Tensor, Tensor]:
     """V, e_1, .. as ev (1 + n_m, M, H), and h (M or 0, H)."""
     planes, M, H = gt.shape
-    ev = gt.new_empty((planes, M, H))
-    h = gt.new_empty((M if want_h else 0, H))
+    ev, h = masked_gated_linear_ev_results(gt, want_h)
     if M and H:
         block_n = min(triton.next_power_of_2(H), ELEMENTS)
         block_m = ELEMENTS // block_n
@@ -246,8 +260,7 @@ def masked_gated_linear_dw(
 ) -> tuple[Tensor, Tensor]:
     """dw (H or 0, D), and dlogits (n_m or 0, H, D) in `dtype`."""
     (M, D), H, n_m = x.shape, w.shape[0], planes.shape[2]
-    dw = w.new_empty((H if want_dw else 0, D))
-    dlogits = w.new_empty((n_m if want_dlogits else 0, H, D), dtype=dtype)
+    dw, dlogits = masked_gated_linear_dw_results(w, planes, want_dw, want_dlogits, dtype)
     if H == 0 or D == 0 or not (want_dw or want_dlogits):
         return dw, dlogits
     kernel = "masked_gated_linear_dw"

@@ -175,13 +175,21 @@ def _masks_of_a_pass(n_m: int) -> int:
     return 4 if n_m == 4 else 2 if n_m % 2 == 0 else 1
 
 
+def masked_gated_linear_results(
+    x: Tensor, w: Tensor, planes: Tensor, want_h: bool, want_gt: bool
+) -> tuple[Tensor, Tensor]:
+    """Memory for h (M, H) and gt (1 + n_m, M, H), each with M = 0 if not wanted."""
+    M, H = x.shape[0], w.shape[0]
+    gt = x.new_empty((1 + planes.shape[2], M if want_gt else 0, H))
+    return x.new_empty((M if want_h else 0, H)), gt
+
+
 def masked_gated_linear_fwd(
     x: Tensor, w: Tensor, planes: Tensor, activation: str, want_h: bool, want_gt: bool
 ) -> tuple[Tensor, Tensor]:
     """h (M or 0, H), and t, g_1, .. as gt (1 + n_m, M or 0, H)."""
     (M, D), H, n_m = x.shape, w.shape[0], planes.shape[2]
-    h = x.new_empty((M if want_h else 0, H))
-    gt = x.new_empty((1 + n_m, M if want_gt else 0, H))
+    h, gt = masked_gated_linear_results(x, w, planes, want_h, want_gt)
     if M == 0 or H == 0:
         return h, gt
     kernel = "masked_gated_linear_fwd" if n_m == 1 else "masked_gated_linear_fwd_group"

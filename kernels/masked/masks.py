@@ -149,9 +149,15 @@ def multiply_masked(
     return accs
 
 
+def empty_planes(logits: Tensor) -> Tensor:
+    """Memory for the bit planes of logits."""
+    n_m, H, D = logits.shape
+    return logits.new_empty((H, cdiv(D, 8), n_m), dtype=torch.uint8)
+
+
 def pack_masks(logits: Tensor) -> Tensor:
     n_m, H, D = logits.shape
-    planes = logits.new_empty((H, cdiv(D, 8), n_m), dtype=torch.uint8)
+    planes = empty_planes(logits)
     if planes.numel():
         grid = cdiv(H, _PACK["BLOCK_H"]), cdiv(D, _PACK["BLOCK_D"])
         _pack_kernel[grid](logits, planes, H, D, *logits.stride(), N_M=n_m, **_PACK)

@@ -285,6 +285,17 @@ def _dprob(dots: Tensor, like: Tensor, tokens: Tensor, offsets: Tensor, E: int) 
     return dprob
 
 
+def moe_dh_results(
+    dy: Tensor, prob: Tensor, w_down: Tensor, gu: Tensor, packed: Packed | None,
+    want_h: bool, want_db: bool, want_db_down: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Memory for what moe_dh returns; dprob is made from it."""
+    (T, D), (E, _, H), parts = dy.shape, w_down.shape, gu.shape[0]
+    dgu = empty_pair(dy, T, H, packed) if parts == 2 else dy.new_empty((1, T, H))
+    h, db = dy.new_empty((T if want_h else 0, H)), dy.new_empty((parts, E if want_db else 0, H))
+    return dgu, h, torch.empty_like(prob), db, dy.new_empty((E if want_db_down else 0, D))
+
+
 def moe_dh(
     dy: Tensor,
     tokens: Tensor,
@@ -306,10 +317,9 @@ def moe_dh(
     T, D = dy.shape
     E, _, H = w_down.shape
     gated = gu.shape[0] == 2
-    dgu = empty_pair(dy, T, H, packed) if gated else dy.new_empty((1, T, H))
-    h, dprob = dy.new_empty((T if want_h else 0, H)), torch.empty_like(prob)
-    db = dy.new_empty((len(gu), E if want_db else 0, H))
-    db_down = dy.new_empty((E if want_db_down else 0, D))
+    dgu, h, dprob, db, db_down = moe_dh_results(
+        dy, prob, w_down, gu, packed, want_h, want_db, want_db_down
+    )
     if T == 0:
         return dgu, h, dprob, db.zero_(), db_down.zero_()
     g, u = split_pair(gu, None) if gated else (gu[0], None)
@@ -376,10 +386,14 @@ def _down_bias(
     return _dprob(dots, prob, tokens, offsets, E)
 
 
+def bias_result(dy: Tensor, offsets: Tensor) -> Tensor:
+    """Memory for (E, N)."""
+    return dy.new_empty((offsets.shape[0] - 2, dy.shape[1]))
+
+
 def moe_bias_grad(dy: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
     """(E, N): the sums of dy's rows (T, N), in token order, over each expert's tokens."""
-    E = offsets.shape[0] - 2
-    db = dy.new_empty((E, dy.shape[1]))
+    db = bias_result(dy, offsets)
     if db.numel() == 0 or dy.shape[0] == 0:
         return db.zero_()
     _down_bias(dy, tokens, offsets, None, None, None, db, False)
@@ -413,10 +427,15 @@ def fill_wgrad(
     )  # fmt: skip
 
 
+def wgrad_result(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """Memory for (E, N, K)."""
+    return a.new_empty((offsets.shape[0] - 2, a.shape[1], b.shape[1]))
+
+
 def moe_wgrad(
     a: Tensor, b: Tensor, tokens: Tensor, offsets: Tensor, gather_a: bool, gather_b: bool
 ) -> Tensor:
     """dw (E, N, K) of one weight; see fill_wgrad."""
-    dw = a.new_empty((offsets.shape[0] - 2, a.shape[1], b.shape[1]))
+    dw = wgrad_result(a, b, offsets)
     fill_wgrad(dw, a, b, tokens if gather_a else None, tokens if gather_b else None, offsets)
     return dw

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...packing import empty_pair, split_pair
+from ...packing import split_pair
 from ..activations import DEVICE
 from ..arch.tile import Tile
 from ..epilogues import store_fwd
@@ -224,6 +224,15 @@ def grouped_options(tile: Tile, groups: int, masked: bool, precision: str) -> di
     }
 
 
+def moe_up_results(
+    x: Tensor, w_gate: Tensor, w_up: Tensor | None, want_h: bool, want_gu: bool
+) -> tuple[Tensor, Tensor]:
+    """Memory for h (T, H) and gu (2, T, H), or g (1, T, H); each with T = 0 if not wanted."""
+    T, H = x.shape[0], w_gate.shape[1]
+    gu = x.new_empty((1 if w_up is None else 2, T if want_gu else 0, H))
+    return x.new_empty((T if want_h else 0, H)), gu
+
+
 def moe_up(
     x: Tensor,
     tokens: Tensor,
@@ -240,9 +249,7 @@ def moe_up(
     tokens are not written."""
     T, D = x.shape
     E, H, _ = w_gate.shape
-    h = x.new_empty((T if want_h else 0, H))
-    rows = T if want_gu else 0
-    gu = x.new_empty((1, rows, H)) if w_up is None else empty_pair(x, rows, H, None)
+    h, gu = moe_up_results(x, w_gate, w_up, want_h, want_gu)
     if T == 0:
         return h, gu
     g, u = (None, None) if not want_gu else (gu[0], None) if w_up is None else split_pair(gu, None)
@@ -268,6 +275,11 @@ def moe_up(
     return h, gu
 
 
+def moe_down_result(a: Tensor, w: Tensor) -> Tensor:
+    """Memory for (T, N)."""
+    return a.new_empty((a.shape[0], w.shape[1]))
+
+
 def moe_down(
     a: Tensor,
     tokens: Tensor,
@@ -283,7 +295,7 @@ def moe_down(
     expert order, or with `gather` in token order; w and w2 are (E, N, K)."""
     T, K = a.shape
     E, N, _ = w.shape
-    y = a.new_empty((T, N))
+    y = moe_down_result(a, w)
     if T == 0:
         return y
     fits = aligned(a, a2, y) and experts_aligned(w, w2)

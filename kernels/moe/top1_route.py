@@ -240,6 +240,19 @@ Groups = tuple[Tensor, Tensor, Tensor, Tensor]
 Routed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
+def empty_groups(like: Tensor, T: int, E: int) -> Groups:
+    """Memory for tokens, rows, offsets and counts."""
+    new = lambda n: like.new_empty(n, dtype=torch.int32)  # noqa: E731
+    return new(T), new(T), new(E + 2), new(E)
+
+
+def empty_choice(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Memory for expert, prob, mean_prob and log_sum_exp."""
+    T, E = logits.shape
+    mean, lse = (logits.new_empty(n, dtype=torch.float32) for n in (E, T))
+    return logits.new_empty(T, dtype=torch.int64), logits.new_empty(T), mean, lse
+
+
 def _group(
     logits: Tensor | None,
     expert: Tensor,
@@ -254,7 +267,7 @@ def _group(
     """tokens, rows, offsets and counts; `launch` fills them and whatever else it is given."""
     T = expert.shape[0]
     new = lambda *shape: torch.empty(shape, dtype=torch.int32, device=expert.device)  # noqa: E731
-    groups = new(T), new(T), new(E + 2), new(E)
+    groups = empty_groups(expert, T, E)
     if T == 0:
         for t in (*groups, *(() if mean is None else (mean,))):
             t.zero_()
@@ -269,10 +282,8 @@ def _group(
 
 def route_logits(logits: Tensor, capacity: int | None, chunk: int, launch: Launch) -> Routed:
     """expert, prob, groups, mean_prob and log_sum_exp, by chunks of so many tokens."""
-    T, E = logits.shape
-    expert = torch.empty(T, dtype=torch.int64, device=logits.device)
-    prob = logits.new_empty(T)
-    lse, mean = (logits.new_empty(n, dtype=torch.float32) for n in (T, E))
+    E = logits.shape[1]
+    expert, prob, mean, lse = empty_choice(logits)
     groups = _group(logits, expert, prob, lse, mean, E, capacity, chunk, launch)
     return expert, prob, *groups, mean, lse
 

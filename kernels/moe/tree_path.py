@@ -32,9 +32,14 @@ def _path_kernel(
         tl.store(own + level + 1, node, mask=mask_t)
 
 
+def empty_path(logits: Tensor, depth: int) -> Tensor:
+    """Memory for the path."""
+    return logits.new_empty((logits.shape[0], depth + 1), dtype=torch.int64)
+
+
 def tree_path_fwd(logits: Tensor, depth: int) -> Tensor:
     T = logits.shape[0]
-    path = torch.empty((T, depth + 1), dtype=torch.int64, device=logits.device)
+    path = empty_path(logits, depth)
     if T:
         _path_kernel[cdiv(T, 128),](
             logits, path, T, *logits.stride(), DEPTH=depth, BLOCK_T=128, num_warps=4

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ...kernels.arch.tile import SKINNY_M, cdiv
+from ...kernels.binary.binary_linear import binary_linear_result
 from ...kernels.device import multiprocessors
+from ...packing import empty_gated
 from ...reference.binary import GROUP
 from . import loader
 from .gated_linear import Enqueue, activation_number, matrix, stream, unfit
@@ -40,7 +42,7 @@ def _launch(
     (M, D), H = x.shape, q_gate.shape[0]
     if M > SKINNY_M:
         raise unfit(op, f"{SKINNY_M} rows of x or fewer", str(M))
-    h = x.new_empty((M, H))
+    h = binary_linear_result(x, q_gate)
     if M == 0 or H == 0:
         return h
     if D % GROUP or D == 0:
@@ -93,4 +95,4 @@ def binary_gated_linear_fwd(
         raise unfit(op, "a call that wants no gradient", "one that does")
     weights = (q_gate, s_gate, q_up, s_up)
     h = _launch(op, enqueue, x, weights, (b_gate, b_up), activation)
-    return h, x.new_empty((2, 0, h.shape[1]))
+    return h, empty_gated(x, 0, h.shape[1], False, False)[1]

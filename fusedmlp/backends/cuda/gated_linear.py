@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from ...kernels.arch.tile import cdiv
+from ...kernels.dense.gated_linear import gated_linear_grads
+from ...kernels.dense.linear_act import linear_act_grads, linear_act_results
 from ...kernels.device import capability_of, multiprocessors
-from ...packing import Packed, empty_pair, split_pair
+from ...packing import Packed, empty_gated, split_pair
 from . import loader
 
 Enqueue = Callable[..., None]
@@ -192,20 +194,19 @@ def _bwd(
     u: Tensor | None,
     dg: Tensor,
     du: Tensor | None,
-    want_h: bool,
+    h: Tensor | None,
     want_db: bool,
     activation: str,
-) -> tuple[Tensor, Tensor]:
-    """Fill dg and du (M, H), of one layout; returns h (M or 0, H) and the column sums of dg and du
+) -> Tensor:
+    """Fill dg and du (M, H), of one layout, and h if given; returns the column sums of dg and du
     (1 or 2 or 0, H). A dy that TMA does not read is copied: its strides are autograd's choice, 0
     behind `y.sum()`, and nobody could choose others."""
     op = names.op
     M, D = dy.shape
     H = w_down.shape[1]
     halves = 1 if u is None else 2
-    h = dy.new_empty((M if want_h else 0, H))
     if M == 0 or H == 0:
-        return h, dy.new_zeros((halves if want_db else 0, H))
+        return dy.new_zeros((halves if want_db else 0, H))
     _check_sizes(op, M, H, D)
     tail = _tail(op, dy, activation)
     if not _readable(dy):
@@ -218,12 +219,11 @@ def _bwd(
     if want_db:
         tiles_m = cdiv(M, loader.load()[0].SUM_ROWS)
         sums = dy.new_empty((halves, tiles_m, H), dtype=torch.float32)
-    at_h = h.data_ptr() if want_h else 0
     enqueue(
-        at_dy, at_down, at_g, at_u, _address(dg), _address(du), at_h, _address(sums),
+        at_dy, at_down, at_g, at_u, _address(dg), _address(du), _address(h), _address(sums),
         M, H, D, stride_dy, stride_down, stride_gu, dg.stride(0), H, *tail,
     )  # fmt: skip
-    return h, dy.new_empty((0, H)) if sums is None else sums.sum(1).to(dy.dtype)
+    return dy.new_empty((0, H)) if sums is None else sums.sum(1).to(dy.dtype)
 
 
 def gated_linear_fwd(
@@ -237,9 +237,7 @@ def gated_linear_fwd(
     want_h: bool,
     want_gu: bool,
 ) -> tuple[Tensor, Tensor]:
-    M, H = x.shape[0], w_gate.shape[0]
-    h = x.new_empty((M if want_h else 0, H))
-    gu = empty_pair(x, M if want_gu else 0, H, None)
+    h, gu = empty_gated(x, x.shape[0], w_gate.shape[0], want_h, want_gu)
     g, u = split_pair(gu, None) if want_gu else (None, None)
     wanted_h = h if want_h else None
     _fwd(enqueue, _GATED_FWD, x, w_gate, w_up, b_gate, b_up, wanted_h, g, u, activation)
@@ -257,9 +255,10 @@ def gated_linear_bwd(
     want_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     g, u = split_pair(gu, None)
-    dgu = empty_pair(dy, g.shape[0], g.shape[1], packed)
+    dgu, h = gated_linear_grads(dy, w_down, packed, want_h)
     dg, du = split_pair(dgu, packed)
-    h, db = _bwd(enqueue, _GATED_BWD, dy, w_down, g, u, dg, du, want_h, want_db, activation)
+    rows = (g, u, dg, du, h if want_h else None)
+    db = _bwd(enqueue, _GATED_BWD, dy, w_down, *rows, want_db, activation)
     # Sums come gate first; a packed bias wants them in its own order.
     return dgu, h, db.flip(0) if packed == "up_gate" else db
 
@@ -273,9 +272,7 @@ def linear_act_fwd(
     want_h: bool,
     want_z: bool,
 ) -> tuple[Tensor, Tensor]:
-    M, H = x.shape[0], w.shape[0]
-    h = x.new_empty((M if want_h else 0, H))
-    z = x.new_empty((M if want_z else 0, H))
+    h, z = linear_act_results(x, w, want_h, want_z)
     wanted_h, wanted_z = h if want_h else None, z if want_z else None
     _fwd(enqueue, _PLAIN_FWD, x, w, None, b, None, wanted_h, wanted_z, None, activation)
     return h, z
@@ -290,6 +287,7 @@ def linear_act_bwd(
     want_h: bool,
     want_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dz = dy.new_empty(z.shape)
-    h, db = _bwd(enqueue, _PLAIN_BWD, dy, w_out, z, None, dz, None, want_h, want_db, activation)
+    dz, h = linear_act_grads(dy, w_out, want_h)
+    rows = (z, None, dz, None, h if want_h else None)
+    db = _bwd(enqueue, _PLAIN_BWD, dy, w_out, *rows, want_db, activation)
     return dz, h, db

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...kernels.arch.tile import SKINNY_M, cdiv
 from ...kernels.device import multiprocessors
+from ...kernels.masked.masked_gated_linear import masked_gated_linear_results
 from . import loader
 from .gated_linear import Enqueue, activation_number, matrix, stream, unfit
 
@@ -43,7 +44,7 @@ def masked_gated_linear_fwd(
         raise unfit(OP, f"{SKINNY_M} rows of x or fewer", str(M))
     if n_m not in N_M:
         raise unfit(OP, f"n_m to be one of {', '.join(map(str, N_M))}", str(n_m))
-    h, gt = x.new_empty((M, H)), x.new_empty((1 + n_m, 0, H))
+    h, gt = masked_gated_linear_results(x, w, planes, want_h, want_gt)
     if M == 0 or H == 0:
         return h, gt
     if D % 8 or D == 0:
