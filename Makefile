@@ -17,12 +17,8 @@ SITE = NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 QUICK = tests/ops/test_each_op.py tests/kernels tests/backends/test_backend.py tests/house \
 	--ignore tests/house/test_examples.py
 
-# The oldest releases that pyproject promises, in an environment of their own. Patching is not among
-# the tests there: on torch 2.11 patch() raises today.
-FLOORS = build/floors
-OLDEST = $(PYTHON) -c 'import re; [print(f"{name}=={least}.0") for name, least in \
-	re.findall(r"\"(torch|triton|numpy)>=([\d.]+)\"", open("pyproject.toml").read())]'
-FLOORS_TESTS = tests/ops/test_each_op.py tests/kernels
+# `make floors ENVIRONMENTS=oldest` runs that one alone.
+ENVIRONMENTS ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help test quick lint gate gate-triton gate-csrc docs floors bench
@@ -74,14 +70,8 @@ docs: ## the documentation site, into build/site
 	$(call needs,mkdocstrings,docs)
 	$(SITE)
 
-$(FLOORS)/oldest.txt: pyproject.toml
-	@mkdir -p $(@D)
-	$(OLDEST) > $@
-
-floors: $(FLOORS)/oldest.txt ## each op once on the oldest torch, triton and numpy; installs gigabytes
-	$(PYTHON) -m venv $(FLOORS)
-	$(FLOORS)/bin/python -m pip install --quiet pytest pytest-xdist --requirement $<
-	$(FLOORS)/bin/python -m pytest -n $(JOBS) $(FLOORS_TESTS)
+floors: ## a part of the suite on the oldest and newest releases promised; installs gigabytes
+	JOBS=$(JOBS) $(PYTHON) tests/floors.py $(ENVIRONMENTS)
 
 bench: ## errors against float64, and times or, without a GPU, computed times
 	$(call needs,torch,bench)

@@ -10,11 +10,14 @@ from contextlib import contextmanager
 import torch
 import triton
 
+from . import interpreter
 from .arch import INTERPRETER, Arch, arch_for
 
 # Triton decides at import whether @triton.jit makes interpreted functions; so it is read once,
 # here.
 INTERPRETED: bool = triton.knobs.runtime.interpret
+if INTERPRETED:
+    interpreter.mend()
 
 
 def _index(device: torch.device) -> int:

@@ -12,6 +12,7 @@ too, and cannot be pickled.
 | `patch.py` | patch, unpatch, patched, register_patch: which module, and why not |
 | `match.py` | a dense MLP by the data flow of its forward, whatever its names are |
 | `trace.py` | that forward as a graph, the module left as it was |
+| `routed.py` | which of a router's tensors a block of experts uses for what |
 | `kept.py` | what a fused call passes by, and whether it is still there |
 | `dense.py`, `moe.py` | the fused forward of a dense MLP, of a mixture of experts |
 | `experts.py` | transformers' table of experts implementations |

@@ -32,6 +32,11 @@ def _activation(experts: Any) -> str | None:
     return _ACTIVATIONS[key]
 
 
+def decorated(module: Any) -> bool:
+    """Whether transformers' use_experts_implementation has been at its class, in any release."""
+    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+
+
 def misfit(experts: Any) -> str | None:
     """Why `experts_forward` cannot run `experts`."""
     for name, wanted in (("is_concatenated", True), ("has_post_expert_norm", False)):

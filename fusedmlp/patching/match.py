@@ -18,7 +18,7 @@ from torch import fx, nn
 from ..layers.parts.block import DROPOUTS
 from .activation import name_by_values
 from .dense import RESIDUAL, Dense, is_projection
-from .experts import advice
+from .experts import advice, decorated
 from .plan import Plan, child, with_parents
 from .trace import NoMatch, trace
 
@@ -42,7 +42,7 @@ def _like_a_projection(module: nn.Module) -> bool:
 
 def find(module: nn.Module) -> Plan | str | None:
     """A plan, or why there is none, or None for what is like no MLP."""
-    if hasattr(module, "_is_expert_parallel") and hasattr(module, "_apply_gate"):
+    if decorated(module):
         return advice(module)
     method = next(m for m in METHODS if hasattr(module, m))
     depth = 2 if method.endswith("_chunk") else 1
@@ -82,11 +82,12 @@ def _match(module: nn.Module, method: str) -> Dense:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     if len(inputs) != 1:
         raise NoMatch(f"its {method} takes {len(inputs)} arguments, not x alone")
+    *_, output = graph.nodes
     for node in graph.nodes:
         reads = node.op in ("output", "get_attr") or node.target is getattr
         if not node.users and not reads:  # it may write into x
             raise NoMatch(f"its {method} makes no use of {node}")
-    return _Matcher(module, inputs[0], method).plan(next(reversed(graph.nodes)).args[0])
+    return _Matcher(module, inputs[0], method).plan(output.args[0])
 
 
 class _Matcher:

@@ -3,10 +3,11 @@
 | block | router | experts |
 |---|---|---|
 | Llama4TextMoe | sigmoid of the largest logit, on the input | (E, D, 2H) and (E, H, D), views |
-| SwitchTransformersSparseMLP | softmax, capacity by sequence | E modules of two Linears |
+| SwitchTransformersSparseMLP | softmax, with a capacity | E modules of two Linears |
 
-Routers are called as they are. What else the block holds (a shared expert) is called too, and is
-patched on its own.
+Routers are called as they are. Which of their tensors is which, and whether they see sequences or
+tokens, is read off the block's own forward (routed.py). What else the block holds (a shared expert)
+is called too, and is patched on its own.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from ..ops.top1_route import route_to
 from .activation import name_by_values
 from .dense import idle, is_projection, local
 from .plan import Plan, child, hooked, passed_by
+from .routed import ToExperts, ToScale, to_experts, to_scale
 from .stack import lie_together, stacked
+from .trace import NoMatch
 
 
 @dataclass(frozen=True)
 class Llama4(Plan):
     activation: str = "silu"
+    routed: ToScale = ToScale(scores=0, logits=1)
 
     @property
     def op(self) -> str:
@@ -45,7 +49,8 @@ class Llama4(Plan):
 
     def run(self, module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         x = hidden_states.reshape(-1, module.hidden_dim)
-        scores, logits = module.router(x)
+        routed = module.router(x)
+        scores, logits = routed[self.routed.scores], routed[self.routed.logits]
         expert = logits.argmax(1)
         score = scores.gather(1, expert.unsqueeze(1))
         w, w_down = local(module.experts.gate_up_proj), local(module.experts.down_proj)
@@ -62,6 +67,7 @@ class Llama4(Plan):
 class Switch(Plan):
     activation: str = "relu"
     num_experts: int = 0
+    routed: ToExperts = ToExperts(mask=0, prob=1, flat=False)
 
     @property
     def op(self) -> str:
@@ -107,14 +113,15 @@ class Switch(Plan):
                     raise passed_by(module, f"a projection of expert {i} is now a {what}")
         if not all(idle(e.dropout) for e in experts):
             return module._own_class.forward(module, hidden_states)
-        one_hot, prob, _ = module.router(hidden_states)
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        routed = module.router(x if self.routed.flat else hidden_states)
+        one_hot, prob = routed[self.routed.mask], routed[self.routed.prob]
         # Past its capacity a token has no 1: an expert that does not exist drops it.
         E = module.router.num_experts
         expert = torch.where(one_hot.sum(-1) > 0, one_hot.argmax(-1), E)
         routing = route_to(expert.flatten(), prob.flatten(), E)
         w, w_down = (stacked([local(getattr(e, n).weight) for e in experts]) for n in ("wi", "wo"))
         call = moe_mlp if module._split is None else module._split
-        x = hidden_states.reshape(-1, hidden_states.shape[-1])
         y = call(x, routing, w, None, w_down, activation=self.activation)
         return y.view(hidden_states.shape)
 
@@ -125,7 +132,10 @@ def _llama4(module: Any) -> Plan | str:
     activation = name_by_values(module.experts.act_fn)
     if activation is None:
         return f"{type(module.experts.act_fn).__name__} is no activation that has a kernel"
-    return Llama4(activation=activation)
+    try:
+        return Llama4(activation=activation, routed=to_scale(module))
+    except NoMatch as error:
+        return str(error)
 
 
 def _switch(module: Any) -> Plan | str:
@@ -137,7 +147,11 @@ def _switch(module: Any) -> Plan | str:
         for name in ("wi", "wo"):
             if type(getattr(e, name)) is not nn.Linear or getattr(e, name).bias is not None:
                 return f"an expert's {name} is no plain Linear without bias"
-    return Switch(activation=activation, num_experts=len(experts))
+    try:
+        routed = to_experts(module)
+    except NoMatch as error:
+        return str(error)
+    return Switch(activation=activation, num_experts=len(experts), routed=routed)
 
 
 _MODELS = "transformers.models"

@@ -26,22 +26,24 @@ class _Proxy(fx.Proxy):
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, method: str) -> None:
+    def __init__(self, method: str, whole: bool) -> None:
         super().__init__()
-        self.traced_func_name = method
+        self.traced_func_name, self.whole = method, whole
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return next(m.children(), None) is None
+        return self.whole or next(m.children(), None) is None
 
 
-def trace(module: nn.Module, method: str) -> fx.Graph:
-    """Raises NoMatch where it cannot be traced, or changes the module: a fused call would not."""
+def trace(module: nn.Module, method: str, whole: bool = False) -> fx.Graph:
+    """With `whole` no submodule is traced into.
+
+    Raises NoMatch where it cannot be traced, or changes the module: a fused call would not."""
     try:
         with _unchanged(module, method):
-            return _Tracer(method).trace(module)
+            return _Tracer(method, whole).trace(module)
     except NoMatch:
         raise
     except Exception as error:

@@ -1,0 +1,225 @@
+"""Blocks of experts whose routers return what the releases of transformers return, and in orders
+that none of them has yet: patched, each computes what it computed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import fusedmlp
+from fusedmlp.patching.moe import Llama4, Switch, _llama4, _switch
+
+D, H, E, CAPACITY = 16, 24, 3, 2
+
+
+class Router(nn.Module):
+    """Top-1 of a softmax; `order` says what it returns at which place, `keepdim` as 5.17 does."""
+
+    def __init__(self, order, keepdim, num_experts=E):
+        super().__init__()
+        self.order, self.keepdim, self.num_experts = order, keepdim, num_experts
+        self.classifier = nn.Linear(D, num_experts, bias=False)
+
+    def forward(self, x):
+        logits = self.classifier(x)
+        prob, index = logits.softmax(-1).max(-1, keepdim=self.keepdim)
+        mask = nn.functional.one_hot(index, self.num_experts)
+        mask = mask * (mask.cumsum(-2) <= CAPACITY)
+        prob = prob if self.keepdim else prob.unsqueeze(-1)
+        named = {"mask": mask, "prob": prob, "logits": logits, "entropy": logits.sum(-1)}
+        return tuple(named[name] for name in self.order)
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.wi, self.wo = nn.Linear(D, H, bias=False), nn.Linear(H, D, bias=False)
+        self.act, self.dropout = nn.ReLU(), nn.Dropout(0.0)
+
+    def forward(self, x):
+        return self.wo(self.dropout(self.act(self.wi(x))))
+
+
+class Experts(nn.ModuleDict):
+    def forward(self, x, mask, prob):
+        y = torch.zeros_like(x)
+        for e, expert in enumerate(self.values()):
+            chosen = mask[:, 0, e].nonzero()[:, 0]
+            y = y.index_add(0, chosen, expert(x[chosen]) * prob[chosen])
+        return y
+
+
+class Flat(nn.Module):
+    """As in 5.17: the router sees (tokens, D), so that no sequence ever fills an expert."""
+
+    ORDER, KEEPDIM = ("logits", "mask", "prob"), True
+
+    def __init__(self, num_experts=E):
+        super().__init__()
+        self.router = Router(self.ORDER, self.KEEPDIM, num_experts)
+        self.experts = Experts({f"expert_{i}": Expert() for i in range(num_experts)})
+
+    def forward(self, hidden_states):
+        batch, length, width = hidden_states.shape
+        hidden_states = hidden_states.view(-1, width)
+        _, mask, prob = self.router(hidden_states)
+        return self.experts(hidden_states, mask, prob).reshape(batch, length, width)
+
+
+class BySequence(Flat):
+    """As in 5.24: the capacity is a sequence's."""
+
+    ORDER, KEEPDIM = ("mask", "prob", "logits"), False
+
+    def forward(self, hidden_states):
+        batch, length, width = hidden_states.shape
+        mask, prob, _ = self.router(hidden_states)
+        mask, prob = mask.view(-1, 1, self.router.num_experts), prob.view(-1, 1)
+        rows = hidden_states.view(-1, width)
+        return self.experts(rows, mask, prob).reshape(batch, length, width)
+
+
+class OfNoRelease(Flat):
+    ORDER, KEEPDIM = ("entropy", "prob", "logits", "mask"), False
+
+    def forward(self, x):
+        routed = self.router(x)
+        mask, prob = routed[3].view(-1, 1, self.router.num_experts), routed[1].reshape(-1, 1)
+        return self.experts(x.view(-1, D), mask, prob).view(x.shape)
+
+
+class Scaled(Flat):
+    """What the experts are given is not what the router returned."""
+
+    def forward(self, x):
+        _, mask, prob = self.router(x.view(-1, D))
+        return self.experts(x.view(-1, D), mask, prob * 2).view(x.shape)
+
+
+class Unrolled(Flat):
+    def forward(self, x):
+        _, mask, prob = self.router(x.view(-1, D))
+        y = sum(
+            mask[:, :, e] * expert(x.view(-1, D)) for e, expert in enumerate(self.experts.values())
+        )
+        return (y * prob).view(x.shape)
+
+
+def results(block, x):
+    x = x.clone().requires_grad_()
+    y = block(x)
+    first = y[0] if isinstance(y, tuple) else y
+    first.square().sum().backward()
+    grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in block.parameters())
+    return (*(y if isinstance(y, tuple) else (y,)), x.grad, *grads)
+
+
+def assert_patched_alike(kind, plan, block, x):
+    torch.manual_seed(0)
+    own = results(copy.deepcopy(block), x)
+    (entry,) = fusedmlp.patch(block).patched[:1]
+    assert isinstance(block._plan, plan) and entry.op == "moe_mlp"
+    for ours, expected in zip(results(block, x), own, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("num_experts", (E, 1))
+@pytest.mark.parametrize("kind", (Flat, BySequence, OfNoRelease))
+def test_switch(kind, num_experts):
+    fusedmlp.register_patch(kind, _switch)
+    torch.manual_seed(0)
+    assert_patched_alike(kind, Switch, kind(num_experts), torch.randn(2, 9, D))
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        (Scaled, "its forward hands on mul, which its router did not return as it is"),
+        (Unrolled, "its forward is not experts(x, mask, prob) with what its router returns"),
+    ],
+)
+def test_another_forward_is_left(kind, reason):
+    fusedmlp.register_patch(kind, _switch)
+    report = fusedmlp.patch(block := kind())
+    assert report.left[0].name == "" and report.left[0].detail == reason
+    # The experts in it are MLPs, and those are patched.
+    assert type(block) is kind and {e.op for e in report.patched} == {"mlp"}
+
+
+class TopOne(nn.Linear):
+    def forward(self, x):
+        logits = super().forward(x)
+        value, index = logits.topk(1, dim=1)
+        scores = torch.full_like(logits, float("-inf")).scatter(1, index, value).sigmoid()
+        return self.pair(scores, logits)
+
+    def pair(self, scores, logits):
+        return scores, logits
+
+
+class Swapped(TopOne):
+    def pair(self, scores, logits):
+        return logits, scores
+
+
+class Stacked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.randn(E, D, 2 * H) / 4)
+        self.down_proj = nn.Parameter(torch.randn(E, H, D) / 4)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x):
+        gate, up = torch.bmm(x.view(E, -1, D), self.gate_up_proj).chunk(2, dim=-1)
+        return torch.bmm(up * self.act_fn(gate), self.down_proj).view(-1, D)
+
+
+class ScoresFirst(nn.Module):
+    """As in 5.9 to 5.24."""
+
+    ROUTER = TopOne
+
+    def __init__(self):
+        super().__init__()
+        self.top_k, self.hidden_dim, self.num_experts = 1, D, E
+        self.experts, self.router = Stacked(), self.ROUTER(D, E, bias=False)
+        self.shared_expert = nn.Sequential(nn.Linear(D, H), nn.SiLU(), nn.Linear(H, D))
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, self.hidden_dim)
+        scores, logits = self.router(x)
+        return self.mixed(x, scores), logits
+
+    def mixed(self, x, scores):
+        rows = x.repeat(E, 1) * scores.transpose(0, 1).reshape(-1, 1)
+        return self.shared_expert(x) + self.experts(rows).reshape(E, -1, D).sum(dim=0)
+
+
+class LogitsFirst(ScoresFirst):
+    ROUTER = Swapped
+
+    def forward(self, hidden_states):
+        x = hidden_states.reshape(-1, self.hidden_dim)
+        logits, scores = self.router(x)
+        return self.mixed(x, scores), logits
+
+
+class NoLogits(ScoresFirst):
+    """As in 4.51."""
+
+    def forward(self, hidden_states):
+        return super().forward(hidden_states)[0]
+
+
+@pytest.mark.parametrize("kind", (ScoresFirst, LogitsFirst))
+def test_llama4(kind):
+    fusedmlp.register_patch(kind, _llama4)
+    torch.manual_seed(0)
+    assert_patched_alike(kind, Llama4, kind(), torch.randn(2, 5, D))
+
+
+def test_llama4_that_returns_no_logits_is_left():
+    fusedmlp.register_patch(NoLogits, _llama4)
+    report = fusedmlp.patch(NoLogits())
+    assert "does not return its result and its router's logits" in report.left[0].detail
