@@ -30,6 +30,9 @@ class Mix(nn.Module):
         if self.d is not None:
             nn.init.zeros_(self.d)
 
+    def forward(self) -> Parameters:
+        return self.U, self.Vt, self.d
+
 
 class Mixing(nn.Module):
     """Holds `mix`: published checkpoints have the parameters one level down."""
@@ -38,9 +41,13 @@ class Mixing(nn.Module):
         super().__init__()
         self.mix = Mix(*args)
 
+    def forward(self) -> Parameters:
+        return self.mix()
+
 
 def parameters_of(op: Mixing | None) -> Parameters:
-    return (None, None, None) if op is None else (op.mix.U, op.mix.Vt, op.mix.d)
+    """Called for, not read: a hook may bring them."""
+    return (None, None, None) if op is None else op()
 
 
 class CausalConv(nn.Module):

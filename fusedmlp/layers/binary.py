@@ -36,10 +36,12 @@ from .. import check
 from ..check.layer import check_x
 from ..ops.binary_gated_mlp import binary_gated_mlp
 from ..ops.binary_linear import binary_linear
+from ..ops.gated_act import gated_act
 from ..ops.gated_mlp import gated_mlp
 from ..reference.binary import GROUP, binary_scales
 from ..weights.binary import BinaryWeight, quantize_binary
 from .parts.activation import name_of
+from .parts.around import bare
 from .parts.block import positive_int
 
 
@@ -334,12 +336,15 @@ class BinaryGatedMLP(nn.Module):
         layers = self._layers()
         biases = [layer.bias for layer in layers]
         gate, up, down = packed = [layer.packed for layer in layers]
-        if gate is not None and up is not None and down is not None:
-            return binary_gated_mlp(x, gate, up, down, *biases, activation=self.activation)
-        if count := 3 - packed.count(None):
+        if (count := 3 - packed.count(None)) not in (0, 3):
             raise RuntimeError(
                 f"{type(self).__name__}: projections must be packed all or none, got {count} of 3"
             )
+        if not bare(*layers):
+            g, u = self.gate_proj(x), self.up_proj(x)
+            return self.down_proj(gated_act(g, u, activation=self.activation))
+        if gate is not None and up is not None and down is not None:
+            return binary_gated_mlp(x, gate, up, down, *biases, activation=self.activation)
         latent = (layer.binarized() for layer in layers)
         return gated_mlp(x, *latent, *biases, activation=self.activation)
 

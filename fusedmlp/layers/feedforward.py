@@ -31,6 +31,7 @@ from ..check.numbers import number
 from .glu import GLU, Bilinear, GeGLU, GLUBase, ReGLU, SwiGLU
 from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
 from .parts.activation import build, describe, name_of
+from .parts.around import bare
 from .parts.block import (
     build_norm,
     check_input,
@@ -84,8 +85,7 @@ class FeedForward(nn.Module):
     Every Linear has a bias and starts with Kaiming-normal weights (fan-in, relu) and zero bias.
 
     The modules in `net` hold parameters and settings; forward reads them and does not call them
-    (dropout excepted, where it is active), so forward hooks on them do not run. Hooks on the layer
-    itself do.
+    (dropout excepted, where it is active). Where a hook stands on one of them, all are called.
 
     Raises ValueError or TypeError for a bad argument, and TypeError in forward if a Linear in `net`
     was replaced by something that computes something else.
@@ -163,11 +163,13 @@ class FeedForward(nn.Module):
         if self.glu_variant == "none":
             first, act, dropout, second = self.net
             activation = name_of(act)
-            if activation is None:
+            if activation is None or not bare(self.net, first, act, dropout, second):
                 return self.net(x)
             return plain_block(self, x, first, second, dropout, activation=activation)
         glu: Any
         glu, dropout, second = self.net
+        if not bare(self.net, glu, glu.proj, glu.activation, dropout, second):
+            return self.net(x)  # the GLU layer checks x
         if isinstance(glu, MaskedGLU):
             return glu.block(x, dropout, second)
         activation = name_of(glu.activation)

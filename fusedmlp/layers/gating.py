@@ -51,7 +51,7 @@ class GatingMechanism(nn.Module):
             if `fusedmlp` has a kernel for it; otherwise the sigmoid is with the second.
 
     Attribute: `gate`, a Sequential in the order of the equation. Weights start Xavier-uniform with
-    gain 0.1 and every bias at 1. Forward hooks on children of `gate` that are fused do not run.
+    gain 0.1 and every bias at 1. A child of `gate` with hooks is called, not fused.
 
     Raises AssertionError unless one of the two bottleneck arguments is given, and ValueError or
     TypeError for a bad argument, and in forward for an x of another width or dtype.

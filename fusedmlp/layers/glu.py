@@ -22,13 +22,13 @@ mlp_utils'.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..check.layer import check_x
 from ..ops.gated_linear import gated_linear
 from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
 from .parts.activation import describe, name_of
+from .parts.around import bare
 from .parts.block import affine, positive_int, reset_others
 
 __all__ = [
@@ -51,8 +51,8 @@ class GLUBase(nn.Module):
     """v * activation(g), where [v | g] = proj(x): value half first, gate half second.
 
     An activation that `fusedmlp` has a kernel for is fused with the projection; any other module
-    runs in PyTorch behind F.linear. The fused path reads the parameters of `proj` without calling
-    it: forward hooks on `proj` and `activation` do not run, hooks on the layer itself do.
+    runs in PyTorch behind `proj`. The fused path reads the parameters of `proj` without calling it;
+    where a hook stands on `proj` or `activation`, both are called.
 
     Args:
         dim_in: width of x.
@@ -89,8 +89,8 @@ class GLUBase(nn.Module):
         activation = name_of(self.activation)
         w, b = affine(self, self.proj)
         check_x(type(self).__name__, x, w.shape[1], w.dtype)
-        if activation is None:
-            value, gate = F.linear(x, w, b).chunk(2, -1)
+        if activation is None or not bare(self.proj, self.activation):
+            value, gate = self.proj(x).chunk(2, -1)
             return value * self.activation(gate)
         return gated_linear(x, w, None, b, activation=activation, packed="up_gate")
 

@@ -40,6 +40,7 @@ from ..ops.masked_gated_linear import masked_gated_linear
 from ..ops.masked_gated_mlp import masked_gated_mlp
 from ..weights.masks import MAX_MASKS, PackedMasks, pack_masks
 from .parts.activation import describe, name_of
+from .parts.around import hooked
 from .parts.block import affine, passes_through, positive_int, reset_others
 
 MASK_MODES = ("channel", "element")
@@ -64,7 +65,7 @@ class MaskedGLU(nn.Module):
     `proj` starts with nn.Linear's own initialisation, `mask` with N(0, 1) in channel mode and with
     0.01 N(0, 1) in element mode. `freeze_masks()` turns element logits into bits for inference.
     Raises ValueError or TypeError for a bad argument, and TypeError in forward if `proj` was
-    replaced by something else than an nn.Linear.
+    replaced by something else than an nn.Linear, or in element mode has hooks.
 
     Examples:
         >>> import torch
@@ -166,11 +167,12 @@ class MaskedGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim_in) -> (..., dim_out)."""
-        w, b = affine(self, self.proj)
+        w, _ = affine(self, self.proj)
         check_x(type(self).__name__, x, w.shape[1], w.dtype)
         if self.mask_mode == "element":
+            self._check_bare()
             return masked_gated_linear(x, w, self.masks(), activation=self._activation())
-        v = F.linear(x, w, b)
+        v = self.proj(x)
         soft = self.mask.sigmoid()
         # The difference is 0, and its gradient sigmoid's.
         m = ((self.mask >= 0).to(soft.dtype) + (soft - soft.detach())).to(v.dtype)
@@ -181,8 +183,18 @@ class MaskedGLU(nn.Module):
         w_down, b_down = affine(self, down)
         if self.mask_mode == "channel" or not passes_through(dropout):
             return F.linear(dropout(self(x)), w_down, b_down)
+        self._check_bare()
         w, _ = affine(self, self.proj)
         return masked_gated_mlp(x, w, self.masks(), w_down, b_down, activation=self._activation())
+
+    def _check_bare(self) -> None:
+        """Two products with halves of W are no call of `proj`."""
+        for name in ("proj", "activation"):
+            if around := hooked(getattr(self, name)):
+                raise TypeError(
+                    f"{type(self).__name__}: {name} must be without hooks in element mode, where "
+                    f"its weight is read without calling it, got one that {around}"
+                )
 
     def path(self) -> str:
         """For explain(): where the activation runs."""

@@ -66,7 +66,7 @@ class MLP(nn.Module):
 
     Attributes: `model`, a Sequential in the order of the equation, or a ResidualWrapper of it;
     `input_dim`, `output_dim`, `norm_mode`. Every Linear starts with Kaiming-normal weights (fan-in,
-    relu) and zero bias. Forward hooks on children of `model` that are fused do not run.
+    relu) and zero bias. A child of `model` with hooks is called, not fused.
 
     Raises ValueError or TypeError for a bad argument, and in forward for an x of another width or
     dtype.

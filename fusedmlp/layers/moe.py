@@ -23,16 +23,14 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import check
 from ..check import layer as check_layer
-from ..ops.gated_mlp import gated_mlp
 from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import top1_route
 from ..reference import Routing
-from .parts.block import positive_int
+from .parts.block import gated_block, positive_int
 
 Score = Literal["softmax", "sigmoid"]
 Scaled = Literal["output", "input"]
@@ -122,7 +120,7 @@ class Top1MoE(nn.Module):
         capacity = None
         if self.capacity_factor is not None:
             capacity = max(1, int(x.shape[0] / self.w_gate.shape[0] * self.capacity_factor))
-        logits = F.linear(x, self.router.weight)
+        logits = self.router(x)
         routing = top1_route(logits, capacity=capacity)
         if self.score == "sigmoid":
             chosen = logits.gather(1, routing.expert.unsqueeze(1)).squeeze(1)
@@ -140,8 +138,8 @@ class Top1MoE(nn.Module):
             used = routing._replace(prob=torch.ones_like(routing.prob))
         y = self._run(rows, used)
         if self.shared is not None:
-            gate, up, down = (self.shared[name].weight for name in ("gate", "up", "down"))
-            y = y + gated_mlp(flat, gate, up, down, activation=self.activation)  # type: ignore[arg-type]
+            gate, up, down = (self.shared[name] for name in ("gate", "up", "down"))
+            y = y + gated_block(self, flat, gate, up, down, None, activation=self.activation)
         y = y.view(x.shape)
         return (y, routing) if return_routing else y
 

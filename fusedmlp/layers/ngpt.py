@@ -37,7 +37,9 @@ from torch import Tensor, nn
 
 from ..check.layer import check_x
 from ..check.numbers import finite, number
+from ..ops.gated_act import gated_act
 from ..ops.gated_mlp import gated_mlp
+from .parts.around import bare
 from .parts.block import positive_int, reset_tree, scaled_width
 
 
@@ -134,6 +136,9 @@ class _Original(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.kaiming_uniform_(self.original, a=5**0.5)  # nn.Linear's own
 
+    def forward(self) -> Tensor:
+        return self.original
+
 
 class _UnitLinear(nn.Module):
     """x W', W normalised at each access. State key: parametrizations.weight.original.
@@ -153,7 +158,7 @@ class _UnitLinear(nn.Module):
 
     def scaled_weight(self, rows: Scale | None) -> Tensor:
         """The normalised weight, its rows times `rows`, rounded once."""
-        stored: Tensor = self.parametrizations.weight.original  # type: ignore[union-attr, assignment]
+        stored = self.parametrizations.weight()  # type: ignore[operator]
         weight = _wide_l2norm(stored, self._norm_dim, self._norm_eps)
         if rows is not None:
             weight = weight * rows().unsqueeze(-1)
@@ -230,9 +235,18 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
+        layers = (self.norm_linear_gate, self.norm_linear_hidden, self.norm_linear_out)
+        if not bare(*layers, *(layer.linear for layer in layers)):
+            return self._called(x)
         gate = self.norm_linear_gate.linear.scaled_weight(self.s_v)
         hidden = self.norm_linear_hidden.linear.scaled_weight(self.s_u)
         return gated_mlp(x, gate, hidden, self.norm_linear_out.weight, activation="silu")
+
+    def _called(self, x: Tensor) -> Tensor:
+        gate, hidden = self.norm_linear_gate(x), self.norm_linear_hidden(x)
+        gate = gate if self.s_v is None else (gate * self.s_v()).to(gate.dtype)
+        hidden = hidden if self.s_u is None else (hidden * self.s_u()).to(hidden.dtype)
+        return self.norm_linear_out(gated_act(gate, hidden, activation="silu"))
 
     def path(self) -> str:
         """For explain()."""

@@ -72,8 +72,8 @@ class PointwiseMLP(nn.Module):
 
     Biases start at zero, with or without an initialiser. Attributes: layer1, dropout, layer2,
     hidden_dim, activation, is_glu_variant, backend, glu_order. Backend "fused" reads the parameters
-    of layer1 and layer2 without calling them: forward hooks on them run with "torch" only, and a
-    replacement of either that is no nn.Linear raises TypeError.
+    of layer1 and layer2 without calling them, unless a hook stands on one; a replacement of either
+    that is no nn.Linear raises TypeError.
 
     Raises ValueError or TypeError for a bad argument, at construction, and in forward for an x of
     another width or dtype.

@@ -23,7 +23,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..check import layer as check_layer
@@ -112,7 +111,7 @@ class SwitchFFN(nn.Module):
         capacity = None
         if self.capacity_factor is not None:
             capacity = max(1, int(flat.shape[0] / self.num_experts * self.capacity_factor))
-        routing = top1_route(F.linear(seen, self.router.weight), capacity=capacity)
+        routing = top1_route(self.router(seen), capacity=capacity)
         y = self.experts(flat, routing)
         if self.dropped == "identity" and capacity is not None:
             y = torch.where(routing.kept.unsqueeze(1), y, flat.to(y.dtype))

@@ -77,8 +77,8 @@ class SwiGLUMLP(_TransformerMLP):
     Args:
         config: anything with the attribute `n_embd`, or that width itself.
 
-    forward reads the weights of the projections and does not call them, so forward hooks on them do
-    not run; hooks on the layer itself do.
+    forward reads the weights of the projections and does not call them; where a hook stands on one,
+    all are called.
 
     Raises ValueError or TypeError for a width that is no positive int, and TypeError in forward if
     a projection was replaced by something else than an nn.Linear.

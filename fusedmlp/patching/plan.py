@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ..layers.parts.around import hooked
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -54,17 +56,6 @@ def child(module: nn.Module, path: str) -> nn.Module:
     for name in path.split("."):
         module = getattr(module, name)
     return module
-
-
-def hooked(module: nn.Module) -> str | None:
-    """What stands around a module's own forward, which a fused call would not run."""
-    # Written out: this is asked on every call.
-    m = module
-    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
-        return "has hooks"
-    if "forward" in module.__dict__:
-        return "has a forward of its own, set on the instance"
-    return None
 
 
 def unhooked(owner: nn.Module, path: str) -> Any:

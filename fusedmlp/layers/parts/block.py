@@ -2,7 +2,7 @@
 
 A block is one call, `gated_mlp` or `mlp`, as long as nothing stands between its two projections.
 Active dropout does, so the block is then the first projection with its activation fused, dropout,
-and F.linear.
+and F.linear. A module that something stands around (around.py) is called, and so are the others.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from torch import Tensor, nn
 
 from ...check.layer import check_x
 from ...check.numbers import number
+from ...ops.gated_act import gated_act
 from ...ops.gated_linear import gated_linear
 from ...ops.gated_mlp import gated_mlp
 from ...ops.linear_act import linear_act
 from ...ops.mlp import mlp
 from ...packing import Packed
+from ...reference.activations import ACTIVATIONS
+from .around import bare
 
 # Exact types: a subclass may do something in eval, or at p = 0.
 DROPOUTS = (
@@ -147,6 +150,11 @@ def gated_block(
     w_gate, b_gate = affine(owner, gate)
     w_up, b_up = (None, None) if up is None else affine(owner, up)
     w_down, b_down = affine(owner, down)
+    if not bare(gate, up, down, dropout):
+        check_x(type(owner).__name__, x, w_gate.shape[-1], w_gate.dtype)
+        u = None if up is None else up(x)
+        h = gated_act(gate(x), u, activation=activation, packed=packed)
+        return down(h if dropout is None else dropout(h))
     if passes_through(dropout):
         return gated_mlp(
             x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation=activation, packed=packed
@@ -167,6 +175,10 @@ def plain_block(
     """second(dropout(act(first(x))))."""
     w_in, b_in = affine(owner, first)
     w_out, b_out = affine(owner, second)
+    if not bare(first, second, dropout):
+        check_x(type(owner).__name__, x, w_in.shape[-1], w_in.dtype)
+        h = ACTIVATIONS[activation].reference(first(x))
+        return second(h if dropout is None else dropout(h))
     if passes_through(dropout):
         return mlp(x, w_in, w_out, b_in, b_out, activation=activation)
     h = linear_act(x, w_in, b_in, activation=activation)

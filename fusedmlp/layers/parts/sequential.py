@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from ...ops.linear_act import linear_act
 from ...ops.mlp import mlp
 from .activation import name_of
+from .around import bare
 from .block import passes_through
 
 Row = list[nn.Module]
@@ -21,8 +22,7 @@ class FusedSequential(nn.Sequential):
     | Linear, activation | linear_act |
     | any other | a call of the child |
 
-    An activation counts if `fusedmlp` has a kernel for it. Forward hooks on children that are fused
-    do not run.
+    An activation counts if `fusedmlp` has a kernel for it. A child with hooks is called.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -56,9 +56,11 @@ def first_two(net: nn.Module) -> Row:
 
 def _row_length(children: Row) -> int:
     """How many children, from the first on, are one call."""
-    if len(children) < 2 or not _is_linear(children[0]) or name_of(children[1]) is None:
+    if len(children) < 2 or not _is_linear(children[0]):
         return 1
-    second = 3 if len(children) > 2 and passes_through(children[2]) else 2
+    if name_of(children[1]) is None or not bare(children[1]):
+        return 1
+    second = 3 if len(children) > 2 and passes_through(children[2]) and bare(children[2]) else 2
     return second + 1 if len(children) > second and _is_linear(children[second]) else 2
 
 
@@ -76,4 +78,4 @@ def _run(row: Row, x: Tensor) -> Tensor:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module).forward is nn.Linear.forward
+    return type(module).forward is nn.Linear.forward and bare(module)

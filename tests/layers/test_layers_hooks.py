@@ -1,0 +1,84 @@
+"""What stands around a module inside a layer runs: its weight may come from there."""
+
+import pytest
+import torch
+from layer_checks import draw, one, randomise_
+from layer_makers import MAKERS, D
+from torch import nn
+from torch.nn.utils import prune, spectral_norm
+
+from fusedmlp import layers
+from fusedmlp.hyperglu import HyperMLP
+
+ALL = {
+    **MAKERS,
+    "HyperMLP": lambda: HyperMLP(D, block_size=8, op1_rank=2, op2_rank=2),
+    "packed": lambda: layers.BinaryGatedMLP(D, 128, pad=True).pack(),
+    "PointwiseMLP fused": lambda: layers.PointwiseMLP(D, "swiglu", nn.Identity(), backend="fused"),
+    "PointwiseMLP plain": lambda: layers.PointwiseMLP(D, "silu", backend="fused"),
+    "NGPT scaled": lambda: layers.NGPT(D, paper=True),
+}
+# Two products with halves of the projection's weight are no call of it.
+HALVES = ("SwiMGLU", "FeedForward masked")
+
+
+def inner_modules(layer):
+    """Those inside that compute with parameters, or a function alone; no mere holders."""
+    return {
+        name: m
+        for name, m in layer.named_modules()
+        if m is not layer and (m._parameters or not m._modules) and not m._buffers
+    }
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_hook_inside_runs(name):
+    """On one module at a time, a forward hook, or a forward that is set on the instance."""
+    layer = randomise_(ALL[name]()).eval()
+    x = draw(2, 4, D)
+    y = one(layer(x))
+    for path, module in inner_modules(layer).items():
+        seen = []
+        handle = module.register_forward_hook(lambda *args, seen=seen: seen.append(args))
+        _runs(name, layer, path, x, y, seen)
+        handle.remove()
+        own = module.forward
+        module.forward = lambda *args, own=own, seen=seen: (seen.append(args), own(*args))[1]
+        _runs(name, layer, path, x, y, seen)
+        del module.forward
+    assert torch.equal(one(layer(x)), y)
+
+
+def _runs(name, layer, path, x, y, seen):
+    if name in HALVES and path.rpartition(".")[2] in ("proj", "activation"):
+        with pytest.raises(TypeError, match="must be without hooks in element mode, .* got one th"):
+            layer(x)
+        return
+    torch.testing.assert_close(one(layer(x)), y, rtol=1e-4, atol=1e-5)
+    assert seen, path
+    seen.clear()
+
+
+GATED = (lambda: layers.FeedForward(D, 2, glu_variant="swiglu"), lambda: layers.FeedForward(D, 2),
+         lambda: layers.MLP(D, norm_mode="none", dropout=0.0), lambda: layers.SwiGLUMLP(D),
+         lambda: layers.Top1MoE(D, 8, 2, shared_hidden=8))  # fmt: skip
+
+
+@pytest.mark.parametrize("make", GATED)
+def test_weights_that_a_hook_makes_are_the_weights(make):
+    """Pruned weights that were loaded since, and gradients of what a spectral norm divides."""
+    layer = randomise_(make())
+    linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
+    for linear in linears:
+        prune.l1_unstructured(linear, "weight", 0.5)
+    layer.load_state_dict({k: t if k.endswith("_mask") else 2 * t
+                           for k, t in layer.state_dict().items()})  # fmt: skip
+    y = one(layer(draw(3, D)))
+    for linear in linears:
+        prune.remove(linear, "weight")
+    torch.testing.assert_close(one(layer(draw(3, D))), y)
+
+    spectral_norm(linears[0])
+    for _ in range(2):
+        one(layer(draw(3, D))).square().sum().backward()
+    assert linears[0].weight_orig.grad.any()
