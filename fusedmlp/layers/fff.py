@@ -33,21 +33,27 @@ from ..ops.tree_path import tree_path
 from .feedforward import FeedForward
 from .parts.block import positive_int
 from .parts.experts import StackedExperts
+from .parts.stacked import Stacked
 
 _CLAMP = 1e-6  # of probabilities in the hardening loss
 
 
-class Routers(nn.Module):
-    """n Linear(dim, 1) as one: weight (n, dim), bias (n,). In a state_dict they are
-    `i.weight` (1, dim) and `i.bias` (1,)."""
+class Routers(Stacked):
+    """n Linear(dim, 1) as one: weight (n, dim), bias (n,). Of one they are `i.weight` (1, dim) and
+    `i.bias` (1,)."""
 
     def __init__(self, num: int, dim: int) -> None:
         super().__init__()
+        self._names = {"weight": "weight", "bias": "bias"}
         self.weight = nn.Parameter(torch.empty(num, dim))
         self.bias = nn.Parameter(torch.empty(num))
         self.reset_parameters()
-        self.register_state_dict_post_hook(_unstack)
-        self.register_load_state_dict_pre_hook(_stack)
+
+    def __len__(self) -> int:
+        return self.weight.shape[0]
+
+    def _item_shape(self, stack: Tensor) -> torch.Size:
+        return torch.Size((1, *stack.shape[1:]))
 
     def reset_parameters(self) -> None:
         bound = self.weight.shape[1] ** -0.5
@@ -58,17 +64,10 @@ class Routers(nn.Module):
         return F.linear(x, self.weight, self.bias)
 
 
-def _unstack(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in ("weight", "bias"):
-        for i, one in enumerate(state.pop(f"{prefix}{name}").unbind()):
-            state[f"{prefix}{i}.{name}"] = one.unsqueeze(0)
-
-
-def _stack(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name in ("weight", "bias"):
-        keys = [f"{prefix}{i}.{name}" for i in range(len(cast(Tensor, module.bias)))]
-        if all(key in state for key in keys):
-            state[f"{prefix}{name}"] = torch.cat([state.pop(key) for key in keys])
+def _widen_mix(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """mlp_utils' checkpoints have a scalar."""
+    if (mix := state.get(f"{prefix}master_mix")) is not None and mix.dim() == 0:
+        state[f"{prefix}master_mix"] = mix.unsqueeze(0)
 
 
 class FastFeedForward(nn.Module):
@@ -161,7 +160,9 @@ class FastFeedForward(nn.Module):
         if has_master_leaf:
             positive_int("FastFeedForward", "master_leaf_dim", master_leaf_dim)
             self.master = FeedForward(dim, master_leaf_dim / dim, 0.0, activation, self.glu_variant)
-            self.master_mix = nn.Parameter(torch.tensor(0.5))
+            # Not a scalar, which FSDP2 refuses.
+            self.master_mix = nn.Parameter(torch.full((1,), 0.5))
+            self.register_load_state_dict_pre_hook(_widen_mix)
 
     def init_weights_(self) -> None:
         """Give every parameter its initial value again, or at last on a layer built on meta."""
@@ -210,14 +211,7 @@ class FastFeedForward(nn.Module):
         if self.region_leak:
             right = torch.where(torch.rand_like(right) < self.region_leak, 1 - right, right)
         prob = self._leaf_probabilities(right).to(x.dtype)
-        inside = self.project_in(x)
-        y: Tensor | None = None
-        for own, p in zip(self.experts.slices(), prob.unbind(1), strict=True):
-            leaf = self.experts.one(own, inside)
-            # Autocast may have given the leaf another dtype than x.
-            leaf = p.unsqueeze(1).to(leaf.dtype) * leaf
-            y = leaf if y is None else y + leaf
-        return cast(Tensor, y), aux
+        return cast(Tensor, self.experts(self.project_in(x), prob)), aux
 
     def _leaf_probabilities(self, right: Tensor) -> Tensor:
         """(T, leaves) from the nodes' probabilities of going right (T, nodes)."""

@@ -11,7 +11,7 @@
 |---|---|
 | x, y | (..., dim), N tokens in all |
 | router.weight | (E, dim) |
-| experts.i.* | as in FeedForward |
+| experts.* | (E, ...) of each tensor in FeedForward, `net_0_weight` of its `net.0.weight` |
 
 dtype: x has the parameters' floating dtype, which is kept (under autocast: the autocast dtype); aux
 is float32. Source: Fedus, Zoph, Shazeer, Switch Transformers, arXiv 2101.03961; constructor and

@@ -9,6 +9,7 @@ from layer_checks import draw, randomise_
 
 import fusedmlp
 from fusedmlp.layers import SwitchFFN
+from fusedmlp.layers.per_expert import per_expert_state_dict
 
 DIM = 16
 
@@ -49,11 +50,13 @@ def test_freezing_the_masks_of_all_experts():
     layer.experts.freeze_masks()
     assert torch.equal(layer(x)[0], y)
     assert not any("mask" in name for name, _ in layer.named_parameters())
-    assert torch.equal(layer.experts[2].net[0].packed.planes, layer.experts.net_0_packed_planes[2])
+    assert torch.equal(
+        layer.experts[2].net[0].packed.planes, layer.experts.net_0_packed.planes[48:]
+    )
     layer(x)[0].sum().backward()
     assert layer.experts.get_parameter("net_0_proj_weight").grad.any()
 
-    state = layer.state_dict()
+    state = per_expert_state_dict(layer)
     ours = {k.removeprefix("experts.1.") for k in state if k.startswith("experts.1.")}
     assert ours == set(layer.experts[1].state_dict())
     fresh = masked()

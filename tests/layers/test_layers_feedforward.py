@@ -32,6 +32,7 @@ from fusedmlp.layers import (
     SwiGLU,
     SwitchFFN,
 )
+from fusedmlp.layers.per_expert import per_expert_state_dict
 
 GATES = {
     "glu": (GLU, torch.sigmoid),
@@ -206,7 +207,7 @@ def test_gated_structure(variant):
 
 def of_mlp_utils(layer):
     """The layer's state as mlp_utils writes it: each first projection a second time, as `proj`."""
-    state = layer.state_dict()
+    state = per_expert_state_dict(layer)
     for name in list(state):
         before, found, leaf = name.rpartition("net.0.")
         if found and "mask" not in leaf:
@@ -230,7 +231,7 @@ def test_checkpoints_of_mlp_utils_load(make):
     layer, fresh = make(), pickle.loads(pickle.dumps(make()))
     state = of_mlp_utils(layer)
     kept = dict(state)
-    aliases = sorted(set(state) - set(layer.state_dict()))
+    aliases = sorted(set(state) - set(per_expert_state_dict(layer)))
     assert aliases
     fresh.load_state_dict(state)
     assert state == kept, "the caller's dict is left alone"

@@ -21,6 +21,7 @@ from torch import nn
 
 import fusedmlp
 from fusedmlp.layers import FastFeedForward, FeedForward, PathWeightedFFF, SwitchFFN, Top1MoE, fff
+from fusedmlp.layers.per_expert import per_expert_state_dict
 
 DIM = 16
 VARIANTS = ("none", "swiglu", "geglu", "reglu", "mswiglu")
@@ -101,12 +102,12 @@ def test_switch_router_learns_and_jitter_acts_in_training_alone(each_backend):
 
 def test_switch_expert_parameters_have_the_seeds_names():
     layer = switch()
-    keys = set(layer.state_dict())
+    keys = set(per_expert_state_dict(layer))
     expected = {"router.weight"} | {
         f"experts.{i}.{name}" for i in range(3) for name, _ in layer.experts[0].named_parameters()
     }
     assert keys == expected
-    assert layer.state_dict()["experts.1.net.0.proj.weight"].shape == (48, DIM)
+    assert per_expert_state_dict(layer)["experts.1.net.0.proj.weight"].shape == (48, DIM)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +124,7 @@ def test_state_goes_round(make):
     y = one(layer(x))
     for other in (fresh, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(one(other(x)), y)
-    state = layer.state_dict()
+    state = per_expert_state_dict(layer)
     missing = next(k for k in state if k.startswith("experts.1."))
     del state[missing]
     with pytest.raises(RuntimeError, match="Missing key"):
@@ -135,7 +136,7 @@ def test_an_expert_is_a_view():
     with torch.no_grad():
         layer.experts[1].net[0].proj.weight.fill_(3)
     assert (layer.experts[1].net[0].proj.weight == 3).all()
-    assert (layer.state_dict()["experts.1.net.0.proj.weight"] == 3).all()
+    assert (per_expert_state_dict(layer)["experts.1.net.0.proj.weight"] == 3).all()
     assert not (layer.experts[0].net[0].proj.weight == 3).any()
     assert len(list(layer.experts)) == len(layer.experts) == 3
     assert (
@@ -171,7 +172,7 @@ def test_experts_that_cannot_be_fused(kwargs):
 
 def walk(layer, x):
     """The leaf of one token, by its routers one at a time."""
-    state, node = layer.state_dict(), 0
+    state, node = per_expert_state_dict(layer), 0
     for _ in range(layer.depth):
         logit = x @ state[f"routers.{node}.weight"][0] + state[f"routers.{node}.bias"][0]
         node = 2 * node + (2 if logit > 0 else 1)
@@ -304,7 +305,7 @@ def test_master_leaf_mixes():
 
 def test_tree_parameters_have_the_seeds_names():
     layer = tree(expert_dim=8)
-    state = layer.state_dict()
+    state = per_expert_state_dict(layer)
     assert state["routers.0.weight"].shape == (1, DIM) and state["routers.2.bias"].shape == (1,)
     assert "experts.3.net.0.proj.weight" in state and "project_in.weight" in state
     assert layer.experts[0].proj.weight.shape == (24, 8)

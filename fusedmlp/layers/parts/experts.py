@@ -1,15 +1,13 @@
 """E FeedForwards of one shape, their parameters stacked: one tensor (E, ...) for each name.
 
-state_dict and load_state_dict speak of `i.<name>`, as a ModuleList of FeedForwards would, and
-`experts[i]` is a FeedForward over views of expert i; forward neither stacks nor copies. The
-parameters are the stacks: to an optimizer, to named_parameters and to requires_grad_, which need
-leaves, an expert alone cannot be given.
+The parameters are the stacks, under names with underscores for an expert's dots: see stacked.py.
+`experts[i]` is a FeedForward over views of expert i; forward neither stacks nor copies. To an
+optimizer and to requires_grad_, which need leaves, an expert alone cannot be given.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -26,9 +24,12 @@ from ..glu import GLUBase
 from ..masked_glu import MaskedGLU
 from .activation import name_of
 from .block import passes_through
+from .stacked import Stacked
+
+_MASKS, _OWN_MASKS = "net.0.packed", "net_0_packed"  # in an expert, and here
 
 
-class StackedExperts(nn.Module):
+class StackedExperts(Stacked):
     """num FeedForwards, each made by `make()`; see the file.
 
     forward(x, routing) is moe_mlp in one fused call as long as nothing stands between an expert's
@@ -54,8 +55,7 @@ class StackedExperts(nn.Module):
             self._names[own] = name
             stacked = torch.stack([e.get_parameter(name).detach() for e in made])
             self.register_parameter(own, nn.Parameter(stacked))
-        self.register_state_dict_post_hook(_unstack)
-        self.register_load_state_dict_pre_hook(_stack)
+        self.net_0_packed: PackedMasks | None = None
 
     def init_weights_(self) -> None:
         """Give every expert its initial values again, or at last on a module built on meta."""
@@ -84,18 +84,37 @@ class StackedExperts(nn.Module):
             tensors[leaf] = view  # type: ignore[assignment]
         return expert
 
-    def _stacks(self) -> Iterator[tuple[str, Tensor]]:
-        """Every stack with its name in an expert."""
-        return ((name, getattr(self, own)) for own, name in self._names.items())
+    def _stack(self, own: str) -> Tensor:
+        stack = super()._stack(own)
+        # Packed masks of all experts are those of one weight of E H rows.
+        return stack.unflatten(0, (len(self), -1)) if own.startswith(_OWN_MASKS) else stack
 
-    def _packed(self) -> Iterator[tuple[int, tuple[str, PackedMasks]]]:
-        """Every expert's frozen masks: its number, their name in it, and what they must be."""
-        frozen = [
-            (name, module)
-            for name, module in self._template[0].named_modules()
-            if isinstance(module, PackedMasks)
-        ]
-        return itertools.product(range(self.num_experts), frozen)
+    def unstack(self, state: dict[str, Any], prefix: str) -> None:
+        super().unstack(state, prefix)
+        if self.net_0_packed is not None:
+            width = state.pop(f"{prefix}{_OWN_MASKS}._extra_state")
+            for i in range(len(self)):
+                state[f"{prefix}{i}.{_MASKS}._extra_state"] = width.clone()
+
+    def take_items(
+        self,
+        state: dict[str, Any],
+        prefix: str,
+        strict: bool,
+        missing: list[str],
+        errors: list[str],
+    ) -> None:
+        """Of what an expert has beside stacks: names that repeat others, and the width of masks."""
+        for i in range(len(self)):
+            drop_aliases(self._template[0], state, f"{prefix}{i}.")
+            if self.net_0_packed is not None and f"{prefix}{i}.{_MASKS}.planes" in state:
+                self._template[0].get_submodule(_MASKS).check_saved(state, f"{prefix}{i}.{_MASKS}.")  # type: ignore[operator]
+                width = f"{prefix}{i}.{_MASKS}._extra_state"
+                if state.pop(width, None) is None and strict:
+                    missing.append(width)
+                own = f"{prefix}{_OWN_MASKS}._extra_state"
+                state[own] = self.net_0_packed.get_extra_state()
+        super().take_items(state, prefix, strict, missing, errors)
 
     def freeze_masks(self) -> None:
         """`MaskedGLU.freeze_masks` of every expert, for good; a state_dict then has its bits.
@@ -110,11 +129,13 @@ class StackedExperts(nn.Module):
                 f"{self._template[0].glu_variant!r}"
             )
         glu.check_unfrozen()
-        packed = [pack_masks(logits) for logits in self.get_parameter("net_0_mask")]
-        self.register_buffer("net_0_packed_planes", torch.stack([one.planes for one in packed]))
+        logits = self.get_parameter("net_0_mask")
+        packed = [pack_masks(own) for own in logits]
+        planes = torch.cat([one.planes for one in packed])
+        self.net_0_packed = PackedMasks(planes, logits.shape[-1])
         glu.replace_masks(packed[0].to("meta"))
         del self.net_0_mask, self._names["net_0_mask"]
-        self._names["net_0_packed_planes"] = "net.0.packed.planes"
+        self._names[f"{_OWN_MASKS}.planes"] = f"{_MASKS}.planes"
 
     def _parts(self) -> dict[str, Tensor | None]:
         """The arguments of moe_mlp that hold parameters."""
@@ -146,56 +167,35 @@ class StackedExperts(nn.Module):
             return f"{self.num_experts} experts one by one in PyTorch"
         return f"{self.num_experts} experts in one call, fused as {activation!r}"
 
-    def slices(self) -> list[dict[str, Tensor]]:
+    def _slices(self) -> list[dict[str, Tensor]]:
         """Every expert's tensors by their names in FeedForward, as views with gradients."""
         parts = {name: stacked.unbind() for name, stacked in self._stacks()}
         return [{name: views[i] for name, views in parts.items()} for i in range(self.num_experts)]
 
-    def one(self, own: dict[str, Tensor], x: Tensor) -> Tensor:
-        """x through the expert whose tensors are `own`, one of `slices`."""
+    def _one(self, own: dict[str, Tensor], x: Tensor) -> Tensor:
+        """x through the expert whose tensors are `own`, one of `_slices`."""
         self._template[0].train(self.training)
         return cast(Tensor, functional_call(self._template[0], own, (x,)))
 
-    def forward(self, x: Tensor, routing: Routing) -> Tensor:
-        """prob * expert(x), and 0 for dropped tokens. x (..., dim)."""
+    def forward(self, x: Tensor, routing: Routing | Tensor) -> Tensor:
+        """prob * expert(x), and 0 for dropped tokens. x (..., dim). Of probabilities (T, E) in the
+        place of a routing, the sum of prob_e expert_e(x)."""
+        if isinstance(routing, Tensor):
+            return self._mixture(x, routing)
         activation = self._fused_activation()
         if activation is not None:
             packed: Any = "up_gate" if self._gated else None
             return moe_mlp(x, routing, **self._parts(), activation=activation, packed=packed)  # type: ignore[arg-type]
-        flat, own = x.reshape(-1, x.shape[-1]), self.slices()
-        y = by_expert(flat, routing, lambda rows, e: self.one(own[e], rows))
+        flat, own = x.reshape(-1, x.shape[-1]), self._slices()
+        y = by_expert(flat, routing, lambda rows, e: self._one(own[e], rows))
         scaled = (routing.prob.unsqueeze(1) * y).to(y.dtype)
         return torch.where(routing.kept.unsqueeze(1), scaled, 0).view(x.shape)
 
-
-def _unstack(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    experts = cast(StackedExperts, module)
-    for own, name in experts._names.items():
-        for i, view in enumerate(state.pop(f"{prefix}{own}").unbind()):
-            state[f"{prefix}{i}.{name}"] = view
-    for i, (name, packed) in experts._packed():
-        state[f"{prefix}{i}.{name}._extra_state"] = packed.get_extra_state()
-
-
-def _stack(
-    module: nn.Module,
-    state: dict[str, Any],
-    prefix: str,
-    metadata: Any,
-    strict: bool,
-    missing: list[str],
-    *_: Any,
-) -> None:
-    """Keys of a missing expert stay as they are, and are reported as unexpected."""
-    experts = cast(StackedExperts, module)
-    for i in range(experts.num_experts):
-        drop_aliases(experts._template[0], state, f"{prefix}{i}.")
-    for i, (name, packed) in experts._packed():
-        packed.check_saved(state, f"{prefix}{i}.{name}.")
-        width = f"{prefix}{i}.{name}._extra_state"
-        if state.pop(width, None) is None and strict:
-            missing.append(width)
-    for own, name in experts._names.items():
-        keys = [f"{prefix}{i}.{name}" for i in range(experts.num_experts)]
-        if all(key in state for key in keys):
-            state[f"{prefix}{own}"] = torch.stack([state.pop(key) for key in keys])
+    def _mixture(self, x: Tensor, prob: Tensor) -> Tensor:
+        y: Tensor | None = None
+        for own, p in zip(self._slices(), prob.unbind(1), strict=True):
+            one = self._one(own, x)
+            # Autocast may have given it another dtype than x.
+            one = p.unsqueeze(1).to(one.dtype) * one
+            y = one if y is None else y + one
+        return cast(Tensor, y)
