@@ -49,7 +49,7 @@ def binarized(v: Tensor, clip: float | None = None, detach_scale: bool = False) 
     """scale * sign(v) with a straight-through gradient; see the file."""
     exact = binary_scales(v.detach() if detach_scale else v)
     # The differences are 0 wherever anything is finite; they carry the gradients.
-    scales = (exact.detach().half().float() + (exact - exact.detach())).to(v.dtype)
+    scales = (exact.detach().half().to(exact.dtype) + (exact - exact.detach())).to(v.dtype)
     passing = v if clip is None else v * (v.detach().abs() <= clip)
     signs = torch.where(v.detach() >= 0, 1.0, -1.0).to(v.dtype) + (passing - passing.detach())
     return signs * scales.repeat_interleave(GROUP, 1)[:, : v.shape[1]]

@@ -124,7 +124,8 @@ class Top1MoE(nn.Module):
         routing = top1_route(logits, capacity=capacity)
         if self.score == "sigmoid":
             chosen = logits.gather(1, routing.expert.unsqueeze(1)).squeeze(1)
-            routing = routing._replace(prob=chosen.float().sigmoid().to(logits.dtype))
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            routing = routing._replace(prob=chosen.to(wide).sigmoid().to(logits.dtype))
         return routing
 
     def forward(self, x: Tensor, return_routing: bool = False) -> Tensor | tuple[Tensor, Routing]:

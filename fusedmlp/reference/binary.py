@@ -15,10 +15,10 @@ GROUP, WORD = 128, 32  # weights that share a scale; weights of one word
 
 
 def binary_scales(w: Tensor) -> Tensor:
-    """mean |w| of each group of a row, (H, G), in float32; of a last group that is cut short, of
-    what there is."""
-    D = w.shape[1]
-    sums = F.pad(w.abs(), (0, -D % GROUP)).unflatten(1, (-1, GROUP)).sum(2, dtype=torch.float32)
+    """mean |w| of each group of a row, (H, G), in float32 (float64 of float64); of a last group
+    that is cut short, of what there is."""
+    D, wide = w.shape[1], torch.promote_types(w.dtype, torch.float32)
+    sums = F.pad(w.abs(), (0, -D % GROUP)).unflatten(1, (-1, GROUP)).sum(2, dtype=wide)
     counts = (D - GROUP * torch.arange(sums.shape[1], device=w.device)).clamp(max=GROUP)
     return sums / counts
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..packing import Packed
 from .dense import gated_mlp, mlp
@@ -108,11 +109,16 @@ def router_z_loss(routing: Routing) -> Tensor:
     return routing.log_sum_exp.square().sum() / max(routing.expert.shape[0], 1)
 
 
+def _has_values(t: Tensor) -> bool:
+    """Whether the host can read `t`: not on meta, and not in a FakeTensorMode."""
+    return not (t.is_meta or isinstance(t, FakeTensor))
+
+
 def by_expert(x: Tensor, routing: Routing, run: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Row t is run(x[t], its expert), and 0 where the token is dropped."""
     E = routing.num_experts
-    if torch.compiler.is_compiling():
-        # Sizes that depend on the routing cannot be traced: every expert sees every row.
+    if torch.compiler.is_compiling() or not _has_values(routing.offsets):
+        # Sizes that depend on the routing are not known: every expert sees every row.
         bucket = torch.where(routing.kept, routing.expert, E).unsqueeze(1)
         chosen = lambda e: torch.where(bucket == e, x, 0)  # noqa: E731
         y = torch.where(bucket == 0, run(chosen(0), 0), 0)
