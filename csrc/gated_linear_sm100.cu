@@ -189,10 +189,9 @@ FUSEDMLP_DEVICE void finish_forward(const Arguments& args, Row<C>& self, TileAt 
       const int column = chunk * kBox + half * kHalf;
       self.load(g[half], from, column);
       if (C::GATED) self.load(u[half], from, C::BN / 2 + column);
-      if (args.bias[0] != nullptr) {
-        add_bias<C>(args.bias[0], n0 + half * kHalf, args.H, g[half]);
-        if (C::GATED) add_bias<C>(args.bias[1], n0 + half * kHalf, args.H, u[half]);
-      }
+      const int64_t n = n0 + half * kHalf;
+      if (args.bias[0] != nullptr) add_bias<C>(args.bias[0], n, args.H, g[half]);
+      if (C::GATED && args.bias[1] != nullptr) add_bias<C>(args.bias[1], n, args.H, u[half]);
     }
     if (chunk == C::CHUNKS - 1) self.drain(accumulator);
     if (args.store_pair) {

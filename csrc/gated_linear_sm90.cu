@@ -182,10 +182,8 @@ FUSEDMLP_DEVICE void finish_forward(const Arguments& args, Consumer<C>& self, Ti
       const int n0 = tile.n * C::COLUMNS + j * kBox;
       float* g = &acc[i][32 * j];
       float* u = &acc[i][C::GATED ? C::BN / 4 + 32 * j : 32 * j];
-      if (args.bias[0] != nullptr) {
-        add_bias(self, args.bias[0], n0, args.H, g);
-        if (C::GATED) add_bias(self, args.bias[1], n0, args.H, u);
-      }
+      if (args.bias[0] != nullptr) add_bias(self, args.bias[0], n0, args.H, g);
+      if (C::GATED && args.bias[1] != nullptr) add_bias(self, args.bias[1], n0, args.H, u);
       if (args.store_pair) {
         store_box(self, &args.out[1], n0, m0, g);
         if (C::GATED) store_box(self, &args.out[2], n0, m0, u);

@@ -3,6 +3,8 @@ that it is used for."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def check_routing(op: str, x: Tensor, routing: Routing, E: int, uses_prob: bool 
     Raises TypeError (kind, dtype) or ValueError (shape, device).
     """
     check_kind(op, routing)
-    T, device = x.shape[:-1].numel(), x.device
+    T, device = math.prod(x.shape[:-1]), x.device
     sizes = (T, T, T, T, E + 2, E)
     for (name, dtype), t, size in zip(_FIELDS, routing[:6], sizes, strict=True):
         if dtype is None and not uses_prob:
@@ -97,8 +99,6 @@ def check_experts(
         check.shape(op, "b_gate", b_gate, E, N)
     if w_up is None and b_up is not None:
         raise ValueError(f"{op}: b_up must be None where w_up is None, got a tensor")
-    if w_up is not None and (b_gate is None) != (b_up is None):
-        raise ValueError(f"{op}: b_gate and b_up must both be given or both be None, got one")
     if b_up is not None:
         check.shape(op, "b_up", b_up, E, N)
     if b_down is not None:

@@ -26,8 +26,9 @@ class HyperGLUCache:
     def append(self, window: Tensor, k: Tensor, v: Tensor) -> None:
         """Write the next token's k and v (B, heads, 1, width) at `length`, which the caller moves;
         `window` is x's new content."""
-        room = self.length < self.k.shape[2]
-        message = "HyperGLU: the cache is full: it holds block_size tokens"
+        size = self.k.shape[2]
+        room = self.length < size
+        message = f"HyperGLU: the cache is full: it holds block_size = {size} tokens"
         torch._assert_async(room.all(), message)
         self.x.copy_(window)
         self.k.index_copy_(2, self.length, k)

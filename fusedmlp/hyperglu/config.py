@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, cast, get_args, get_type_hints
 
 from ..reference.hyper import Aligner, Kind, Norm
 
@@ -22,7 +22,8 @@ class HyperGLUConfig:
     attn_kind: "glu" has Q = 2H sub-heads, routing and magnitude, and A = softplus(P2) relu(P1);
         "relu" has Q = H and A = relu(P1).
     attn_norm: "out_scale" divides the result's row by |P1|, "l2" P1 itself: equal but for rounding.
-    qk_rank, vo_rank: width of queries and keys together (None: D // 4) and of values (None: D).
+    qk_rank, vo_rank: width of queries and keys together (None becomes D // 4) and of values (None
+        becomes D). The attributes say what they became.
     do_masking, aligner_kind: see fusedmlp/reference/hyper.py. "offset" is causal in any case.
     use_kv_conv: depthwise causal convolutions of x in front of keys and values.
     use_rope: turn q and k by position. rope_kind "official" is what published checkpoints were
@@ -91,14 +92,18 @@ class HyperGLUConfig:
 
     @property
     def qk_width(self) -> int:
-        return self.n_embd // 4 if self.qk_rank is None else self.qk_rank
+        return cast(int, self.qk_rank)
 
     @property
     def vo_width(self) -> int:
-        return self.n_embd if self.vo_rank is None else self.vo_rank
+        return cast(int, self.vo_rank)
 
     def __post_init__(self) -> None:
         self._check_types()
+        # As published configurations do, so that what is shown and saved is what was made.
+        for name, width in (("qk_rank", self.n_embd // 4), ("vo_rank", self.n_embd)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, width)
         for name in _POSITIVE:
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("norm_eps", "rope_base"):

@@ -15,7 +15,8 @@
 In training scale = mean |v| of 128 neighbours of a row, rounded to float16 as it will be packed;
 sign(0) = 1. The gradient passes sign and rounding straight through: dv = scale * dw, where `clip`
 is given only for |v| <= clip, plus, unless `detach_scale`, that of mean |v|. Packed and latent
-weights are the same numbers, so packing changes no result but by the order of sums. Scales are
+weights are the same numbers, so packing changes no result but by the order of sums, and in bfloat16
+by the rounding of scales, which a packed weight keeps in float16. Scales are
 float16 in training too: a mean |v| below 3e-8 is 0 there, and one above 65504 makes y NaN. forward
 does not look, which would wait for the GPU; `pack()` does, and warns or raises.
 
@@ -291,8 +292,8 @@ class BinaryGatedMLP(nn.Module):
     ) -> BinaryGatedMLP:
         """A block of three layers that are there already.
 
-        Raises TypeError for other layers, ValueError for an activation without a kernel, widths
-        that do not fit, or a bias of gate or up alone.
+        Raises TypeError for other layers, ValueError for an activation without a kernel or widths
+        that do not fit.
         """
         check.activation(cls.__name__, activation)
         for name, layer in (("gate", gate), ("up", up), ("down", down)):
@@ -305,10 +306,6 @@ class BinaryGatedMLP(nn.Module):
                 raise ValueError(
                     f"{cls.__name__}: weight of {name} must have shape {shape}, got {got}"
                 )
-        if (gate.bias is None) != (up.bias is None):
-            raise ValueError(
-                f"{cls.__name__}: gate and up must both have a bias or none, got one alone"
-            )
         block = cls.__new__(cls)
         nn.Module.__init__(block)
         block.activation = activation

@@ -5,7 +5,7 @@ one pass over x, h made in registers.
 |---|---|---|
 | x | (..., D) | flattened to (M, D) |
 | w_gate, w_up | (H, D) | BinaryWeight each |
-| b_gate, b_up | (H,) | both or neither |
+| b_gate, b_up | (H,) | either, both or neither |
 | h | (..., H) | |
 
 dtype: one floating dtype for x and the biases, kept; scales have their own; products accumulate in
@@ -53,11 +53,6 @@ def check_projection(
     check.columns(op, "x", x, D, "D of w_gate")
     if binary_linear.check_weight(op, "w_up", w_up, x.device) != (H, D):
         raise ValueError(f"{op}: w_up must have shape {(H, D)}, got {w_up.shape}")
-    if (b_gate is None) != (b_up is None):
-        given = [name for name, b in (("b_gate", b_gate), ("b_up", b_up)) if b is not None]
-        raise ValueError(
-            f"{op}: b_gate and b_up must both be given or both be None, got {given[0]} alone"
-        )
     for name, b in (("b_gate", b_gate), ("b_up", b_up)):
         if b is not None:
             check.shape(op, name, b, H)
@@ -157,7 +152,7 @@ def binary_gated_linear(
     Args:
         x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
         w_gate, w_up: (H, D) each. Signs are frozen, scales get a gradient if they require one.
-        b_gate, b_up: (H,) each, both or neither.
+        b_gate, b_up: (H,) or None each.
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
 
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype).

@@ -135,7 +135,7 @@ def binary_gated_mlp(
         x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
         w_gate, w_up: (H, D) each. Signs are frozen, scales get a gradient if they require one.
         w_down: (D_out, H), likewise.
-        b_gate, b_up: (H,) each, both or neither.
+        b_gate, b_up: (H,) or None each.
         b_down: (D_out,).
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
         recompute: save x alone for backward and run the first product again there, instead of

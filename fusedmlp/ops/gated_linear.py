@@ -5,7 +5,7 @@ registers.
 |---|---|---|
 | x | (..., D) | flattened to (M, D) |
 | w_gate, w_up | (H, D) | any strides; or w_gate (2H, D) with both halves, w_up = None |
-| b_gate, b_up | (H,) | both or neither; or b_gate (2H,), b_up = None |
+| b_gate, b_up | (H,) | either, both or neither; or b_gate (2H,), b_up = None |
 | h | (..., H) | |
 
 dtype: one floating dtype for all, kept; products accumulate in float32. Saved for backward: x, the
@@ -60,11 +60,6 @@ def check_projection(
             raise ValueError(f"{op}: b_up must be None when packed (b_gate is (2H,)), got a tensor")
     else:
         check.shape(op, "w_up", w_up, N, D)  # type: ignore[arg-type]
-        if (b_gate is None) != (b_up is None):
-            raise ValueError(
-                f"{op}: b_gate and b_up must both be given or both be None, got "
-                f"{'no' if b_gate is None else 'a'} b_gate and {'no' if b_up is None else 'a'} b_up"
-            )
         if b_up is not None:
             check.shape(op, "b_up", b_up, N)
     if b_gate is not None:
@@ -216,7 +211,7 @@ def gated_linear(
     Args:
         x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
         w_gate, w_up: (H, D) each, any strides; or, with `packed`, w_gate (2H, D) and w_up None.
-        b_gate, b_up: (H,) each, both or neither; or, with `packed`, b_gate (2H,) and b_up None.
+        b_gate, b_up: (H,) or None each; or, with `packed`, b_gate (2H,) and b_up None.
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
         packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made.
 

@@ -116,7 +116,7 @@ def gated_mlp(
         x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
         w_gate, w_up: (H, D) each, any strides; or, with `packed`, w_gate (2H, D) and w_up None.
         w_down: (D_out, H), any strides.
-        b_gate, b_up: (H,) each, both or neither; or, with `packed`, b_gate (2H,) and b_up None.
+        b_gate, b_up: (H,) or None each; or, with `packed`, b_gate (2H,) and b_up None.
         b_down: (D_out,).
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
         packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made, and

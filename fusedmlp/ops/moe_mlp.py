@@ -295,7 +295,7 @@ def moe_mlp(
         w_gate, w_up: (E, H, D) each, any strides; with `packed`, w_gate (E, 2H, D) and w_up None;
             without, w_up None means plain experts: act(x w_gate[e]' + b_gate[e]) w_down[e]'.
         w_down: (E, D_out, H), any strides.
-        b_gate, b_up: (E, H) each, both or neither; or b_gate alone where w_up is None, (E, 2H) with
+        b_gate, b_up: (E, H) or None each; b_up None where w_up is, and b_gate (E, 2H) with
             `packed`.
         b_down: (E, D_out).
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.

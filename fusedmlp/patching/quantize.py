@@ -77,8 +77,6 @@ class _Blocks(Walk):
             if linear.in_features % GROUP:
                 width = linear.in_features
                 return f"{projection} must have rows of a multiple of {GROUP}, got {width}"
-        if (linears[0].bias is None) != (linears[1].bias is None):
-            return "gate_proj and up_proj must both have a bias or none"
         return self.obstacle(module, plan)
 
 

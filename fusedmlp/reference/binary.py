@@ -44,8 +44,14 @@ def dequantize_binary(qweight: Tensor, scales: Tensor, D: int) -> Tensor:
 
 
 def binary_linear(x: Tensor, qweight: Tensor, scales: Tensor, b: Tensor | None = None) -> Tensor:
-    """x w' + b, w the dequantised weight in x's dtype."""
-    return F.linear(x, dequantize_binary(qweight, scales, x.shape[-1]).to(x.dtype), b)
+    """x w' + b, w the dequantised weight. bfloat16 cannot hold float16 scales: that product is
+    taken in float32, which holds both, and rounded once."""
+    wide = torch.promote_types(x.dtype, scales.dtype)
+    w = dequantize_binary(qweight, scales, x.shape[-1]).to(wide)
+    if wide == x.dtype:
+        return F.linear(x, w, b)
+    with torch.autocast(x.device.type, enabled=False):  # which would round w to its own dtype
+        return F.linear(x.to(wide), w, None if b is None else b.to(wide)).to(x.dtype)
 
 
 def binary_gated_linear(

@@ -300,8 +300,8 @@ def quantize_binary(w: Tensor, *, pad: bool = False) -> BinaryWeight:
     if not isinstance(w, Tensor) or not w.dtype.is_floating_point:
         got = w.dtype if isinstance(w, Tensor) else type(w).__name__
         raise TypeError(f"{op}: w must be a floating Tensor, got {got}")
-    if w.dim() != 2:
-        raise ValueError(f"{op}: w must be (H, D), got {tuple(w.shape)}")
+    if w.dim() != 2 or w.shape[1] < 1:
+        raise ValueError(f"{op}: w must be (H, D), D at least 1, got {tuple(w.shape)}")
     _groups(op, "w", w.shape[1], pad)
     w = w.detach()
     exact = binary_scales(w)

@@ -280,6 +280,7 @@ def test_quick_start():
         impl_default="chunked", chunk_T=1024, norm_eps=1e-12,
     )  # fmt: skip
     assert cfg == HyperGLUConfig(n_embd=64, n_head=8, block_size=64)
+    assert (cfg.qk_rank, cfg.vo_rank) == (16, 64)
     layer = HyperGLU(cfg).to(dtype=torch.bfloat16).eval()
     with torch.no_grad():
         assert layer(torch.randn(2, 16, 64, dtype=torch.bfloat16)).shape == (2, 16, 64)

@@ -60,7 +60,7 @@ def test_decoding_refuses():
         perturbed(op1_do_masking=False).init_cache(1)
     layer = perturbed(block_size=3)
     _, cache = layer.prefill(draw(2, 3, 24, dtype=torch.float64))
-    with pytest.raises(RuntimeError, match="the cache is full"):
+    with pytest.raises(RuntimeError, match="the cache is full: it holds block_size = 3 tokens"):
         layer.step(draw(2, 24, dtype=torch.float64), cache)
     with pytest.raises(ValueError, match="batch must be an int"):
         layer.init_cache(-1)

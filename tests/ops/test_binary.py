@@ -302,3 +302,14 @@ def test_gate_and_up_are_told_apart(each_backend, device):
     up, x = up.to(device), draw(3, 128, device=device)
     expected = F.silu(binary_linear(x, gate)) * binary_linear(x, up)
     torch.testing.assert_close(binary_gated_linear(x, gate, up), expected)
+
+
+@pytest.mark.parametrize("autocast", (False, True))
+def test_scales_are_not_rounded_to_bfloat16(autocast):
+    """The reference is as exact as the kernels of few rows: off by its result's rounding."""
+    w, x = quantize_binary(draw(24, 256)), draw(5, 256).bfloat16()
+    exact = (x.double() @ w.dequantize(torch.float64).t()).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = binary_linear(x, w)
+    assert y.dtype == torch.bfloat16
+    assert (y == exact).float().mean() > 0.98  # the others are ties

@@ -22,7 +22,8 @@ def bad(row, column, value):
 NEEDED = 2 * 2 * 18
 BAD = [
     (lambda: quantize_binary(draw(2, 200)), ValueError, "quantize_binary: w must have rows of a multiple of 128, got 200; pad=True pads"),
-    (lambda: quantize_binary(draw(128)), ValueError, "w must be (H, D), got (128,)"),
+    (lambda: quantize_binary(draw(128)), ValueError, "w must be (H, D), D at least 1, got (128,)"),
+    (lambda: quantize_binary(draw(4, 0)), ValueError, "w must be (H, D), D at least 1, got (4, 0)"),
     (lambda: quantize_binary([1.0]), TypeError, "w must be a floating Tensor, got list"),
     (lambda: quantize_binary(torch.ones(2, 128).int()), TypeError, "w must be a floating Tensor, got torch.int32"),
     (lambda: quantize_binary(bad(1, 130, float("nan"))), ValueError, "w must be finite, got 1 NaN or infinite, the first in row 1, group 1"),
@@ -83,7 +84,6 @@ WRONG_BLOCK = [
     ("w_up", quantize_binary(draw(23, 16), pad=True), ValueError, "w_up must have shape (24, 16), got (23, 16)"),
     ("w_up", None, TypeError, "w_up must be a BinaryWeight, got NoneType"),
     ("w_down", quantize_binary(draw(16, 23), pad=True), ValueError, "w_down must have shape (16, 24), got (16, 23)"),
-    ("b_gate", torch.ones(24), ValueError, "b_gate and b_up must both be given or both be None, got b_gate alone"),
     ("b_down", torch.ones(24), ValueError, "b_down must have shape (16,), got (24,)"),
     ("x", torch.ones(4, 17), ValueError, "x must be (..., 16): D of w_gate; got (4, 17)"),
 ]  # fmt: skip

@@ -382,7 +382,6 @@ BAD = [
     ({"w_up": torch.ones(4, 23, 16)}, ValueError, r"w_up must have shape \(3, 24, 16\), got \(4, 23, 16\)"),
     ({"w_down": torch.ones(4, 16, 24)}, ValueError, r"w_down must have shape \(3, 16, 24\), got \(4, 16, 24\)"),
     ({"b_gate": torch.ones(4, 3)}, ValueError, r"b_gate must have shape \(3, 24\), got \(4, 3\)"),
-    ({"b_gate": None}, ValueError, "b_gate and b_up must both be given or both be None"),
     ({"b_down": torch.ones(4, 3)}, ValueError, r"b_down must have shape \(3, 16\), got \(4, 3\)"),
     ({"w_up": None}, ValueError, "b_up must be None where w_up is None, got a tensor"),
     ({"packed": "gate_up"}, ValueError, "w_up must be None when packed, got a tensor"),

@@ -80,10 +80,6 @@ def on_the_instance(model):
     model.blocks[0].forward = lambda t: 0 * t
 
 
-def one_bias(model):
-    model.blocks[0].gate_proj = nn.Linear(128, 256)
-
-
 def adapted(model):
     model.blocks[0].up_proj = Doubled(128, 256, bias=False)
 
@@ -99,12 +95,20 @@ def adapted(model):
         (lambda m: m.blocks[0].up_proj.register_forward_hook(lambda *_: None), "up_proj has hooks"),
         (lambda m: setattr(m, "also", m.blocks[0]), "tied: it also is blocks.0 and also"),
         (adapted, "Doubled is no plain projection"),
-        (one_bias, "gate_proj and up_proj must both have a bias or none"),
         (lambda m: parametrizations.weight_norm(m.blocks[0].up_proj), "its gate and up are no pro"),
     ],
 )  # fmt: skip
 def test_left_where_something_would_be_lost(change, why):
     assert reason(change).startswith(why)
+
+
+def test_one_bias_of_gate_and_up_is_kept():
+    model = Model(LlamaLike(), LlamaLike())
+    model.blocks[0].gate_proj = nn.Linear(128, 256)
+    bias = model.blocks[0].gate_proj.bias
+    assert len(quantize_model(model).layers) == 2
+    assert model.blocks[0].gate_proj.bias is bias and model.blocks[0].up_proj.bias is None
+    assert model.blocks[0](torch.randn(2, 128)).shape == (2, 128)
 
 
 def test_tied_weights_stay_tied():
