@@ -74,12 +74,18 @@ class Switch(Plan):
         return "moe_mlp"
 
     def prepare(self, module: Any) -> None:
-        for name in ("wi", "wo"):
-            lie_together([getattr(e, name).weight for e in module.experts.values()])
+        vars(module)["_together"] = {
+            name: lie_together([getattr(e, name).weight for e in module.experts.values()])
+            for name in ("wi", "wo")
+        }
+
+    def restore(self, module: Any) -> None:
+        for together in vars(module).pop("_together").values():
+            together.end()
 
     def detail(self) -> str:
         return (
-            f"activation {self.activation!r}; experts moved into one storage, and copied on every "
+            f"activation {self.activation!r}; experts moved into one memory, and copied on every "
             "call once they are apart again (.to, FSDP) or compiled; the model's own forward while "
             "dropout is at work"
         )
@@ -120,7 +126,10 @@ class Switch(Plan):
         E = module.router.num_experts
         expert = torch.where(one_hot.sum(-1) > 0, one_hot.argmax(-1), E)
         routing = route_to(expert.flatten(), prob.flatten(), E)
-        w, w_down = (stacked([local(getattr(e, n).weight) for e in experts]) for n in ("wi", "wo"))
+        w, w_down = (
+            stacked(together, [local(getattr(e, name).weight) for e in experts])
+            for name, together in module._together.items()
+        )
         call = moe_mlp if module._split is None else module._split
         y = call(x, routing, w, None, w_down, activation=self.activation)
         return y.view(hidden_states.shape)

@@ -107,7 +107,8 @@ def _run(model: nn.Module, only: Only, dtype_check: bool) -> tuple[Report, list[
 
 
 def unpatch(model: nn.Module) -> None:
-    """Undo patch(): every module of `model` runs its own forward again. Nothing else changes.
+    """Undo patch(): every module of `model` runs its own forward again, and Switch's experts have
+    memories of their own again. Nothing else changes.
 
     Raises ValueError, as patch() does, where the model was wrapped meanwhile.
 

@@ -47,6 +47,9 @@ class Plan:
     def prepare(self, module: nn.Module) -> None:
         """What patch() does to the module before it swaps its class."""
 
+    def restore(self, module: nn.Module) -> None:
+        """What unpatch() undoes of it."""
+
     def detail(self) -> str:
         """For the report and for the module's repr."""
         return ""

@@ -87,6 +87,7 @@ def restore(op: str, modules: Iterable[nn.Module]) -> None:
     wrapped: list[str] = []
     for module in modules:
         if "_own_class" in type(module).__dict__:
+            type(module)._plan.restore(module)  # type: ignore[attr-defined]
             module.__class__ = type(module)._own_class  # type: ignore[attr-defined]
             vars(module).pop("_kept", None)
         elif isinstance(module, Patched):
