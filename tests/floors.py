@@ -5,7 +5,7 @@ environment of its own under build/floors.
 |---|---|---|
 | oldest | the least that pyproject.toml admits | the least, if it is on this machine |
 | newest | what pip finds | the newest on this machine |
-| mixed | old torch and Triton, new NumPy: what a rented GPU machine was found with | 3.12 |
+| mixed | old torch and Triton beside new NumPy, as on an image that lags | 3.12 |
 
     python tests/floors.py [oldest] [newest] [mixed]
 
