@@ -49,7 +49,7 @@ INTERPRETER_LIMIT_S = 3600
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class CheckOptions:
     """What to check. None: the defaults of the device. variants: of the CUDA kernels, each in turn;
     None: the kernels' own choice. brief: of each op one case at every size, the others at one."""
 
@@ -71,7 +71,7 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def plan(options: Options) -> list[Work]:
+def plan(options: CheckOptions) -> list[Work]:
     """Every (case, activation, size, dtype) that `run` will judge."""
     classes: Sequence[Class] = ON_GPU if _device() == "cuda" else SMALL
     if options.backend == "cuda":
@@ -134,7 +134,7 @@ def check_one(work: Work, backward: bool = True) -> Record:
     return {**record, "tensors": tensors, "passed": all(t["passed"] for t in tensors.values())}
 
 
-def run(options: Options, emit: Emit) -> bool:
+def run(options: CheckOptions, emit: Emit) -> bool:
     """Judge everything in this process, one record each; True if all passed."""
     works = [(name, work) for work in plan(options) for name in options.variants]
     passed = True
@@ -163,7 +163,7 @@ def needs_interpreter(backend: str) -> bool:
     return _device() == "cpu" and asked in ("auto", "triton") and not choice.INTERPRETED
 
 
-def run_interpreted(options: Options, emit: Emit) -> bool:
+def run_interpreted(options: CheckOptions, emit: Emit) -> bool:
     """`run` on Triton's interpreter, in a process of its own; True if all passed.
 
     Raises Refusal, with the end of its output, if that process ends early.
@@ -205,7 +205,7 @@ def interpreter_env() -> dict[str, str]:
     return {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}
 
 
-def _arguments(options: Options) -> Iterator[str]:
+def _arguments(options: CheckOptions) -> Iterator[str]:
     yield from ("check", "--backend", "triton", "--case", *options.cases)
     if options.dtypes is not None:
         yield from ("--dtype", *options.dtypes)
@@ -219,7 +219,7 @@ def _arguments(options: Options) -> Iterator[str]:
         yield "--brief"
 
 
-def check(options: Options, emit: Emit) -> bool:
+def check(options: CheckOptions, emit: Emit) -> bool:
     """Check the kernels where they can run: here, or in an interpreting child."""
     if "cuda" in (options.backend, choice.chosen()) and not capability_of(torch.device(_device())):
         raise Refusal("the backend cuda needs a GPU; tests/simt runs its kernels on the host")
@@ -269,12 +269,12 @@ def _row(r: Record) -> list[str]:
     return [r["case"], r["activation"], r["dtype"], where, worst or "-", share, *figures, verdict]
 
 
-def options_of(args: argparse.Namespace) -> Options:
+def options_of(args: argparse.Namespace) -> CheckOptions:
     cases = chosen_cases(args)
     shapes = list(args.shape)
     for model in args.model:
         shapes += [(2048, model.D, model.H), (16, model.D, model.H)]
-    return Options(
+    return CheckOptions(
         cases=tuple(CASES) if cases is None else cases,
         dtypes=tuple(args.dtype) if args.dtype else None,
         activations=chosen_activations(args),

@@ -41,12 +41,12 @@ def options_for(model: Model) -> Options:
     )
 
 
-def check_options(models: list[Model]) -> list[check.Options]:
+def check_options(models: list[Model]) -> list[check.CheckOptions]:
     """Every case in few sizes; on a GPU the models' own calls as well."""
-    chosen = [check.Options(brief=True)]
+    chosen = [check.CheckOptions(brief=True)]
     if torch.cuda.is_available():
         chosen += [
-            check.Options(
+            check.CheckOptions(
                 cases=cases_of(model),
                 dtypes=("bfloat16",),
                 activations=(model.activation,),

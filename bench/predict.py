@@ -46,7 +46,7 @@ COMPUTED = "computed from datasheets; nothing was measured"
 
 
 @dataclass(frozen=True)
-class Launch:
+class PlannedLaunch:
     """One kernel's launch as it is planned for a GPU that is not there."""
 
     kernel: str
@@ -70,7 +70,7 @@ def _row_of_tiles(name: str, work: Work) -> str:
     return f"{name}_group" if name == "masked_gated_linear_fwd" and masks[0] > 1 else name
 
 
-def launches(work: Work, phase: str, roof: Roof) -> list[Launch]:
+def launches(work: Work, phase: str, roof: Roof) -> list[PlannedLaunch]:
     """What `work` would launch on such a GPU. Planned by the launchers' own functions."""
     x = torch.empty(0, dtype=work.torch_dtype)
     matrices = [
@@ -85,7 +85,7 @@ def launches(work: Work, phase: str, roof: Roof) -> list[Launch]:
         ]
 
 
-def _launch(kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roof: Roof) -> Launch:
+def _launch(kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roof: Roof) -> PlannedLaunch:
     assert kernel.result is not None and kernel.depth is not None
     name = _row_of_tiles(kernel.name, work)
     rows, columns = (getattr(work, size) for size in kernel.result)
@@ -93,10 +93,12 @@ def _launch(kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roof: Roof)
     count = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n)
     depth = getattr(work, kernel.depth)
     splits = pick.pick_splits(tile, x, columns, depth) if tile.skinny else 1
-    return Launch(name, tile, count, count * splits / roof.multiprocessors, splits)
+    return PlannedLaunch(name, tile, count, count * splits / roof.multiprocessors, splits)
 
 
-def _grouped_launch(kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roof: Roof) -> Launch:
+def _grouped_launch(
+    kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roof: Roof
+) -> PlannedLaunch:
     """The launch for experts with as many tokens each: the most row tiles that there can be."""
     assert kernel.result is not None
     shapes = work.case.shapes(work.M, work.D, work.H).values()
@@ -109,7 +111,7 @@ def _grouped_launch(kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roo
         tile = pick.pick_grouped_tile(kernel.name, x, work.M, experts, fits)
         rows = most_tiles(work.M, experts, tile.block_m)
     count = rows * math.ceil(columns / tile.block_n)
-    return Launch(kernel.name, tile, count, count / roof.multiprocessors, 1)
+    return PlannedLaunch(kernel.name, tile, count, count / roof.multiprocessors, 1)
 
 
 def blocks_at_once(
@@ -141,7 +143,7 @@ def predict(work: Work, phase: str) -> list[Record]:
     ]  # fmt: skip
 
 
-def _launch_record(launch: Launch) -> Record:
+def _launch_record(launch: PlannedLaunch) -> Record:
     return {
         "kernel": launch.kernel, "tile": str(launch.tile), "tiles": launch.tiles,
         "waves": launch.waves, "splits": launch.splits,

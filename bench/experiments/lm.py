@@ -36,7 +36,7 @@ from ..report import plots
 from ..report.ledger import RESULTS
 from . import lm_page
 from .lm_attention import MIXERS
-from .lm_models import MLPS, Plan, names
+from .lm_models import MLPS, ModelPlan, names
 from .lm_train import Record, Run, digest, text
 
 TITLE = "Held-out loss"
@@ -64,7 +64,7 @@ def _is_own(record: object) -> bool:
 
 
 def _identity(record: Record) -> tuple[Any, ...]:
-    plan = tuple(record.get(field.name) for field in dataclasses.fields(Plan))
+    plan = tuple(record.get(field.name) for field in dataclasses.fields(ModelPlan))
     return (*plan, record.get("hidden"), record["text"], record["device"] == "cpu")
 
 
@@ -81,22 +81,22 @@ def add(folder: Path, record: Record) -> None:
     os.replace(unfinished, folder / "results.json")
 
 
-def checkpoint(folder: Path, plan: Plan) -> Path:
+def checkpoint(folder: Path, plan: ModelPlan) -> Path:
     """The file of one run: its name tells the plan's other fields by a digest."""
     fields = json.dumps(dataclasses.asdict(plan), sort_keys=True)
     number = digest(torch.frombuffer(bytearray(fields.encode()), dtype=torch.uint8))[:8]
     return folder / "checkpoints" / f"{plan.model}-{plan.seed}-{number}.safetensors"
 
 
-def plans(args: argparse.Namespace) -> list[Plan]:
-    fields = {f.name for f in dataclasses.fields(Plan)} & vars(args).keys()
+def plans(args: argparse.Namespace) -> list[ModelPlan]:
+    fields = {f.name for f in dataclasses.fields(ModelPlan)} & vars(args).keys()
     shared = {name: getattr(args, name) for name in fields - {"mlp"}}
     if args.dim % (2 * args.heads):
         raise Refusal(f"--dim must be a multiple of 2 * --heads, got {args.dim} and {args.heads}")
-    return [Plan(mlp=mlp, seed=s, **shared) for s in range(args.seeds) for mlp in args.mlp]
+    return [ModelPlan(mlp=mlp, seed=s, **shared) for s in range(args.seeds) for mlp in args.mlp]
 
 
-def train(wanted: Sequence[Plan], args: argparse.Namespace) -> int:
+def train(wanted: Sequence[ModelPlan], args: argparse.Namespace) -> int:
     """Run what results.json does not have; how many runs the deadline left unfinished."""
     check_device(args.device)
     if importlib.util.find_spec("safetensors") is None:  # before hours of training are lost
@@ -178,12 +178,12 @@ def register(subparsers: Any) -> None:
         "--mlp", nargs="+", choices=names(MLPS), default=names(MLPS)[:4], metavar="NAME",
         help=f"of {', '.join(names(MLPS))}; default: the first four",
     )  # fmt: skip
-    parser.add_argument("--mixer", choices=names(MIXERS), default=Plan.mixer)
+    parser.add_argument("--mixer", choices=names(MIXERS), default=ModelPlan.mixer)
     parser.add_argument("--seeds", type=count, default=3, help="runs of each; default: 3")
     for name in ("layers", "dim", "heads", "context", "batch", "steps"):
-        value = getattr(Plan, name)
+        value = getattr(ModelPlan, name)
         parser.add_argument(f"--{name}", type=count, default=value, help=f"default: {value}")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=Plan.dtype,
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default=ModelPlan.dtype,
                         help="bfloat16: by autocast")  # fmt: skip
     add_device(parser)
     parser.add_argument("--minutes", type=positive, default=math.inf, help="stop after so many")

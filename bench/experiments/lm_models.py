@@ -23,7 +23,7 @@ VOCABULARY = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ModelPlan:
     """What one run does. lr falls from `lr` to a tenth along a cosine, after `warmup` steps; the
     loss on held-out text is taken every `every` steps over the same `held_out` batches."""
 
@@ -125,7 +125,7 @@ def mask_logits_of(mlp: nn.Module) -> int:
 class Block(nn.Module):
     """x + mixer(norm(x)), then x + mlp(norm(x)); and the MLP's auxiliary loss, or 0."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ModelPlan) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.RMSNorm(plan.dim) for _ in range(2))
         self.mixer = dict(MIXERS)[plan.mixer](plan.dim, plan.heads, plan.context)
@@ -138,10 +138,10 @@ class Block(nn.Module):
         return x + y, aux
 
 
-class Model(nn.Module):
+class LanguageModel(nn.Module):
     """(logits of the next byte, auxiliary loss); the embedding is also the last projection."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: ModelPlan) -> None:
         super().__init__()
         torch.manual_seed(plan.seed)
         self.embedding = nn.Embedding(VOCABULARY, plan.dim)
@@ -149,7 +149,7 @@ class Model(nn.Module):
         self.norm = nn.RMSNorm(plan.dim)
         self._initialise(plan)
 
-    def _initialise(self, plan: Plan) -> None:
+    def _initialise(self, plan: ModelPlan) -> None:
         """Seed 004's rule for every matrix: uniform with standard deviation 1 / sqrt(columns), but
         zero where it writes into the residual stream. Each by a seed of its own name: two models
         agree wherever names and shapes do. Mixers other than attention keep their own values."""

@@ -11,14 +11,16 @@ from torch import Tensor, nn
 
 from ...layers import BinaryGatedMLP
 from ...weights.binary import quantize_binary
-from .lm_models import Model
+from .lm_models import LanguageModel
 
 # What `binary` is at full precision, and its kin.
 ROUNDED = ("swiglu", "geglu", "reglu")
 
 
 @torch.no_grad()
-def one_bit(mlp: str, model: Model, held_out_loss: Callable[[Model], float]) -> dict[str, Any]:
+def one_bit(
+    mlp: str, model: LanguageModel, held_out_loss: Callable[[LanguageModel], float]
+) -> dict[str, Any]:
     """What a record of this MLP says besides; `model` stays as it is.
 
     `packed_held_out_loss` of a one-bit MLP; of a gated one `rounded_held_out_loss`, with every

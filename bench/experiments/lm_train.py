@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .. import machine
 from ..options import Refusal
-from .lm_models import Model, Plan, is_matrix, mask_logits_of, weights_of
+from .lm_models import LanguageModel, ModelPlan, is_matrix, mask_logits_of, weights_of
 from .lm_one_bit import one_bit
 
 Record = dict[str, Any]
@@ -54,20 +54,20 @@ def split(data: Tensor, context: int) -> tuple[Tensor, Tensor]:
     return torch.cat([c for i, c in enumerate(chunks) if i % 20 != 10]), held
 
 
-def batch(data: Tensor, plan: Plan, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def batch(data: Tensor, plan: ModelPlan, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     starts = torch.randint(len(data) - plan.context - 1, (plan.batch, 1), generator=generator)
     tokens = data[starts + torch.arange(plan.context + 1)].long()
     return tokens[:, :-1], tokens[:, 1:]
 
 
-def _lr(plan: Plan, step: int) -> float:
+def _lr(plan: ModelPlan, step: int) -> float:
     if step < plan.warmup:
         return plan.lr * (step + 1) / plan.warmup
     done = (step - plan.warmup) / max(plan.steps - plan.warmup, 1)
     return plan.lr * (0.1 + 0.45 * (1 + math.cos(math.pi * done)))
 
 
-def _optimizer(model: nn.Module, plan: Plan) -> torch.optim.Optimizer:
+def _optimizer(model: nn.Module, plan: ModelPlan) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices alone, so not on mask logits, whose size means nothing."""
     named = list(model.named_parameters())
     groups: list[dict[str, Any]] = [
@@ -82,11 +82,11 @@ class Run:
     `plan.every` steps and one at the end, with losses in nats a byte. `commits`: those that it ran
     under, for whoever runs it to fill in."""
 
-    def __init__(self, plan: Plan, data: Tensor, device: str = "cpu") -> None:
+    def __init__(self, plan: ModelPlan, data: Tensor, device: str = "cpu") -> None:
         self.plan, self.device = plan, torch.device(device)
         self.data, self.text = data, digest(data)
         self.training, self.held = split(data, plan.context)
-        self.model = Model(plan).to(self.device)
+        self.model = LanguageModel(plan).to(self.device)
         self.optimizer = _optimizer(self.model, plan)
         self.generator = torch.Generator().manual_seed(plan.seed)
         self.step, self.seconds = 0, 0.0
@@ -99,7 +99,7 @@ class Run:
         return bool(self.curve) and self.curve[-1]["step"] == self.plan.steps
 
     def _loss(
-        self, model: Model, data: Tensor, generator: torch.Generator
+        self, model: LanguageModel, data: Tensor, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """(nats a byte, auxiliary loss)."""
         tokens, targets = (t.to(self.device) for t in batch(data, self.plan, generator))
@@ -109,7 +109,7 @@ class Run:
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()), aux
 
     @torch.no_grad()
-    def held_out_loss(self, model: Model | None = None) -> float:
+    def held_out_loss(self, model: LanguageModel | None = None) -> float:
         """On the same batches at every step and for every model; None: the one that is trained."""
         model = self.model if model is None else model
         generator = torch.Generator().manual_seed(self.plan.seed + 1)
@@ -215,7 +215,7 @@ class Run:
         with safe_open(path, "pt") as file:
             about = json.loads(file.metadata()["fusedmlp.lm"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        run = cls(Plan(**about["plan"]), data, device)
+        run = cls(ModelPlan(**about["plan"]), data, device)
         if run.text != about["text"]:
             raise Refusal(
                 f"{path}: expected a run on this Python's standard library, text {run.text}; "

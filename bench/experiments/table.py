@@ -45,7 +45,7 @@ Record = dict[str, Any]
 
 def record_of(
     row: Row,
-    runs: Sequence[toy.Run],
+    runs: Sequence[toy.ToyRun],
     failure: str | None,
     args: argparse.Namespace,
     commit: str | None,
@@ -69,9 +69,9 @@ def record_of(
 
 def _trained(
     build: Build, args: argparse.Namespace, step: Callable[[], None]
-) -> tuple[list[toy.Run], str | None]:
+) -> tuple[list[toy.ToyRun], str | None]:
     """All seeds of one configuration, or why it failed."""
-    runs: list[toy.Run] = []
+    runs: list[toy.ToyRun] = []
     try:
         for seed in range(args.seeds):
             runs.append(toy.train(build, seed, args.steps, args.compile, args.device))

@@ -29,7 +29,7 @@ EVAL_BATCHES = 8
 
 
 @dataclass(frozen=True)
-class Run:
+class ToyRun:
     """One training. `mean_loss` is what predicting the eval targets' mean would cost."""
 
     seed: int
@@ -48,7 +48,7 @@ def batch(generator: torch.Generator, normalized: bool, device: str) -> tuple[Te
     return x.to(device), y.to(device)
 
 
-def train(build: Build, seed: int, steps: int, compiled: bool, device: str) -> Run:
+def train(build: Build, seed: int, steps: int, compiled: bool, device: str) -> ToyRun:
     """Build a layer and train it; seconds include compiling."""
     torch.manual_seed(seed)
     layer = build.make().to(device)
@@ -70,7 +70,7 @@ def train(build: Build, seed: int, steps: int, compiled: bool, device: str) -> R
     train_loss = loss.item()
     seconds = time.perf_counter() - start
     eval_loss, mean_loss = evaluate(layer, seed, normalized, device)
-    return Run(seed, train_loss, eval_loss, mean_loss, seconds)
+    return ToyRun(seed, train_loss, eval_loss, mean_loss, seconds)
 
 
 def _loss(model: Callable[[Tensor], Any], x: Tensor, y: Tensor) -> Tensor:

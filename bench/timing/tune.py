@@ -52,7 +52,7 @@ WORTHWHILE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class TileRow:
     """One table row and the shapes that the table sends to it."""
 
     kernel: str
@@ -65,7 +65,7 @@ class Row:
 class Found:
     """ms: of the winner and of the table's tile, per shape, from interleaved rounds."""
 
-    row: Row
+    row: TileRow
     tile: Tile
     ms: tuple[float, ...]
     table_ms: tuple[float, ...]
@@ -90,7 +90,7 @@ def forced(kernel: str, dtype: torch.dtype, tile: Tile, device: torch.device) ->
 
 def rows_of(
     kernel: str, dtype: torch.dtype, shapes: Sequence[Shape], device: torch.device
-) -> list[Row]:
+) -> list[TileRow]:
     """The table's rows that `shapes` use, each with its shapes."""
     grouped: dict[Tile, list[Shape]] = {}
     like = torch.empty(0, dtype=dtype, device=device)
@@ -98,13 +98,13 @@ def rows_of(
         of = LAUNCHES[kernel].tile_of
         tile = of(like, (m, d, h)) if of else pick_tile(kernel, like, m, h, True)
         grouped.setdefault(tile, []).append((m, d, h))
-    return [Row(kernel, dtype, tile, tuple(group)) for tile, group in grouped.items()]
+    return [TileRow(kernel, dtype, tile, tuple(group)) for tile, group in grouped.items()]
 
 
 class Bench:
     """Judges and times tiles for one row; holds the operands, so that they are drawn once."""
 
-    def __init__(self, row: Row, device: torch.device, timer: Timer) -> None:
+    def __init__(self, row: TileRow, device: torch.device, timer: Timer) -> None:
         self.row, self.device, self.timer = row, device, timer
         self.launch = LAUNCHES[row.kernel]
         self.operands = [draw(self.launch, shape, row.dtype, device) for shape in row.shapes]
@@ -177,7 +177,7 @@ def search(
         best = fastest
 
 
-def tune_row(row: Row, arch: Arch, device: torch.device, timer: Timer, limit: int) -> Found:
+def tune_row(row: TileRow, arch: Arch, device: torch.device, timer: Timer, limit: int) -> Found:
     """The best tile for a row. Raises where the table's own tile fails: that is a bug."""
     bench = Bench(row, device, timer)
     bench.check(row.tile)
@@ -222,7 +222,7 @@ def _records(found: Found, arch: Arch) -> Iterator[Record]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class TuneOptions:
     """limit: how many tiles to measure for each row of the table. shapes: () for each kernel's
     own."""
 
@@ -233,7 +233,7 @@ class Options:
     device: str = "cuda"
 
 
-def run(options: Options, emit: Emit, timer: Timer = device_timer) -> str:
+def run(options: TuneOptions, emit: Emit, timer: Timer = device_timer) -> str:
     """Tune everything asked for, a record per shape; returns the rows to paste."""
     device = torch.device(options.device)
     arch = arch_of(device)
@@ -260,7 +260,7 @@ def main(args: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         print("tune: no GPU here; tiles can only be timed on one")
         return 2
-    options = Options(
+    options = TuneOptions(
         kernels=tuple(args.kernel),
         dtypes=tuple(args.dtype),
         shapes=tuple(args.shape),

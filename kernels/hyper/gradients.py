@@ -12,7 +12,7 @@ from ..arch.tile import cdiv
 from ..device import multiprocessors
 from ..pick import hyper_tile
 from .backward import coefficient_kernel, dk_kernel, dq_kernel, dv_kernel, dz1_kernel, dz2_kernel
-from .plan import Call, Core, heads_last, mix_of, plan_launch, rows
+from .plan import Core, HyperCall, heads_last, mix_of, plan_launch, rows
 from .slots import Bands, slots_kernel
 
 
@@ -41,7 +41,7 @@ class _Backward:
         normed, shorts, self.eps = options
         c1, c2 = tensors[3], tensors[7]
         ranks = (0 if c1 is None else c1.shape[-1], 0 if c2 is None else c2.shape[-1])
-        self.call = Call(q, v, ranks, shorts, normed)
+        self.call = HyperCall(q, v, ranks, shorts, normed)
         self.B, self.H, self.T = v.shape[:3]
         self.coefficient = do.new_empty(0, dtype=torch.float32)
 

@@ -36,7 +36,7 @@ from .band import (
     store_rows,
     visible,
 )
-from .plan import Call, Core, heads_last, mix_of, plan_launch, rows
+from .plan import Core, HyperCall, heads_last, mix_of, plan_launch, rows
 from .scores import both_mixed, expand_first, expand_values, row_operands, second_rows, weights
 
 
@@ -222,7 +222,7 @@ def hyper_attention_fwd(
         rows(q), rows(k), rows(v), mix_of(u1, vt1, d1, z1), mix_of(u2, vt2, d2, z2), n,
         q.shape[-1], dv,
     )  # fmt: skip
-    call = Call(q, v, ranks, (shortcut1, shortcut2), normed)
+    call = HyperCall(q, v, ranks, (shortcut1, shortcut2), normed)
     if c1 is not None:
         tiles = cdiv(T, hyper_tile("hyper_attention_h1", q).block_m)
         launch = plan_launch("hyper_attention_h1", call, count=B * Q * tiles)

@@ -60,7 +60,7 @@ class Core(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
+class PassPlan:
     """Constants of a launch. rank1, rank2: 0 without that mixing."""
 
     glu: bool
@@ -118,8 +118,8 @@ def block_of(width: int, least: int = 16) -> int:
     return max(least, 1 << (width - 1).bit_length())
 
 
-class Launch(NamedTuple):
-    plan: Plan
+class PassLaunch(NamedTuple):
+    plan: PassPlan
     programs: int
     tile: Tile
 
@@ -143,7 +143,7 @@ def heads_last(t: Tensor) -> Tensor:
     return t.new_empty((B, T, heads, width)).transpose(1, 2)
 
 
-class Call(NamedTuple):
+class HyperCall(NamedTuple):
     """What all launches of one call share."""
 
     q: Tensor
@@ -153,14 +153,16 @@ class Call(NamedTuple):
     normed: bool
 
 
-def plan_launch(kernel: str, call: Call, *, count: int | None = None, parts: int = 1) -> Launch:
+def plan_launch(
+    kernel: str, call: HyperCall, *, count: int | None = None, parts: int = 1
+) -> PassLaunch:
     """The launch of `kernel`, whose blocks walk over `count` pieces of work (None: one for each
     head, row tile and part)."""
     q, v, ranks, shorts, normed = call
     _, Q, T, dq = q.shape
     B, H, _, dv = v.shape
     tile = LAST[kernel] = hyper_tile(kernel, q)
-    plan = Plan(
+    plan = PassPlan(
         glu=Q == 2 * H, normed=normed, heads=H, sub_heads=Q, width_qk=dq, width_v=dv,
         rank1=ranks[0], rank2=ranks[1], short1=shorts[0], short2=shorts[1],
         block=tile.block_m, block_d=min(tile.block_k, block_of(max(dq, dv))),
@@ -169,4 +171,4 @@ def plan_launch(kernel: str, call: Call, *, count: int | None = None, parts: int
         precision=precision(q.dtype),
     )  # fmt: skip
     work = B * H * cdiv(T, tile.block_m) * parts if count is None else count
-    return Launch(plan, min(work, 4 * multiprocessors(q.device)), tile)
+    return PassLaunch(plan, min(work, 4 * multiprocessors(q.device)), tile)

@@ -214,7 +214,7 @@ def _blocks(E: int) -> dict[str, Any]:
     }
 
 
-class Call(NamedTuple):
+class RouteCall(NamedTuple):
     """What both kernels are given, in Triton and in CUDA. Without logits, `expert` is an input, and
     prob, lse, mean and sums are None."""
 
@@ -235,7 +235,7 @@ class Call(NamedTuple):
     capacity: int
 
 
-Launch = Callable[[Call], None]
+Launch = Callable[[RouteCall], None]
 Groups = tuple[Tensor, Tensor, Tensor, Tensor]
 Routed = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -275,8 +275,9 @@ def _group(
     chunks = cdiv(T, chunk)
     sums = None if mean is None else mean.new_empty((chunks, E))
     kept = T if capacity is None else min(capacity, T)
-    launch(Call(logits, expert, prob, lse, mean, *groups, new(T), new(chunks, E), sums, E, chunk,
-                kept))  # fmt: skip
+    ranks, counts = new(T), new(chunks, E)
+    call = RouteCall(logits, expert, prob, lse, mean, *groups, ranks, counts, sums, E, chunk, kept)
+    launch(call)
     return groups
 
 
@@ -303,7 +304,7 @@ def chunk_of(like: Tensor, T: int, E: int, block: int) -> int:
     return max(1, cdiv(cdiv(T, most), block)) * block
 
 
-def _launch(call: Call) -> None:
+def _launch(call: RouteCall) -> None:
     T, chunks = call.expert.shape[0], call.histograms.shape[0]
     options = _blocks(call.E)
     _count_kernel[chunks,](

@@ -17,7 +17,7 @@ SMALL = ((8, 16, 24),)
 
 def run(**changes):
     records = []
-    options = check.Options(**{"cases": ("gated_act",), "shapes": SMALL, **changes})
+    options = check.CheckOptions(**{"cases": ("gated_act",), "shapes": SMALL, **changes})
     return check.run(options, records.append), records
 
 
@@ -99,19 +99,19 @@ def test_nan_is_an_infinite_error(monkeypatch):
 
 
 def test_defaults_visit_every_dtype_and_case():
-    works = check.plan(check.Options())
+    works = check.plan(check.CheckOptions())
     assert {w.case.name for w in works} == set(CASES)
     assert {w.dtype for w in works} == {"bfloat16", "float16", "float32"}
 
 
 def test_dtypes_make_the_full_product():
-    works = check.plan(check.Options(cases=("mlp",), dtypes=("float16", "float32")))
+    works = check.plan(check.CheckOptions(cases=("mlp",), dtypes=("float16", "float32")))
     sizes = {(w.M, w.D, w.H) for w in works}
     assert len(works) == 2 * len(sizes) > 2
 
 
 def test_activations_and_shapes_are_taken():
-    options = check.Options(cases=("mlp",), activations=("relu", "tanh"), shapes=SMALL)
+    options = check.CheckOptions(cases=("mlp",), activations=("relu", "tanh"), shapes=SMALL)
     assert [(w.activation, w.size) for w in check.plan(options)] == [
         ("relu", "8x16x24"), ("tanh", "8x16x24"),
     ]  # fmt: skip
@@ -133,17 +133,17 @@ def test_who_needs_the_interpreter(monkeypatch):
 
 
 def test_the_child_gets_the_very_options():
-    options = check.Options(
+    options = check.CheckOptions(
         cases=("mlp", "gated_act"), dtypes=("float16",), activations=("tanh",), shapes=SMALL,
         backward=False,
     )  # fmt: skip
     args = cli.parser().parse_args(list(check._arguments(options)))
-    assert check.options_of(args) == check.Options(**{**vars(options), "backend": "triton"})
+    assert check.options_of(args) == check.CheckOptions(**{**vars(options), "backend": "triton"})
 
 
 def test_the_interpreter_runs_in_a_child_that_reports_as_it_goes():
     records = []
-    options = check.Options(cases=("gated_act",), dtypes=("float32",), shapes=((3, 4, 5),))
+    options = check.CheckOptions(cases=("gated_act",), dtypes=("float32",), shapes=((3, 4, 5),))
     assert check.run_interpreted(options, records.append)
     assert [r["backend"] for r in records] == ["triton (interpreter)"]
 
@@ -151,7 +151,7 @@ def test_the_interpreter_runs_in_a_child_that_reports_as_it_goes():
 def test_a_child_that_dies_is_an_error_with_its_output(monkeypatch):
     monkeypatch.setattr(check, "_arguments", lambda options: iter(["check", "--no-such-flag"]))
     with pytest.raises(check.Refusal, match="no-such-flag"):
-        check.run_interpreted(check.Options(cases=("gated_act",)), lambda record: None)
+        check.run_interpreted(check.CheckOptions(cases=("gated_act",)), lambda record: None)
 
 
 def test_worst_tensor_is_the_one_nearest_its_bound():

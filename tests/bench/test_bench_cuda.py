@@ -250,7 +250,7 @@ def test_the_command_line_takes_it():
 
 
 def test_check_on_cuda_visits_what_its_kernels_take():
-    works = check.plan(check.Options(backend="cuda", cases=("gated_linear",)))
+    works = check.plan(check.CheckOptions(backend="cuda", cases=("gated_linear",)))
     assert {w.dtype for w in works} == {"bfloat16", "float16"}
     assert all(w.D % 8 == w.H % 8 == 0 for w in works)
     # Some size gives every multiprocessor several tiles, some has tails on every side.

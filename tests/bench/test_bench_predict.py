@@ -184,7 +184,7 @@ def test_every_model_can_be_predicted(model):
 
 def test_on_a_gpu_the_models_own_calls_are_checked_too(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert overview.check_options([DENSE["gpt2"]]) == [check.Options(brief=True)]
+    assert overview.check_options([DENSE["gpt2"]]) == [check.CheckOptions(brief=True)]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     everything, own = overview.check_options([DENSE["gpt2"]])
     assert everything.cases == tuple(CASES)

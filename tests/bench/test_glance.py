@@ -96,7 +96,7 @@ def test_measured_times_stand_beside_the_fastest_other(monkeypatch):
 
 
 def test_brief_takes_every_case_and_each_ops_first_in_every_dtype():
-    whole, brief = check.plan(check.Options()), check.plan(check.Options(brief=True))
+    whole, brief = check.plan(check.CheckOptions()), check.plan(check.CheckOptions(brief=True))
     assert {w.case.name for w in brief} == set(CASES) and len(brief) < 0.6 * len(whole)
     assert set(brief) <= set(whole)
     for op in {case.op for case in CASES.values()}:

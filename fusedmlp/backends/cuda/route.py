@@ -10,7 +10,7 @@ import functools
 from torch import Tensor
 
 from ...kernels.moe import top1_route as _triton
-from ...kernels.moe.top1_route import Call, Groups, Routed, chunk_of
+from ...kernels.moe.top1_route import Groups, RouteCall, Routed, chunk_of
 from . import loader
 from .gated_linear import Enqueue, stream, unfit
 
@@ -24,10 +24,10 @@ def _chunk(op: str, like: Tensor, T: int, E: int) -> int:
     return min(chunk_of(like, T, E, _BLOCK), extension.MAX_CHUNK)
 
 
-def _launch(enqueue: Enqueue, call: Call) -> None:
+def _launch(enqueue: Enqueue, call: RouteCall) -> None:
     logits, expert = call.logits, call.expert
     dtype = 0 if logits is None else loader.load()[0].DTYPES[loader.DTYPES[logits.dtype]]
-    # The tensors in the order of Call, whose first five may be missing.
+    # The tensors in the order of RouteCall, whose first five may be missing.
     order = (
         logits, expert, call.prob, call.lse, call.mean, call.tokens, call.rows, call.offsets,
         call.counts, call.rank, call.histograms, call.sums,

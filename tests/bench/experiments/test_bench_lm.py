@@ -11,14 +11,22 @@ from torch import nn
 from fusedmlp.bench import cli
 from fusedmlp.bench.experiments import lm, lm_page, lm_train
 from fusedmlp.bench.experiments.lm_attention import MIXERS
-from fusedmlp.bench.experiments.lm_models import MLPS, Model, Plan, build_mlp, names, weights_of
+from fusedmlp.bench.experiments.lm_models import (
+    MLPS,
+    LanguageModel,
+    ModelPlan,
+    build_mlp,
+    names,
+    weights_of,
+)
 from fusedmlp.bench.experiments.lm_one_bit import ROUNDED
 from fusedmlp.bench.experiments.lm_train import Run
 from fusedmlp.bench.options import Refusal
 from fusedmlp.bench.report import plots
 
-TINY = Plan("swiglu", layers=1, dim=16, heads=2, context=8, batch=2, steps=4, every=2, held_out=2,
-            warmup=2)  # fmt: skip
+TINY = ModelPlan(
+    "swiglu", layers=1, dim=16, heads=2, context=8, batch=2, steps=4, every=2, held_out=2, warmup=2
+)
 TEXT = torch.arange(40_000).mul(7919).remainder(251).to(torch.uint8)
 KEPT = Path(__file__).parents[3] / "bench" / "results" / "lm"
 
@@ -74,7 +82,7 @@ def test_equal_weights(mlp):
 )
 def test_runs_repeat_and_learn(mlp, mixer):
     plan = dataclasses.replace(TINY, mlp=mlp, mixer=mixer)
-    for block in Model(plan).blocks:
+    for block in LanguageModel(plan).blocks:
         y = block.mlp(torch.randn(2, 8, 16))
         begins_at_0 = not (y[0] if isinstance(y, tuple) else y).any()
         # A scale of 0 would never learn.
@@ -109,7 +117,7 @@ def test_one_bit_after_training(mlp):
 
 def test_models_agree_but_for_their_mlp():
     one, other = (
-        dict(Model(dataclasses.replace(TINY, mlp=mlp)).named_parameters())
+        dict(LanguageModel(dataclasses.replace(TINY, mlp=mlp)).named_parameters())
         for mlp in ("relu_sq", "switch-4")
     )
     assert {n for n in one if ".mlp." not in n} == {n for n in other if ".mlp." not in n}

@@ -218,7 +218,7 @@ def test_files_that_cannot_be_written_are_refused_first(option, tmp_path, capsys
 def test_worse_than_the_mean_is_said():
     record = table.record_of(
         PUBLISHED[0],
-        [toy.Run(0, 0.1, 0.6, 0.55, 1.0)],
+        [toy.ToyRun(0, 0.1, 0.6, 0.55, 1.0)],
         None,
         argparse.Namespace(compile=1, steps=1),
         "0123456789abcdef",

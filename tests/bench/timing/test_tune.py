@@ -100,7 +100,7 @@ CALLS = {launch.call: kernel for kernel, launch in LAUNCHES.items()}
 @pytest.mark.parametrize("kernel", CALLS.values())
 def test_every_launcher_passes_the_rule_on_its_own_tile(kernel):
     tile = arch_of(DEVICE).row(kernel, 4)[0]
-    row = tune.Row(kernel, torch.float32, tile, (LAUNCHES[kernel].checked,))
+    row = tune.TileRow(kernel, torch.float32, tile, (LAUNCHES[kernel].checked,))
     tune.Bench(row, DEVICE, fake_timer).check(tile)
 
 
@@ -153,7 +153,7 @@ TABLE = Arch(
         Tile(16, 32, 16, 4, 2),
     )},
 )  # fmt: skip
-OPTIONS = tune.Options(
+OPTIONS = tune.TuneOptions(
     kernels=("linear_act_fwd",), dtypes=("float32",), shapes=((40, 48, 64), (33, 48, 32)),
     limit=9, device=str(DEVICE),
 )  # fmt: skip
