@@ -62,17 +62,16 @@ def brief_of(jobs: Iterable[Job]) -> Iterator[Job]:
 
 def gate(
     arches: Iterable[Arch],
-    every_activation: bool = False,
+    activations: Sequence[str] = ("gelu",),
     kernels: Sequence[str] = (),
     dtypes: Sequence[str] = (),
     brief: bool = False,
 ) -> Iterator[Compiled]:
     """Compile and inspect kernels for `arches`, one result at a time: all, `brief_of` all, or the
-    training launches of some GEMM `kernels` in some `dtypes`."""
-    # Silu is in every job; gelu's erf needs the most registers.
-    activations = [a for a in ACTIVATIONS if a != "silu"] if every_activation else ["gelu"]
+    training launches of some GEMM `kernels` in some `dtypes`. activations: what the first tiles are
+    compiled with beside silu, which is in every job; gelu's erf needs the most registers."""
     for arch in arches:
-        jobs = tuple(jobs_of(arch, activations))
+        jobs = tuple(jobs_of(arch, list(activations)))
         if brief:
             jobs = tuple(brief_of(jobs))
         if kernels:
@@ -120,11 +119,11 @@ def chosen(names: Sequence[str] | None, brief: bool) -> list[Arch]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", choices=ARCHES, help="default: as said above")
-    extent = parser.add_mutually_exclusive_group()
-    extent.add_argument(
-        "--every-activation", action="store_true", help="compile matrix kernels with each of them"
-    )
-    extent.add_argument("--brief", action="store_true", help="one job of each kind of launch")
+    parser.add_argument(
+        "--activation", nargs="+", metavar="NAME", choices=(*ACTIVATIONS, "all"), default=("gelu",),
+        help="compile matrix kernels with these beside silu, or with all; default: gelu",
+    )  # fmt: skip
+    parser.add_argument("--brief", action="store_true", help="one job of each kind of launch")
     parser.add_argument(
         "--kernel", nargs="+", default=(), help="only the training launches of these GEMM kernels"
     )
@@ -143,7 +142,9 @@ def run(args: argparse.Namespace) -> int:
         f"{'regs':>4} {'stack':>5} {'shared':>7}  {'opcodes':30} faults"
     )
     rows = []
-    for compiled in gate(arches, args.every_activation, args.kernel, args.dtype, args.brief):
+    asked = ACTIVATIONS if "all" in args.activation else args.activation
+    beside = [name for name in asked if name != "silu"]
+    for compiled in gate(arches, beside, args.kernel, args.dtype, args.brief):
         rows.append(compiled)
         print(_row(compiled), flush=True)
     faulty = [c for c in rows if c.faults]

@@ -11,6 +11,14 @@ from torch import Tensor
 
 from .dense import gated_act
 
+__all__ = [
+    "binary_gated_linear",
+    "binary_gated_mlp",
+    "binary_linear",
+    "dequantize_binary",
+    "unpack_signs",
+]
+
 GROUP, WORD = 128, 32  # weights that share a scale; weights of one word
 
 

@@ -11,6 +11,14 @@ from torch import Tensor
 from ..packing import Packed, halves
 from .activations import ACTIVATIONS
 
+__all__ = [
+    "gated_act",
+    "gated_linear",
+    "gated_mlp",
+    "linear_act",
+    "mlp",
+]
+
 
 def gated_act(
     g: Tensor, u: Tensor | None, activation: str = "silu", packed: Packed | None = None

@@ -26,6 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+__all__ = [
+    "hyper_attention",
+    "hyper_attention_step",
+]
+
 Kind = Literal["glu", "relu"]
 Norm = Literal["out_scale", "l2", "none"]
 Aligner = Literal["offset", "identity"]

@@ -12,6 +12,13 @@ from torch import Tensor
 
 from .activations import ACTIVATIONS
 
+__all__ = [
+    "masked_gated_linear",
+    "masked_gated_mlp",
+    "pack_masks",
+    "unpack_masks",
+]
+
 
 def hard_masks(masks: Tensor, dtype: torch.dtype) -> Tensor:
     """1 where a logit is > 0, else 0; the gradient goes straight through to the logits."""

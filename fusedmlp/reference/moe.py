@@ -18,6 +18,17 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..packing import Packed
 from .dense import gated_mlp, mlp
 
+__all__ = [
+    "Routing",
+    "load_balancing_loss",
+    "moe_linear",
+    "moe_mlp",
+    "route_to",
+    "router_z_loss",
+    "top1_route",
+    "tree_path",
+]
+
 
 class Routing(NamedTuple):
     """Which token goes to which expert; a tuple of tensors, hence a pytree.

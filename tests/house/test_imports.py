@@ -104,3 +104,15 @@ def test_no_private_name_is_taken_from_another_file():
         if f"{source}.{name}" not in FILES
     ]
     assert not taken
+
+
+def test_the_mathematics_imports_no_kernel():
+    """fusedmlp/reference and what it imports of ours can be read and run without Triton."""
+    arrows = graph()
+    for module in FILES:
+        if module.startswith("fusedmlp.reference"):
+            others = {m for m in arrows[module] if not m.startswith("fusedmlp.reference")}
+            assert others <= {"fusedmlp.packing"}, module
+            assert "triton" not in {
+                source.partition(".")[0] for source, _ in imports(module, FILES[module])
+            }

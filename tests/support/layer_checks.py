@@ -135,7 +135,7 @@ def assert_cheap(
     best = float("inf")
     gc.disable()
     try:
-        for _ in range(25):
+        for _ in range(100):
             ours, theirs, yardstick = _medians((layer, plain, linear), x)
             slowness = max(1.0, yardstick / LINEAR_CALL)
             best = min(best, (ours - theirs) / slowness)

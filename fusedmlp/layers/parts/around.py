@@ -10,18 +10,32 @@ from __future__ import annotations
 
 from torch import nn
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 def hooked(module: nn.Module) -> str | None:
     """What stands around a module's own forward, which a fused call would not run."""
-    # Written out: this is asked on every call.
-    m = module
-    if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+    of = module.__dict__
+    if any(of[name] for name in _HOOKS):
         return "has hooks"
-    if "forward" in module.__dict__:
+    if "forward" in of:
         return "has a forward of its own, set on the instance"
     return None
 
 
 def bare(*modules: nn.Module | None) -> bool:
     """Whether nothing is lost where none of `modules` is called."""
-    return all(m is None or hooked(m) is None for m in modules)
+    # Every call of every layer asks this, so `hooked` is written out.
+    for module in modules:
+        if module is None:
+            continue
+        of = module.__dict__
+        if (
+            of["_forward_hooks"]
+            or of["_forward_pre_hooks"]
+            or of["_backward_hooks"]
+            or of["_backward_pre_hooks"]
+            or "forward" in of
+        ):
+            return False
+    return True

@@ -104,7 +104,7 @@ class StackedExperts(Stacked):
         missing: list[str],
         errors: list[str],
     ) -> None:
-        """Of what an expert has beside stacks: names that repeat others, and the width of masks."""
+        """What an expert has beside stacks: names that repeat others, and the width of masks."""
         for i in range(len(self)):
             drop_aliases(self._template[0], state, f"{prefix}{i}.")
             if self.net_0_packed is not None and f"{prefix}{i}.{_MASKS}.planes" in state:

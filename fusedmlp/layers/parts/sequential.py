@@ -26,23 +26,23 @@ class FusedSequential(nn.Sequential):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        for row in self._rows():
-            x = _run(row, x)
+        for row, activation in self._rows():
+            x = row[0](x) if activation is None else _fused(row, activation, x)
         return x
 
-    def _rows(self) -> list[Row]:
-        """The children, cut into what runs as one call."""
+    def _rows(self) -> list[tuple[Row, str | None]]:
+        """The children, cut into what runs as one call, and its activation if it is fused."""
         children: Row = list(self._modules.values())
-        rows = []
-        while children:
-            count = _row_length(children)
-            rows.append(children[:count])
-            children = children[count:]
+        rows, start = [], 0
+        while start < len(children):
+            count, activation = _row_at(children, start)
+            rows.append((children[start : start + count], activation))
+            start += count
         return rows
 
     def path(self) -> str:
         """What runs as one call now: children joined by "+"."""
-        rows = (" + ".join(type(m).__name__ for m in row) for row in self._rows())
+        rows = (" + ".join(type(m).__name__ for m in row) for row, _ in self._rows())
         return "runs " + ", ".join(rows)
 
     def extra_repr(self) -> str:
@@ -54,23 +54,25 @@ def first_two(net: nn.Module) -> Row:
     return list(net._modules.values())[:2]  # type: ignore[return-value]
 
 
-def _row_length(children: Row) -> int:
-    """How many children, from the first on, are one call."""
-    if len(children) < 2 or not _is_linear(children[0]):
-        return 1
-    if name_of(children[1]) is None or not bare(children[1]):
-        return 1
-    second = 3 if len(children) > 2 and passes_through(children[2]) and bare(children[2]) else 2
-    return second + 1 if len(children) > second and _is_linear(children[second]) else 2
+def _row_at(children: Row, start: int) -> tuple[int, str | None]:
+    """How many children, from `start` on, are one call, and the activation that is fused in it."""
+    left = len(children) - start
+    if left < 2 or not _is_linear(children[start]):
+        return 1, None
+    act = children[start + 1]
+    activation = name_of(act)
+    if activation is None or not bare(act):
+        return 1, None
+    second = 2
+    if left > 2 and passes_through(children[start + 2]) and bare(children[start + 2]):
+        second = 3
+    if left > second and _is_linear(children[start + second]):
+        return second + 1, activation
+    return 2, activation
 
 
-def _run(row: Row, x: Tensor) -> Tensor:
-    first = row[0]
-    if len(row) == 1:
-        return first(x)
-    w, b = first.weight, first.bias
-    activation = name_of(row[1])
-    assert activation is not None
+def _fused(row: Row, activation: str, x: Tensor) -> Tensor:
+    w, b = row[0].weight, row[0].bias
     if len(row) == 2:
         return linear_act(x, w, b, activation=activation)  # type: ignore[arg-type]
     second = row[-1]

@@ -67,7 +67,7 @@ def test_every_kernel_compiles(arch, tmp_path):
 
 @pytest.mark.slow
 def test_every_activation_compiles_for_hopper(tmp_path):
-    compile_for(arch_for(90), tmp_path, "--every-activation")
+    compile_for(arch_for(90), tmp_path, "--activation", "all")
 
 
 def test_brief_leaves_out_what_resembles_an_older_row():
