@@ -2,12 +2,14 @@
 rows moved to their columns by strides.
 
 For training each block is recomputed in backward, so that a block's tensors live one at a time:
-chunk x T values a head instead of T x T.
+chunk x T values a head instead of T x T. Compiled with a dynamic length it is one graph for
+each number of blocks.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
@@ -99,6 +101,8 @@ def chunked_attention(
 ) -> Tensor:
     """reference.hyper_attention in blocks of `chunk` rows; None: all rows at once, all kept."""
     T = q.shape[-2]
+    if T == 0:
+        return torch.zeros_like(v)
     first, second = (u1, vt1, d1), (u2, vt2, d2)
     L = next((u.shape[-2] for u in (u1, u2) if u is not None), T)
     prefix = _sees_prefix_only(c1, c2, options)
@@ -107,9 +111,10 @@ def chunked_attention(
     again = chunk is not None and wants_grad(q, k, v, c1, c2, *first, *second)
     if again:
         block = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
+    # The number of blocks alone is fixed where T is symbolic, not T.
+    ends = [] if chunk is None else [chunk * i for i in range(1, -(-T // chunk))]
     made = []
-    for start in range(0, T, chunk or max(T, 1)):
-        end = min(start + (chunk or T), T)
+    for start, end in itertools.pairwise((0, *ends, T)):
         sources = end if offset or prefix else T
         width = end if prefix else T
         low = L - width if offset else L - T
@@ -128,4 +133,4 @@ def chunked_attention(
                 slots=slice(low, low + width),
             )  # fmt: skip
         )
-    return torch.cat(made, -2) if made else torch.zeros_like(v)
+    return torch.cat(made, -2)

@@ -31,6 +31,7 @@ from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import top1_route
 from ..reference import Routing
 from .parts.block import gated_block, positive_int
+from .parts.capacity import capacity_of
 
 Score = Literal["softmax", "sigmoid"]
 Scaled = Literal["output", "input"]
@@ -117,9 +118,7 @@ class Top1MoE(nn.Module):
 
     def route(self, x: Tensor) -> Routing:
         """The routing of x (T, dim)."""
-        capacity = None
-        if self.capacity_factor is not None:
-            capacity = max(1, int(x.shape[0] / self.w_gate.shape[0] * self.capacity_factor))
+        capacity = capacity_of(x.shape[0], self.w_gate.shape[0], self.capacity_factor)
         logits = self.router(x)
         routing = top1_route(logits, capacity=capacity)
         if self.score == "sigmoid":
