@@ -1,11 +1,13 @@
 """What stands around a module inside a layer runs: its weight may come from there."""
 
+import copy
+
 import pytest
 import torch
 from layer_checks import draw, one, randomise_
 from layer_makers import MAKERS, D
 from torch import nn
-from torch.nn.utils import prune, spectral_norm
+from torch.nn.utils import parametrize, prune, spectral_norm
 
 from fusedmlp import layers
 from fusedmlp.hyperglu import HyperMLP
@@ -82,3 +84,32 @@ def test_weights_that_a_hook_makes_are_the_weights(make):
     for _ in range(2):
         one(layer(draw(3, D))).square().sum().backward()
     assert linears[0].weight_orig.grad.any()
+
+
+class Halved(nn.Module):
+    def forward(self, w):
+        return w / 2
+
+
+class Tagged(torch.Tensor):
+    """A subclass without a rule of its own."""
+
+
+@pytest.mark.parametrize("make", GATED)
+def test_a_parametrization_and_a_subclass_are_the_weights(make):
+    layer = randomise_(make()).eval()
+    halved = copy.deepcopy(layer)
+    for linear in (m for m in halved.modules() if isinstance(m, nn.Linear)):
+        linear.weight.data.div_(2)
+    x = draw(3, D)
+    for linear in [m for m in layer.modules() if type(m) is nn.Linear]:
+        parametrize.register_parametrization(linear, "weight", Halved())
+    torch.testing.assert_close(one(layer(x)), one(halved(x)))
+    one(layer(x)).sum().backward()
+    wrapped = [m for m in layer.modules() if isinstance(m, nn.Linear)]
+    assert all(m.parametrizations.weight.original.grad is not None for m in wrapped)
+
+    y = one(halved(x))
+    for linear in (m for m in halved.modules() if isinstance(m, nn.Linear)):
+        linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Tagged))
+    torch.testing.assert_close(one(halved(x)).as_subclass(torch.Tensor), y)
