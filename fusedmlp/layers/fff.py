@@ -206,7 +206,7 @@ class FastFeedForward(nn.Module):
         return cast(Tensor, self.experts(self.project_in(x), routing))
 
     def _soft(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-        right = logits.float().sigmoid()
+        right = logits.to(torch.promote_types(logits.dtype, torch.float32)).sigmoid()
         aux = self._aux(logits, right)
         if self.region_leak:
             right = torch.where(torch.rand_like(right) < self.region_leak, 1 - right, right)

@@ -29,6 +29,7 @@ from ..check import layer as check_layer
 from ..ops.top1_route import jitter, load_balancing_loss, router_z_loss, top1_route
 from .feedforward import FeedForward
 from .parts.block import positive_int
+from .parts.capacity import capacity_of
 from .parts.experts import StackedExperts
 
 
@@ -108,9 +109,7 @@ class SwitchFFN(nn.Module):
         check_layer.check_x("SwitchFFN", x, self.router.in_features, self.router.weight.dtype)
         flat = x.reshape(-1, x.shape[-1])
         seen = jitter(flat, self.jitter) if self.training else flat
-        capacity = None
-        if self.capacity_factor is not None:
-            capacity = max(1, int(flat.shape[0] / self.num_experts * self.capacity_factor))
+        capacity = capacity_of(flat.shape[0], self.num_experts, self.capacity_factor)
         routing = top1_route(self.router(seen), capacity=capacity)
         y = self.experts(flat, routing)
         if self.dropped == "identity" and capacity is not None:

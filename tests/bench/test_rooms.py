@@ -131,7 +131,7 @@ def test_the_console_script_of_a_wheel(wheel, tmp_path):
     file = tmp_path / "out.json"
     case = ("--case", "gated_act", "--shape", "8x16x24")
     assert f"wrote {file}" in command("bench", "check", *case, "--json", file)
-    assert "--every-activation" in command("bench", "gate", "--help")
+    assert "--activation" in command("bench", "gate", "--help")
     assert "nothing was measured" in command("bench", "predict", "--op", "gated_mlp")
     if not torch.cuda.is_available():
         assert "torch finds no GPU" in command("bench", "time", code=2)
