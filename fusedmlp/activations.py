@@ -33,6 +33,7 @@ from torch.autograd import Function
 
 from .check.numbers import finite
 from .reference.activations import ACTIVATIONS, BSILU_ALPHA, bsilu, computes
+from .transforms import transformed
 
 __all__ = [
     "BSiLU",
@@ -167,6 +168,14 @@ class _ValueOf(Function):
         return None, *(dy,) * ctx.graphs
 
 
+class _ValueOfDual(_ValueOf):
+    """Its tangents too. By itself, since torch.compile takes no Function that has `jvp`."""
+
+    @staticmethod
+    def jvp(ctx: Any, _: Tensor | None, *tangents: Tensor) -> Tensor:
+        return sum(tangents[1:], tangents[0]).clone()
+
+
 class _GradientWhere(Function):
     """x, whose gradient passes where `mask` holds and is 0 elsewhere, also if it is not finite."""
 
@@ -184,6 +193,24 @@ class _GradientWhere(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         return torch.where(mask, dy, 0), None
+
+
+class _GradientWhereDual(_GradientWhere):
+    """Its tangents too."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.save_for_forward(inputs[1])
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (mask,) = ctx.saved_tensors
+        return torch.where(mask, tangent, 0)
+
+
+def _needs_slope(x: Tensor) -> bool:
+    return transformed() or (x.requires_grad and torch.is_grad_enabled())
 
 
 class StraightThroughEstimator(nn.Module):
@@ -213,10 +240,11 @@ class StraightThroughEstimator(nn.Module):
         self.backward_fn = backward_fn
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (x.requires_grad and torch.is_grad_enabled()):
+        if not _needs_slope(x):
             return self.forward_fn(x)
         value = self.forward_fn(x.detach()).detach()
-        return _ValueOf.apply(value, self.backward_fn(x))
+        value_of = _ValueOfDual if transformed() else _ValueOf
+        return value_of.apply(value, self.backward_fn(x))
 
 
 class Sugar(nn.Module):
@@ -245,9 +273,15 @@ class Sugar(nn.Module):
         self.backward_fn = backward_fn
 
     def forward(self, x: Tensor) -> Tensor:
-        if not (x.requires_grad and torch.is_grad_enabled()):
+        if not _needs_slope(x):
             return self.forward_fn(x)
         positive = x > 0
+        if transformed():
+            # Tangents run forward, so that they are cut after the function as well as before it.
+            cut = _GradientWhereDual.apply
+            hard = cut(self.forward_fn(cut(x, positive)), positive)
+            soft = cut(self.backward_fn(cut(x, ~positive)), ~positive)
+            return _ValueOfDual.apply(hard.detach(), hard, soft)
         hard = self.forward_fn(_GradientWhere.apply(x, positive))
         soft = self.backward_fn(_GradientWhere.apply(x, ~positive))
         return _ValueOf.apply(hard.detach(), hard, soft)

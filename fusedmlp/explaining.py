@@ -85,6 +85,7 @@ def explain(layer: nn.Module | None = None) -> str:
     lines += loader.describe(capability_of(gpu) if gpu else 0)
     lines.append(_device_line(torch.device("cpu")))
     lines.append(_device_line(gpu) if gpu else "cuda tensors: none, torch finds no GPU")
+    lines.append("second derivatives, torch.func, forward-mode AD: reference")
     lines.append(f"ops: {', '.join(public_ops())}")
     lines += [_last_launch(kernel) for kernel in sorted(LAST.keys() | choice.SERVED.keys())]
     if layer is not None:

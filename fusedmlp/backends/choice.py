@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..kernels.arch.tile import SKINNY_M
 from ..kernels.device import INTERPRETED
+from ..transforms import transformed
 from .cuda import loader
 from .op import TRITON_DTYPES, Kernel
 
@@ -62,13 +63,14 @@ def backend(name: str) -> Iterator[None]:
 
 def pick(op: str, x: Tensor, name: str = "x") -> str:
     """Return the backend for `op`: "triton", "cuda" or "reference". `x` is a sample tensor, and
-    `name` is what errors call it.
+    `name` is what errors call it. Inside transforms of torch.func and forward-mode AD it is the
+    reference, whatever was chosen: kernels have no tangents.
 
     Between triton and cuda each kernel chooses again at its launch (`launcher`), which compiled
     code and autograd reach without coming through here.
     """
     on_gpu = x.is_cuda
-    if _chosen == "reference" or (_chosen == "auto" and not on_gpu):
+    if _chosen == "reference" or (_chosen == "auto" and not on_gpu) or transformed():
         return "reference"
     if _chosen == "cuda":
         if not torch.compiler.is_compiling():

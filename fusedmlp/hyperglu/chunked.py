@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..check import wants_grad
 from ..reference.hyper import Mixing, gate, mixed, scaled
+from ..transforms import transformed
 
 
 def laid_out(S: Tensor, width: int) -> Tensor:
@@ -108,7 +109,7 @@ def chunked_attention(
     prefix = _sees_prefix_only(c1, c2, options)
     offset = options["aligner"] == "offset"
     block = functools.partial(_block, options=options)
-    again = chunk is not None and wants_grad(q, k, v, c1, c2, *first, *second)
+    again = chunk is not None and not transformed() and wants_grad(q, k, v, c1, c2, *first, *second)
     if again:
         block = functools.partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
     # The number of blocks alone is fixed where T is symbolic, not T.

@@ -21,11 +21,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import binary as cuda_binary
+from ..backends.derivatives import differentiable, save
 from ..backends.flops import Shapes
 from ..backends.op import ONE_BIT, Cuda, Op, kernel, register
 from ..kernels.binary import binary_gated_linear as _triton
@@ -121,16 +121,16 @@ class BinaryGatedLinearFunction(Function):
         weights = (q_gate, s_gate, q_up, s_up)
         h, gu = fwd(x, *weights, b_gate, b_up, activation, True, True)
         need_s = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
-        ctx.save_for_backward(x if need_s else None, *weights, gu)
-        ctx.activation, ctx.width = activation, x.shape[1]
+        save(ctx, (x if need_s else None, *weights, b_gate, b_up), (activation,), gu)
+        ctx.width = x.shape[1]
         return h
 
     @staticmethod
-    @once_differentiable
+    @differentiable(reference.binary_gated_linear)
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        x, *weights, gu = ctx.saved_tensors
+        x, *weights, _, _, gu = ctx.saved_tensors
         need_x, _, need_sg, _, need_su, need_bg, need_bu = ctx.needs_input_grad[:7]
-        dgu = gated_act.bwd(dh, *split_pair(gu, None), ctx.activation, None)
+        dgu = gated_act.bwd(dh, *split_pair(gu, None), *ctx.options, None)
         needed = (need_x, need_sg, need_su)
         dx, ds_gate, ds_up = projection_grads(x, tuple(weights), dgu, ctx.width, needed)
         db_gate = dgu[0].sum(0) if need_bg else None

@@ -30,11 +30,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import Shapes
 from ..backends.op import ONE_BIT, Op, kernel, register
 from ..kernels.binary import backward as _triton_bwd
@@ -86,25 +85,23 @@ class BinaryGatedMLPFunction(Function):
         h, gu = binary_gated_linear.fwd(x, *first, b_gate, b_up, activation, True, not recompute)
         need_s = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
         kept = x if recompute or need_s else None
-        # Biases are needed only to make g and u again.
-        biases = (b_gate, b_up) if recompute else (None, None)
-        ctx.save_for_backward(kept, *first, *down, None if recompute else gu, *biases)
-        ctx.activation, ctx.width = activation, x.shape[1]
+        inputs = (kept, *first, *down, b_gate, b_up, b_down)
+        save(ctx, inputs, (activation,), None if recompute else gu)
+        ctx.width = x.shape[1]
         return binary_linear.fwd(h, *down, b_down)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(reference.binary_gated_mlp)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, *first, q_down, s_down, gu, b_gate, b_up = ctx.saved_tensors
+        x, *first, q_down, s_down, b_gate, b_up, _, gu = ctx.saved_tensors
+        (activation,) = ctx.options
         need_x, _, need_sg, _, need_su, _, need_sd = ctx.needs_input_grad[:7]
         need_bg, need_bu, need_bd = ctx.needs_input_grad[7:10]
         dx = ds_gate = ds_up = ds_down = db_gate = db_up = None
         if need_x or need_sg or need_su or need_sd or need_bg or need_bu:
             if gu is None:
-                _, gu = binary_gated_linear.fwd(
-                    x, *first, b_gate, b_up, ctx.activation, False, True
-                )
-            dgu, h = bwd(dy, q_down, s_down, gu, ctx.activation, need_sd)
+                _, gu = binary_gated_linear.fwd(x, *first, b_gate, b_up, activation, False, True)
+            dgu, h = bwd(dy, q_down, s_down, gu, activation, need_sd)
             needed = (need_x, need_sg, need_su)
             dx, ds_gate, ds_up = binary_gated_linear.projection_grads(
                 x, tuple(first), dgu, ctx.width, needed
@@ -170,9 +167,8 @@ def binary_gated_mlp(
     tensors: tuple[Any, ...] = (*planes(w_gate, w_up, w_down), b_gate, b_up, b_down)
     if choice.pick(OP, x) == "reference":
         arguments: tuple[Any, ...] = (x, *tensors, activation)
-        if recompute and check.wants_grad(x, *tensors):
-            return checkpoint(reference.binary_gated_mlp, *arguments, use_reentrant=False)
-        return reference.binary_gated_mlp(*arguments)
+        again = recompute and check.wants_grad(x, *tensors)
+        return by_reference(reference.binary_gated_mlp, *arguments, recompute=again)
     if check.wants_grad(x, *tensors):
         y = BinaryGatedMLPFunction.apply(rows(x), *tensors, activation, recompute)
     else:

@@ -30,11 +30,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import binary as cuda_binary
+from ..backends.derivatives import differentiable, save
 from ..backends.op import ONE_BIT, Cuda, Op, kernel, register
 from ..kernels.binary import backward as _triton_bwd, binary_linear as _triton
 from ..kernels.launches import binary as launches
@@ -112,14 +112,15 @@ ds = library.define(
 class BinaryLinearFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, qweight: Tensor, scales: Tensor, b: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, qweight, scales)
+        save(ctx, (x if ctx.needs_input_grad[2] else None, qweight, scales, b), ())
         ctx.width = x.shape[1]
         return fwd(x, qweight, scales, b)
 
     @staticmethod
-    @once_differentiable
+    # Linear in x: any of its shape will do.
+    @differentiable(reference.binary_linear, lambda ctx, dy: dy.new_zeros(dy.shape[0], ctx.width))
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, qweight, scales = ctx.saved_tensors
+        x, qweight, scales, _ = ctx.saved_tensors
         need_x, _, need_s, need_b = ctx.needs_input_grad
         return (
             dx(dy, qweight, scales, None, None, None, ctx.width) if need_x else None,

@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.derivatives import differentiable, save
 from ..backends.flops import no_products
 from ..backends.op import Op, kernel, register
 from ..kernels.dense import gated_act as _triton
@@ -72,17 +72,17 @@ class GatedActFunction(Function):
     def forward(
         ctx: Any, g: Tensor, u: Tensor | None, activation: str, packed: Packed | None
     ) -> Tensor:
-        ctx.save_for_backward(g, u)
-        ctx.activation, ctx.packed = activation, packed
+        save(ctx, (g, u), (activation, packed))
         return _forward(g, u, activation, packed)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(reference.gated_act)
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
         g, u = ctx.saved_tensors
-        gate, up = (g, u) if u is not None else halves(g, ctx.packed)
-        dgu = bwd(dh, gate, up, ctx.activation, ctx.packed)
-        if ctx.packed:
+        activation, packed = ctx.options
+        gate, up = (g, u) if u is not None else halves(g, packed)
+        dgu = bwd(dh, gate, up, activation, packed)
+        if packed:
             return dgu, None, None, None
         need_g, need_u = ctx.needs_input_grad[:2]
         dg, du = split_pair(dgu, None)

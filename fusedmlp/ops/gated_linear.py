@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import gated_linear as cuda_gated_linear
+from ..backends.derivatives import differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import HOPPER_AND_NEWER, Cuda, Op, kernel, register
 from ..kernels.dense import gated_linear as _triton
@@ -174,21 +174,21 @@ class GatedLinearFunction(Function):
         packed: Packed | None,
     ) -> Tensor:
         h, gu = project(x, w_gate, w_up, b_gate, b_up, activation, packed, want_gu=True)
-        ctx.save_for_backward(x, w_gate, w_up, gu)
-        ctx.activation, ctx.packed = activation, packed
+        save(ctx, (x, w_gate, w_up, b_gate, b_up), (activation, packed), gu)
         return h
 
     @staticmethod
-    @once_differentiable
+    @differentiable(reference.gated_linear)
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_gate, w_up, gu = ctx.saved_tensors
+        x, w_gate, w_up, _, _, gu = ctx.saved_tensors
+        activation, packed = ctx.options
         need_x, need_wg, need_wu, need_bg, need_bu = ctx.needs_input_grad[:5]
         g, u = split_pair(gu, None)
-        dgu = gated_act.bwd(dh, g, u, ctx.activation, ctx.packed)
+        dgu = gated_act.bwd(dh, g, u, activation, packed)
         dx, dw_gate, dw_up = projection_grads(
-            x, w_gate, w_up, dgu, ctx.packed, (need_x, need_wg, need_wu)
+            x, w_gate, w_up, dgu, packed, (need_x, need_wg, need_wu)
         )
-        if ctx.packed:
+        if packed:
             db_gate, db_up = (dgu.sum(0) if need_bg else None), None
         else:
             db_gate = dgu[0].sum(0) if need_bg else None

@@ -28,11 +28,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from .. import check, reference
 from ..backends import choice
+from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
 from ..packing import Packed, rows, split_pair
@@ -59,17 +58,15 @@ class GatedMLPFunction(Function):
         h, gu = gated_linear.project(
             x, w_gate, w_up, b_gate, b_up, activation, packed, want_gu=not recompute
         )
-        # Biases are needed only to make g and u again.
-        biases = (b_gate, b_up) if recompute else (None, None)
-        ctx.save_for_backward(x, w_gate, w_up, w_down, None if recompute else gu, *biases)
-        ctx.activation, ctx.packed = activation, packed
+        inputs = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+        save(ctx, inputs, (activation, packed), None if recompute else gu)
         return F.linear(h, w_down, b_down)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(reference.gated_mlp)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_gate, w_up, w_down, gu, b_gate, b_up = ctx.saved_tensors
-        activation, packed = ctx.activation, ctx.packed
+        x, w_gate, w_up, w_down, b_gate, b_up, _, gu = ctx.saved_tensors
+        activation, packed = ctx.options
         need_x, need_wg, need_wu, need_wd, need_bg, need_bu, need_bd = ctx.needs_input_grad[:7]
         need_dgu = need_x or need_wg or need_wu or need_bg or need_bu
         if gu is None and (need_dgu or need_wd):
@@ -156,11 +153,8 @@ def gated_mlp(
     check.down(OP, "w_down", w_down, H, "b_down", b_down)
     tensors = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     if choice.pick(OP, x) == "reference":
-        if recompute and check.wants_grad(*tensors):
-            return checkpoint(
-                reference.gated_mlp, *tensors, activation, packed, use_reentrant=False
-            )
-        return reference.gated_mlp(*tensors, activation, packed)
+        again = recompute and check.wants_grad(*tensors)
+        return by_reference(reference.gated_mlp, *tensors, activation, packed, recompute=again)
     if check.wants_grad(*tensors):
         y = GatedMLPFunction.apply(rows(x), *tensors[1:], activation, packed, recompute)
     else:

@@ -28,10 +28,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.derivatives import differentiable, save
 from ..backends.flops import Shape, Shapes, hyper_gradients, hyper_scores
 from ..backends.op import Op, kernel, register
 from ..check import hyper as check_hyper
@@ -114,23 +114,30 @@ bwd = library.define(
 )
 
 
+def _formula(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+    *mixings, normed, shortcut1, shortcut2, eps = rest
+    kind = "relu" if q.shape[-3] == v.shape[-3] else "glu"
+    norm = "out_scale" if normed else "none"
+    options = ("offset", True, shortcut1, shortcut2, True, True, eps)
+    return reference.hyper_attention(q, k, v, *mixings, kind, norm, *options)  # type: ignore[call-arg]
+
+
 class HyperAttentionFunction(Function):
     @staticmethod
-    def forward(
-        ctx: Any, normed: bool, shortcut1: bool, shortcut2: bool, eps: float, *tensors: Optional
-    ) -> Tensor:
-        ctx.options = (normed, shortcut1, shortcut2, eps)
-        out, h1, h2, n = fwd(*tensors, *ctx.options)
-        ctx.save_for_backward(*tensors, h1, h2, n, out)
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        tensors, options = arguments[: len(NAMES)], arguments[len(NAMES) :]
+        out, h1, h2, n = fwd(*arguments)
+        save(ctx, tensors, options, h1, h2, n, out)
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_formula)
     def backward(ctx: Any, do: Tensor) -> tuple[Optional, ...]:
         *tensors, h1, h2, n, out = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[4:]
+        wanted = ctx.needs_input_grad[: len(NAMES)]
         grads = bwd(do, out, *tensors, h1, h2, n, *ctx.options, wanted)
-        return (None,) * 4 + tuple(g if w else None for g, w in zip(grads, wanted, strict=True))
+        found = (g if w else None for g, w in zip(grads, wanted, strict=True))
+        return *found, None, None, None, None
 
 
 def hyper_attention(
@@ -199,7 +206,7 @@ def hyper_attention(
     )
     options = (norm != "none", shortcut1, shortcut2, eps)
     if check.wants_grad(*tensors):
-        out = HyperAttentionFunction.apply(*options, *flat)
+        out = HyperAttentionFunction.apply(*flat, *options)
     else:
         out, *_ = fwd(*flat, *options)
     return out.view(*lead, *out.shape[1:])

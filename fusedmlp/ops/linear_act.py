@@ -19,11 +19,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import gated_linear as cuda_gated_linear
+from ..backends.derivatives import differentiable, save
 from ..backends.flops import no_products, rows_times
 from ..backends.op import HOPPER_AND_NEWER, Cuda, Op, kernel, register
 from ..kernels.dense import linear_act as _triton
@@ -109,16 +109,15 @@ class LinearActFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, activation: str) -> Tensor:
         h, z = fwd(x, w, b, activation, True, True)
-        ctx.save_for_backward(x, w, z)
-        ctx.activation = activation
+        save(ctx, (x, w, b), (activation,), z)
         return h
 
     @staticmethod
-    @once_differentiable
+    @differentiable(reference.linear_act)
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, z = ctx.saved_tensors
+        x, w, _, z = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
-        dz_ = dz(dh, z, ctx.activation)
+        dz_ = dz(dh, z, *ctx.options)
         dx = dz_ @ w if need_x else None
         return dx, dz_.t() @ x if need_w else None, dz_.sum(0) if need_b else None, None
 

@@ -31,11 +31,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import masked as cuda_masked
+from ..backends.derivatives import differentiable, save
 from ..backends.flops import Shapes, no_products, rows_times
 from ..backends.op import BIT_PLANES, Cuda, Op, kernel, register
 from ..kernels.launches import masked as launches
@@ -164,22 +164,30 @@ def projection_grads(
     return grad_x, grad_w if need_w else None, grad_masks if need_masks else None
 
 
+def masks_of(masks: Tensor, w: Tensor) -> Tensor:
+    """Logits as they are; of bit planes, the bool masks."""
+    return masks if masks.is_floating_point() else reference.unpack_masks(masks, w.shape[1])
+
+
+def _formula(x: Tensor, w: Tensor, masks: Tensor, activation: str) -> Tensor:
+    return reference.masked_gated_linear(x, w, masks_of(masks, w), activation)
+
+
 class MaskedGatedLinearFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, masks: Tensor, activation: str) -> Tensor:
         planes = planes_of(masks)
         h, gt = fwd(x, w, planes, activation, True, True)
-        ctx.save_for_backward(x, w, planes, gt)
-        ctx.activation, ctx.masks_dtype = activation, masks.dtype
+        save(ctx, (x, w, masks), (activation,), planes, gt)
         return h
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_formula)
     def backward(ctx: Any, dh: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, planes, gt = ctx.saved_tensors
-        evs, _ = ev(dh, gt, ctx.activation, False)
+        x, w, masks, planes, gt = ctx.saved_tensors
+        evs, _ = ev(dh, gt, *ctx.options, False)
         needed = ctx.needs_input_grad[:3]
-        return *projection_grads(evs, x, w, planes, ctx.masks_dtype, needed), None
+        return *projection_grads(evs, x, w, planes, masks.dtype, needed), None
 
 
 def masked_gated_linear(

@@ -30,11 +30,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from .. import check, reference
 from ..backends import choice
+from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import BIT_PLANES, OPS, Op, register
 from ..packing import rows
@@ -42,6 +41,10 @@ from ..weights.masks import PackedMasks
 from . import masked_gated_linear
 
 OP = "masked_gated_mlp"
+
+
+def _formula(x: Tensor, w: Tensor, masks: Tensor, *rest: Any) -> Tensor:
+    return reference.masked_gated_mlp(x, w, masked_gated_linear.masks_of(masks, w), *rest)
 
 
 class MaskedGatedMLPFunction(Function):
@@ -58,24 +61,25 @@ class MaskedGatedMLPFunction(Function):
     ) -> Tensor:
         planes = masked_gated_linear.planes_of(masks)
         h, gt = masked_gated_linear.fwd(x, w, planes, activation, True, not recompute)
-        ctx.save_for_backward(x, w, planes, w_down, None if recompute else gt)
-        ctx.activation, ctx.masks_dtype = activation, masks.dtype
+        inputs = (x, w, masks, w_down, b_down)
+        save(ctx, inputs, (activation,), planes, None if recompute else gt)
         return F.linear(h, w_down, b_down)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_formula)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, planes, w_down, gt = ctx.saved_tensors
+        x, w, masks, w_down, _, planes, gt = ctx.saved_tensors
+        (activation,) = ctx.options
         need_x, need_w, need_masks, need_wd, need_bd = ctx.needs_input_grad[:5]
         grads: tuple[Tensor | None, ...] = (None, None, None)
         dw_down = None
         if need_x or need_w or need_masks or need_wd:
             if gt is None:
-                _, gt = masked_gated_linear.fwd(x, w, planes, ctx.activation, False, True)
-            evs, h = masked_gated_linear.ev(dy @ w_down, gt, ctx.activation, need_wd)
+                _, gt = masked_gated_linear.fwd(x, w, planes, activation, False, True)
+            evs, h = masked_gated_linear.ev(dy @ w_down, gt, activation, need_wd)
             dw_down = dy.t() @ h if need_wd else None
             grads = masked_gated_linear.projection_grads(
-                evs, x, w, planes, ctx.masks_dtype, (need_x, need_w, need_masks)
+                evs, x, w, planes, masks.dtype, (need_x, need_w, need_masks)
             )
         return *grads, dw_down, dy.sum(0) if need_bd else None, None, None
 
@@ -127,9 +131,8 @@ def masked_gated_mlp(
     check.down(OP, "w_down", w_down, H, "b_down", b_down)
     if choice.pick(OP, x) == "reference":
         plain = (x, w, masked_gated_linear.unpacked(masks), w_down, b_down)
-        if recompute and check.wants_grad(*plain):
-            return checkpoint(reference.masked_gated_mlp, *plain, activation, use_reentrant=False)
-        return reference.masked_gated_mlp(*plain, activation)
+        again = recompute and check.wants_grad(*plain)
+        return by_reference(reference.masked_gated_mlp, *plain, activation, recompute=again)
     tensors = (rows(x), w, masked_gated_linear.tensor_of(masks), w_down, b_down)
     if check.wants_grad(*tensors):
         y = MaskedGatedMLPFunction.apply(*tensors, activation, recompute)

@@ -20,11 +20,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from .. import check, reference
 from ..backends import choice
+from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
 from ..packing import rows
@@ -46,29 +45,26 @@ class MLPFunction(Function):
         recompute: bool,
     ) -> Tensor:
         h, z = linear_act.fwd(x, w_in, b_in, activation, True, not recompute)
-        # The bias is needed only to make z again.
-        ctx.save_for_backward(
-            x, w_in, w_out, *((None, b_in) if recompute else (z, None))
-        )  # fmt: skip
-        ctx.activation = activation
+        save(ctx, (x, w_in, w_out, b_in, b_out), (activation,), None if recompute else z)
         return F.linear(h, w_out, b_out)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(reference.mlp)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w_in, w_out, z, b_in = ctx.saved_tensors
+        x, w_in, w_out, b_in, _, z = ctx.saved_tensors
+        (activation,) = ctx.options
         need_x, need_wi, need_wo, need_bi, need_bo = ctx.needs_input_grad[:5]
         need_dz = need_x or need_wi or need_bi
         if z is None and (need_dz or need_wo):
-            _, z = linear_act.fwd(x, w_in, b_in, ctx.activation, False, True)
+            _, z = linear_act.fwd(x, w_in, b_in, activation, False, True)
         dx = dw_in = db_in = dw_out = None
         if need_dz:
-            dz, h, db = linear_act.bwd(dy, w_out, z, ctx.activation, need_wo, need_bi)
+            dz, h, db = linear_act.bwd(dy, w_out, z, activation, need_wo, need_bi)
             dx = dz @ w_in if need_x else None
             dw_in = dz.t() @ x if need_wi else None
             db_in = db.view(-1) if need_bi else None
         elif need_wo:
-            h = linear_act.act(z, ctx.activation)
+            h = linear_act.act(z, activation)
         if need_wo:
             dw_out = dy.t() @ h
         db_out = dy.sum(0) if need_bo else None
@@ -118,9 +114,8 @@ def mlp(
     check.down(OP, "w_out", w_out, H, "b_out", b_out)
     tensors = (x, w_in, w_out, b_in, b_out)
     if choice.pick(OP, x) == "reference":
-        if recompute and check.wants_grad(*tensors):
-            return checkpoint(reference.mlp, *tensors, activation, use_reentrant=False)
-        return reference.mlp(*tensors, activation)
+        again = recompute and check.wants_grad(*tensors)
+        return by_reference(reference.mlp, *tensors, activation, recompute=again)
     if check.wants_grad(*tensors):
         y = MLPFunction.apply(rows(x), *tensors[1:], activation, recompute)
     else:

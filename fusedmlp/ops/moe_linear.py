@@ -18,10 +18,10 @@ from typing import Any
 
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import check, reference
 from ..backends import choice
+from ..backends.derivatives import differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
 from ..check.experts import check_routing
@@ -36,18 +36,22 @@ def _forward(x: Tensor, w: Tensor, b: Tensor | None, tokens: Tensor, offsets: Te
     return moe_mlp.down(x, tokens, offsets, w, None, None, b, None, True)
 
 
+def _formula(x: Tensor, w: Tensor, b: Tensor | None, tokens: Tensor, offsets: Tensor) -> Tensor:
+    return reference.moe_linear(x, moe_mlp.routing_of(x[:, 0], tokens, offsets), w, b)
+
+
 class MoELinearFunction(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, tokens: Tensor, offsets: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, w, tokens, offsets)
+        save(ctx, (x, w, b, tokens, offsets), ())
         return _forward(x, w, b, tokens, offsets)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_formula)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, tokens, offsets = ctx.saved_tensors
+        x, w, _, tokens, offsets = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         dx = _forward(dy, w.mT, None, tokens, offsets) if need_x else None
         dw = moe_mlp.wgrad(dy, x, tokens, offsets, True, True) if need_w else None

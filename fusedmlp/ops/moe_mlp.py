@@ -32,13 +32,13 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import Shape, no_products, rows_times
 from ..backends.op import Op, kernel, register
 from ..check.experts import autocast_prob, check_experts, check_routing
@@ -207,6 +207,21 @@ def _dx(
     return down(dgu[0], tokens, offsets, w_gate.mT, du, up_t, None, None, False)
 
 
+def routing_of(prob: Tensor, tokens: Tensor, offsets: Tensor) -> Routing:
+    """The routing that has these fields; a dropped token's expert is not known and reads E."""
+    T = tokens.shape[0]
+    place = torch.arange(T, dtype=offsets.dtype, device=offsets.device)
+    rows = torch.empty_like(tokens).scatter_(0, tokens.long(), place)
+    expert = torch.searchsorted(offsets[1:-1], rows, right=True)
+    return Routing(expert, prob, tokens, rows, offsets, offsets[:-1].diff())
+
+
+def _formula(x: Tensor, prob: Tensor, *rest: Any) -> Tensor:
+    *weights, tokens, offsets, activation, packed = rest
+    arguments = (routing_of(prob, tokens, offsets), *weights, activation, packed)
+    return reference.moe_mlp(x, *arguments)
+
+
 class MoEMLPFunction(Function):
     @staticmethod
     def forward(
@@ -228,19 +243,15 @@ class MoEMLPFunction(Function):
         h, gu = _first(
             x, tokens, offsets, w_gate, w_up, b_gate, b_up, activation, packed, True, not recompute
         )
-        biases = (b_gate, b_up) if recompute else (None, None)
-        ctx.save_for_backward(
-            x, prob, w_gate, w_up, w_down, None if recompute else gu, *biases, b_down,
-            tokens, offsets,
-        )  # fmt: skip
-        ctx.activation, ctx.packed = activation, packed
+        inputs = (x, prob, w_gate, w_up, w_down, b_gate, b_up, b_down, tokens, offsets)
+        save(ctx, inputs, (activation, packed), None if recompute else gu)
         return down(h, tokens, offsets, w_down, None, None, b_down, prob, False)
 
     @staticmethod
-    @once_differentiable
+    @differentiable(_formula)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, prob, w_gate, w_up, w_down, gu, b_gate, b_up, b_down, tokens, offsets = ctx.saved_tensors
-        activation, packed = ctx.activation, ctx.packed
+        x, prob, w_gate, w_up, w_down, b_gate, b_up, b_down, tokens, offsets, gu = ctx.saved_tensors
+        activation, packed = ctx.options
         need_x, need_p, need_wg, need_wu, need_wd, need_bg, need_bu, need_bd = ctx.needs_input_grad[
             :8
         ]
@@ -334,10 +345,7 @@ def moe_mlp(
     flat = rows(x)
     if choice.pick(OP, x) == "reference":
         arguments = (flat, routing, *tensors, activation, packed)
-        if recompute and wants_grad:
-            y = checkpoint(reference.moe_mlp, *arguments, use_reentrant=False)
-        else:
-            y = reference.moe_mlp(*arguments)
+        y = by_reference(reference.moe_mlp, *arguments, recompute=recompute and wants_grad)
     elif wants_grad:
         y = MoEMLPFunction.apply(
             flat, routing.prob, *tensors, routing.tokens, routing.offsets, activation, packed,

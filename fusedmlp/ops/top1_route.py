@@ -28,11 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import route as cuda_route
+from ..backends.derivatives import differentiable, save
 from ..backends.flops import no_products
 from ..backends.op import TRITON_DTYPES, Cuda, Op, kernel, register
 from ..check.experts import check_kind
@@ -99,13 +99,13 @@ class Top1RouteFunction(Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, capacity: int | None) -> tuple[Tensor, ...]:
         expert, prob, *groups, mean, lse = fwd(logits, capacity)
-        ctx.save_for_backward(logits, expert)
+        save(ctx, (logits,), (capacity,), expert)
         ctx.mark_non_differentiable(expert, *groups)
         ctx.set_materialize_grads(False)
         return expert, prob, *groups, mean, lse
 
     @staticmethod
-    @once_differentiable
+    @differentiable(reference.top1_route)
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
         logits, expert = ctx.saved_tensors
         return bwd(logits, expert, grads[1], grads[6], grads[7]), None

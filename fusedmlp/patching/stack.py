@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.utils.dlpack import from_dlpack
 
+from ..transforms import transformed
+
 
 class Together:
     """What `lie_together` made of E parameters: their memory as one tensor, for as long as they lie
@@ -94,6 +96,7 @@ def lie_together(weights: Sequence[nn.Parameter]) -> Together:
 
 def stacked(together: Together, weights: Sequence[Tensor]) -> Tensor:
     """(E, ...), with gradients to each. What `lie_together` made where they lie in it; under
-    torch.compile, and where .to(), FSDP or the like has moved them apart, a copy."""
-    whole = None if torch.compiler.is_compiling() else together.of(weights)
+    torch.compile and torch.func, and where .to(), FSDP or the like has moved them apart, a copy."""
+    apart = torch.compiler.is_compiling() or transformed()
+    whole = None if apart else together.of(weights)
     return torch.stack(tuple(weights)) if whole is None else _Whole.apply(whole, *weights)

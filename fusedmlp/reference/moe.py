@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..packing import Packed
+from ..transforms import transformed
 from .dense import gated_mlp, mlp
 
 __all__ = [
@@ -128,8 +129,9 @@ def _has_values(t: Tensor) -> bool:
 def by_expert(x: Tensor, routing: Routing, run: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Row t is run(x[t], its expert), and 0 where the token is dropped."""
     E = routing.num_experts
-    if torch.compiler.is_compiling() or not _has_values(routing.offsets):
-        # Sizes that depend on the routing are not known: every expert sees every row.
+    if torch.compiler.is_compiling() or transformed() or not _has_values(routing.offsets):
+        # Sizes that depend on the routing are not known, or cannot be batched by vmap: every expert
+        # sees every row.
         bucket = torch.where(routing.kept, routing.expert, E).unsqueeze(1)
         chosen = lambda e: torch.where(bucket == e, x, 0)  # noqa: E731
         y = torch.where(bucket == 0, run(chosen(0), 0), 0)

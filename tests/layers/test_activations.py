@@ -121,6 +121,18 @@ def test_the_surrogate_runs_for_gradients_only(kind):
 
 
 @pytest.mark.parametrize("cls", (ReluNelu, SugarReLU))
+def test_tangents_are_the_surrogates(cls):
+    x = torch.tensor([-1.5, -0.5, 0.5, float("inf")])
+    ones = torch.ones_like(x)
+    value, tangent = torch.func.jvp(cls(), (x,), (ones,))
+    slopes = torch.func.vjp(cls(), x)[1](ones)[0]
+    assert torch.equal(value, cls()(x))
+    torch.testing.assert_close(tangent, slopes)
+    leaf = x.clone().requires_grad_()
+    torch.testing.assert_close(tangent, torch.autograd.grad(cls()(leaf).sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("cls", (ReluNelu, SugarReLU))
 def test_second_derivatives_are_the_surrogates(cls):
     x = torch.tensor([-1.5, -0.5, 0.5, 1.5], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(cls(), (x,))

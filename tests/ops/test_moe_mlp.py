@@ -279,14 +279,6 @@ def test_results_may_be_modified_in_place(device, each_backend):
         torch.testing.assert_close(2 * a, b)
 
 
-def test_kernels_refuse_a_second_derivative(device, on_triton):
-    inputs = PLAIN.inputs(2, 8, 8, torch.float32, device)
-    x = inputs["x"].requires_grad_()
-    (dx,) = torch.autograd.grad(PLAIN.run(inputs).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
-
 def test_memory_plan(device, on_triton):
     """g and u of every token, and with recompute nothing but the routing."""
     T, D, H = 33, 16, 64
