@@ -48,15 +48,24 @@ def differentiable(
     a graph of the backward is wanted. stand_in: from ctx and dy to what stands for a first input
     that was not saved, where the formula is linear in it; without one that raises RuntimeError.
 
+    Backward runs with autocast off, whatever is on around it: what was saved has the dtype that
+    forward computed in, so that there is nothing to cast.
+
     Traced by torch.compile, it is the kernels: compiled code refuses a second backward itself.
     """
 
     def decorate(kernels: Backward) -> Backward:
         @functools.wraps(kernels)
         def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+            run = kernels
             if torch.is_grad_enabled() or transformed():
-                return _by_formula(formula, stand_in, ctx, grads)
-            return kernels(ctx, *grads)
+                run = functools.partial(_by_formula, formula, stand_in)
+            on_gpu = any(g is not None and g.is_cuda for g in grads)
+            device = "cuda" if on_gpu else "cpu"
+            if not torch.is_autocast_enabled(device):
+                return run(ctx, *grads)
+            with torch.autocast(device, enabled=False):
+                return run(ctx, *grads)
 
         return backward
 
@@ -67,7 +76,7 @@ def _by_formula(
     formula: Callable[..., Any],
     stand_in: Callable[..., Tensor] | None,
     ctx: Any,
-    grads: Grads,
+    *grads: Tensor | None,
 ) -> Grads:
     needed, create_graph = ctx.needs_input_grad, torch.is_grad_enabled()
     with torch.enable_grad():

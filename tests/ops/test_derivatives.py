@@ -1,5 +1,5 @@
 """Derivatives beyond the first: on the kernels what they are on the reference, for every op and
-every input."""
+every input; and autocast that is on around backward alone, or around forward alone."""
 
 import pytest
 import torch
@@ -175,3 +175,37 @@ def test_one_tensor_twice(device):
 
     for expected, got in zip(*both(penalised), strict=True):
         torch.testing.assert_close(got, expected, **close)
+
+
+@each_case
+def test_autocast_around_backward_alone(case, device, on_triton):
+    """Bit for bit what backward gives without, and with create_graph=True too."""
+    inputs, names = drawn(case, device)
+    for graph in (False, True):
+
+        def gradients(around, graph=graph):
+            leaves = [inputs[k].clone().requires_grad_() for k in names]
+            out = function(case, inputs, names)(*leaves)
+            dy = torch.linspace(-1, 1, out.numel(), device=device).view(out.shape)
+            with torch.autocast(device, torch.bfloat16, enabled=around):
+                return torch.autograd.grad(out, leaves, dy, create_graph=graph)
+
+        for name, plain, within in zip(names, gradients(False), gradients(True), strict=True):
+            torch.testing.assert_close(within, plain, rtol=0, atol=0, msg=name)
+
+
+@each_case
+def test_autocast_around_forward_alone(case, device, on_triton):
+    """Bit for bit what backward gives inside of it."""
+    inputs, names = drawn(case, device)
+
+    def gradients(around):
+        leaves = [inputs[k].clone().requires_grad_() for k in names]
+        with torch.autocast(device, torch.bfloat16):
+            out = function(case, inputs, names)(*leaves)
+            dy = torch.linspace(-1, 1, out.numel(), device=device).view(out.shape).to(out)
+            with torch.autocast(device, enabled=around, dtype=torch.bfloat16):
+                return torch.autograd.grad(out, leaves, dy)
+
+    for name, plain, within in zip(names, gradients(False), gradients(True), strict=True):
+        torch.testing.assert_close(within, plain, rtol=0, atol=0, msg=name)
