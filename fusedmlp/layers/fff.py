@@ -19,7 +19,7 @@ names and ties (to the left) are mlp_utils'.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -51,6 +51,21 @@ class Routers(Stacked):
 
     def __len__(self) -> int:
         return self.weight.shape[0]
+
+    def __iter__(self) -> Iterator[nn.Linear]:
+        return (self[i] for i in range(len(self)))
+
+    def __getitem__(self, i: int) -> nn.Linear:
+        """Router i over views: what is written there is written here, and what is differentiated
+        there gets its gradient here. The module is made anew on each access."""
+        i = range(len(self))[i]
+        router = nn.Linear(self.weight.shape[1], 1, device="meta").train(self.training)
+        for name, stack in self._stacks():
+            with torch.enable_grad():  # or the view would be a leaf
+                view = stack[i : i + 1]
+            view.grad = None if stack.grad is None else stack.grad[i : i + 1]
+            router._parameters[name] = view  # type: ignore[assignment]
+        return router
 
     def _item_shape(self, stack: Tensor) -> torch.Size:
         return torch.Size((1, *stack.shape[1:]))

@@ -499,3 +499,23 @@ def test_counts_of_the_seed():
     assert sum(p.numel() for p in FastFeedForward(64, 3, glu_variant="none").parameters()) == (
         8 * sum(p.numel() for p in FeedForward(64).parameters()) + 7 * 65
     )
+
+
+def test_routers_are_a_list_to_their_users():
+    """As the ModuleList of Linears that checkpoints name: length, order, index; over views."""
+    routers = FastFeedForward(16, 2, mult=1).routers
+    x = draw(5, 16)
+    logits = routers(x)
+    assert len(routers) == 3 and len(list(routers)) == 3
+    torch.testing.assert_close(torch.cat([r(x) for r in routers], 1), logits)
+    torch.testing.assert_close(routers[-1](x), logits[:, 2:])
+    with pytest.raises(IndexError):
+        routers[3]
+    routers[1](x).sum().backward()
+    expected = torch.zeros_like(routers.weight)
+    expected[1] = x.sum(0)
+    torch.testing.assert_close(routers.weight.grad, expected)
+    torch.testing.assert_close(routers[1].weight.grad, expected[1:2])
+    with torch.no_grad():
+        routers[2].bias.fill_(7)
+    assert routers.bias[2] == 7
