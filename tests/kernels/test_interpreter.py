@@ -1,10 +1,16 @@
-"""The interpreter prepares its language once a launch, and that changes no bit."""
+"""The interpreter prepares its language once a launch, and that changes no bit; what a release of
+it lacks is mended."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+import triton
 import triton.language as tl
 from triton.runtime import interpreter
 
+from fusedmlp.kernels.interpreter import mend
 from fusedmlp.testing import CASES, evaluate
 from fusedmlp.testing.interpreter import prepare_once
 
@@ -35,3 +41,20 @@ def test_the_language_is_given_back_after_a_launch(on_triton):
     assert before == (tl.dot, tl.load, tl.range, tl.dtype.to_ir)
     prepare_once()  # a second call does nothing
     assert not hasattr(interpreter._patch_lang.__wrapped__, "__wrapped__")
+
+
+@pytest.mark.parametrize("version, mended", [("3.6.0", True), ("3.6.1", True), ("3.7.0", False)])
+def test_a_loop_bound_is_an_int(version, mended, monkeypatch):
+    """Triton 3.6 makes no int of an array of one element. `make floors` runs loops on it."""
+    kept = {}
+    scope = SimpleNamespace(set_attr=lambda obj, name, value: kept.update({name: value}))
+    monkeypatch.setattr(triton, "__version__", version)
+    own = lambda tensor, scope: scope.set_attr(tensor, "__index__", "own")  # noqa: E731
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", own)
+    mend()
+    interpreter._patch_lang_tensor(tl.tensor, scope)
+    if not mended:
+        assert kept == {"__index__": "own"}
+        return
+    bound = kept["__index__"](SimpleNamespace(handle=SimpleNamespace(data=np.array([7]))))
+    assert bound == 7 and type(bound) is int
