@@ -48,8 +48,8 @@ def alive(pid: int) -> bool:
 
 
 def gone(pid: int) -> bool:
-    """Within a second: the kill is sent at once, the kernel takes its time."""
-    for _ in range(100):
+    """Within ten seconds: the kill is sent at once, a loaded machine takes its time."""
+    for _ in range(1000):
         if not alive(pid):
             return True
         time.sleep(0.01)
