@@ -189,7 +189,7 @@ FUSEDMLP_DEVICE void finish_forward(const Arguments& args, Row<C>& self, TileAt 
       const int column = chunk * kBox + half * kHalf;
       self.load(g[half], from, column);
       if (C::GATED) self.load(u[half], from, C::BN / 2 + column);
-      const int64_t n = n0 + half * kHalf;
+      const int n = n0 + half * kHalf;  // 64 bits would stay live: 6 registers
       if (args.bias[0] != nullptr) add_bias<C>(args.bias[0], n, args.H, g[half]);
       if (C::GATED && args.bias[1] != nullptr) add_bias<C>(args.bias[1], n, args.H, u[half]);
     }

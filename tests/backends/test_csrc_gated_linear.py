@@ -48,6 +48,14 @@ def test_kernel_matches_reference(name, shape, dtype, on_host):
     check(CASES[name], CASES[name].inputs(*shape, dtype))
 
 
+@pytest.mark.parametrize("absent", ("b_gate", "b_up"))
+@pytest.mark.parametrize("name", ("gated_linear-bias", "gated_mlp-bias"))
+def test_one_bias_alone(name, absent, on_host):
+    inputs = CASES[name].inputs(*SHAPES[1], torch.bfloat16)
+    del inputs[absent]
+    check(CASES[name], inputs)
+
+
 @pytest.mark.parametrize("name", ("gated_mlp-bias", "mlp-bias"))
 def test_many_tiles(name, on_host):
     check(CASES[name], CASES[name].inputs(*SHAPES[2], torch.bfloat16))
