@@ -1,8 +1,8 @@
 """Which rooms of the bench are here.
 
 A wheel leaves out what an installed user cannot run: the campaign, the report on its ledgers, the
-training experiments and the gate of csrc/ work on a checkout's files. So no room that ships imports
-one that may be missing: it asks here, by name.
+training experiments, the gate of csrc/ and the PTX machine work on a checkout's files. So no room
+that ships imports one that may be missing: it asks here, by name.
 """
 
 from __future__ import annotations

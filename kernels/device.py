@@ -57,6 +57,11 @@ def pretend(arch: Arch, multiprocessors: int) -> Iterator[None]:
         _pretended = previous
 
 
+def pretended() -> bool:
+    """Is a GPU pretended, so that launches may take CPU tensors?"""
+    return _pretended is not None
+
+
 def arch_of(device: torch.device) -> Arch:
     """The row that serves `device`: the newest not newer than it; CPU tensors get INTERPRETER."""
     if _pretended:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.arch.tile import SKINNY_M
-from ..kernels.device import INTERPRETED
+from ..kernels.device import INTERPRETED, pretended
 from ..transforms import transformed
 from .cuda import loader
 from .op import TRITON_DTYPES, Kernel
@@ -77,7 +77,7 @@ def pick(op: str, x: Tensor, name: str = "x") -> str:
             for kernel in loader.kernels_of(op) or (None,):
                 loader.require(op, kernel, x)
         return "cuda"
-    if not on_gpu and not INTERPRETED:
+    if not on_gpu and not INTERPRETED and not pretended():
         raise RuntimeError(
             f"{op}: backend 'triton' needs CUDA tensors, got {x.device.type}; for Triton's "
             "interpreter on CPU tensors set TRITON_INTERPRET=1 before Python starts"

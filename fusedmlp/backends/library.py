@@ -15,7 +15,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..kernels.device import INTERPRETED
 from .choice import launcher
-from .op import MISSING, NAMESPACE, Kernel, add_kernel
+from .op import KERNELS, MISSING, NAMESPACE, Kernel, add_kernel
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
@@ -53,6 +53,15 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{row.name}", row.fake, lib=_LIBRARY)
     register_flop_formula(row.call.overloadpacket)(functools.partial(_count, row))
     return row.call
+
+
+@functools.cache
+def serve_cpu() -> None:
+    """Let kernels take CPU tensors, for a stand-in for Triton's driver to run them. Which tensors
+    come here is `choice.pick`'s to say."""
+    if not INTERPRETED:  # the interpreter takes them already
+        for row in KERNELS.values():
+            _LIBRARY.impl(row.name, row.triton, "CPU")
 
 
 def _count(row: Kernel, *shapes: Any, out_shape: object = None) -> int:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 @contextmanager
-def poison() -> Iterator[None]:
+def poison(each: Callable[[Tensor], object] = lambda t: None) -> Iterator[None]:
     """Fill memory from torch.empty, empty_like and new_empty with NaN: an unwritten element
-    shows."""
+    shows. each: called with every tensor so made."""
     # First imported inside, it would take ours for PyTorch's own for good.
     importlib.import_module("torch._dynamo")
 
@@ -27,7 +27,9 @@ def poison() -> Iterator[None]:
             if torch.compiler.is_compiling() or type(t) is not Tensor or t.is_meta:
                 return t
             with torch.no_grad():
-                return t.fill_(float("nan")) if t.is_floating_point() else t
+                t = t.fill_(float("nan")) if t.is_floating_point() else t
+            each(t)
+            return t
 
         return make
 

@@ -1,0 +1,207 @@
+"""What is executed: every tile of every table by its launcher, every Case by its public
+function."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .... import ops  # noqa: F401  (its files enter their kernels' rows)
+from ....backends.op import KERNELS
+from ....kernels.arch import ARCHES, Arch
+from ....kernels.arch.tile import Tile
+from ....kernels.launches.launch import Launch, draw
+from ....testing import CASES, Case, doubled
+from ....testing.case import evaluate, yardsticks
+from ..kernels import distinct
+
+__all__ = ["SHAPES", "Job", "jobs_of", "rows_with_tensor_cores"]
+
+# Off every block, with several tiles in each direction and several trips of the persistent loop on
+# three multiprocessors; rows on 16 bytes, which real models have, and rows that are not.
+ALIGNED, RAGGED = (176, 208, 272), (131, 67, 101)
+FEW = 13
+DTYPES = {2: (torch.bfloat16, torch.float16), 4: (torch.float32,)}  # by an element's bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One thing to execute on one architecture.
+
+    covers: the rows of the tile tables that it runs, with the tile that serves each; of a Case its
+    name, and "chosen" where the tables choose. what: the variant. prepare: makes the inputs, and
+    says what runs on them and what must come out.
+    """
+
+    covers: tuple[tuple[str, str], ...]
+    arch: Arch
+    dtype: torch.dtype
+    what: str
+    prepare: Callable[[], Prepared]
+    brief: bool = False
+
+    @property
+    def name(self) -> str:
+        (kernel, tile), *more = self.covers
+        several = f" and {len(more)} more" if more else ""
+        return f"{self.arch.name} {kernel}{several} {str(self.dtype)[6:]} {self.what} {tile}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """run: everything that is computed on the GPU. known: result -> (exact, eager, rounding)."""
+
+    run: Callable[[], Mapping[str, Tensor]]
+    known: Mapping[str, tuple[Tensor, Tensor, Any]]
+
+
+def rows_with_tensor_cores() -> list[Arch]:
+    """Rows of kernels/arch, but for those that resemble an older one."""
+    return list(distinct(ARCHES.values()))
+
+
+# ---- tiles
+
+
+def _sizes(tile: Tile) -> tuple[int, int, int]:
+    M, D, H = RAGGED if tile.loads == "element" else ALIGNED
+    return FEW if tile.skinny else M, D, H
+
+
+def _prepared_tile(launch: Launch, size: tuple[int, ...], dtype: torch.dtype) -> Prepared:
+    assert launch.call is not None and launch.reference is not None
+    operands = draw(launch, size, dtype, torch.device("cpu"))
+    exact, eager = launch.reference(doubled(operands)), launch.reference(operands)
+    call = launch.call
+    known = {n: (t, eager[n], None) for n, t in exact.items()}
+    return Prepared(lambda: call(operands, True), known)
+
+
+def _tile_jobs(arch: Arch) -> Iterator[Job]:
+    """Each tile of the tables once. Where a table has one tile for each of a call's kernels, as
+    hyper_attention's, one call is enough for all of them."""
+    launches = {
+        launch.name: launch
+        for kernel in KERNELS.values()
+        for launch in kernel.launches
+        if launch.reference is not None
+    }
+    together: dict[tuple[object, int], list[tuple[str, str]]] = {}
+    for (name, size), tiles in arch.hyper.items():
+        assert len(tiles) == 1, f"{name} has several tiles: a call for each is needed"
+        together.setdefault((launches[name].call, size), []).append((name, str(tiles[0])))
+    for (_, size), covers in together.items():
+        launch = launches[covers[0][0]]
+        for dtype in DTYPES[size]:
+            prepare = functools.partial(_prepared_tile, launch, launch.checked, dtype)
+            yield Job(tuple(covers), arch, dtype, "tile", prepare, brief=dtype == torch.bfloat16)
+    for (name, size), tiles in arch.tiles.items():
+        launch, kinds = launches[name], set()
+        for tile in tiles:
+            kind = (tile.loads, tile.skinny)
+            for dtype in DTYPES[size]:
+                yield Job(
+                    ((name, str(tile)),), arch.with_row(name, size, (tile,)), dtype, "tile",
+                    functools.partial(_prepared_tile, launch, _sizes(tile), dtype),
+                    brief=dtype == torch.bfloat16 and kind not in kinds,
+                )  # fmt: skip
+            kinds.add(kind)
+
+
+# ---- cases
+
+
+Inputs = dict[str, Tensor]
+
+
+def _as_drawn(inputs: Inputs) -> Inputs:
+    return inputs
+
+
+def _strided(inputs: Inputs) -> Inputs:
+    """Every tensor a part of a wider one: its rows are further apart than they are long."""
+
+    def widened(t: Tensor) -> Tensor:
+        wide = t.new_zeros(*t.shape[:-1], t.shape[-1] + 8)
+        wide[..., : t.shape[-1]] = t
+        return wide[..., : t.shape[-1]]
+
+    return {n: widened(t) if t.dim() > 1 else t for n, t in inputs.items()}
+
+
+def _transposed(inputs: Inputs) -> Inputs:
+    """Matrices of weights lie column by column."""
+
+    def turned(t: Tensor) -> Tensor:
+        return t.mT.contiguous().mT
+
+    return {n: turned(t) if n.startswith("w") and t.dim() > 1 else t for n, t in inputs.items()}
+
+
+def _bad_rows(inputs: Inputs) -> Inputs:
+    """NaN and Inf in one row of x each: no other row may know of it."""
+    name = next(n for n in ("x", "g", "q", "dy") if n in inputs)
+    bad = inputs[name].clone()
+    if bad.dim() == 2 and bad.shape[0] > 3:
+        bad[1, -1], bad[3, 0] = float("nan"), float("inf")
+    return {**inputs, name: bad}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How Cases are called: at which size, on which strides or values."""
+
+    shape: tuple[int, int, int]
+    hyper: tuple[int, int, int]
+    change: Callable[[Inputs], Inputs] = _as_drawn
+    backward: bool = True
+
+
+SHAPES: dict[str, Variant] = {
+    "aligned": Variant((48, 80, 112), (48, 32, 16)),
+    "ragged": Variant((37, 51, 43), (37, 36, 5)),
+    "no rows": Variant((0, 80, 112), (0, 32, 16)),
+    "one row": Variant((1, 80, 112), (1, 32, 16)),
+    "few rows": Variant((13, 80, 112), (13, 32, 16)),
+    "strided": Variant((48, 80, 112), (48, 32, 16), _strided),
+    "transposed": Variant((48, 80, 112), (48, 32, 16), _transposed),
+    "bad rows": Variant((48, 80, 112), (48, 32, 16), _bad_rows, False),
+}
+
+
+def _prepared_case(case: Case, variant: Variant, dtype: torch.dtype) -> Prepared:
+    shape = variant.hyper if case.op.startswith("hyper") else variant.shape
+    inputs = variant.change(case.inputs(*shape, dtype))
+    dy = None
+    with torch.no_grad():
+        out = case.run_reference(inputs)
+    if variant.backward and not case.forward_only:
+        generator = torch.Generator().manual_seed(1)
+        dy = (2 * torch.rand(out.shape, generator=generator) - 1).to(out)
+    known = yardsticks(case.run_reference, inputs, dy)
+    return Prepared(lambda: evaluate(case.run, inputs, dy), known)
+
+
+def _case_jobs(arch: Arch) -> Iterator[Job]:
+    for case in CASES.values():
+        for what, variant in SHAPES.items():
+            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+                first = dtype == torch.bfloat16
+                if not first and what not in ("aligned", "ragged"):
+                    continue
+                yield Job(
+                    ((case.name, "chosen"),), arch, dtype, what,
+                    functools.partial(_prepared_case, case, variant, dtype),
+                    brief=first and what == "aligned" and arch.thorough,
+                )  # fmt: skip
+
+
+def jobs_of(arch: Arch) -> Iterator[Job]:
+    """All that is executed for one row of kernels/arch, in an order that does not change."""
+    yield from _tile_jobs(arch)
+    yield from _case_jobs(arch)

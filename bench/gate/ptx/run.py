@@ -1,0 +1,193 @@
+"""Loading a kernel into the machine and running it."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from .finding import Finding
+from .library import machine
+from .lower import Lowered, lower
+from .memory import Regions
+from .text import parse
+
+__all__ = ["Order", "Program", "Run", "load"]
+
+
+@dataclass(frozen=True)
+class Order:
+    """What the hardware leaves open, chosen.
+
+    when: asynchronous operations come "late" (not before they are waited for), at "once", or by
+    "seed"; warps and blocks run forwards, backwards, or by seed with it. sums: products are summed
+    "forwards", "backwards", or a step's "exactly" before one addition. noise: from -1 to 1, where
+    in its stated bound an approximate function lies.
+    """
+
+    when: str = "late"
+    seed: int = 0
+    sums: str = "forwards"
+    noise: float = 0.0
+
+
+IN_ORDER = Order()
+WHEN = ("late", "once", "seed")
+SUMS = ("forwards", "backwards", "exactly")
+
+
+class _Options(ctypes.Structure):
+    _fields_ = [
+        ("when", ctypes.c_int32), ("seed", ctypes.c_uint32), ("races", ctypes.c_int32),
+        ("strict", ctypes.c_int32), ("sums", ctypes.c_int32),
+        ("noise", ctypes.c_float), ("budget", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        ("grid", ctypes.c_uint32 * 3), ("cluster", ctypes.c_uint32 * 3),
+        ("warps", ctypes.c_int32), ("shared", ctypes.c_int32), ("granule", ctypes.c_uint32),
+        ("global_granule", ctypes.c_uint32), ("options", _Options),
+    ]  # fmt: skip
+
+
+class _Result(ctypes.Structure):
+    _fields_ = [
+        ("message", ctypes.c_char * 2048), ("line", ctypes.c_int32), ("warp", ctypes.c_int32),
+        ("ctaid", ctypes.c_uint32 * 3), ("count", ctypes.c_uint64),
+    ]  # fmt: skip
+
+
+def _pointer(a: np.ndarray) -> ctypes.c_void_p:
+    return ctypes.c_void_p(a.ctypes.data)
+
+
+@dataclass
+class Run:
+    """One launch that ran. instructions: of warps. seconds: of the machine."""
+
+    kernel: str
+    grid: tuple[int, int, int]
+    instructions: int
+    seconds: float
+
+
+@dataclass
+class Program:
+    """A kernel in the machine. constants: its initialised global variables."""
+
+    lowered: Lowered
+    handle: int
+    constants: Regions
+    seconds: float = 0.0
+    _kept: list[Any] = field(default_factory=list)
+
+    def __del__(self) -> None:
+        if self.handle:
+            machine().ptx_free(self.handle)
+
+    def run(
+        self,
+        grid: Sequence[int],
+        params: Sequence[bytes],
+        regions: Regions,
+        *,
+        threads: int = 0,
+        cluster: tuple[int, int, int] | None = None,
+        shared: int = 0,
+        order: Order = IN_ORDER,
+        elements: int = 16,
+        strict: bool = False,
+        races: bool = True,
+        budget: int = 1 << 40,
+    ) -> Run:
+        """Run a launch, or raise Finding.
+
+        params: bytes of each parameter. shared: bytes of shared memory, those that the PTX
+        declares included. elements: bytes of the narrowest element that a TMA store writes.
+        strict: what a tcgen05.ld fills may not be read before its wait. budget: warp
+        instructions of a cluster.
+        """
+        k = self.lowered.kernel
+        sizes = [len(p) for p in params]
+        if sizes != k.param_sizes:
+            raise ValueError(f"{k.name}: parameters of {k.param_sizes} bytes, got {sizes}")
+        buffer = np.zeros(max(k.param_bytes, 8), np.uint8)
+        for offset, p in zip(k.params.values(), params, strict=True):
+            buffer[offset : offset + len(p)] = np.frombuffer(p, np.uint8)
+        rows = [*regions.array()[: len(regions.names)], *self._constant_rows(len(regions.names))]
+        array = (type(regions.array()[0]) * max(len(rows), 1))(*rows)
+        granule, global_granule = self.lowered.granules
+        if self.lowered.stores_boxes:
+            global_granule = min(global_granule, elements)
+        options = _Options(
+            WHEN.index(order.when), order.seed, races, strict, SUMS.index(order.sums),
+            order.noise, budget,
+        )  # fmt: skip
+        x, y, z = (*map(int, grid), 1, 1)[:3]
+        call = _Call(
+            (ctypes.c_uint32 * 3)(x, y, z), (ctypes.c_uint32 * 3)(*(cluster or k.cluster)),
+            (threads or k.threads) // 32, max(shared, self.lowered.shared), granule,
+            global_granule, options,
+        )  # fmt: skip
+        result = _Result()
+        start = time.perf_counter()
+        failed = machine().ptx_run(
+            ctypes.c_void_p(self.handle), ctypes.byref(call), _pointer(buffer), len(buffer),
+            ctypes.byref(array), len(rows), ctypes.byref(result),
+        )  # fmt: skip
+        seconds = time.perf_counter() - start
+        if failed:
+            raise self._finding(result, [*regions.names, *self.constants.names])
+        return Run(k.name, (x, y, z), int(result.count), seconds)
+
+    def _constant_rows(self, first: int) -> list[Any]:
+        rows = self.constants.array()[: len(self.constants.names)]
+        for k, row in enumerate(rows):
+            row.name = first + k
+        return list(rows)
+
+    def _finding(self, result: _Result, names: Sequence[str]) -> Finding:
+        k = self.lowered.kernel
+        what = result.message.decode(errors="replace")
+        for n in reversed(range(len(names))):
+            what = what.replace(f"argument {n}", names[n])
+        x, y, z = result.ctaid
+        if result.line >= len(k.instructions):
+            return Finding(k.name, what, line=-1, text="the end", block=(x, y, z), warp=result.warp)
+        i = k.instructions[max(result.line, 0)]
+        return Finding(k.name, what, i.source, i.line, i.text, (x, y, z), result.warp)
+
+
+_CONSTANTS = 1 << 38  # below every tensor
+
+
+@functools.lru_cache(1024)
+def load(text: str, name: str | None = None) -> Program:
+    """The kernel `name` of a PTX file, or its only one. Raises Unknown for what has no model."""
+    start = time.perf_counter()
+    kernel = parse(text, name)
+    constants = Regions()
+    symbols = {}
+    for variable, v in kernel.variables.items():
+        if v.space in ("global", "const"):
+            address = constants.data(variable, v.data) - (1 << 40) + _CONSTANTS
+            begin, end, *rest = constants.rows[-1]
+            moved = address - begin
+            constants.rows[-1] = (begin + moved, end + moved, *rest)  # type: ignore[assignment]
+            symbols[variable] = address
+    low = lower(kernel, symbols)
+    names = (ctypes.c_char_p * len(low.names))(*low.names)
+    block = np.frombuffer(low.constants or bytes(64), np.uint8).copy()
+    handle = machine().ptx_load(
+        len(low.names), names, _pointer(low.rows), _pointer(low.ops), len(low.ops),
+        _pointer(low.imms), len(low.imms), _pointer(block), len(low.constants),
+        low.register_bytes, low.local, _pointer(low.special),
+    )  # fmt: skip
+    return Program(low, handle, constants, time.perf_counter() - start)
