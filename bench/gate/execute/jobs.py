@@ -69,8 +69,11 @@ def rows_with_tensor_cores() -> list[Arch]:
 
 
 def _sizes(tile: Tile) -> tuple[int, int, int]:
-    M, D, H = RAGGED if tile.loads == "element" else ALIGNED
-    return FEW if tile.skinny else M, D, H
+    ragged = tile.loads == "element"
+    if not tile.skinny:
+        return RAGGED if ragged else ALIGNED
+    parts = 8 * tile.block_k  # of K: deep enough to be cut
+    return (FEW, parts + 5, 67) if ragged else (FEW, parts + 16, 80)
 
 
 def _prepared_tile(launch: Launch, size: tuple[int, ...], dtype: torch.dtype) -> Prepared:

@@ -3,7 +3,7 @@
 README.md beside this says what is modelled, after which section of the PTX ISA, and what is not.
 """
 
-from .emulate import Emulated, emulate
+from .driver import Emulated, emulate
 from .finding import Finding
 from .run import Order, Program, Run, load
 from .text import Unknown

@@ -15,7 +15,7 @@ from .finding import Finding
 from .library import machine
 from .lower import Lowered, lower
 from .memory import Regions
-from .text import parse
+from .text import Instruction, parse
 
 __all__ = ["Order", "Program", "Run", "load"]
 
@@ -80,12 +80,14 @@ class Run:
 
 @dataclass
 class Program:
-    """A kernel in the machine. constants: its initialised global variables."""
+    """A kernel in the machine. constants: its initialised global variables. counts: by row, how
+    often warps have carried it out."""
 
     lowered: Lowered
     handle: int
     constants: Regions
     seconds: float = 0.0
+    counts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.uint64))
     _kept: list[Any] = field(default_factory=list)
 
     def __del__(self) -> None:
@@ -140,12 +142,19 @@ class Program:
         start = time.perf_counter()
         failed = machine().ptx_run(
             ctypes.c_void_p(self.handle), ctypes.byref(call), _pointer(buffer), len(buffer),
-            ctypes.byref(array), len(rows), ctypes.byref(result),
+            ctypes.byref(array), len(rows), _pointer(self.counts), ctypes.byref(result),
         )  # fmt: skip
         seconds = time.perf_counter() - start
         if failed:
             raise self._finding(result, [*regions.names, *self.constants.names])
         return Run(k.name, (x, y, z), int(result.count), seconds)
+
+    def never(self) -> list[Instruction]:
+        """Instructions that no run of this program has carried out so far."""
+        lines = self.lowered.rows[:, 6]
+        done = {int(line) for line in lines[self.counts > 0]}
+        code = self.lowered.kernel.instructions
+        return [i for k, i in enumerate(code) if k not in done]
 
     def _constant_rows(self, first: int) -> list[Any]:
         rows = self.constants.array()[: len(self.constants.names)]
@@ -190,4 +199,5 @@ def load(text: str, name: str | None = None) -> Program:
         _pointer(low.imms), len(low.imms), _pointer(block), len(low.constants),
         low.register_bytes, low.local, _pointer(low.special),
     )  # fmt: skip
-    return Program(low, handle, constants, time.perf_counter() - start)
+    counts = np.zeros(len(low.names), np.uint64)
+    return Program(low, handle, constants, time.perf_counter() - start, counts)

@@ -63,6 +63,7 @@ Step run(Warp& w, const std::vector<Ins>& code) {
         continue;
       }
     }
+    ++c.executed[w.pc];
     if (++count == 1 << 16) spend();
     if (i.flags & CONVERGENT && w.m != w.alive) fail("only lanes %08x of %08x are here", w.m, w.alive);
     if (w.in_flight && !(i.flags & WAITS)) check_in_flight(w, i);
@@ -308,8 +309,9 @@ struct Result {
   u64 count;
 };
 
+// executed: by row, how often warps carried it out; added to.
 int ptx_run(const Program* p, const Call* call, const u8* params, int param_bytes, const GivenRegion* given,
-            int regions, Result* result) {
+            int regions, u64* executed, Result* result) {
   std::vector<Region> all;
   std::vector<std::vector<Touch>> touches;
   for (int k = 0; k < regions; ++k) {
@@ -321,6 +323,7 @@ int ptx_run(const Program* p, const Call* call, const u8* params, int param_byte
   Cluster c;
   c.params = params;
   c.param_bytes = u64(param_bytes);
+  c.executed = executed;
   c.regions = &all;
   c.touches = &touches;
   c.granule = call->granule;

@@ -24,8 +24,9 @@ inline size_t region_of(Warp& w, u64 address, u32 bytes, const char* what) {
 
 enum class Access { READ, WRITE, ATOMIC };
 
-// Blocks of a launch are in no order, so what one writes no other may touch; warps of one block are
-// ordered by its barriers. `data`: what is written, for several may write the same.
+// Blocks of a launch are in no order, so what one writes no other may touch, be it with the same value:
+// it would be work done twice. Warps of one block are ordered by its barriers, and may all write a value
+// that they hold copies of; `data` is what is written.
 inline u8* global(Warp& w, u64 address, u32 bytes, Access access, const char* what,
                   const void* data = nullptr) {
   Cluster& c = *w.block->cluster;
@@ -56,14 +57,14 @@ inline u8* global(Warp& w, u64 address, u32 bytes, Access access, const char* wh
            (long long)(g * size), region.name, other - 1, did);
     };
     const bool same = data && !std::memcmp(host, data, bytes);
-    if (t.writer && t.writer != me && !both_atomic && !same) name(t.writer, "writes");
+    if (t.writer && t.writer != me && !both_atomic) name(t.writer, "writes");
     if (t.writer == me && !both_atomic && !same) {
       const u32 by = agent_of(t.moment);
       if (by != u32(w.agent) && clock_of(t.moment) > w.clock[by])
         fail("race: global %s by warp %d at byte %lld of argument %d, not ordered after warp %u's write",
              what, w.id, (long long)(g * size), region.name, by);
     }
-    if (!read && t.reader && t.reader != me && !same) {
+    if (!read && t.reader && t.reader != me) {
       if (t.reader == MANY)
         fail("race: global %s by block %u at byte %lld of argument %d, which several blocks read", what,
              me - 1, (long long)(g * size), region.name);

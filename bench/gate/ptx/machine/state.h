@@ -158,6 +158,7 @@ struct Cluster {
   u32 copied = 1, multiplied = 1;  // the clocks of the agents below
   std::vector<Warp*> arrived;      // at the cluster's barrier
   u64 count = 0;
+  u64* executed = nullptr;
 
   u32 copier() const { return u32(warps); }  // TMA loads write as this agent
   u32 tensor_core() const { return u32(warps) + 1; }  // tcgen05 products read as this one

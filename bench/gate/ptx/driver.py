@@ -6,6 +6,7 @@ Triton's own way of launching is kept; only its driver is another one, whose bin
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 from ....kernels.arch import Arch
 from ....kernels.device import pretend
@@ -23,7 +25,7 @@ from .memory import Fresh, Regions, scratch
 from .run import Order, Run, load
 from .tensor_map import TensorMap
 
-__all__ = ["Emulated", "emulate"]
+__all__ = ["Emulated", "emulate", "label"]
 
 _INTEGERS = {
     "i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8,
@@ -91,12 +93,13 @@ class Emulated:
         text: str,
         arguments: tuple[Any, ...],
     ) -> None:
+        name = label(source.fn)
         if self.edit:
-            text = self.edit(source.fn.__name__, text)
+            text = self.edit(name, text)
         program = load(text)
         call = _Arguments(Regions(self.fresh), list(metadata.tensordesc_meta or ()))
-        for (name, kind), value in zip(source.signature.items(), arguments, strict=True):
-            call.add(name, kind, value)
+        for (parameter, kind), value in zip(source.signature.items(), arguments, strict=True):
+            call.add(parameter, kind, value)
         blocks = grid[0] * grid[1] * grid[2]
         size = blocks * metadata.global_scratch_size
         memory = scratch(size)
@@ -104,12 +107,17 @@ class Emulated:
         call.params.append(bytes(8))  # of the profiler
         if call.refusals:
             why = "; ".join(call.refusals)
-            raise Finding(source.fn.__name__, f"cuTensorMapEncodeTiled would refuse {why}")
+            raise Finding(name, f"cuTensorMapEncodeTiled would refuse {why}")
         run = program.run(
             grid, call.params, call.regions, shared=metadata.shared, order=self.order,
             elements=min(call.elements, default=16), **self.options,
         )  # fmt: skip
-        self.runs.append(run)
+        self.runs.append(dataclasses.replace(run, kernel=name))
+
+
+def label(fn: JITFunction[Any]) -> str:
+    """A kernel by its file and its name, which alone is not the only one of its kind."""
+    return f"{fn.fn.__module__.rpartition('.')[2]}.{fn.fn.__name__}"
 
 
 def _bytes(value: int, size: int) -> bytes:
