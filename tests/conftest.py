@@ -2,6 +2,7 @@
 imported. One thread each, unless OMP_NUM_THREADS says otherwise: NumPy, which the interpreter
 computes with, reads it once, when torch imports it."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -15,6 +16,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
+import addresses  # noqa: E402
 import pytest  # noqa: E402
 
 import fusedmlp  # noqa: E402
@@ -39,7 +41,9 @@ def each_backend(request):
 
 @pytest.fixture
 def on_triton():
-    with fusedmlp.backend("triton"), poison():
+    """Run the test on the kernels, which may touch no memory but that of their tensors."""
+    checked = addresses.checked() if DEVICE == "cpu" else contextlib.nullcontext()
+    with fusedmlp.backend("triton"), poison(), checked:
         yield
 
 
