@@ -33,21 +33,42 @@ def inner_modules(layer):
     }
 
 
+def hook(register):
+    return lambda module, seen: getattr(module, register)(lambda *args: seen.append(args)).remove
+
+
+def on_instance(module, seen):
+    """A forward that is set on the instance."""
+    own = module.forward
+    module.forward = lambda *args: (seen.append(args), own(*args))[1]
+    return lambda: delattr(module, "forward")
+
+
+# What may stand around a module: (module, what it has seen) -> what takes it away.
+AROUND = {
+    "forward": hook("register_forward_hook"),
+    "before forward": hook("register_forward_pre_hook"),
+    "backward": hook("register_full_backward_hook"),
+    "before backward": hook("register_full_backward_pre_hook"),
+    "instance": on_instance,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("name", ALL)
-def test_every_hook_inside_runs(name):
-    """On one module at a time, a forward hook, or a forward that is set on the instance."""
+def test_every_hook_inside_runs(name, around):
+    """Of each kind, on one module at a time."""
     layer = randomise_(ALL[name]()).eval()
-    x = draw(2, 4, D)
+    x = draw(2, 4, D).requires_grad_()
     y = one(layer(x))
     for path, module in inner_modules(layer).items():
+        if path == "routers" and "backward" in around:
+            continue  # a hard choice gives them no gradient
         seen = []
-        handle = module.register_forward_hook(lambda *args, seen=seen: seen.append(args))
+        remove = AROUND[around](module, seen)
         _runs(name, layer, path, x, y, seen)
-        handle.remove()
-        own = module.forward
-        module.forward = lambda *args, own=own, seen=seen: (seen.append(args), own(*args))[1]
-        _runs(name, layer, path, x, y, seen)
-        del module.forward
+        remove()
     assert torch.equal(one(layer(x)), y)
 
 
@@ -56,9 +77,10 @@ def _runs(name, layer, path, x, y, seen):
         with pytest.raises(TypeError, match="must be without hooks in element mode, .* got one th"):
             layer(x)
         return
-    torch.testing.assert_close(one(layer(x)), y, rtol=1e-4, atol=1e-5)
+    again = one(layer(x))
+    torch.testing.assert_close(again, y, rtol=1e-4, atol=1e-5)
+    again.sum().backward()
     assert seen, path
-    seen.clear()
 
 
 GATED = (lambda: layers.FeedForward(D, 2, glu_variant="swiglu"), lambda: layers.FeedForward(D, 2),

@@ -138,6 +138,12 @@ def with_forward():
     return model
 
 
+def with_own_forward():
+    model = Model(GatedMLP())
+    model.blocks[0].forward = lambda t: t
+    return model
+
+
 def tied():
     model = Model(GatedMLP(), nn.Linear(8, 12))
     model.blocks[1].weight = model.blocks[0].w1.weight
@@ -179,6 +185,7 @@ def quantised():
         (no_sizes, "Bare is no plain projection: quantised or adapted"),
         (with_hook, "w2 has hooks, which a fused call would pass by"),
         (with_forward, "w1 has a forward of its own, set on the instance"),
+        (with_own_forward, "its forward is set on the instance"),
         (tied, "tied: w1.weight also is blocks.0.w1.weight and blocks.1.weight"),
         (twice, "tied: it also is blocks.0 and blocks.1"),
         (mixed, "its dtypes are torch.float32, torch.float64; kernels take one of bfloat16"),

@@ -5,12 +5,14 @@ import pickle
 
 import pytest
 import torch
-from patch_blocks import MLP, GatedMLP, Model
+from patch_blocks import MLP, GatedMLP, Model, Packed, Residual
 from patch_models import build
+from test_patch_routers import Flat
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedmlp
+from fusedmlp.patching.moe import _switch
 from fusedmlp.patching.swap import Patched
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -41,6 +43,41 @@ class Adapter(nn.Module):
 
 def set_item(block, key, module):
     block[key] = module
+
+
+HOOKS = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
+BLOCKS = {
+    "gated": (GatedMLP, ("w1", "w2", "w3", "act")),
+    "plain": (MLP, ("0", "1", "2")),
+    "packed": (Packed, ("gate_up", "down")),
+    "residual": (Residual, ("intermediate", "output", "act")),
+    "Switch": (Flat, ("experts.expert_0.wi", "experts.expert_1.wo", "experts.expert_1.act",
+                      "experts.expert_2", "experts")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("make, paths", BLOCKS.values(), ids=BLOCKS)
+def test_a_hook_of_any_kind_on_what_is_not_called(make, paths, hook):
+    """Alone, on each submodule that the plan passes by: before patch() the MLP is left, after it
+    the call raises."""
+    fusedmlp.register_patch(Flat, _switch)
+    x = torch.randn(2, 4, 16 if make is Flat else 8)
+    for path in paths:
+        model = nn.ModuleList([make()])
+        inner = model.get_submodule(f"0.{path}")
+        handle = getattr(inner, f"register_{hook}")(lambda *_: None)
+        left = [e for e in fusedmlp.patch(model).left if e.name == "0"]
+        assert [e.detail for e in left] == [f"{path} has hooks, which a fused call would pass by"]
+        handle.remove()
+        fusedmlp.unpatch(model)
+        assert "0" in {e.name for e in fusedmlp.patch(model).patched}
+        model[0](x)
+        handle = getattr(inner, f"register_{hook}")(lambda *_: None)
+        with pytest.raises(TypeError, match="has hooks, which the fused call would pass by"):
+            model[0](x)
+        handle.remove()
+        model[0](x)
 
 
 CHANGES = {
