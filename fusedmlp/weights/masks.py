@@ -107,6 +107,8 @@ def _check_planes(planes: Tensor, width: int) -> None:
             f"PackedMasks: planes must be (H, {octets}, n_m) for width {width}, with n_m from 1 to "
             f"{MAX_MASKS}, got {tuple(planes.shape)}"
         )
+    if not planes.is_contiguous():
+        raise ValueError(f"PackedMasks: planes must be contiguous, got strides {planes.stride()}")
     if width % 8 and not planes.is_meta and bool((planes[:, -1] >> width % 8).any()):
         raise ValueError(
             f"PackedMasks: planes must have no bit set past width {width}, got some: these are "

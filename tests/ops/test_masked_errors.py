@@ -18,11 +18,17 @@ BAD = [
     (lambda: pack_masks(torch.ones(0, 3, 4)), ValueError, r"n_m from 1 to 16, got (0, 3, 4)"),
     (lambda: pack_masks(torch.ones(1, 3, 4).bool()), TypeError, r"logits must have a floating dtype, got torch.bool"),
     (lambda: pack_masks(torch.tensor([[[1.0, float("nan"), float("inf")]]])), ValueError, r"logits must be finite, got 2 that are NaN or infinite"),
+    *((lambda bad=bad: pack_masks(torch.tensor([[[1.0, float(bad)]]])), ValueError, "logits must be finite, got 1 that are NaN or infinite")
+      for bad in ("nan", "inf", "-inf")),
     (lambda: pack_masks([1.0]), TypeError, r"logits must be a Tensor of logits or PackedMasks, got list"),
     (lambda: PackedMasks(OCTETS.int(), 16), TypeError, r"planes must be a uint8 Tensor, got torch.int32"),
     (lambda: PackedMasks(OCTETS, 12.0), TypeError, r"width must be an int, got 12.0"),
     (lambda: PackedMasks(OCTETS[:, :0], -1), ValueError, r"width must be at least 0, got -1"),
     (lambda: PackedMasks(OCTETS, 8), ValueError, r"planes must be (H, 1, n_m) for width 8, with n_m from 1 to 16, got (4, 2, 1)"),
+    (lambda: PackedMasks(torch.zeros(4, 2, 17, dtype=torch.uint8), 16), ValueError, r"with n_m from 1 to 16, got (4, 2, 17)"),
+    (lambda: PackedMasks(OCTETS[:, :, :0], 16), ValueError, r"with n_m from 1 to 16, got (4, 2, 0)"),
+    (lambda: PackedMasks(OCTETS[:, 0], 8), ValueError, r"planes must be (H, 1, n_m) for width 8, with n_m from 1 to 16, got (4, 1)"),
+    (lambda: PackedMasks(OCTETS.expand(4, 2, 3), 16), ValueError, "PackedMasks: planes must be contiguous, got strides (2, 1, 0)"),
     (lambda: PackedMasks(OCTETS + 255, 12), ValueError, r"no bit set past width 12"),
 ]  # fmt: skip
 
