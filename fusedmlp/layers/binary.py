@@ -106,7 +106,8 @@ class BinaryLinear(nn.Module):
                 f"{owner}: in_features must be a multiple of {GROUP}, got {in_features}; pad=True "
                 "pads the last group of each row"
             )
-        if clip is not None and not (isinstance(clip, int | float) and clip > 0):
+        kind = isinstance(clip, int | float) and not isinstance(clip, bool)
+        if clip is not None and not (kind and clip > 0):
             raise ValueError(f"{owner}: clip must be None or positive, got {clip!r}")
         self.in_features, self.out_features = in_features, out_features
         self.clip, self.detach_scale, self.pad = clip, detach_scale, pad

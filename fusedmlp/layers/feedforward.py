@@ -119,6 +119,12 @@ class FeedForward(nn.Module):
             raise ValueError(f"FeedForward: dropout must be in [0, 1], got {dropout}")
         self.glu_variant = _variant(glu_variant)
         self.pre_norm = build_norm("FeedForward", norm_layer, dim) if pre_norm else None
+        positive_int("FeedForward", "num_masks", num_masks)
+        if self.glu_variant not in MASKED_VARIANTS and (mask_mode, num_masks) != ("channel", 1):
+            raise ValueError(
+                "FeedForward: mask_mode and num_masks must be left alone without a masked "
+                f"glu_variant, got {mask_mode!r} and {num_masks!r} with {self.glu_variant!r}"
+            )
         first: list[nn.Module]
         if self.glu_variant == "none":
             first = [nn.Linear(dim, hidden), build("FeedForward: activation", activation, False)]
@@ -222,9 +228,4 @@ def _variant(glu_variant: str) -> str:
 def _gated(variant: str, dim: int, hidden: int, mask_mode: str, num_masks: int) -> nn.Module:
     if variant in MASKED_VARIANTS:
         return MASKED_VARIANTS[variant](dim, hidden, mask_mode=mask_mode, num_masks=num_masks)
-    if (mask_mode, num_masks) != ("channel", 1):
-        raise ValueError(
-            "FeedForward: mask_mode and num_masks must be left alone without a masked glu_variant, "
-            f"got {mask_mode!r} and {num_masks} with {variant!r}"
-        )
     return GLU_VARIANTS[variant](dim, hidden)

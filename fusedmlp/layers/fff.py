@@ -149,7 +149,7 @@ class FastFeedForward(nn.Module):
     ) -> None:
         super().__init__()
         positive_int("FastFeedForward", "dim", dim)
-        if not isinstance(depth, int) or depth < 1:
+        if not isinstance(depth, int) or isinstance(depth, bool) or depth < 1:
             raise ValueError(f"FastFeedForward: depth {depth!r}: Tree depth must be at least 1.")
         check_layer.coefficient("FastFeedForward", "load_balancing_alpha", load_balancing_alpha)
         check_layer.coefficient("FastFeedForward", "hardening_coef", hardening_coef)
@@ -284,7 +284,7 @@ class PathWeightedFFF(nn.Module):
         super().__init__()
         positive_int("PathWeightedFFF", "input_width", input_width)
         positive_int("PathWeightedFFF", "output_width", output_width)
-        if not isinstance(depth, int) or depth < 0:
+        if not isinstance(depth, int) or isinstance(depth, bool) or depth < 0:
             raise ValueError(f"PathWeightedFFF: depth {depth!r}: Tree depth must be non-negative.")
         self.input_width, self.depth, self.output_width = input_width, depth, output_width
         self.activation = activation

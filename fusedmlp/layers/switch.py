@@ -82,10 +82,7 @@ class SwitchFFN(nn.Module):
     ) -> None:
         super().__init__()
         positive_int("SwitchFFN", "dim", dim)
-        if not isinstance(num_experts, int) or num_experts < 1:
-            raise ValueError(
-                f"SwitchFFN: num_experts must be a positive integer, got {num_experts!r}"
-            )
+        positive_int("SwitchFFN", "num_experts", num_experts)
         check_layer.capacity_factor("SwitchFFN", capacity_factor)
         check_layer.coefficient("SwitchFFN", "loss_coef", loss_coef)
         check_layer.coefficient("SwitchFFN", "z_loss_coef", z_loss_coef)

@@ -1,5 +1,6 @@
 """What every layer says of a bad x, net or argument: one error that names layer and argument."""
 
+import inspect
 import re
 
 import pytest
@@ -198,3 +199,46 @@ CONSTRUCTIONS = [
 def test_a_bad_argument_is_named_at_construction(make, error, message):
     with pytest.raises(error, match=f"^{re.escape(message)}"):
         make()
+
+
+# What a layer asks for beside one width for all.
+NEEDED = {
+    "FastFeedForward": {"dim": D, "depth": 1, "has_master_leaf": True},
+    "GMLP": {"dim": D, "dim_ff": D, "seq_len": 4, "depth": 1},
+    "GatingMechanism": {"input_dim": D, "bottleneck_dim": 4},
+    "MaskedGLU": {"dim_in": D, "dim_out": D, "activation": nn.Tanh()},
+    "PointwiseMLP": {"dim": D, "activation": "gelu"},
+    "BinaryLinear": {"in_features": 128, "out_features": D},
+    "BinaryGatedMLP": {"dim": 128, "hidden": 128},
+    "ResidualWrapper": {"module": nn.Identity()},
+}
+# L2Norm takes a width as norms do, and needs none; a clip may be past all weights.
+UNREAD, ENDLESS = (("L2Norm", "dim"),), ("clip",)
+
+
+def numbers():
+    """(layer, what it needs, each of its options that is a number)."""
+    for name in layers.__all__:
+        options = inspect.signature(getattr(layers, name)).parameters
+        needed = {
+            n: D for n, option in options.items() if option.default is inspect.Parameter.empty
+        }
+        for option, parameter in options.items():
+            kind = str(parameter.annotation)
+            number = re.search(r"\b(int|float)\b", kind) and "Callable" not in kind
+            if number and (name, option) not in UNREAD:
+                yield name, NEEDED.get(name, needed), option
+
+
+@pytest.mark.parametrize("name, needed, option", list(numbers()))
+def test_what_is_no_number_is_refused(name, needed, option):
+    """By the layer, or by the part of it that has the option."""
+    make = getattr(layers, name)
+    make(**needed)
+    if option == "bottleneck_factor":  # which is in the place of another
+        needed = {"input_dim": D}
+    for bad in (NAN, float("inf"), True, "1", [1]):
+        if bad == float("inf") and option in ENDLESS:
+            continue
+        with pytest.raises((TypeError, ValueError), match=r"^\w+: \w+.* must be .*"):
+            make(**{**needed, option: bad})

@@ -467,7 +467,7 @@ def test_non_contiguous_input():
 
 
 BAD = [
-    (lambda: SwitchFFN(8, 0), ValueError, "SwitchFFN: num_experts must be a positive integer, got 0"),
+    (lambda: SwitchFFN(8, 0), ValueError, "SwitchFFN: num_experts must be at least 1, got 0"),
     (lambda: SwitchFFN(8, 2, capacity_factor=0), ValueError, "SwitchFFN: capacity_factor must be positive or None, got 0"),
     (lambda: SwitchFFN(8, 2, dropped="x"), ValueError, "SwitchFFN: dropped must be 'identity' or 'zero', got 'x'"),
     (lambda: SwitchFFN(8, 2, jitter=2), ValueError, r"SwitchFFN: jitter must be in \[0, 1\], got 2"),
