@@ -55,3 +55,66 @@ def test_an_error_names_the_argument(op, name, each_backend):
         assert re.match(r"\w+", rest)[0] in inspect.signature(fn).parameters, message
         # Where the first is elsewhere than the others, it is what another is not like.
         assert re.search(rf"\b{name}\b", rest), message
+
+
+def sizes_of_another(t):
+    """`t` with one more and with one fewer along each dimension, with a dimension more or fewer."""
+    for d in range(t.dim()):
+        yield f"{d}", torch.cat([t, t.narrow(d, 0, 1)], d)
+        yield f"{d}", t.narrow(d, 0, t.shape[d] - 1)
+    yield "rank", t.unsqueeze(0)
+    if t.dim() > 1:
+        yield "rank", t[0]
+
+
+# What no other argument has a say in: tokens, leading dimensions, experts, masks, the width of v.
+FREE = {"x": {"0", "rank"}, "g": {"0", "rank"}, "logits": {"0", "1", "rank"}, "masks": {"0"}}
+WIDTH_OF_V = {("hyper_attention", "v"): {"2"}, ("hyper_attention_step", "v"): {"2"}}
+# In the place of x (4, 16), (1, 4, 16) holds as many tokens as the routing has.
+ROUTED = {("moe_mlp", "x"): {"rank"}, ("moe_linear", "x"): {"rank"}}
+
+
+@pytest.mark.parametrize("op, name", SPOILT)
+def test_another_size_is_refused(op, name, each_backend):
+    """What one argument says of a size, another contradicts: an error about one of them."""
+    arguments, _ = arguments_of(LAST[op])
+    free = {**WIDTH_OF_V, **ROUTED}.get((op, name), FREE.get(name, set()))
+    for what, other in sizes_of_another(arguments[name]):
+        if what in free:
+            continue
+        with pytest.raises((TypeError, ValueError)) as caught:
+            LAST[op].fn(**{**arguments, name: other})
+        message = str(caught.value)
+        called, _, rest = message.partition(": ")
+        assert called == op, message
+        assert re.match(r"\w+", rest)[0] in inspect.signature(LAST[op].fn).parameters, message
+
+
+def wrong_dtypes(op, name):
+    """float64 and float16, but where an argument may have a dtype of its own or is alone."""
+    alone = len([n for o, n in SPOILT if o == op]) == 1
+    return () if alone or name == "masks" else (torch.float64, torch.float16)
+
+
+@pytest.mark.parametrize("autocast", (False, True), ids=("", "autocast"))
+@pytest.mark.parametrize("op, name", [p for p in SPOILT if wrong_dtypes(*p)])
+def test_another_dtype_is_refused(op, name, autocast, each_backend):
+    """Under autocast too: it leaves float64 alone, and makes one of all others."""
+    arguments, _ = arguments_of(LAST[op])
+    for dtype in wrong_dtypes(op, name)[: 1 if autocast else None]:
+        with (
+            torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+            pytest.raises(TypeError, match=rf"^{op}: .*\b{name}\b.*float(64|16)") as caught,
+        ):
+            LAST[op].fn(**{**arguments, name: arguments[name].to(dtype)})
+        assert str(dtype) in str(caught.value)
+
+
+@pytest.mark.parametrize("op", LAST)
+def test_autocast_leaves_float64_alone(op):
+    case = LAST[op]
+    inputs = case.inputs(4, 16, 24, torch.float64)
+    expected = case.run(inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = case.run(inputs)
+    assert out.dtype == torch.float64 and torch.equal(out, expected)

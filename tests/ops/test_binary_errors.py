@@ -42,6 +42,8 @@ BAD = [
     (lambda: BinaryWeight.from_q1_0_bytes(torch.ones(2), (2, 256)), TypeError, "from_q1_0_bytes: buffer must have the buffer protocol, got Tensor"),
     (lambda: BinaryWeight.from_q1_0_bytes(memoryview(bytes(36))[::2], (1, 128)), ValueError, "from_q1_0_bytes: buffer must be contiguous, got strides (2,)"),
     (lambda: BinaryWeight.from_q1_0_bytes(b"\x00\x7e" + bytes(16), (1, 128)), ValueError, "scales must be finite; 1 are not, the first in row 0, group 0"),
+    *((lambda high=high: BinaryWeight.from_q1_0_bytes(bytes(18) + bytes((0, high)) + bytes(16), (1, 256)), ValueError, "scales must be finite; 1 are not, the first in row 0, group 1")
+      for high in (0x7C, 0xFC)),  # infinities
     (lambda: BinaryWeight(torch.zeros(2, 4), torch.ones(2, 1)), TypeError, "qweight must be an int32 Tensor, got torch.float32"),
     (lambda: BinaryWeight(torch.zeros(2, 4).int(), [1.0]), TypeError, "scales must be a floating Tensor, got list"),
     (lambda: BinaryWeight(torch.zeros(2, 5).int(), torch.ones(2, 1)), ValueError, "qweight must be (H, 4 G) and scales (H, G), got (2, 5) and (2, 1)"),
@@ -49,6 +51,7 @@ BAD = [
     (lambda: BinaryWeight(torch.zeros(2, 0).int(), torch.ones(2, 0), -5), ValueError, "width must have 0 groups of 128 or a part of one, as the scales do, got -5"),
     (lambda: BinaryWeight(torch.zeros(2, 4).int(), torch.ones(2, 1), 100.5), TypeError, "BinaryWeight: width must be an int or None, got 100.5"),
     (lambda: BinaryWeight(torch.zeros(4, 2).int().t(), torch.ones(2, 1)), ValueError, "qweight must be contiguous, got strides (1, 2)"),
+    (lambda: BinaryWeight(torch.zeros(2, 8).int(), torch.ones(2, 2).t()), ValueError, "scales must be contiguous, got strides (1, 2)"),
     (lambda: BinaryWeight(torch.zeros(2, 4).int(), torch.ones(2, 1, device="meta")), ValueError, "scales must be on qweight's device cpu, got meta"),
     (lambda: BinaryWeight(torch.zeros(2, 4).int(), torch.ones(2, 1)).to_q1_0_bytes(), TypeError, "to_q1_0_bytes: scales must be float16, got torch.float32"),
     (lambda: quantize_binary(torch.full((1, 128), 40000.0)).to_mlx(), ValueError, "to_mlx: twice each scale must be finite in float16; 1 are not"),

@@ -5,6 +5,7 @@ import itertools
 import torch
 
 import fusedmlp
+from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.testing import assert_close_to, compare, evaluate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -18,12 +19,45 @@ def check(case, inputs, **options):
 def strided(t, how):
     """The same values in memory laid out otherwise."""
     if how == "wide rows":
-        wide = t.new_zeros(*t.shape[:-1], t.shape[-1] + 3)
-        wide[..., : t.shape[-1]] = t
-        return wide[..., : t.shape[-1]]
+        return placed(t, step=3)
     if how == "every other row":
         return torch.stack([t, torch.full_like(t, 7)], 1).flatten(0, 1)[::2]
     return t.t().contiguous().t() if t.dim() == 2 else t
+
+
+def placed(t, inner=1, step=0, offset=0):
+    """The values of `t` amid NaN (or what is no index): columns `inner` elements apart, rows `step`
+    elements more than they need, the first element `offset` elements behind 64 bytes' alignment."""
+    row = inner * t.shape[-1] + step
+    rows = t.numel() // max(t.shape[-1], 1)
+    filler = float("nan") if t.is_floating_point() else 77
+    guard = 64 // t.element_size()
+    memory = t.new_full((2 * guard + offset + rows * row,), filler)
+    first = guard - memory.data_ptr() % 64 // t.element_size() + offset
+    place = memory[first : first + rows * row].view(*t.shape[:-1], row)
+    return place[..., : inner * t.shape[-1] : inner].copy_(t)
+
+
+# Zeros of both signs, magnitudes down to 1e-6, and more below 0.2, where tanh changes its formula.
+PROBES = torch.cat([
+    torch.logspace(-6, 0, 97), torch.linspace(0.01, 0.21, 401), torch.tensor([0.2, 0.1999999, 0.0])
+])  # fmt: skip
+PROBES = torch.cat([PROBES, -PROBES])
+
+
+def assert_precise_near_zero(activation, value, slope):
+    """Value and slope at PROBES, in float32: relative to the value itself, which is small there,
+    and at 0 to the bit, as PyTorch has it: relu'(0) = 0."""
+    leaf = PROBES.double().requires_grad_()
+    exact = ACTIVATIONS[activation].reference(leaf)
+    (exact_slope,) = torch.autograd.grad(exact.sum(), leaf)
+    zero = PROBES == 0
+    assert torch.equal(value[zero], exact[zero].float())
+    assert torch.equal(slope[zero], exact_slope[zero].float())
+    # Bsilu is a difference of two terms that do not vanish at 0; tanh is a series, to avoid one.
+    rtol, atol = {"bsilu": (0, 2e-7), "tanh": (3e-7, 0)}.get(activation, (6e-7, 0))
+    torch.testing.assert_close(value.double(), exact.detach(), rtol=rtol, atol=atol)
+    torch.testing.assert_close(slope.double(), exact_slope, rtol=6e-7, atol=6e-7)
 
 
 def saved_bytes(case, inputs):
