@@ -1,13 +1,15 @@
-"""An activation without a functor in csrc/activations.cuh: Unfit for every CUDA kernel that has an
-activation, before anything is enqueued, and Triton's under auto."""
+"""The functors of csrc/activations.cuh near 0. An activation without one: Unfit for every CUDA
+kernel that has an activation, before anything is enqueued, and Triton's under auto."""
 
 import re
 
 import cuda_fake
 import pytest
+import simt_build
 import simt_extension
 import torch
 import torch.nn.functional as F
+from op_checks import PROBES, assert_precise_near_zero, check
 from simt_build import FUNCTORS
 
 import fusedmlp
@@ -45,6 +47,26 @@ def test_the_extension_lists_the_table_of_the_header():
     for arch in simt_extension.SOURCES:
         numbers = simt_extension.extension(arch).ACTIVATIONS
         assert numbers == {name: i for i, name in enumerate(FUNCTORS)}
+
+
+@pytest.mark.parametrize("activation", FUNCTORS)
+def test_functor_and_slope_near_zero(activation):
+    value, slope = (simt_build.empty(len(PROBES), dtype=torch.float32) for _ in range(2))
+    arguments = (simt_build.guarded(PROBES), value, slope, len(PROBES), FUNCTORS.index(activation))
+    simt_build.load("tests/simt/functors.cu").functor(*arguments)
+    assert_precise_near_zero(activation, value.tensor, slope.tensor)
+
+
+@pytest.mark.parametrize("arch", ("sm_90a", "sm_100a"))
+@pytest.mark.parametrize("name", ("gated_mlp-bias", "mlp"))
+def test_a_gate_of_exactly_zero(name, arch, monkeypatch):
+    case = CASES[name]
+    inputs = case.inputs(3, 16, 24, bf16)
+    inputs["x"].zero_()
+    if "b_up" in inputs:
+        inputs["b_gate"].zero_(), inputs["b_up"].fill_(1)
+    with simt_extension.installed(monkeypatch, arch), fusedmlp.backend("cuda"):
+        check(case, inputs, activation="relu")
 
 
 GEMMS = {"gated_linear": "gated_linear_fwd", "gated_mlp": "gated_linear_fwd",

@@ -83,3 +83,16 @@ def test_bad_logits_stay_in_their_token(kernels, bad):
     # The kernels make NaN of an infinite logit, where logsumexp makes infinity.
     del found["log_sum_exp"]
     assert_same(found, expected)
+
+
+@pytest.mark.parametrize(
+    "at", ((3, 35), (35, 3), (64, 99), (5, 37, 69), (31, 32), (0, 96)), ids=str
+)
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), 9.0))
+def test_the_first_of_equals_wins_within_a_lane_and_across(kernels, value, at):
+    """Lane l sees experts l, l + 32, ..: NaNs, infinities and ties at the largest."""
+    logits = torch.randn(4, 100, generator=torch.Generator().manual_seed(0)).clamp(max=2)
+    logits[1:3, list(at)] = value
+    found = run(kernels, logits, None, 100, 32, None, 0)
+    assert found["expert"][1:3].tolist() == [min(at)] * 2
+    assert torch.equal(found["expert"], reference.top1_route(logits).expert)

@@ -129,7 +129,8 @@ def test_complement_by_subtraction():
 
 
 @pytest.mark.parametrize(
-    ("n_m", "rows", "backward"), [(2, 35, True), (3, 35, True), (3, 3, False), (16, 3, False)]
+    ("n_m", "rows", "backward"),
+    [(2, 35, True), (3, 35, True), (6, 35, True), (3, 3, False), (16, 3, False)],
 )
 def test_any_number_of_masks(n_m, rows, backward, on_triton, device):
     inputs = many(n_m, rows, 40, 72, device)

@@ -12,7 +12,7 @@ import fusedmlp
 from fusedmlp.ops import gated_act, gated_linear, linear_act
 from fusedmlp.packing import split_pair
 from fusedmlp.reference.activations import ACTIVATIONS
-from fusedmlp.testing import dense, evaluate
+from fusedmlp.testing import CASES as EVERY, dense, evaluate
 
 # Other families have files of their own, at sizes that the interpreter bears for them.
 CASES = {case.name: case for case in dense.cases()}
@@ -48,6 +48,39 @@ def test_activation_and_slope_far_out(activation, device, on_triton):
     g = g[g != 0].to(device)
     inputs = {"g": g, "u": torch.ones_like(g)}
     check(CASES["gated_act"], inputs, activation=activation, dy=torch.ones_like(g))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_and_slope_near_zero(activation, device, on_triton):
+    g = op_checks.PROBES.to(device)
+    inputs = {"g": g, "u": torch.ones_like(g)}
+    run = lambda t: CASES["gated_act"].run(t, activation=activation)  # noqa: E731
+    results = {k: t.cpu() for k, t in evaluate(run, inputs, torch.ones_like(g)).items()}
+    op_checks.assert_precise_near_zero(activation, results["out"], results["dg"])
+
+
+# Each kernel has an activation's slope in a place of its own.
+AT_ZERO = ("gated_act", "gated_linear-bias", "linear_act", "gated_mlp-bias", "mlp", "moe_mlp-bias",
+           "moe_mlp-plain-recompute-bias", "binary_gated_linear-bias",
+           "masked_gated_linear-1")  # fmt: skip
+
+
+@pytest.mark.parametrize("activation", ("relu", "relu_sq", "tanh"))
+@pytest.mark.parametrize("name", AT_ZERO)
+def test_a_gate_of_exactly_zero(name, activation, device, on_triton):
+    """Beside an up projection that is not 0, so that the slope shows in the gradients."""
+    case = EVERY[name]
+    inputs = case.inputs(5, 16, 24, torch.float32, device)
+    for key, t in inputs.items():
+        if key in ("g", "b_gate"):
+            t.zero_()
+        elif key == "b_up":
+            t.fill_(1)
+        elif key == "x":
+            t[:, : 8 if "masks" in inputs else None] = 0
+        elif key == "masks":  # they keep what x has not
+            t.copy_(torch.where(torch.arange(16, device=device) < 8, 1.0, -1.0))
+    check(case, inputs, activation=activation)
 
 
 @each_case
