@@ -11,6 +11,7 @@ from fusedmlp.kernels import arch, device as device_module, tiles
 from fusedmlp.kernels.arch import ARCHES, arch_for
 from fusedmlp.kernels.dense import gated_linear
 from fusedmlp.kernels.device import pretend
+from fusedmlp.kernels.moe.grouped import experts_aligned
 from fusedmlp.kernels.pick import pick_splits, pick_tile
 from fusedmlp.testing import CASES, assert_close_to, compare
 
@@ -105,6 +106,24 @@ def test_alignment():
         assert not tiles.aligned(t, bad)
         assert not tiles.aligned(t, weights=(bad,))
     assert not tiles.aligned(t.t())
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
+def test_alignment_at_the_boundary(dtype):
+    """Row steps and first elements of every number of elements up to 32 bytes: whether each row
+    starts on 16 bytes, of a row, of a weight along either dimension and of a stack of experts."""
+    size = dtype.itemsize
+    memory = torch.empty(4096, dtype=dtype)
+    assert memory.data_ptr() % 32 == 0
+    for step in range(16, 16 + 32 // size + 1):
+        for offset in range(32 // size + 1):
+            t = memory[offset:].as_strided((4, 16), (step, 1))
+            fits = step * size % 16 == 0 and offset * size % 16 == 0
+            assert tiles.aligned(t) == tiles.aligned(weights=(t,)) == fits, (step, offset)
+            assert tiles.aligned(weights=(t.t(),)) == fits
+            assert tiles.aligned(t[:1]) == fits  # whose step is read all the same
+            experts = memory[offset:].as_strided((3, 4, 16), (4 * 16 + step - 16, 16, 1))
+            assert experts_aligned(experts) == experts_aligned(experts.mT) == fits, (step, offset)
 
 
 @pytest.mark.interpreter

@@ -132,6 +132,21 @@ def test_switch(kind, num_experts):
     assert_patched_alike(kind, Switch, kind(num_experts), torch.randn(2, 9, D))
 
 
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("dropping", ((), (0,), (E - 1,), (0, 1), tuple(range(E))), ids=str)
+def test_switch_with_dropout_in_some_experts(dropping, training):
+    fusedmlp.register_patch(Flat, _switch)
+    torch.manual_seed(0)
+    block, x = Flat().train(training), torch.randn(2, 9, D)
+    for e in dropping:
+        block.experts[f"expert_{e}"].dropout.p = 0.5
+    torch.manual_seed(1)
+    expected = block(x)
+    fusedmlp.patch(block)
+    torch.manual_seed(1)
+    torch.testing.assert_close(block(x), expected)
+
+
 @pytest.mark.parametrize(
     "kind, reason",
     [

@@ -1,6 +1,7 @@
 """GGUF files: what the package gguf writes is read, and a file that lies is refused at once."""
 
 import random
+import re
 import signal
 import struct
 import time
@@ -195,6 +196,18 @@ def test_a_newer_type_says_so(tmp_path):
     with pytest.raises(ValueError, match=message):
         read_gguf(path, ["new"])
     assert list(read_gguf(path, ["a"])) == ["a"]
+
+
+@pytest.mark.parametrize("shape", [(128,), (128, 2, 2), (128, 2, 1, 3), (128, 1, 1)], ids=str)
+def test_what_is_no_matrix_is_left_out_or_refused(shape, tmp_path):
+    """Of one dimension or of more than two, beside a matrix."""
+    path = tmp_path / "odd.gguf"
+    path.write_bytes(file(info(b"odd", shape), info(b"a", offset=1024)))
+    wide = re.escape(str(shape[::-1]))
+    with pytest.warns(UserWarning, match=rf"1 Q1_0 tensors .* the first odd of shape {wide}"):
+        assert list(read_gguf(path)) == ["a"]
+    with pytest.raises(ValueError, match=rf"odd must be a matrix, got shape {wide}"):
+        read_gguf(path, ["odd"])
 
 
 def test_memory_is_a_multiple_of_the_file(tmp_path):
