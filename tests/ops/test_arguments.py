@@ -8,7 +8,7 @@ import torch
 from op_checks import check
 
 from fusedmlp import _api
-from fusedmlp.testing import CASES
+from fusedmlp.testing import CASES, evaluate
 
 # The last of each op's cases that holds tensors alone: with biases, where it takes any.
 LAST = {case.op: case for case in CASES.values() if not case.name.endswith("-bits")}
@@ -118,3 +118,26 @@ def test_autocast_leaves_float64_alone(op):
     with torch.autocast("cpu", torch.bfloat16):
         out = case.run(inputs)
     assert out.dtype == torch.float64 and torch.equal(out, expected)
+
+
+# Arguments that keep a dtype of their own beside x in bfloat16, and that dtype.
+WIDER = [
+    *((f"binary_{op}", f"s_{name}", dtype)
+      for op, names in (("linear", ("weight",)), ("gated_linear", ("gate", "up")),
+                        ("gated_mlp", ("gate", "up", "down")))
+      for name in names for dtype in (torch.float32, torch.float16)),
+    *((f"masked_gated_{op}", "masks", torch.float32) for op in ("linear", "mlp")),
+    ("moe_mlp", "prob", torch.float32),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("op, name, dtype", WIDER)
+def test_a_wider_argument_has_a_gradient_as_wide(op, name, dtype, device, on_triton):
+    """It is not rounded to x's dtype on its way."""
+    case = LAST[op]
+    inputs = case.inputs(20, 16, 24, torch.bfloat16, device)
+    inputs[name] = inputs[name].to(dtype)
+    dy = torch.randn(case.fake_output(20, 16, 24).shape, device=device).bfloat16()
+    grad = evaluate(case.run, inputs, dy, (name,))[f"d{name}"]
+    assert grad.dtype == dtype
+    assert (grad != grad.bfloat16().to(dtype)).float().mean() > 0.5
