@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args, get_type_hints
@@ -107,9 +108,9 @@ class HyperGLUConfig:
         for name in _POSITIVE:
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("norm_eps", "rope_base"):
-            self._require(getattr(self, name) > 0, name, "above 0")
+            self._require(0 < getattr(self, name) < math.inf, name, "above 0 and finite")
         for name in ("op1_init_std", "op2_init_std"):
-            self._require(getattr(self, name) >= 0, name, "at least 0")
+            self._require(0 <= getattr(self, name) < math.inf, name, "at least 0 and finite")
         for name in ("op1_per_head", "op2_per_head"):
             self._require(getattr(self, name), name, "True: there is no other mixing")
         heads, what = (self.sub_heads, "2 n_head" if self.attn_kind == "glu" else "n_head")
