@@ -1,6 +1,7 @@
 """Expert parallelism by gloo on CPU, 2 and 4 ranks, against the layer in one process."""
 
 import functools
+import inspect
 import os
 import time
 
@@ -11,7 +12,7 @@ from ranks import join, spawn
 from torch.distributed.device_mesh import init_device_mesh
 
 from fusedmlp import moe_mlp, top1_route
-from fusedmlp.distributed import parallel_moe_mlp, shard_experts
+from fusedmlp.distributed import experts, parallel_moe_mlp, shard_experts
 from fusedmlp.layers import Top1MoE
 
 D, H, E = 8, 12, 4
@@ -115,14 +116,36 @@ def _refuse(rank, ranks):
         shard_experts(Top1MoE(D, H, E), init_device_mesh("cpu", (1, 1)))
 
 
-def test_one_clear_error(tmp_path):
+def _options(rank, ranks):
+    """In one process: each option that moe_mlp has reaches its call of a chunk, as it is."""
+    mine = {"activation": "gelu", "packed": "up_gate", "recompute": True}
+    known = inspect.signature(parallel_moe_mlp).parameters.keys() - {"chunks", "group"}
+    assert known == inspect.signature(moe_mlp).parameters.keys()
+    assert known - weights().keys() == {"x", "routing", *mine}
+    x, logits, _ = tokens(0)
+    w = weights()
+    both = {name: torch.cat([w[f"{name}_up"], w[f"{name}_gate"]], 1) for name in "wb"}
+    given = {"w_gate": both["w"], "w_up": None, "w_down": w["w_down"], "b_gate": both["b"]}
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experts, "moe_mlp", lambda *a, **k: seen.append(k) or moe_mlp(*a, **k))
+        y = parallel_moe_mlp(x, top1_route(logits), **given, **mine, chunks=2)
+    assert seen == [mine, mine]
+    torch.testing.assert_close(y, moe_mlp(x, top1_route(logits), **given, **mine))
+
+
+@pytest.mark.parametrize("body", (_refuse, _options))
+def test_in_one_process(body, tmp_path):
     try:
-        join(0, 1, tmp_path / "store", _refuse, 60, "gloo")
+        join(0, 1, tmp_path / "store", body, 60, "gloo")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def test_without_a_group():
+    x, logits, _ = tokens(0)
     with pytest.raises(RuntimeError, match="parallel_moe_mlp: torch.distributed must be initial"):
-        x, logits, _ = tokens(0)
         parallel_moe_mlp(x, top1_route(logits), **weights())
 
 

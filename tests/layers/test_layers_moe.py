@@ -20,7 +20,15 @@ from layer_checks import (
 from torch import nn
 
 import fusedmlp
-from fusedmlp.layers import FastFeedForward, FeedForward, PathWeightedFFF, SwitchFFN, Top1MoE, fff
+from fusedmlp.layers import (
+    FastFeedForward,
+    FeedForward,
+    PathWeightedFFF,
+    SwitchFFN,
+    Top1MoE,
+    fff,
+    moe,
+)
 from fusedmlp.layers.per_expert import per_expert_state_dict
 
 DIM = 16
@@ -380,6 +388,18 @@ def test_top1_moe_matches_its_formula(score, scaled, shared, each_backend):
         return y
 
     assert_matches(layer, formula, draw(9, DIM))
+
+
+def test_options_of_top1_moe_reach_the_op(monkeypatch):
+    seen = []
+    record = lambda x, *a, **options: seen.append(options) or x  # noqa: E731
+    options = {"activation": "gelu", "recompute": True}
+    layer = Top1MoE(DIM, 20, 3, **options)
+    monkeypatch.setattr(moe, "moe_mlp", record)
+    layer(draw(4, DIM))
+    layer.parallel_mlp = record
+    layer(draw(4, DIM))
+    assert seen == [options, options]
 
 
 def test_top1_moe_gives_its_routing():
