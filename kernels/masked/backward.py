@@ -36,7 +36,7 @@ from ..tiles import (
     weight_of,
 )
 from .masked_gated_linear import masked_options
-from .masks import bits_of, keep, load_words
+from .masks import bits_of, keep, load_words, words_of
 
 ELEMENTS = 1024  # a program of the elementwise kernel
 
@@ -242,7 +242,7 @@ def masked_gated_linear_dx(ev: Tensor, w: Tensor, planes: Tensor) -> Tensor:
     # Here the weight's columns are the result's, and its rows are summed over.
     weight, *w_strides, k_major = weight_of(w, tile.block_k, tile.block_n, tile.tma)
     _dx_kernel[grid_of(tile, ev, M, D)](
-        slices_of(ev, tile.block_m, tile.block_k, tile.tma), weight, planes,
+        slices_of(ev, tile.block_m, tile.block_k, tile.tma), weight, words_of(planes),
         rows_of(dx, tile.block_m, tile.block_n, tile.tma), M, D, H, *w_strides,
         K_MAJOR=k_major, **masked_options(tile, ev, planes.shape[2]),
     )  # fmt: skip
@@ -271,7 +271,7 @@ def masked_gated_linear_dw(
     _dw_kernel[grid_of(tile, x, H, D)](
         slices_of(ev, tile.block_k, tile.block_m, tile.tma),
         rows_of(x, tile.block_k, tile.block_n, tile.tma),
-        w, planes,
+        w, words_of(planes),
         rows_of(wanted_w, tile.block_m, block_out, tile.tma),
         slices_of(wanted_logits, tile.block_m, block_out, tile.tma),
         H, D, M, *x.stride(), *w.stride(), **masked_options(tile, x, n_m),

@@ -37,7 +37,7 @@ from ..tiles import (
     tile_at,
     weight_of,
 )
-from .masks import multiply_masked
+from .masks import multiply_masked, words_of
 from .skinny import launch_split
 
 
@@ -202,7 +202,7 @@ def masked_gated_linear_fwd(
     weight, *w_strides, k_major = weight_of(w, tile.block_n, tile.block_k, tile.tma)
     block_out = tile.block_n // tile.subtiles
     _fwd_kernel[grid_of(tile, x, M, H)](
-        rows_of(x, tile.block_m, tile.block_k, tile.tma), weight, planes,
+        rows_of(x, tile.block_m, tile.block_k, tile.tma), weight, words_of(planes),
         rows_of(outputs[0], tile.block_m, block_out, tile.tma),
         slices_of(outputs[1], tile.block_m, block_out, tile.tma),
         M, H, D, *x.stride(), *w_strides,

@@ -149,6 +149,12 @@ def multiply_masked(
     return accs
 
 
+def words_of(planes: Tensor) -> Tensor:
+    """Planes as `load_words` reads them, on 4 bytes; bytes may begin anywhere, in a buffer of many
+    parameters say, and are copied then."""
+    return planes if planes.data_ptr() % 4 == 0 else planes.clone()
+
+
 def empty_planes(logits: Tensor) -> Tensor:
     """Memory for the bit planes of logits."""
     n_m, H, D = logits.shape

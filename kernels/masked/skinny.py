@@ -13,7 +13,7 @@ from torch import Tensor
 from ..activations import DEVICE
 from ..arch.tile import Tile, cdiv
 from ..tiles import compiler_options, load_tile, precision, store_tile
-from .masks import multiply_masked
+from .masks import multiply_masked, words_of
 
 
 @triton.jit
@@ -112,7 +112,7 @@ def launch_split(
     }  # fmt: skip
     columns = cdiv(H, tile.block_n)
     _partial_kernel[columns, splits](
-        x, w, planes, parts, M, H, D, depth, *x.stride(), *w.stride(),
+        x, w, words_of(planes), parts, M, H, D, depth, *x.stride(), *w.stride(),
         BLOCK_K=tile.block_k, MASK_K=D % tile.block_k != 0,
         PRECISION=precision(x.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
         **shared,

@@ -50,3 +50,14 @@ def test_each_argument_has_strides_of_its_own(name, how, device, on_triton):
     if not case.forward_only:
         dy = placed(torch.randn(case.fake_output(*size).shape, device=device), inner=3)
     check(case, laid, dy=dy)
+
+
+@pytest.mark.parametrize("rows", (3, 19))
+@pytest.mark.parametrize("n_m", (1, 2, 4, 6))
+def test_packed_masks_may_start_anywhere(n_m, rows, device, on_triton):
+    """As in a buffer of many parameters: the kernels read them in words of up to four masks."""
+    case = CASES["masked_gated_linear-4-bits"]
+    inputs = case.inputs(rows, 24, 16, torch.float32, device)
+    inputs["masks"] = inputs["masks"][:, :, torch.arange(n_m) % 4].contiguous()
+    for offset in (1, 2, 3):
+        check(case, {**inputs, "masks": placed(inputs["masks"], offset=offset)})

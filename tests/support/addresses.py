@@ -1,6 +1,7 @@
 """Every address that a kernel touches in Triton's interpreter lies in a tensor that it was given,
-between the first element and the last. What is read beside a row and masked afterwards changes no
-result, and a GPU faults far outside at best."""
+between the first element and the last, and is a multiple of what is read there. What is read beside
+a row and masked afterwards changes no result; a GPU faults far outside at best, and where a word is
+not aligned."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ class _Launch:
         used = np.asarray(pointers)[np.asarray(mask)].astype(np.int64)
         if not used.size:
             return
+        if (used % size).any():
+            raise AssertionError(f"{self.kernel}: {size} bytes read or written from between them")
         lowest, highest = int(used.min()), int(used.max())
         place = int(np.searchsorted(self.begins, lowest, "right")) - 1
         if place >= 0 and highest + size <= self.ends[place]:
@@ -51,7 +54,8 @@ class _Launch:
 
 @contextmanager
 def checked() -> Iterator[None]:
-    """Kernels that are launched inside raise AssertionError at an address outside their tensors."""
+    """Kernels that are launched inside raise AssertionError at an address outside their tensors, or
+    one that is not aligned."""
     from triton.runtime import interpreter
 
     launches: list[_Launch] = []
