@@ -92,6 +92,16 @@ def test_wide_heads_and_large_ranks(device, on_triton):
     check({k: t.to(device) for k, t in inputs.items()})
 
 
+@pytest.mark.parametrize("kind", ("glu", "relu"))
+@pytest.mark.parametrize("norm", ("none", "out_scale"))
+def test_scores_of_exactly_zero(kind, norm, device, on_triton):
+    """Rows whose query is 0, of the gate alone or of both: relu'(0) = 0, and no division by 0."""
+    inputs = core_inputs(**{**SMALL, "T": 9}, kind=kind, dtype=torch.float32)
+    inputs["q"][:, :1, 2:5] = 0
+    inputs["q"][:, :, 4] = 0
+    check({k: t.to(device) for k, t in only(inputs, 2).items()}, kind=kind, norm=norm)
+
+
 def test_batches_and_heads_stay_apart(device, on_triton):
     inputs = core_inputs(B=2, H=2, T=9, L=12, dtype=torch.float32)
     check({k: t.to(device) for k, t in inputs.items()})
