@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import re
 import subprocess
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -38,14 +38,22 @@ class _CompileOnly:
         return 0
 
 
-def captured(job: Job) -> list[tuple[str, Any]]:
-    """(kernel name, compiled kernel) of every launch that the job's call would make."""
-    compiled: list[tuple[str, Any]] = []
+class Launched(NamedTuple):
+    """One launch: its kernel's name, the compiled kernel, its grid."""
+
+    name: str
+    kernel: Any
+    grid: tuple[int, ...]
+
+
+def captured(job: Job) -> list[Launched]:
+    """Every launch that the job's call would make."""
+    compiled: list[Launched] = []
     run = JITFunction.run
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append((self.fn.__name__, kernel))
+        compiled.append(Launched(self.fn.__name__, kernel, tuple(grid)))
         return kernel
 
     arch = job.arch

@@ -6,12 +6,15 @@ import functools
 import re
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
+from triton.backends.nvidia.compiler import get_ptxas
 
+from . import hazards
 from .jobs import Job
 
 
@@ -34,7 +37,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class _Code:
-    """waits: for wgmma; products: of wgmma."""
+    """waits: for wgmma; products: of wgmma; hazards: whatever it is."""
 
     registers: int
     stack: int
@@ -42,6 +45,7 @@ class _Code:
     waits: int
     products: int
     opcodes: tuple[str, ...]
+    hazards: tuple[str, ...]
 
 
 # What multiplies 16-bit tiles; skinny tiles use mma.sync everywhere.
@@ -60,7 +64,7 @@ def tool(name: str, cubin: str, *flags: str) -> str:
 
 
 @functools.cache
-def _read(cubin: bytes) -> _Code:
+def _read(cubin: bytes, assembler: str) -> _Code:
     """Each distinct machine code is disassembled once: its instructions alone, without line tables
     and without the flow of control, which is half the work."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -78,6 +82,7 @@ def _read(cubin: bytes) -> _Code:
         waits=sass.count("WARPGROUP.DEPBAR"),
         products=sass.count("HGMMA."),
         opcodes=tuple(op for op in _OPCODES if op in words),
+        hazards=tuple(hazards.in_code(sass, assembler)),
     )
 
 
@@ -97,11 +102,14 @@ def _matrix_faults(job: Job, code: _Code) -> list[str]:
     return faults
 
 
-def inspect(job: Job, name: str, kernel: Any) -> Compiled:
-    """What was found in the machine code of one kernel that `job` launches."""
-    arch, code = job.arch, _read(kernel.asm["cubin"])
+def inspect(job: Job, name: str, kernel: Any, grid: Sequence[int] = ()) -> Compiled:
+    """What was found in the PTX and in the machine code of one kernel that `job` launches over
+    `grid`."""
+    arch, assembler = job.arch, get_ptxas(job.arch.capability).version
+    code = _read(kernel.asm["cubin"], assembler)
     shared, columns = kernel.metadata.shared, kernel.metadata.tmem_size or 0
-    faults = []
+    known = (*hazards.in_code(kernel.asm["ptx"], assembler), *code.hazards)
+    faults = list(dict.fromkeys(known)) + hazards.in_grid(grid)
     if code.stack or code.spills:
         faults.append(f"spills ({code.stack} bytes of stack)")
     if shared > arch.shared_memory:

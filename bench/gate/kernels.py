@@ -6,8 +6,9 @@ inside.
 The real launchers run on CPU tensors of real model sizes under a driver that only compiles, so each
 kernel is specialised just as it would be on the GPU. Of each machine-code file the gate reads
 registers, stack (spills), shared and tensor memory and the opcode that multiplies, and fails on a
-spill, on memory that the GPU does not have, and on a matrix kernel without its tensor-core or TMA
-instructions.
+spill, on memory that the GPU does not have, on a matrix kernel without its tensor-core or TMA
+instructions, on a grid that no GPU launches, and on instructions that are known to go wrong
+(hazards.py).
 
 Every row of kernels/arch is compiled for. --brief leaves out a row that resembles an older one: the
 same tiles, instructions and family; the older one's kernels must then fit its shared memory too.
@@ -83,8 +84,8 @@ def gate(
                 if not wanted or job.dtype in wanted
             )
         for job in jobs:
-            for name, kernel in captured(job):
-                yield inspect(job, name, kernel)
+            for launched in captured(job):
+                yield inspect(job, *launched)
 
 
 def _row(c: Compiled) -> str:

@@ -46,15 +46,17 @@ from .scores import (
 
 @triton.jit
 def coefficient_kernel(do, out, n_ptr, coefficient_ptr, T, eps, P: tl.constexpr):
+    # One dimension of the grid: the others end at 65,535, below B H of a large batch.
     do = fresh(do)
     out = fresh(out)
     BLOCK: tl.constexpr = P.block
     BLOCK_V: tl.constexpr = P.block_v
     WIDTH: tl.constexpr = P.width_v
     HEADS: tl.constexpr = P.heads
-    m0 = tl.program_id(0) * BLOCK
-    i = tl.program_id(1) % HEADS
-    b = tl.program_id(1) // HEADS
+    tiles = tl.cdiv(T, BLOCK)
+    m0 = tl.program_id(0) % tiles * BLOCK
+    i = tl.program_id(0) // tiles % HEADS
+    b = tl.program_id(0) // tiles // HEADS
     total = tl.zeros((BLOCK,), tl.float32)
     for d in tl.range(0, WIDTH, BLOCK_V):
         grad = rows_of(do, b, i, m0, d, T, WIDTH, BLOCK, BLOCK_V).to(tl.float32)

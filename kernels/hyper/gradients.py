@@ -48,7 +48,7 @@ class _Backward:
     def make_coefficient(self, out: Tensor) -> None:
         launch = plan_launch("hyper_attention_dz2", self.call)
         self.coefficient = self.do.new_empty((self.B, self.H, self.T), dtype=torch.float32)
-        coefficient_kernel[cdiv(self.T, launch.plan.block), self.B * self.H](
+        coefficient_kernel[cdiv(self.T, launch.plan.block) * self.B * self.H,](
             rows(self.do), rows(out), self.core.n_ptr, self.coefficient, self.T, self.eps,
             **launch.options,
         )  # fmt: skip

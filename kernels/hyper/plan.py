@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..arch.hyper import least_columns
 from ..arch.tile import Tile, cdiv
-from ..device import multiprocessors
+from ..device import arch_of, multiprocessors
 from ..pick import LAST, hyper_tile
 from ..tiles import compiler_options, precision
 
@@ -162,12 +163,13 @@ def plan_launch(
     _, Q, T, dq = q.shape
     B, H, _, dv = v.shape
     tile = LAST[kernel] = hyper_tile(kernel, q)
+    least = least_columns(arch_of(q.device).mma, tile)
     plan = PassPlan(
         glu=Q == 2 * H, normed=normed, heads=H, sub_heads=Q, width_qk=dq, width_v=dv,
         rank1=ranks[0], rank2=ranks[1], short1=shorts[0], short2=shorts[1],
         block=tile.block_m, block_d=min(tile.block_k, block_of(max(dq, dv))),
         block_v=min(tile.block_n, block_of(dv)),
-        block_r1=block_of(max(ranks[0], 1)), block_r2=block_of(max(ranks[1], 1)),
+        block_r1=block_of(max(ranks[0], 1), least), block_r2=block_of(max(ranks[1], 1), least),
         precision=precision(q.dtype),
     )  # fmt: skip
     work = B * H * cdiv(T, tile.block_m) * parts if count is None else count

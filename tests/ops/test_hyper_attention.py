@@ -10,6 +10,8 @@ from torch.library import opcheck
 
 import fusedmlp
 from fusedmlp import hyper_attention
+from fusedmlp.kernels.arch import arch_for
+from fusedmlp.kernels.device import pretend
 from fusedmlp.kernels.hyper import gradients as hyper_gradients
 from fusedmlp.ops import hyper_attention as op
 from fusedmlp.testing import assert_close_to, evaluate, yardsticks
@@ -100,6 +102,14 @@ def test_scores_of_exactly_zero(kind, norm, device, on_triton):
     inputs["q"][:, :1, 2:5] = 0
     inputs["q"][:, :, 4] = 0
     check({k: t.to(device) for k, t in only(inputs, 2).items()}, kind=kind, norm=norm)
+
+
+@pytest.mark.interpreter
+def test_tiles_of_hopper(on_triton):
+    """Two tiles of 64 rows, whose ranks are padded to more than the next power of 2."""
+    inputs = core_inputs(**{**SMALL, "T": 70, "L": 70}, dtype=torch.bfloat16)
+    with pretend(arch_for(90), 3):
+        check(inputs)
 
 
 def test_batches_and_heads_stay_apart(device, on_triton):

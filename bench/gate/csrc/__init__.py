@@ -5,8 +5,9 @@
 Nothing is compiled here: the objects of the last build are read, and what ptxas said of each, which
 the build keeps beside it. Of each kernel the gate reads registers, stack, spills, static shared
 memory and opcodes. It fails on a spill; on a kernel of X_smNN.cu without that architecture's own
-instructions; on wgmma that ptxas has serialised or a setmaxnreg that it ignored; and where a kernel
-takes more than bench/gate/csrc.json says, which --update writes anew, or is not in it.
+instructions; on wgmma that ptxas has serialised or a setmaxnreg that it ignored; on instructions
+that are known to go wrong (bench/gate/hazards.py); and where a kernel takes more than
+bench/gate/csrc.json says, which --update writes anew, or is not in it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ...machine import ROOT
+from .. import hazards
 from ..inspecting import tool
 
 BASELINE = Path(__file__).parents[1] / "csrc.json"
@@ -92,8 +94,10 @@ def _complaints(log: str, mangled: str) -> list[str]:
     return [f"ptxas {code}" for code in sorted(mine)]
 
 
-def _faults(source: str, stack: int, spills: int, sass: str, opcodes: tuple[str, ...]) -> list[str]:
-    faults = []
+def _faults(
+    source: str, stack: int, spills: int, sass: str, opcodes: tuple[str, ...], assembler: str
+) -> list[str]:
+    faults = hazards.in_code(sass, assembler)
     if stack or spills:
         faults.append(f"spills ({stack} bytes of stack, {spills} LDL and STL)")
     own = re.search(r"_sm(\d+)$", source)
@@ -105,7 +109,7 @@ def _faults(source: str, stack: int, spills: int, sass: str, opcodes: tuple[str,
     return faults
 
 
-def inspect(item: Path) -> list[Kernel]:
+def inspect(item: Path, assembler: str) -> list[Kernel]:
     """Every kernel of an object file X.cu.o, with what ptxas said of its source."""
     source = item.name.removesuffix(".cu.o")
     log = item.with_name(item.name + ".log").read_text()
@@ -123,7 +127,8 @@ def inspect(item: Path) -> list[Kernel]:
         opcodes = tuple(op for op in _OPCODES if re.search(rf"\b{op}\b", code))
         spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
         arch, mangled = key
-        faults = _faults(source, stack, spills, code, opcodes) + _complaints(log, mangled)
+        faults = _faults(source, stack, spills, code, opcodes, assembler)
+        faults += _complaints(log, mangled)
         kernels.append(
             Kernel(source, names[mangled], arch, registers, stack, shared, spills, opcodes,
                    tuple(faults))
@@ -201,10 +206,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="FILE", help="also write every row to FILE")
     args = parser.parse_args(argv)
     try:
-        kernels = [kernel for item in objects(args.build) for kernel in inspect(item)]
+        items = objects(args.build)
     except BuildError as error:
         parser.error(str(error))
     version = compiler(args.build)
+    kernels = [kernel for item in items for kernel in inspect(item, version)]
     print(f"nvcc {version}")
     print(
         f"{'source':20} {'arch':8} {'kernel':52} {'regs':>4} {'stack':>5} {'spills':>6} "

@@ -34,6 +34,16 @@ __global__ void serialised(float* out, uint64_t a, uint64_t b) {
   out[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
 }
 }  // namespace
+__global__ void narrow(float* out, uint32_t a, uint64_t b) {
+  float d[4] = {0, 0, 0, 0};
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0,%1,%2,%3}, {%4,%4,%4,%4}, %5, "
+      "1, 1, 1, 1;" : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a), "l"(b));
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  out[threadIdx.x] = d[0] + d[1] + d[2] + d[3];
+}
 __global__ void ignored(float* out) {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
   out[threadIdx.x] += 1;
@@ -78,9 +88,16 @@ def baseline(tmp_path, monkeypatch):
 
 @pytest.mark.nvcc
 def test_faults_are_found(tmp_path):
-    kernels = aot_csrc.inspect(compiled(tmp_path, "bad_sm90", BAD, ["90a"]))
+    kernels = aot_csrc.inspect(compiled(tmp_path, "bad_sm90", BAD, ["90a"]), "13.0.88")
     faults = {kernel.name: kernel.faults for kernel in kernels}
-    assert faults.keys() == {"serialised<8>", "ignored"}
+    assert faults.keys() == {"serialised<8>", "ignored", "narrow"}
+    assert {
+        "wgmma of 8 columns along which B is contiguous",
+        "wgmma from registers by ptxas 13.0.88, older than 13.3",
+    } <= set(faults["narrow"])
+    assert not any(
+        f.startswith("wgmma") for name in ("serialised<8>", "ignored") for f in faults[name]
+    )
     assert {"no UTMALDG", "no USETMAXREG", "serialised wgmma"} <= set(faults["serialised<8>"])
     assert any(fault.startswith("ptxas C751") for fault in faults["serialised<8>"])
     assert {"no HGMMA", "ptxas C7508"} <= set(faults["ignored"])
