@@ -14,6 +14,7 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ..kernels.device import INTERPRETED
+from . import driver
 from .choice import launcher
 from .op import KERNELS, MISSING, NAMESPACE, Kernel, add_kernel
 
@@ -21,12 +22,16 @@ _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def on_its_device(impl: Callable[..., Any]) -> Callable[..., Any]:
-    """Triton launches on the current GPU, whatever GPU the tensors are on."""
+    """Triton launches on the current GPU, whatever GPU the tensors are on, and makes TMA
+    descriptors in the thread's context, whether there is one or not."""
 
     @functools.wraps(impl)
     def guarded(first: torch.Tensor, *args: Any) -> Any:
-        if first.get_device() == torch.cuda.current_device():
+        device = first.get_device()
+        if device == torch.cuda.current_device():
+            driver.bind(device)
             return impl(first, *args)
+        # A change of device binds its context.
         with torch.cuda.device(first.device):
             return impl(first, *args)
 

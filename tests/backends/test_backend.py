@@ -168,9 +168,12 @@ def test_ops_run_on_their_tensors_gpu(here, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1 if here else 0)
     monkeypatch.setattr(torch.cuda, "device", Guard)
+    bound = []
+    monkeypatch.setattr(library.driver, "bind", bound.append)
     launched = library.on_its_device(lambda x, scale: scale)(OnGpu(), 7)
     assert launched == 7
     assert entered == ([] if here else ["cuda:1"])
+    assert bound == ([1] if here else [])  # the guard changes the device, and so binds it
 
 
 def test_float32_products_follow_pytorchs_setting():

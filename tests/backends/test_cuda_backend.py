@@ -4,6 +4,7 @@ said where it cannot serve. The kernels' own numbers are tests/simt's and the de
 import importlib
 import importlib.util
 import re
+import types
 
 import cuda_fake
 import pytest
@@ -271,6 +272,33 @@ def test_auto_goes_to_triton_where_the_shape_does_not_fit_and_says_so():
         assert not calls
         launch()
         assert "last launch of gated_linear_fwd: cuda" in fusedmlp.explain()
+
+
+OLD = "needs an NVIDIA driver for CUDA 13.0 or newer, got one for CUDA 12.8"
+
+
+def test_an_old_driver_is_unfit():
+    """The runtime is linked in, and runs on no driver of an older major version."""
+    with installed(proven=BOTH, driver=12080) as calls:
+        assert OLD in launch() and launch().startswith("triton, not cuda: ")
+        with fusedmlp.backend("cuda"), pytest.raises(loader.Unfit, match=OLD):
+            launch()
+        assert f"sm_90a, {OLD}: gated_linear_bwd" in "\n".join(loader.describe(90))
+        assert not calls
+    for enough in (0, 13000, 14000):  # 0: no driver, whose launches fail by themselves
+        with installed(proven=BOTH, driver=enough):
+            assert launch() == "cuda"
+
+
+def test_ptx_wants_a_driver_as_new_as_the_build():
+    """sm_80's code runs on sm_86 as it is and on sm_120 by its PTX."""
+    extension = types.SimpleNamespace(CUDA="13.2.51")
+    for capability, arch, driver, fits in (
+        (86, "sm_80", 13000, True), (120, "sm_80", 13000, False), (120, "sm_80", 13020, True),
+        (90, "sm_90a", 13000, True), (90, "sm_90a", 12090, False),
+    ):  # fmt: skip
+        with installed(driver=driver):
+            assert (not loader._too_old(extension, arch, capability)) == fits
 
 
 class OnGpu:

@@ -9,6 +9,7 @@ from simt_build import FUNCTORS, load
 
 import fusedmlp
 from fusedmlp import quantize_binary
+from fusedmlp.backends import driver
 from fusedmlp.backends.cuda import binary as cuda_binary, loader
 from fusedmlp.backends.cuda.loader import Unfit
 from fusedmlp.kernels.arch import arch_for
@@ -36,6 +37,7 @@ def on_cuda(monkeypatch):
     numbers = {name: i for i, name in enumerate(FUNCTORS)}
     extension = SimpleNamespace(OPS=ops, ARCHS="sm_80", DTYPES=DTYPES, ACTIVATIONS=numbers)
     monkeypatch.setattr(loader, "load", lambda: (extension, ""))
+    monkeypatch.setattr(driver, "version", lambda: 0)
     monkeypatch.setattr(cuda_binary, "stream", lambda device: 0)
     loader.find.cache_clear()
     with pretend(arch_for(90), 3), fusedmlp.backend("cuda"):

@@ -1,6 +1,7 @@
 """What only a GPU can show. Collected everywhere; conftest.py deselects it where there is none."""
 
 import re
+import threading
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_cuda_graph(name):
     assert torch.equal(out, expected["out"])
     for k, g in zip(static, grads, strict=True):
         assert torch.equal(g, expected[f"d{k}"])
+
+
+@pytest.mark.parametrize("name", ("gated_linear", "gated_mlp-recompute"))
+def test_a_new_thread(name):
+    """An op is the first CUDA call of its thread, with its kernel loaded and its memory cached:
+    TMA descriptors are made in a context all the same."""
+    case = CASES[name]
+    inputs = case.inputs(256, 512, 1024, torch.bfloat16, "cuda")
+    expected = case.run(inputs).clone()
+    found = []
+    thread = threading.Thread(target=lambda: found.append(case.run(inputs)))
+    thread.start()
+    thread.join()
+    assert torch.equal(found[0], expected)
 
 
 @pytest.mark.parametrize("name", ("gated_mlp-bias", "mlp"))

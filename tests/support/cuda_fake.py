@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fusedmlp.backends import choice
+from fusedmlp.backends import choice, driver as cuda_driver
 from fusedmlp.backends.cuda import gated_linear as cuda_gated_linear, loader
 from fusedmlp.kernels.arch import arch_for
 from fusedmlp.kernels.device import pretend
@@ -152,13 +152,15 @@ def extension(calls, archs=("sm_90a",), kernels=None):
 
 
 @contextlib.contextmanager
-def installed(gpu=90, loaded=None, proven=(), **options):
-    """Inside, CPU tensors lie on a GPU of capability `gpu` and the extension is the fake one, or
-    what `loaded` says of it. Yields the calls that its launchers get."""
+def installed(gpu=90, loaded=None, proven=(), driver=13000, **options):
+    """Inside, CPU tensors lie on a GPU of capability `gpu` whose driver is `driver`, and the
+    extension is the fake one, or what `loaded` says of it. Yields the calls that its launchers
+    get."""
     calls = Calls()
     loaded = (extension(calls, **options), "") if loaded is None else loaded
     with pytest.MonkeyPatch.context() as patch, pretend(arch_for(gpu), 132):
         patch.setattr(loader, "load", lambda: loaded)
+        patch.setattr(cuda_driver, "version", lambda: driver)
         patch.setattr(loader, "PROVEN", frozenset(proven))
         patch.setattr(cuda_gated_linear, "stream", lambda device: 77)
         loader.find.cache_clear()

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pybind11
 import simt_build
 
-from fusedmlp.backends import choice
+from fusedmlp.backends import choice, driver
 from fusedmlp.backends.cuda import (
     binary as cuda_binary,
     gated_linear as cuda_gated_linear,
@@ -84,6 +84,7 @@ def extension(arch: str, seed: int = 0):
 @contextmanager
 def installed(monkeypatch, arch: str, seed: int = 0, multiprocessors: int = MULTIPROCESSORS):
     monkeypatch.setattr(loader, "load", lambda: (extension(arch, seed), ""))
+    monkeypatch.setattr(driver, "version", lambda: 0)  # there is none to be too old
     for launchers in (cuda_binary, cuda_gated_linear, cuda_masked, cuda_route):
         monkeypatch.setattr(launchers, "stream", lambda device: 0)
     loader.find.cache_clear()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...kernels.device import capability_of
+from .. import driver
 from ..op import KERNELS, OPS
 
 # (kernel, architecture) that bench/results/ holds a passing check of, on such a GPU: these `auto`
@@ -29,7 +30,8 @@ _REMEDY = "reinstall fusedmlp with nvcc on PATH and FUSEDMLP_CUDA=1"
 
 
 class Unfit(ValueError):
-    """Good arguments of the op that this kernel does not take: sizes, strides, addresses."""
+    """Good arguments of the op that this kernel does not take: sizes, strides, addresses; or a
+    driver that does not run it."""
 
 
 @functools.cache
@@ -79,16 +81,45 @@ def serves(arch: str, capability: int) -> bool:
     return number == f"{capability}a" or (number.isdigit() and int(number) <= capability)
 
 
+def _needed(extension: Any, arch: str, capability: int) -> int:
+    """The oldest driver, numbered as `driver.version` is, that runs the extension's code for `arch`
+    on such a GPU. One of the same major version runs all but PTX, which a GPU of another major
+    version than `arch` is compiled for when it is first launched."""
+    major, minor = map(int, extension.CUDA.split(".")[:2])
+    by_ptx = capability // 10 != int(arch.strip("sm_a")) // 10
+    return 1000 * major + (10 * minor if by_ptx else 0)
+
+
+def _too_old(extension: Any, arch: str, capability: int) -> str:
+    """What such a call needs of the driver and what is there, if it is older; else nothing."""
+    have = driver.version()
+    if not have or have >= (need := _needed(extension, arch, capability)):
+        return ""
+    text = (
+        f"needs an NVIDIA driver for CUDA {need // 1000}.{need % 1000 // 10} or newer, got one for"
+    )
+    return f"{text} CUDA {have // 1000}.{have % 1000 // 10}"
+
+
+def _refusing(kernel: str, why: str) -> Callable[..., None]:
+    def refuse(*numbers: Any) -> None:
+        raise Unfit(f"{kernel}: backend 'cuda' {why}; backend('triton') runs")
+
+    return refuse
+
+
 @functools.cache
 def find(kernel: str, capability: int) -> tuple[Callable[..., None] | None, str]:
-    """(launcher, its architecture) of `kernel` for such a GPU, or (None, why there is none)."""
+    """(launcher, its architecture) of `kernel` for such a GPU, or (None, why there is none). With a
+    driver that is too old the launcher raises Unfit."""
     extension, why = load()
     if extension is None:
         return None, why
     archs = [arch for name, arch in extension.OPS if name == kernel]
     for arch in archs:
         if serves(arch, capability):
-            return extension.OPS[kernel, arch], arch
+            lack = _too_old(extension, arch, capability)
+            return _refusing(kernel, lack) if lack else extension.OPS[kernel, arch], arch
     if archs:
         exact = any(arch.endswith("a") for arch in archs)
         note = ", but code for sm_NNa runs on that very capability alone" if exact else ""
@@ -150,6 +181,8 @@ def describe(capability: int) -> list[str]:
             use = "needs such a GPU"
         elif not serves(arch, capability):
             use = f"not for this GPU, sm_{capability}"
+        elif lack := _too_old(extension, arch, capability):
+            use = lack
         elif (kernel, arch) in PROVEN:
             use = "taken by auto where it takes the tensors"
         else:
