@@ -387,7 +387,7 @@ const char* enqueue(const Params& p, bool gated, void* stream) {
   // Before any descriptor is made: the driver makes none on a thread without a context.
   if (const char* error = error_text(use_device(p.device))) return error;
   Arguments args;
-  if (const char* error = arguments_of(p, BACKWARD ? 128 : 256, cluster, kBoxRows, &args)) {
+  if (const char* error = arguments_of(p, BACKWARD ? 128 : 256, cluster, kBoxRows, true, &args)) {
     return error;
   }
   return (gated ? launch_gemm<Config<T, true, BACKWARD>, Params>

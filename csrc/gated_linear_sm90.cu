@@ -381,7 +381,7 @@ const char* enqueue(const Params& p, bool gated, const Variant* table_row, void*
   // Before any descriptor is made: the driver makes none on a thread without a context.
   if (const char* error = error_text(use_device(p.device))) return error;
   Arguments args;
-  if (const char* error = arguments_of(p, pingpong ? 128 : 256, cluster, kBoxRows, &args)) {
+  if (const char* error = arguments_of(p, pingpong ? 128 : 256, cluster, kBoxRows, false, &args)) {
     return error;
   }
   if constexpr (!BACKWARD) {

@@ -146,14 +146,17 @@ FUSEDMLP_DEVICE Corner box_of(TileAt tile, int chunk) {
 // The descriptors of one call. A null matrix gets none: no kernel reads it.
 class Maps {
  public:
+  explicit Maps(bool blackwell) : blackwell_(blackwell) {}
+
   // The descriptor of a matrix (rows, columns), handed out in boxes of (box_rows, 64).
   void add(TensorMap* map, const char* name, const void* base, int64_t rows, int64_t columns,
            int64_t stride, int box_rows) {
     if (base == nullptr) return;
     const uint64_t size[] = {uint64_t(columns), uint64_t(rows), 1};
-    const uint64_t strides[] = {uint64_t(stride), uint64_t(stride)};
+    // As if other matrices followed: the stride of a dimension holds all of the one before.
+    const uint64_t strides[] = {uint64_t(stride), uint64_t(stride) * uint64_t(rows)};
     const uint32_t box[] = {64, uint32_t(box_rows), 1};
-    const int error = encode_tensor_map(map, base, size, strides, box, true);
+    const int error = encode_tensor_map(map, base, size, strides, box, true, blackwell_);
     if (error != 0) refused_ = name, error_ = error;
   }
   const char* error() const {
@@ -165,15 +168,16 @@ class Maps {
   }
 
  private:
+  const bool blackwell_;
   const char* refused_ = nullptr;
   int error_ = 0;
 };
 
 // What a kernel with B tiles of tile_n and staged boxes of box_rows needs for a call.
 inline const char* arguments_of(const GatedLinearFwd& p, int tile_n, int cluster, int box_rows,
-                                Arguments* args) {
+                                bool blackwell, Arguments* args) {
   const bool gated = p.w_up != nullptr;
-  Maps maps;
+  Maps maps(blackwell);
   maps.add(&args->a, "x", p.x, p.M, p.D, p.stride_x, 128);
   maps.add(&args->b[0], "w_gate", p.w_gate, p.H, p.D, p.stride_gate, tile_n / 2);
   maps.add(&args->b[1], "w_up", p.w_up, p.H, p.D, p.stride_up, tile_n / 2);
@@ -191,8 +195,8 @@ inline const char* arguments_of(const GatedLinearFwd& p, int tile_n, int cluster
 }
 
 inline const char* arguments_of(const GatedLinearBwd& p, int tile_n, int cluster, int box_rows,
-                                Arguments* args) {
-  Maps maps;
+                                bool blackwell, Arguments* args) {
+  Maps maps(blackwell);
   maps.add(&args->a, "dy", p.dy, p.M, p.D, p.stride_dy, 128);
   maps.add(&args->b[0], "w_down", p.w_down, p.D, p.H, p.stride_down, 64);
   maps.add(&args->in[0], "g", p.g, p.M, p.H, p.stride_gu, box_rows);

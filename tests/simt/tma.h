@@ -183,9 +183,9 @@ inline void wait_stores(size_t groups, bool written, Site at) {
 
 namespace fusedmlp {
 
-// The limits of cuTensorMapEncodeTiled.
+// The limits of cuTensorMapEncodeTiled, as cuda.h has them.
 inline int encode_tensor_map(TensorMap* map, const void* base, const uint64_t size[3],
-                              const uint64_t stride[2], const uint32_t box[3], bool swizzle) {
+                              const uint64_t stride[2], const uint32_t box[3], bool swizzle, bool) {
   simt::Tensor tensor{};
   tensor.magic = simt::Tensor::MAGIC;
   tensor.base = static_cast<char*>(const_cast<void*>(base));
@@ -200,6 +200,9 @@ inline int encode_tensor_map(TensorMap* map, const void* base, const uint64_t si
     valid = valid && stride[i] * 2 % 16 == 0 && stride[i] * 2 < uint64_t(1) << 40;
     tensor.stride[i] = stride[i];
   }
+  // A stride holds the whole dimension before it, and perhaps padding.
+  valid = valid && stride[0] >= size[0] && stride[1] % stride[0] == 0;
+  valid = valid && stride[1] / stride[0] >= size[1];
   if (valid) std::memcpy(map->bytes, &tensor, sizeof tensor);
   return valid ? 0 : 1;
 }

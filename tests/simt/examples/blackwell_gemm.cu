@@ -146,7 +146,7 @@ extern "C" int run_blackwell_gemm(const void* a, const void* b, float* c, int M,
   args.fault = fault;
   const auto encode = [](TensorMap* map, const void* base, int rows, int columns, int box_rows) {
     const uint64_t size[] = {uint64_t(columns), uint64_t(rows), 1};
-    const uint64_t stride[] = {uint64_t(columns), uint64_t(columns)};
+    const uint64_t stride[] = {uint64_t(columns), uint64_t(columns) * rows};
     const uint32_t box[] = {64, uint32_t(box_rows), 1};
     return encode_tensor_map(map, base, size, stride, box, true) == 0;
   };
