@@ -26,10 +26,10 @@ from ..backends.op import OPS, Kernel
 from ..kernels import pick
 from ..kernels.arch import Arch
 from ..kernels.arch.roof import Roof
-from ..kernels.arch.tile import Tile
+from ..kernels.arch.tile import Fit, Tile
 from ..kernels.device import pretend
 from ..kernels.moe.grouped import most_tiles
-from ..kernels.tiles import aligned
+from ..kernels.tiles import fit_of
 from . import machine
 from .machine import ARCH_OF, ROOFS
 from .options import Record, Refusal, collecting, subparser, write_json
@@ -77,19 +77,19 @@ def launches(work: Work, phase: str, roof: Roof) -> list[PlannedLaunch]:
         torch.empty(shape, dtype=work.torch_dtype, device="meta")
         for shape in ((work.M, work.D), (work.H, work.D), (work.M, work.H))
     ]
-    fits = aligned(*matrices)
     with pretend(ARCH_OF[roof.name], roof.multiprocessors):
+        fit = fit_of(*matrices)
         return [
-            (_grouped_launch if kernel.grouped else _launch)(kernel, work, x, fits, roof)
+            (_grouped_launch if kernel.grouped else _launch)(kernel, work, x, fit, roof)
             for kernel in kernels(work.case.op, phase)
         ]
 
 
-def _launch(kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roof: Roof) -> PlannedLaunch:
+def _launch(kernel: Kernel, work: Work, x: torch.Tensor, fit: Fit, roof: Roof) -> PlannedLaunch:
     assert kernel.result is not None and kernel.depth is not None
     name = _row_of_tiles(kernel.name, work)
     rows, columns = (getattr(work, size) for size in kernel.result)
-    tile = pick.pick_tile(name, x, rows, columns, fits)
+    tile = pick.pick_tile(name, x, rows, columns, fit)
     count = math.ceil(rows / tile.block_m) * math.ceil(columns / tile.block_n)
     depth = getattr(work, kernel.depth)
     splits = pick.pick_splits(tile, x, columns, depth) if tile.skinny else 1
@@ -97,7 +97,7 @@ def _launch(kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roof: Roof)
 
 
 def _grouped_launch(
-    kernel: Kernel, work: Work, x: torch.Tensor, fits: bool, roof: Roof
+    kernel: Kernel, work: Work, x: torch.Tensor, fit: Fit, roof: Roof
 ) -> PlannedLaunch:
     """The launch for experts with as many tokens each: the most row tiles that there can be."""
     assert kernel.result is not None
@@ -105,10 +105,10 @@ def _grouped_launch(
     experts = next(shape[0] for shape in shapes if len(shape) == 3)
     columns = getattr(work, kernel.result[1])
     if kernel.depth == "M":  # every expert has a result of its own
-        tile = pick.pick_grouped_tile(kernel.name, x, work.H, 1, fits)
+        tile = pick.pick_grouped_tile(kernel.name, x, work.H, 1, fit)
         rows = experts * math.ceil(work.H / tile.block_m)
     else:
-        tile = pick.pick_grouped_tile(kernel.name, x, work.M, experts, fits)
+        tile = pick.pick_grouped_tile(kernel.name, x, work.M, experts, fit)
         rows = most_tiles(work.M, experts, tile.block_m)
     count = rows * math.ceil(columns / tile.block_n)
     return PlannedLaunch(kernel.name, tile, count, count / roof.multiprocessors, 1)

@@ -6,44 +6,57 @@ import functools
 from typing import Any
 
 from .arch import Arch
-from .arch.tile import SKINNY_M, Tile, cdiv
+from .arch.tile import SKINNY_M, Fit, Tile, cdiv
 from .device import arch_of, multiprocessors
 
 # kernel -> what it was last launched with, for explain().
 LAST: dict[str, Tile] = {}
 
 
-def pick_tile(kernel: str, x: Any, M: int, N: int, aligned: bool) -> Tile:
+def _usable(arch: Arch, kernel: str, size: int, fit: Fit, few: bool) -> list[Tile]:
+    """The tiles that load as fast as the operands allow, skinny ones for few rows; where there are
+    none, those that load elements."""
+    tiles = arch.tiles[kernel, size]
+    fast = [t for t in tiles if Fit.ELEMENT < t.needs <= fit]
+    for usable in (fast, [t for t in tiles if t.needs == Fit.ELEMENT]):
+        fitting = [t for t in usable if t.skinny] if few else []
+        fitting = fitting or [t for t in usable if not t.skinny]
+        if fitting:
+            return fitting
+    raise AssertionError(f"{arch.name} has no tile of {kernel} that loads elements")
+
+
+def pick_tile(kernel: str, x: Any, M: int, N: int, fit: Fit) -> Tile:
     """The tile for an (M, N) result from rows like `x`: skinny up to SKINNY_M rows, else the first
-    that gives every multiprocessor a tile, else the smallest. `aligned`: what tiles.aligned says of
-    the operands; without it only element loads serve."""
+    that gives every multiprocessor a tile, else the smallest. `fit`: what tiles.fit_of says of the
+    operands."""
     arch = arch_of(x.device)
-    return _pick(arch, kernel, x.element_size(), M, N, aligned, multiprocessors(x.device))
+    return _pick(arch, kernel, x.element_size(), M, N, fit, multiprocessors(x.device))
 
 
 @functools.lru_cache(4096)
 def _pick(
-    arch: Arch, kernel: str, size: int, M: int, N: int, aligned: bool, multiprocessors: int
+    arch: Arch, kernel: str, size: int, M: int, N: int, fit: Fit, multiprocessors: int
 ) -> Tile:
-    usable = [t for t in arch.tiles[kernel, size] if (t.loads != "element") == aligned]
-    fitting = [t for t in usable if t.skinny] if M <= SKINNY_M else []
-    fitting = fitting or [t for t in usable if not t.skinny]
+    fitting = _usable(arch, kernel, size, fit, M <= SKINNY_M)
     return next(
         (t for t in fitting if cdiv(M, t.block_m) * cdiv(N, t.block_n) >= multiprocessors),
         fitting[-1],
     )
 
 
-def pick_grouped_tile(kernel: str, x: Any, T: int, groups: int, aligned: bool) -> Tile:
+def pick_grouped_tile(kernel: str, x: Any, T: int, groups: int, fit: Fit) -> Tile:
     """The tile for T rows in groups of their own: the smallest that holds a group's rows if all
     have as many, else the largest. A larger one multiplies rows that are not there."""
     rows = cdiv(T, max(groups, 1))
-    return _pick_grouped(arch_of(x.device), kernel, x.element_size(), rows, aligned)
+    return _pick_grouped(arch_of(x.device), kernel, x.element_size(), rows, fit)
 
 
 @functools.lru_cache(4096)
-def _pick_grouped(arch: Arch, kernel: str, size: int, rows: int, aligned: bool) -> Tile:
-    usable = [t for t in arch.tiles[kernel, size] if (t.loads != "element") == aligned]
+def _pick_grouped(arch: Arch, kernel: str, size: int, rows: int, fit: Fit) -> Tile:
+    tiles = arch.tiles[kernel, size]
+    usable = [t for t in tiles if Fit.ELEMENT < t.needs <= fit]
+    usable = usable or [t for t in tiles if t.needs == Fit.ELEMENT]
     usable.sort(key=lambda t: t.block_m)
     return next((t for t in usable if t.block_m >= rows), usable[-1])
 

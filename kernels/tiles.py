@@ -16,8 +16,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .arch.tile import Tile, cdiv
+from .arch.tile import Fit, Tile, cdiv
 from .device import INTERPRETED as _interpreted, multiprocessors
+from .maps import doubtful
 
 # Triton's interpreter neither multiplies bf16 nor rounds to it as a GPU does (kernels/README.md).
 INTERPRETED = tl.constexpr(_interpreted)
@@ -289,16 +290,18 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def aligned(*rows: Tensor | None, weights: tuple[Tensor | None, ...] = ()) -> bool:
-    """What TMA descriptors and 16-byte loads need: one dimension contiguous, the other stepping by
-    16 bytes from a 16-byte base without overlap. `rows` are contiguous along columns, `weights`
-    along either."""
-    return all(t is None or _aligned(t, *t.stride(), *t.shape) for t in rows) and all(
+def fit_of(*rows: Tensor | None, weights: tuple[Tensor | None, ...] = ()) -> Fit:
+    """How these may be read and written. 16-byte loads and TMA descriptors need one dimension
+    contiguous, the other stepping by 16 bytes from a 16-byte base without overlap. `rows` are
+    contiguous along columns, `weights` along either."""
+    if not all(t is None or _aligned(t, *t.stride(), *t.shape) for t in rows) or not all(
         t is None
         or _aligned(t, *t.stride(), *t.shape)
         or _aligned(t, t.stride(1), t.stride(0), t.shape[1], t.shape[0])
         for t in weights
-    )
+    ):
+        return Fit.ELEMENT
+    return Fit.VECTOR if doubtful(*rows, *weights) else Fit.TMA
 
 
 def _aligned(t: Tensor, outer: int, inner: int, rows: int, columns: int) -> bool:
@@ -317,30 +320,11 @@ def descriptor_of(
     shape: tuple[int, ...] | None = None,
     strides: tuple[int, ...] | None = None,
 ) -> TensorDescriptor:
-    """TensorDescriptor.from_tensor without its checks, which `aligned` has made: 1 us, not 6."""
+    """TensorDescriptor.from_tensor without its checks, which `fit_of` has made: 1 us, not 6."""
     descriptor = TensorDescriptor.__new__(TensorDescriptor)
     descriptor.base, descriptor.block_shape = t, block
     descriptor.shape, descriptor.strides = shape or t.shape, strides or t.stride()
     return descriptor
-
-
-def stacked_of(
-    w1: Tensor, w2: Tensor, block_n: int, block_k: int
-) -> tuple[TensorDescriptor, bool] | None:
-    """Two aligned (N, K) weights as one descriptor over (2, N, K), and whether w2 comes first: the
-    outer stride is their distance in memory, whether they are halves of one tensor or two tensors.
-
-    None where TMA cannot: K not contiguous, strides that differ, too far (or not) apart, or not a
-    multiple of a row apart, which CUDA's documentation of tensor maps asks for.
-    """
-    step = w2.data_ptr() - w1.data_ptr()
-    row = w1.stride(0) * w1.element_size()
-    near = 0 < abs(step) < 1 << 40 and step % row == 0
-    if not near or w1.stride() != w2.stride() or w1.stride(1) != 1:
-        return None
-    strides = (abs(step) // w1.element_size(), *w1.stride())
-    low = w1 if step > 0 else w2
-    return descriptor_of(low, [2, block_n, block_k], (2, *w1.shape), strides), step < 0
 
 
 def rows_of(t: Tensor | None, block_r: int, block_c: int, tma: bool) -> Any:

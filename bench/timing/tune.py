@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...backends.op import KERNELS
 from ...kernels.arch import Arch
-from ...kernels.arch.tile import Tile
+from ...kernels.arch.tile import Fit, Tile
 from ...kernels.device import arch_of, multiprocessors, pretend
 from ...kernels.launches.launch import Launch, draw
 from ...kernels.pick import pick_tile
@@ -96,7 +96,7 @@ def rows_of(
     like = torch.empty(0, dtype=dtype, device=device)
     for m, d, h in shapes:
         of = LAUNCHES[kernel].tile_of
-        tile = of(like, (m, d, h)) if of else pick_tile(kernel, like, m, h, True)
+        tile = of(like, (m, d, h)) if of else pick_tile(kernel, like, m, h, Fit.TMA)
         grouped.setdefault(tile, []).append((m, d, h))
     return [TileRow(kernel, dtype, tile, tuple(group)) for tile, group in grouped.items()]
 

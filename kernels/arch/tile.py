@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Literal
 
 SKINNY_M = 16  # up to this many rows a GEMM is bound by its weight's bytes
@@ -16,6 +17,14 @@ SKINNY_M = 16  # up to this many rows a GEMM is bound by its weight's bytes
 def cdiv(a: int, b: int) -> int:
     """ceil(a / b). triton.cdiv on the host costs 9 us a call."""
     return -(-a // b)
+
+
+class Fit(IntEnum):
+    """What the operands of a launch allow by their addresses, strides and sizes, from the least."""
+
+    ELEMENT = 0
+    VECTOR = 1
+    TMA = 2
 
 
 @dataclass(frozen=True)
@@ -40,6 +49,10 @@ class Tile:
     @property
     def tma(self) -> bool:
         return self.loads == "tma"
+
+    @property
+    def needs(self) -> Fit:
+        return Fit[self.loads.upper()]
 
     @property
     def skinny(self) -> bool:

@@ -18,9 +18,9 @@ from ..arch.tile import cdiv
 from ..epilogues import store_bwd
 from ..pick import LAST, pick_tile
 from ..tiles import (
-    aligned,
     column_parts,
     dot,
+    fit_of,
     gemm_options,
     grid_of,
     load_tile,
@@ -214,7 +214,7 @@ def binary_linear_dx(
     if M == 0 or D == 0:
         return dx
     kernel = "binary_linear_dx"
-    tile = LAST[kernel] = pick_tile(kernel, dy1, M, D, aligned(dy1, dy2, dx))
+    tile = LAST[kernel] = pick_tile(kernel, dy1, M, D, fit_of(dy1, dy2, dx))
     read = tile.block_m, tile.block_k, tile.tma
     _dx_kernel[grid_of(tile, dy1, M, D)](
         rows_of(dy1, *read), q1, s1, rows_of(dy2, *read), q2, s2,
@@ -241,7 +241,7 @@ def binary_gated_mlp_bwd(
         return dgu, h
     kernel = "binary_gated_mlp_bwd"
     rows = *split_pair(gu, None), *split_pair(dgu, None), h if want_h else None
-    tile = LAST[kernel] = pick_tile(kernel, dy, M, H, aligned(dy, *rows))
+    tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fit_of(dy, *rows))
     part = tile.block_n // tile.subtiles
     _dh_kernel[grid_of(tile, dy, M, H)](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), q_down, s_down,
@@ -260,7 +260,7 @@ def binary_linear_ds(dy: Tensor, x: Tensor, qweight: Tensor, dtype: torch.dtype)
     if M == 0 or ds.numel() == 0:
         return ds.zero_().to(dtype)
     kernel = "binary_linear_ds"
-    tile = LAST[kernel] = pick_tile(kernel, dy, N, D, aligned(dy, x))
+    tile = LAST[kernel] = pick_tile(kernel, dy, N, D, fit_of(dy, x))
     _ds_kernel[grid_of(tile, dy, N, D)](
         rows_of(dy, tile.block_k, tile.block_m, tile.tma),
         rows_of(x, tile.block_k, tile.block_n, tile.tma),

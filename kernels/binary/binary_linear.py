@@ -25,10 +25,10 @@ from ..epilogues import store_fwd
 from ..pick import LAST, pick_splits, pick_tile
 from ..skinny import reduce_kernel
 from ..tiles import (
-    aligned,
     column_parts,
     compiler_options,
     dot,
+    fit_of,
     gemm_options,
     grid_of,
     load_tile,
@@ -212,7 +212,7 @@ def launch_fwd(
     (M, D), H = x.shape, weights[0].shape[0]  # type: ignore[union-attr]
     if M == 0 or H == 0:
         return
-    tile = LAST[kernel] = pick_tile(kernel, x, M, H, aligned(x, *outputs))
+    tile = LAST[kernel] = pick_tile(kernel, x, M, H, fit_of(x, *outputs))
     h, g, _ = outputs
     # Strides of whatever is there; u is laid out as g is.
     strides = tuple(0 if t is None else t.stride(0) for t in (h, g, *biases))

@@ -9,7 +9,7 @@ after it.
 
 Without w_up and u the same kernels are those of a plain linear with activation (linear_act.py).
 Gate and up share each x tile and need no repacking: one TMA box takes rows of both weights into one
-product twice as wide; where TMA cannot (tiles.stacked_of), two accumulators do. Names of
+product twice as wide; where TMA cannot (stacked.py), two accumulators do. Names of
 sizes: x (M, D), weights (H, D), h (M, H); in the backward dy (M, D) and w_down (D, H), read as its
 (H, D) transpose.
 """
@@ -27,16 +27,16 @@ from ..arch.tile import cdiv
 from ..epilogues import store_bwd, store_fwd
 from ..pick import LAST, pick_splits, pick_tile
 from ..skinny import launch_split
+from ..stacked import Stacked, run, stacked_of
 from ..tiles import (
-    aligned,
     column_parts,
+    fit_of,
     gemm_options,
     grid_of,
     multiply,
     multiply_stacked,
     precision,
     rows_of,
-    stacked_of,
     tile_at,
     weight_of,
 )
@@ -185,8 +185,8 @@ def launch_fwd(
     H = w_gate.shape[0]
     if M == 0 or H == 0:
         return
-    fits = aligned(x, h, g, u, weights=(w_gate, w_up))
-    tile = LAST[kernel] = pick_tile(kernel, x, M, H, fits)
+    fit = fit_of(x, h, g, u, weights=(w_gate, w_up))
+    tile = LAST[kernel] = pick_tile(kernel, x, M, H, fit)
     # Strides of whatever is there; u is laid out as g is.
     strides = tuple(0 if t is None else t.stride(0) for t in (h, g, b_gate, b_up))
     if tile.skinny and (splits := pick_splits(tile, x, H, D)) > 1:
@@ -194,22 +194,24 @@ def launch_fwd(
         return
     gate, *gate_strides, gate_k_major = weight_of(w_gate, tile.block_n, tile.block_k, tile.tma)
     up, *up_strides, up_k_major = weight_of(w_up, tile.block_n, tile.block_k, tile.tma)
-    stacked = up_first = False
-    if tile.tma and w_up is not None:
-        both = stacked_of(w_gate, w_up, tile.block_n, tile.block_k)
-        if both is not None:
-            stacked, up = True, None
-            gate, up_first = both
     block_out = tile.block_n // tile.subtiles
     options = gemm_options(tile, D % tile.block_k != 0, precision(x.dtype))
-    _fwd_kernel[grid_of(tile, x, M, H)](
-        rows_of(x, tile.block_m, tile.block_k, tile.tma), gate, up, b_gate, b_up,
-        *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (h, g, u)),
-        M, H, D, *x.stride(), *gate_strides, *up_strides, *strides,
-        ACT=DEVICE[activation],
-        GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major, STACKED=stacked, UP_FIRST=up_first,
-        **options,
-    )  # fmt: skip
+
+    def launch(both: Stacked | None) -> None:
+        weights = (gate, up) if both is None else (both.descriptor, None)
+        _fwd_kernel[grid_of(tile, x, M, H)](
+            rows_of(x, tile.block_m, tile.block_k, tile.tma), *weights, b_gate, b_up,
+            *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (h, g, u)),
+            M, H, D, *x.stride(), *gate_strides, *up_strides, *strides,
+            ACT=DEVICE[activation], GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major,
+            STACKED=both is not None, UP_FIRST=both is not None and both.second_first,
+            **options,
+        )  # fmt: skip
+
+    both = None
+    if tile.tma and w_up is not None:
+        both = stacked_of(w_gate, w_up, tile.block_n, tile.block_k)
+    run(both, launch)
 
 
 def launch_bwd(
@@ -231,8 +233,8 @@ def launch_bwd(
     halves = 1 if u is None else 2
     if M == 0 or H == 0:
         return dy.new_zeros((halves if want_db else 0, H))
-    fits = aligned(dy, g, u, dg, du, h, weights=(w_down,))
-    tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fits)
+    fit = fit_of(dy, g, u, dg, du, h, weights=(w_down,))
+    tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fit)
     tiles_m = cdiv(M, tile.block_m)
     sums = dy.new_empty((halves, tiles_m, H), dtype=torch.float32) if want_db else None
     down, *down_strides, k_major = weight_of(w_down.t(), tile.block_n, tile.block_k, tile.tma)

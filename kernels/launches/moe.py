@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import reference
-from ..arch.tile import Tile
+from ..arch.tile import Fit, Tile
 from ..moe.backward import moe_bias_grad, moe_dh, moe_wgrad
 from ..moe.moe_mlp import moe_down, moe_up
 from ..moe.top1_route import route_to_fwd, top1_route_bwd, top1_route_fwd
@@ -40,7 +40,7 @@ def routing(size: Size, device: torch.device) -> Tensors:
 def tile_of(kernel: str, like: Tensor, size: Size) -> Tile:
     M, _, H = size
     rows, groups = (H, 1) if kernel == "moe_wgrad" else (M, EXPERTS)
-    return pick_grouped_tile(kernel, like, rows, groups, True)
+    return pick_grouped_tile(kernel, like, rows, groups, Fit.TMA)
 
 
 def _shapes(*names: str) -> Callable[..., Shapes]:

@@ -22,9 +22,9 @@ from ..activations import DEVICE
 from ..arch.tile import cdiv
 from ..pick import LAST, pick_tile
 from ..tiles import (
-    aligned,
     column_parts,
     dot,
+    fit_of,
     grid_of,
     load_slice,
     load_tile,
@@ -238,7 +238,7 @@ def masked_gated_linear_dx(ev: Tensor, w: Tensor, planes: Tensor) -> Tensor:
     if H == 0:
         return dx.zero_()
     kernel = "masked_gated_linear_dx"
-    tile = LAST[kernel] = pick_tile(kernel, ev, M, D, aligned(ev[0], dx, weights=(w,)))
+    tile = LAST[kernel] = pick_tile(kernel, ev, M, D, fit_of(ev[0], dx, weights=(w,)))
     # Here the weight's columns are the result's, and its rows are summed over.
     weight, *w_strides, k_major = weight_of(w, tile.block_k, tile.block_n, tile.tma)
     _dx_kernel[grid_of(tile, ev, M, D)](
@@ -265,8 +265,8 @@ def masked_gated_linear_dw(
         return dw, dlogits
     kernel = "masked_gated_linear_dw"
     wanted_w, wanted_logits = dw if want_dw else None, dlogits if want_dlogits else None
-    fits = M > 0 and aligned(ev[0], x, wanted_w, dlogits[0] if want_dlogits else None)
-    tile = LAST[kernel] = pick_tile(kernel, x, H, D, fits)
+    fit = fit_of(ev[0], x, wanted_w, dlogits[0] if want_dlogits else None)
+    tile = LAST[kernel] = pick_tile(kernel, x, H, D, fit)
     block_out = tile.block_n // tile.subtiles
     _dw_kernel[grid_of(tile, x, H, D)](
         slices_of(ev, tile.block_k, tile.block_m, tile.tma),

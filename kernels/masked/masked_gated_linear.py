@@ -25,9 +25,9 @@ from ..activations import DEVICE
 from ..arch.tile import Tile
 from ..pick import LAST, pick_splits, pick_tile
 from ..tiles import (
-    aligned,
     column_parts,
     compiler_options,
+    fit_of,
     grid_of,
     precision,
     rows_of,
@@ -194,8 +194,8 @@ def masked_gated_linear_fwd(
         return h, gt
     kernel = "masked_gated_linear_fwd" if n_m == 1 else "masked_gated_linear_fwd_group"
     outputs = h if want_h else None, gt if want_gt else None
-    fits = aligned(x, outputs[0], gt[0] if want_gt else None, weights=(w,))
-    tile = LAST[kernel] = pick_tile(kernel, x, M, H, fits)
+    fit = fit_of(x, outputs[0], gt[0] if want_gt else None, weights=(w,))
+    tile = LAST[kernel] = pick_tile(kernel, x, M, H, fit)
     if tile.skinny:
         launch_split(tile, pick_splits(tile, x, H, D), x, w, planes, *outputs, activation)
         return h, gt

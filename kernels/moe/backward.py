@@ -23,11 +23,11 @@ from ..activations import DEVICE
 from ..arch.tile import Tile, cdiv
 from ..epilogues import store_column_sums
 from ..pick import LAST, pick_grouped_tile
-from ..tiles import aligned, column_parts, dot, load_tile, precision, rounded, store_tile, tile_at
+from ..tiles import column_parts, dot, fit_of, load_tile, precision, rounded, store_tile, tile_at
 from .grouped import (
     accumulate,
     block_e,
-    experts_aligned,
+    experts_fit,
     experts_of,
     group_at,
     grouped_grid,
@@ -324,8 +324,8 @@ def moe_dh(
         return dgu, h, dprob, db.zero_(), db_down.zero_()
     g, u = split_pair(gu, None) if gated else (gu[0], None)
     dg, du = split_pair(dgu, packed) if gated else (dgu[0], None)
-    fits = aligned(dy, g, u, dg, du, h if want_h else None) and experts_aligned(w_down)
-    tile = LAST["moe_dh"] = pick_grouped_tile("moe_dh", dy, T, E, fits)
+    fit = min(fit_of(dy, g, u, dg, du, h if want_h else None), experts_fit(w_down))
+    tile = LAST["moe_dh"] = pick_grouped_tile("moe_dh", dy, T, E, fit)
     most = most_tiles(T, E, tile.block_m)
     sums = dy.new_empty((len(gu), most, H), dtype=torch.float32) if want_db else None
     dots = _new_dots(dy, tile, H, D, b_down) if want_dprob else None
@@ -418,8 +418,8 @@ def fill_wgrad(
     E, N, K = dw.shape
     if dw.numel() == 0:
         return
-    fits = aligned(a, b) and experts_aligned(dw)
-    tile = LAST["moe_wgrad"] = pick_grouped_tile("moe_wgrad", a, N, 1, fits)
+    fit = min(fit_of(a, b), experts_fit(dw))
+    tile = LAST["moe_wgrad"] = pick_grouped_tile("moe_wgrad", a, N, 1, fit)
     _wgrad_kernel[E * cdiv(N, tile.block_m) * cdiv(K, tile.block_n),](
         a, b, dw, a_tokens, b_tokens, offsets, N, K,
         *a.stride(), *b.stride(), dw.stride(0), dw.stride(1),

@@ -16,11 +16,11 @@ from typing import Any
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..arch.tile import Tile, cdiv
+from ..arch.tile import Fit, Tile, cdiv
 from ..device import multiprocessors
-from ..tiles import aligned, descriptor_of, dot, halve, load_weight
+from ..maps import doubtful
+from ..tiles import descriptor_of, dot, fit_of, halve, load_weight
 
 
 @triton.jit
@@ -232,17 +232,16 @@ def block_e(groups: int) -> int:
     return triton.next_power_of_2(max(groups, 2))
 
 
-def experts_aligned(*weights: Tensor | None) -> bool:
-    """tiles.aligned of every expert's own matrix, experts a multiple of 16 bytes apart."""
-    return all(
-        w is None
-        or (
-            aligned(weights=(w[0],))
-            and w.stride(0) > 0
-            and w.stride(0) * w.element_size() % 16 == 0
-        )
-        for w in weights
-    )
+def experts_fit(*weights: Tensor | None) -> Fit:
+    """tiles.fit_of every expert's own matrix, experts a multiple of 16 bytes apart, and of all."""
+    fit = Fit.TMA
+    for w in weights:
+        if w is None:
+            continue
+        if w.stride(0) <= 0 or w.stride(0) * w.element_size() % 16:
+            return Fit.ELEMENT
+        fit = min(fit, fit_of(weights=(w[0],)), Fit.VECTOR if doubtful(w) else Fit.TMA)
+    return fit
 
 
 def experts_of(
@@ -255,21 +254,6 @@ def experts_of(
     stride_e, stride_n, stride_k = w.stride()
     if not tma:
         return w, stride_e, stride_n, stride_k, True
-    k_major = stride_k == 1 and aligned(w[0])
+    k_major = stride_k == 1 and fit_of(w[0]) != Fit.ELEMENT
     view, block = (w, [1, block_n, block_k]) if k_major else (w.mT, [1, block_k, block_n])
     return descriptor_of(view, block), stride_e, stride_n, stride_k, k_major
-
-
-def stacked_experts(
-    w1: Tensor, w2: Tensor, block_n: int, block_k: int
-) -> tuple[TensorDescriptor, bool] | None:
-    """Two aligned (E, N, K) weights as one descriptor over (2, E, N, K), and whether w2 comes
-    first; None where TMA cannot. See tiles.stacked_of."""
-    step = w2.data_ptr() - w1.data_ptr()
-    row = w1.stride(1) * w1.element_size()
-    near = 0 < abs(step) < 1 << 40 and step % row == 0
-    if not near or w1.stride() != w2.stride() or w1.stride(2) != 1:
-        return None
-    strides = (abs(step) // w1.element_size(), *w1.stride())
-    low = w1 if step > 0 else w2
-    return descriptor_of(low, [2, 1, block_n, block_k], (2, *w1.shape), strides), step < 0

@@ -23,17 +23,17 @@ from ..activations import DEVICE
 from ..arch.tile import Tile
 from ..epilogues import store_fwd
 from ..pick import LAST, pick_grouped_tile
-from ..tiles import aligned, column_parts, compiler_options, precision, rounded, rows_of, tile_at
+from ..stacked import Stacked, run, stacked_of
+from ..tiles import column_parts, compiler_options, fit_of, precision, rounded, rows_of, tile_at
 from .grouped import (
     accumulate,
     block_e,
-    experts_aligned,
+    experts_fit,
     experts_of,
     group_at,
     grouped_grid,
     multiply_both,
     rows_at,
-    stacked_experts,
     tile_ends,
 )
 
@@ -253,25 +253,27 @@ def moe_up(
     if T == 0:
         return h, gu
     g, u = (None, None) if not want_gu else (gu[0], None) if w_up is None else split_pair(gu, None)
-    fits = aligned(x, h if want_h else None, g, u) and experts_aligned(w_gate, w_up)
-    tile = LAST["moe_up"] = pick_grouped_tile("moe_up", x, T, E, fits)
+    fit = min(fit_of(x, h if want_h else None, g, u), experts_fit(w_gate, w_up))
+    tile = LAST["moe_up"] = pick_grouped_tile("moe_up", x, T, E, fit)
     gate, *gate_strides, gate_k_major = experts_of(w_gate, tile.block_n, tile.block_k, tile.tma)
     up, *up_strides, up_k_major = experts_of(w_up, tile.block_n, tile.block_k, tile.tma)
-    stacked = up_first = False
-    if tile.tma and w_up is not None:
-        both = stacked_experts(w_gate, w_up, tile.block_n, tile.block_k)
-        if both is not None:
-            stacked, up = True, None
-            gate, up_first = both
     options = grouped_options(tile, E, D % tile.block_k != 0, precision(x.dtype))
-    _up_kernel[grouped_grid(tile, x, T, E, H)](
-        x, gate, up, b_gate, b_up, h if want_h else None, g, u, tokens, offsets, E, H, D,
-        *x.stride(), *gate_strides, *up_strides, h.stride(0), 0 if g is None else g.stride(0),
-        *((0, 0) if b_gate is None else b_gate.stride()),
-        *((0, 0) if b_up is None else b_up.stride()),
-        ACT=DEVICE[activation], GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major,
-        STACKED=stacked, UP_FIRST=up_first, **options,
-    )  # fmt: skip
+
+    def launch(both: Stacked | None) -> None:
+        weights = (gate, up) if both is None else (both.descriptor, None)
+        _up_kernel[grouped_grid(tile, x, T, E, H)](
+            x, *weights, b_gate, b_up, h if want_h else None, g, u, tokens, offsets, E, H, D,
+            *x.stride(), *gate_strides, *up_strides, h.stride(0), 0 if g is None else g.stride(0),
+            *((0, 0) if b_gate is None else b_gate.stride()),
+            *((0, 0) if b_up is None else b_up.stride()),
+            ACT=DEVICE[activation], GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major,
+            STACKED=both is not None, UP_FIRST=both is not None and both.second_first, **options,
+        )  # fmt: skip
+
+    both = None
+    if tile.tma and w_up is not None:
+        both = stacked_of(w_gate, w_up, tile.block_n, tile.block_k)
+    run(both, launch)
     return h, gu
 
 
@@ -298,8 +300,8 @@ def moe_down(
     y = moe_down_result(a, w)
     if T == 0:
         return y
-    fits = aligned(a, a2, y) and experts_aligned(w, w2)
-    tile = LAST["moe_down"] = pick_grouped_tile("moe_down", a, T, E, fits)
+    fit = min(fit_of(a, a2, y), experts_fit(w, w2))
+    tile = LAST["moe_down"] = pick_grouped_tile("moe_down", a, T, E, fit)
     first, *strides, k_major = experts_of(w, tile.block_n, tile.block_k, tile.tma)
     second, *strides2, k_major2 = experts_of(w2, tile.block_n, tile.block_k, tile.tma)
     by_tma = tile.tma and not gather

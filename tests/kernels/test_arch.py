@@ -9,6 +9,7 @@ import triton.language as tl
 
 from fusedmlp.kernels import arch, device as device_module, tiles
 from fusedmlp.kernels.arch import ARCHES, arch_for
+from fusedmlp.kernels.arch.tile import Fit
 from fusedmlp.kernels.dense import gated_linear
 from fusedmlp.kernels.device import pretend
 from fusedmlp.kernels.moe.grouped import experts_aligned
@@ -26,27 +27,27 @@ def hopper():
 
 
 def test_large_results_take_the_preferred_tile(hopper):
-    assert pick_tile("gated_linear_fwd", X, 8192, 14336, True) == hopper[0]
+    assert pick_tile("gated_linear_fwd", X, 8192, 14336, Fit.TMA) == hopper[0]
 
 
 def test_small_results_take_the_tile_that_fills_the_gpu(hopper):
     # 128 x 128 tiles of (256, 4096) are 64, fewer than 132 multiprocessors; 64 x 128 are 128.
-    assert pick_tile("gated_linear_fwd", X, 256, 4096, True).block_m == 64
-    assert pick_tile("gated_linear_fwd", X, 2048, 4096, True).block_m == 128
+    assert pick_tile("gated_linear_fwd", X, 256, 4096, Fit.TMA).block_m == 64
+    assert pick_tile("gated_linear_fwd", X, 2048, 4096, Fit.TMA).block_m == 128
 
 
 def test_few_rows_take_the_skinny_tile(hopper):
     for M, skinny in ((1, True), (16, True), (17, False)):
-        assert pick_tile("gated_linear_fwd", X, M, 14336, True).skinny is skinny
-        assert not pick_tile("gated_linear_bwd", X, M, 14336, True).skinny
+        assert pick_tile("gated_linear_fwd", X, M, 14336, Fit.TMA).skinny is skinny
+        assert not pick_tile("gated_linear_bwd", X, M, 14336, Fit.TMA).skinny
 
 
 def test_unaligned_operands_take_element_loads(hopper):
-    assert pick_tile("gated_linear_fwd", X, 8192, 14337, False).loads == "element"
+    assert pick_tile("gated_linear_fwd", X, 8192, 14337, Fit.ELEMENT).loads == "element"
 
 
 def test_splits_fill_the_gpu_and_leave_work_in_each(hopper):
-    tile = pick_tile("gated_linear_fwd", X, 1, 4096, True)
+    tile = pick_tile("gated_linear_fwd", X, 1, 4096, Fit.TMA)
     # 4096 / 32 columns = 128 blocks; 528 wanted; K = 4096 leaves at most 8 parts of 512.
     assert pick_splits(tile, X, 4096, 4096) == 5
     assert pick_splits(tile, X, 4096, 1024) == 2
@@ -98,14 +99,14 @@ def test_a_row_says_what_follows_from_its_instructions():
 
 def test_alignment():
     t = torch.empty(64, 64, dtype=torch.bfloat16)
-    assert tiles.aligned(t, None, t[:, 8:], t[::2], t[:1], weights=(t, t.t(), None))
+    assert tiles.fit_of(t, None, t[:, 8:], t[::2], t[:1], weights=(t, t.t(), None)) == Fit.TMA
     overlapping = torch.empty(4096, dtype=torch.bfloat16).as_strided((100, 64), (8, 1))
     odd = torch.empty(64, 65, dtype=torch.bfloat16)
     for bad in (t[:, 1:], odd, t[:, ::2], t[:0], t[:1, :1].expand(64, 64), t[:1].expand(64, 64),
                 overlapping):  # fmt: skip
-        assert not tiles.aligned(t, bad)
-        assert not tiles.aligned(t, weights=(bad,))
-    assert not tiles.aligned(t.t())
+        assert tiles.fit_of(t, bad) == Fit.ELEMENT
+        assert tiles.fit_of(t, weights=(bad,)) == Fit.ELEMENT
+    assert tiles.fit_of(t.t()) == Fit.ELEMENT
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32), ids=str)
@@ -142,7 +143,7 @@ def test_every_way_of_cutting_gives_the_same_numbers(
         for key, tiles_ in interpreter.tiles.items()
     }  # fmt: skip
     monkeypatch.setattr(device_module, "INTERPRETER", dataclasses.replace(interpreter, tiles=rows))
-    monkeypatch.setattr(gated_linear, "aligned", lambda *rows, weights: loads != "element")
+    monkeypatch.setattr(gated_linear, "fit_of", lambda *rows, weights: Fit[loads.upper()])
     for name in ("gated_mlp-bias", "mlp-bias"):
         case = CASES[name]
         for key, numbers in compare(case, case.inputs(70, 48, 136, torch.float16)).items():
@@ -163,39 +164,3 @@ def test_results_are_rounded_to_nearest_even(dtype, device):
     y = torch.empty(1, 1024, device=device, dtype=dtype)
     _round_kernel[(1,)](x, y, 1024)
     torch.testing.assert_close(y, x.to(dtype), rtol=0, atol=0, equal_nan=True)
-
-
-def test_two_weights_under_one_descriptor():
-    """Halves of one tensor or two tensors, in either order; None where TMA could not."""
-    packed = torch.empty(128, 64, dtype=torch.bfloat16)
-    first, second = packed.chunk(2)
-    both, second_first = tiles.stacked_of(first, second, 32, 64)
-    assert not second_first and both.base.data_ptr() == packed.data_ptr()
-    assert tuple(both.shape) == (2, 64, 64) and tuple(both.strides) == (64 * 64, 64, 1)
-    assert both.block_shape == [2, 32, 64]
-    both, second_first = tiles.stacked_of(second, first, 32, 64)
-    assert second_first and both.base.data_ptr() == packed.data_ptr()
-    memory = torch.empty(1 << 16, dtype=torch.bfloat16)
-    near, far, skewed = (
-        memory[i:].as_strided((64, 64), (64, 1)) for i in (0, 100 * 64, 200 * 64 + 8)
-    )
-    both, _ = tiles.stacked_of(near, far, 32, 64)
-    assert both.strides[0] == 100 * 64
-    wide = torch.empty(64, 128, dtype=torch.bfloat16)[:, :64]
-    for a, b in ((near, near), (near, wide), (near, skewed), (first.t(), second.t())):
-        assert tiles.stacked_of(a, b, 32, 64) is None
-
-
-@pytest.mark.parametrize("name", ("gated_linear-bias", "gated_mlp"))
-def test_weights_that_cannot_be_stacked_take_two_accumulators(name, device, on_triton, monkeypatch):
-    seen = []
-    stacked_of = gated_linear.stacked_of
-    monkeypatch.setattr(
-        gated_linear, "stacked_of", lambda *args: seen.append(stacked_of(*args)) or seen[-1]
-    )
-    case = CASES[name]
-    inputs = case.inputs(40, 48, 72, torch.bfloat16, device)
-    inputs["w_up"] = inputs["w_up"].t().contiguous().t()
-    for key, numbers in compare(case, inputs).items():
-        assert_close_to(*numbers, name=key)
-    assert seen and not any(seen)

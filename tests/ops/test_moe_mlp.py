@@ -11,6 +11,7 @@ import fusedmlp
 from fusedmlp import Routing, moe_mlp, route_to, top1_route
 from fusedmlp.kernels import device as device_module
 from fusedmlp.kernels.arch import ARCHES, INTERPRETER
+from fusedmlp.kernels.arch.tile import Fit
 from fusedmlp.kernels.device import pretend
 from fusedmlp.kernels.moe import backward as moe_mlp_bwd, moe_mlp as kernels
 from fusedmlp.kernels.pick import pick_grouped_tile
@@ -340,8 +341,8 @@ def test_every_way_of_cutting_gives_the_same_numbers(
     }
     monkeypatch.setattr(device_module, "INTERPRETER", dataclasses.replace(interpreter, tiles=rows))
     for module in (kernels, moe_mlp_bwd):
-        monkeypatch.setattr(module, "aligned", lambda *rows: loads != "element")
-        monkeypatch.setattr(module, "experts_aligned", lambda *weights: True)
+        monkeypatch.setattr(module, "fit_of", lambda *rows: Fit[loads.upper()])
+        monkeypatch.setattr(module, "experts_fit", lambda *weights: Fit.TMA)
     for name in ("moe_mlp-bias", "moe_mlp-plain-recompute-bias"):
         check(MOE[name], MOE[name].inputs(45, 24, 72, torch.float16))
 
@@ -353,8 +354,8 @@ def test_tiles_go_by_the_tokens_of_an_expert(T, block_m):
     for arch in ARCHES.values():
         with pretend(arch, 132):
             for kernel in ("moe_up", "moe_down", "moe_dh"):
-                assert pick_grouped_tile(kernel, x, T, 64, True).block_m == block_m
-            assert pick_grouped_tile("moe_up", x, T, 64, False).loads == "element"
+                assert pick_grouped_tile(kernel, x, T, 64, Fit.TMA).block_m == block_m
+            assert pick_grouped_tile("moe_up", x, T, 64, Fit.ELEMENT).loads == "element"
 
 
 def good(**changed):
