@@ -172,6 +172,12 @@ inline float odd(double d) {
   if (double(f) == d || d != d || std::isinf(f) || bits<u32>(f) & 1) return f;
   return bits<float>(bits<u32>(f) + (std::fabs(d) > std::fabs(double(f)) ? 1u : ~0u));
 }
+// a + b, rounded to odd in float64: what was cut off shows in the last bit.
+inline double odd_sum(double a, double b) {
+  const double sum = a + b, part = sum - a, error = (a - (sum - part)) + (b - part);
+  if (error == 0 || error != error || std::isinf(sum) || bits<u64>(sum) & 1) return sum;
+  return bits<double>(bits<u64>(sum) + ((error > 0) == (sum > 0) ? 1 : ~u64(0)));
+}
 constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 
 // T holds the value, `wide` makes a float of it.
@@ -275,7 +281,7 @@ void add_halves(Lanes& lanes, const std::string& type) {
   two("max.NaN", [](float a, float b) { return a != a || b != b ? NOT_A_NUMBER : larger(a, b); });
   // The product is exact in float64; the sum, rounded to odd on its way, is then rounded once.
   const auto fused = [](u16 a, u16 b, u16 c) {
-    return H::narrow(odd(double(H::wide(a)) * H::wide(b) + H::wide(c)));
+    return H::narrow(odd(odd_sum(double(H::wide(a)) * H::wide(b), H::wide(c))));
   };
   lanes("fma." + type, fused);
   lanes("fma." + type + "x2", [](u32 a, u32 b, u32 c) {
