@@ -346,8 +346,8 @@ inline void add_pairs(Lanes& lanes) {
 }
 
 template <class I>
-I to_integer(float a) {  // NaN becomes 0 and what is too large the largest
-  if (a != a) return 0;
+I to_integer(float a) {  // what is too large becomes the largest; NaN 0, of 64 bits the sign bit
+  if (a != a) return sizeof(I) == 8 ? I(u64(1) << 63) : 0;
   if (double(a) >= double(std::numeric_limits<I>::max())) return std::numeric_limits<I>::max();
   if (double(a) <= double(std::numeric_limits<I>::min())) return std::numeric_limits<I>::min();
   return I(a);
