@@ -371,12 +371,15 @@ void add_integer_cvts(Lanes& lanes, const char* to) {
 template <class I>
 void add_float_cvts(Lanes& lanes, const std::string& type) {
   lanes("cvt.rn.f32." + type, [](I a) { return float(a); });
-  for (const std::string ftz_ : {"", ".ftz"}) {
-    lanes("cvt.rzi" + ftz_ + "." + type + ".f32", [](float a) { return to_integer<I>(std::trunc(a)); });
-    lanes("cvt.rni" + ftz_ + "." + type + ".f32", [](float a) { return to_integer<I>(std::nearbyint(a)); });
-    lanes("cvt.rmi" + ftz_ + "." + type + ".f32", [](float a) { return to_integer<I>(std::floor(a)); });
-    lanes("cvt.rpi" + ftz_ + "." + type + ".f32", [](float a) { return to_integer<I>(std::ceil(a)); });
-  }
+  const auto rounded = [&](const std::string& how, auto f) {
+    using F = decltype(f);
+    lanes("cvt." + how + "." + type + ".f32", [](float a) { return to_integer<I>(F()(a)); });
+    lanes("cvt." + how + ".ftz." + type + ".f32", [](float a) { return to_integer<I>(F()(ftz(a))); });
+  };
+  rounded("rzi", [](float a) { return std::trunc(a); });
+  rounded("rni", [](float a) { return std::nearbyint(a); });
+  rounded("rmi", [](float a) { return std::floor(a); });
+  rounded("rpi", [](float a) { return std::ceil(a); });
 }
 
 // ---- predicates are masks
