@@ -114,32 +114,31 @@ inline u32 reversed(u32 v) {
   return r;
 }
 
-// Those that do not ask for a sign, under each of a width's type names.
+// Each under the type names that the ISA gives it.
 template <class U, class S>
 void add_integers(Lanes& lanes, const std::string& bits) {
   constexpr u32 width = 8 * sizeof(U);
-  const auto all = [&](const char* op, auto f) {
-    for (const char* type : {".b", ".u", ".s"}) lanes(op + (type + bits), f);
+  const auto as = [&](const char* types, const char* op, auto f) {
+    for (; *types; ++types) lanes(std::string(op) + "." + *types + bits, f);
   };
   const auto each = [&](const char* op, auto f, auto g) {
-    lanes(op + (".u" + bits), f);
-    lanes(op + (".b" + bits), f);
-    lanes(op + (".s" + bits), g);
+    as("u", op, f);
+    as("s", op, g);
   };
-  all("add", [](U a, U b) { return U(a + b); });
-  all("sub", [](U a, U b) { return U(a - b); });
-  all("mul.lo", [](U a, U b) { return U(u64(a) * b); });
-  all("mad.lo", [](U a, U b, U c) { return U(u64(a) * b + c); });
-  all("and", [](U a, U b) { return U(a & b); });
-  all("or", [](U a, U b) { return U(a | b); });
-  all("xor", [](U a, U b) { return U(a ^ b); });
-  all("not", [](U a) { return U(~a); });
-  all("neg", [](U a) { return U(0 - a); });
-  all("abs", [](S a) { return S(a < 0 ? 0 - U(a) : U(a)); });
-  all("mov", [](U a) { return a; });
-  all("shl", [](U a, u32 b) { return U(b >= width ? 0 : u64(a) << b); });
-  each("shr", [](U a, u32 b) { return U(b >= width ? 0 : a >> b); },
-       [](S a, u32 b) { return S(a >> (b >= width ? width - 1 : b)); });
+  as("us", "add", [](U a, U b) { return U(a + b); });
+  as("us", "sub", [](U a, U b) { return U(a - b); });
+  as("us", "mul.lo", [](U a, U b) { return U(u64(a) * b); });
+  as("us", "mad.lo", [](U a, U b, U c) { return U(u64(a) * b + c); });
+  as("b", "and", [](U a, U b) { return U(a & b); });
+  as("b", "or", [](U a, U b) { return U(a | b); });
+  as("b", "xor", [](U a, U b) { return U(a ^ b); });
+  as("b", "not", [](U a) { return U(~a); });
+  as("s", "neg", [](U a) { return U(0 - a); });
+  as("s", "abs", [](S a) { return S(a < 0 ? 0 - U(a) : U(a)); });
+  as("bus", "mov", [](U a) { return a; });
+  as("b", "shl", [](U a, u32 b) { return U(b >= width ? 0 : u64(a) << b); });
+  as("bu", "shr", [](U a, u32 b) { return U(b >= width ? 0 : a >> b); });
+  as("s", "shr", [](S a, u32 b) { return S(a >> (b >= width ? width - 1 : b)); });
   each("min", [](U a, U b) { return std::min(a, b); }, [](S a, S b) { return std::min(a, b); });
   each("max", [](U a, U b) { return std::max(a, b); }, [](S a, S b) { return std::max(a, b); });
   each("div", [](U a, U b) { return quotient<U>(a, b); }, [](S a, S b) { return quotient<S>(a, b); });
@@ -147,8 +146,11 @@ void add_integers(Lanes& lanes, const std::string& bits) {
 
   const auto compare = [&](const char* op, const char* unsigned_op, auto f, auto g) {
     lanes.test(std::string("setp.") + op + ".s" + bits, g);
-    for (const char* type : {".u", ".b"}) lanes.test(std::string("setp.") + op + type + bits, f);
-    if (unsigned_op) lanes.test(std::string("setp.") + unsigned_op + ".u" + bits, f);
+    lanes.test(std::string("setp.") + op + ".u" + bits, f);
+    if (unsigned_op)
+      lanes.test(std::string("setp.") + unsigned_op + ".u" + bits, f);
+    else
+      lanes.test(std::string("setp.") + op + ".b" + bits, f);
   };
   compare("eq", nullptr, [](U a, U b) { return a == b; }, [](S a, S b) { return a == b; });
   compare("ne", nullptr, [](U a, U b) { return a != b; }, [](S a, S b) { return a != b; });
@@ -184,15 +186,11 @@ constexpr float NOT_A_NUMBER = std::numeric_limits<float>::quiet_NaN();
 template <class T, class Wide>
 void add_float_tests(Lanes& lanes, const std::string& type, Wide) {
   const auto add = [&](const char* op, auto f) {
-    for (const char* flush : {"", ".ftz"}) {
-      const bool flushes = *flush;
-      if (flushes)
-        lanes.test(std::string("setp.") + op + flush + "." + type,
-                   [](T a, T b) { return decltype(f)()(ftz(Wide()(a)), ftz(Wide()(b))); });
-      else
-        lanes.test(std::string("setp.") + op + "." + type,
-                   [](T a, T b) { return decltype(f)()(Wide()(a), Wide()(b)); });
-    }
+    lanes.test(std::string("setp.") + op + "." + type,
+               [](T a, T b) { return decltype(f)()(Wide()(a), Wide()(b)); });
+    if constexpr (std::is_same_v<T, float>)  // float16's subnormals are not float32's
+      lanes.test(std::string("setp.") + op + ".ftz." + type,
+                 [](T a, T b) { return decltype(f)()(ftz(a), ftz(b)); });
   };
   add("eq", [](float a, float b) { return a == b; });
   add("ne", [](float a, float b) { return a < b || a > b; });
@@ -233,7 +231,7 @@ inline void add_float32(Lanes& lanes) {
   two("max", [](float a, float b) { return larger(a, b); });
   two("min.NaN", [](float a, float b) { return a != a || b != b ? NOT_A_NUMBER : smaller(a, b); });
   two("max.NaN", [](float a, float b) { return a != a || b != b ? NOT_A_NUMBER : larger(a, b); });
-  two("copysign", [](float a, float b) { return std::copysign(b, a); });
+  lanes("copysign.f32", [](float a, float b) { return std::copysign(b, a); });
   two("div", [](float a, float b) { return a / b; });
   // The bounds below are those that the ISA states, as relative errors.
   two("div.full", [](float a, float b) { return near(double(a) / b, 0x1p-22); });
@@ -441,8 +439,7 @@ inline void add_lanes(Table& t) {
   add_integers<u16, s16>(lanes, "16");
   add_integers<u32, s32>(lanes, "32");
   add_integers<u64, s64>(lanes, "64");
-  for (const char* op : {"mov.f32", "mov.b32"}) lanes({op}, [](u32 a) { return a; });
-  lanes({"mov.f16", "mov.bf16"}, [](u16 a) { return a; });
+  lanes({"mov.f32"}, [](u32 a) { return a; });
   lanes({"mov.f64"}, [](u64 a) { return a; });
   lanes({"mul.wide.s32"}, [](s32 a, s32 b) { return s64(a) * b; });
   lanes({"mul.wide.u32"}, [](u32 a, u32 b) { return u64(a) * b; });
@@ -504,7 +501,7 @@ inline void add_lanes(Table& t) {
   mask("not.pred", "p,p", [](u32 a, u32) { return ~a; });
   mask("mov.pred", "p,p", [](u32 a, u32) { return a; });
   for (const char* type : {"b", "u", "s", "f"}) {
-    t[std::string("selp.") + type + "16"] = {select<u16>, "2,2,2,p"};
+    if (*type != 'f') t[std::string("selp.") + type + "16"] = {select<u16>, "2,2,2,p"};
     t[std::string("selp.") + type + "32"] = {select<u32>, "4,4,4,p"};
     t[std::string("selp.") + type + "64"] = {select<u64>, "8,8,8,p"};
   }
