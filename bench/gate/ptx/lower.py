@@ -90,8 +90,24 @@ def _of_lanes(low: Lowering, op: str, given: list[str]) -> None:
     kinds = widths.split(",")
     if len(texts) != len(kinds):
         raise Unknown(f"{len(texts)} operands, not {len(kinds)}")
+    wide = texts[0]
+    texts[0] = _result(low, op, wide, kinds[0])
     ops = [
         low.predicate(t) if k == "p" else low.operand(t, int(k))
         for t, k in zip(texts, kinds, strict=True)
     ]
     low.emit(name, ops, writes=len(outs))
+    if texts[0] != wide:
+        sign, own = op.split(".")[-2][0], low.width_of(wide) or 0
+        low.emit(f"cvt.{sign}{8 * own}.{sign}{8 * int(kinds[0])}", [wide, texts[0]])
+
+
+def _result(low: Lowering, op: str, register: str, width: str) -> str:
+    """The register that a conversion writes; one of its own where the named one is wider, which
+    takes the value extended by its sign (PTX ISA, "Operand Size Exceeding Instruction-Type
+    Size")."""
+    if not op.startswith("cvt.") or (low.width_of(register) or 0) <= int(width):
+        return register
+    own = f"{register}/{width}"
+    low.kernel.registers[own] = f"b{8 * int(width)}"
+    return own
