@@ -187,7 +187,8 @@ inline Step elect(Warp& w, const Ins& i) {  // operands: lane or none, predicate
   need(w, lanes_of<u32>(w, i.op[2])[std::countr_zero(w.m)]);
   const u32 leader = u32(std::countr_zero(w.m));
   if (i.op[0] >= 0)
-    for (int l = 0; l < LANES; ++l) lanes_of<u32>(w, i.op[0])[l] = leader;
+    for (int l = 0; l < LANES; ++l)
+      if (here(w, l)) lanes_of<u32>(w, i.op[0])[l] = leader;
   set_mask(w, i.op[1], 1u << leader);
   return NEXT;
 }
