@@ -112,6 +112,7 @@ Step atomic(Warp& w, const Ins& i) {
 inline void need(Warp& w, u32 named) {
   if (named & w.alive & ~w.m)
     fail("lanes %08x are named and live, but only %08x are here", named & w.alive, w.m);
+  if (w.m & ~named) fail("lanes %08x are here, but only %08x are named", w.m, named);
 }
 
 // Operands: result, a, b, c, mask (and a predicate).
