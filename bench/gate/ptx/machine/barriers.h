@@ -4,14 +4,10 @@
 
 namespace ptx {
 
-// All of them know now what each of them knew.
-inline void meet(const std::vector<Warp*>& warps) {
-  Clock all;
-  for (const Warp* w : warps) join(all, w->clock);
-  for (Warp* w : warps) {
-    w->clock = all;
-    ++w->clock[size_t(w->agent)];
-  }
+// Who waits at `arriving` will know what `w` knows now, but not what it does from now on.
+inline void release(Warp& w, Clock& arriving) {
+  join(arriving, w.clock);
+  ++w.clock[size_t(w.agent)];
 }
 
 // A barrier opens when as many warps have come as it needs; those that have left count too where it
@@ -21,12 +17,13 @@ inline void open_if_full(Block& b, Barrier& barrier) {
   if (!need)
     for (const Warp& w : b.warps) need += w.state != Warp::DONE;
   if (barrier.warps.empty() || barrier.warps.size() + barrier.arrived.size() < need) return;
-  std::vector<Warp*> all = barrier.warps;
-  all.insert(all.end(), barrier.arrived.begin(), barrier.arrived.end());
-  meet(all);
-  for (Warp* w : barrier.warps) w->state = Warp::READY;
+  for (Warp* w : barrier.warps) {
+    join(w->clock, barrier.arriving);
+    w->state = Warp::READY;
+  }
   barrier.warps.clear();
   barrier.arrived.clear();
+  barrier.arriving.clear();
 }
 
 template <bool WAITS>  // bar.sync, bar.arrive. Operands: the barrier (and the number of threads)
@@ -39,8 +36,9 @@ Step block_barrier(Warp& w, const Ins& i) {
   if (b.warps.empty() && b.arrived.empty()) b.need = threads / LANES;
   if (b.need != threads / LANES)
     fail("barrier %u is asked for %u threads and, before, for %u", id, threads, b.need * LANES);
-  for (const Warp* other : b.warps)
+  for (const Warp* other : b.arrived)
     if (other == &w) fail("a warp comes to barrier %u twice", id);
+  release(w, b.arriving);
   if (!WAITS) {
     b.arrived.push_back(&w);
     open_if_full(*w.block, b);
@@ -54,32 +52,41 @@ Step block_barrier(Warp& w, const Ins& i) {
   return w.state == Warp::READY ? JUMP : WAIT;
 }
 
-inline Step cluster_arrive(Warp& w, const Ins&) {
-  auto& arrived = w.block->cluster->arrived;
-  for (const Warp* other : arrived)
-    if (other == &w) fail("a warp arrives at the cluster's barrier twice");
-  arrived.push_back(&w);
-  return NEXT;
+inline void pass_cluster(Warp& w) {
+  join(w.clock, w.block->cluster->passed);
+  w.cluster = Warp::AWAY;
+  w.state = Warp::READY;
 }
+// It opens when every live warp has arrived. No warp arrives again before it has waited, so all have
+// passed before it opens the next time.
 inline void open_cluster(Cluster& c) {
-  size_t live = 0, waiting = 0;
-  for (Block& b : c.blocks)
-    for (Warp& w : b.warps) live += w.state != Warp::DONE, waiting += w.state == Warp::CLUSTER;
-  if (!waiting || c.arrived.size() < live) return;
-  meet(c.arrived);
-  c.arrived.clear();
   for (Block& b : c.blocks)
     for (Warp& w : b.warps)
-      if (w.state == Warp::CLUSTER) w.state = Warp::READY;
+      if (w.state != Warp::DONE && w.cluster != Warp::ARRIVED) return;
+  c.passed = std::exchange(c.arriving, {});
+  for (Block& b : c.blocks)
+    for (Warp& w : b.warps) {
+      if (w.state == Warp::DONE) continue;
+      w.cluster = Warp::PASSED;
+      if (w.state == Warp::CLUSTER) pass_cluster(w);
+    }
+}
+inline Step cluster_arrive(Warp& w, const Ins&) {
+  if (w.cluster != Warp::AWAY) fail("a warp arrives at the cluster's barrier twice");
+  w.cluster = Warp::ARRIVED;
+  release(w, w.block->cluster->arriving);
+  open_cluster(*w.block->cluster);
+  return NEXT;
 }
 inline Step cluster_wait(Warp& w, const Ins&) {
-  bool came = false;
-  for (const Warp* other : w.block->cluster->arrived) came |= other == &w;
-  if (!came) fail("barrier.cluster.wait without an arrive before it");
-  w.state = Warp::CLUSTER;
+  if (w.cluster == Warp::AWAY) fail("barrier.cluster.wait without an arrive before it");
   ++w.pc;
-  open_cluster(*w.block->cluster);
-  return w.state == Warp::READY ? JUMP : WAIT;
+  if (w.cluster == Warp::PASSED) {
+    pass_cluster(w);
+    return JUMP;
+  }
+  w.state = Warp::CLUSTER;
+  return WAIT;
 }
 
 // ---- mbarriers

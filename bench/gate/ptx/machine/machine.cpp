@@ -203,7 +203,7 @@ void start(Cluster& c, const Program& p, const Call& call, u32 first[3], std::ve
   u8* base = files.data() + (64 - reinterpret_cast<uintptr_t>(files.data()) % 64) % 64;
   c.blocks.clear();
   c.blocks.resize(blocks);
-  c.arrived.clear();
+  c.arriving.clear();
   c.copied = c.multiplied = 1;
   for (u32 rank = 0; rank < blocks; ++rank) {
     Block& b = c.blocks[rank];

@@ -62,6 +62,7 @@ struct Warp {
   u8* registers;
   std::vector<Part> parts;
   enum { READY, BARRIER, CLUSTER, MBARRIER, DONE } state = READY;
+  enum { AWAY, ARRIVED, PASSED } cluster = AWAY;  // at the cluster's barrier
   u32 waits_for = 0, parity = 0;
   int polled = -1;  // the try_wait that has said no last
   Clock clock;
@@ -88,6 +89,7 @@ struct MBarrier {
 struct Barrier {
   std::vector<Warp*> warps;  // that wait
   std::vector<Warp*> arrived;
+  Clock arriving;  // what all of them knew when they came
   u32 need = 0;
 };
 struct Load {  // one TMA load in flight
@@ -156,7 +158,7 @@ struct Cluster {
   std::mt19937 random;
   Options options;
   u32 copied = 1, multiplied = 1;  // the clocks of the agents below
-  std::vector<Warp*> arrived;      // at the cluster's barrier
+  Clock arriving, passed;          // of warps at the cluster's barrier: this time, the time before
   u64 count = 0;
   u64* executed = nullptr;
 
