@@ -233,7 +233,7 @@ void start(Cluster& c, const Program& p, const Call& call, u32 first[3], std::ve
       w.clock.assign(c.agents(), 0);
       w.clock[size_t(w.agent)] = 1;
       w.busy.assign(p.registers / 64 + 1, 0);
-      w.dirty.assign(p.registers / 64 + 1, 0);
+      w.dirty.assign(p.registers / 64 + 1, 1);
       if (p.local) w.local.assign(LANES, std::vector<u8>(p.local, POISON));
       std::memcpy(w.registers, p.constants.data(), p.constants.size());
       std::memset(w.registers + p.constants.size(), POISON, p.registers - p.constants.size());

@@ -167,12 +167,12 @@ inline Step wgmma(Warp& w, const Ins& i) {
   u32 next = s.n / 2;
   for (u32 k = 0; k < next; ++k)
     if (w.dirty[register_of(i.op[k])])
-      fail("wgmma: accumulator %u was written and no wgmma.fence has followed", k);
+      fail("wgmma: no wgmma.fence since accumulator %u was written, or at all", k);
   if (s.registers) {
     for (int k = 0; k < 4; ++k) {
       const s32 op = i.op[next++];
       if (w.busy[register_of(op)]) fail("wgmma takes A from registers that are in flight");
-      if (w.dirty[register_of(op)]) fail("wgmma: a register of A was written and no wgmma.fence has followed");
+      if (w.dirty[register_of(op)]) fail("wgmma: no wgmma.fence since a register of A was written, or at all");
       std::memcpy(p.registers[k], lanes_of<u32>(w, op), sizeof p.registers[k]);
     }
   } else {
