@@ -41,6 +41,9 @@ void check_in_flight(Warp& w, const Ins& i) {
   for (int k = 0; k < i.nop; ++k)
     if (i.op[k] >= 0 && w.busy[register_of(i.op[k])])
       fail("operand %d is a register that an instruction in flight still writes", k);
+  for (int k = 0, n = int(i.flags >> MARKS); k < n; ++k)
+    if (i.op[k] >= 0 && w.held[register_of(i.op[k])])
+      fail("operand %d is a register that a wgmma in flight still reads", k);
 }
 
 Step run(Warp& w, const std::vector<Ins>& code) {
@@ -233,6 +236,7 @@ void start(Cluster& c, const Program& p, const Call& call, u32 first[3], std::ve
       w.clock.assign(c.agents(), 0);
       w.clock[size_t(w.agent)] = 1;
       w.busy.assign(p.registers / 64 + 1, 0);
+      w.held.assign(p.registers / 64 + 1, 0);
       w.dirty.assign(p.registers / 64 + 1, 1);
       if (p.local) w.local.assign(LANES, std::vector<u8>(p.local, POISON));
       std::memcpy(w.registers, p.constants.data(), p.constants.size());

@@ -174,6 +174,7 @@ inline Step wgmma(Warp& w, const Ins& i) {
       if (w.busy[register_of(op)]) fail("wgmma takes A from registers that are in flight");
       if (w.dirty[register_of(op)]) fail("wgmma: no wgmma.fence since a register of A was written, or at all");
       std::memcpy(p.registers[k], lanes_of<u32>(w, op), sizeof p.registers[k]);
+      ++w.held[register_of(op)];
     }
   } else {
     p.a = lanes_of<u64>(w, i.op[next++])[0];
@@ -214,7 +215,9 @@ inline Step wgmma_wait(Warp& w, const Ins& i) {  // imm: groups that may stay
           note_being_read(*w.block, at, 16, -1);
           note_read(w, at, 16, true);  // whoever writes next must know of this wait
         });
-      for (u32 k = 0; k < s.n / 2; ++k) --w.busy[register_of(p.ins->op[k])];
+      const s32* op = p.ins->op;
+      for (u32 k = 0; k < s.n / 2; ++k) --w.busy[register_of(op[k])];
+      for (u32 k = 0; s.registers && k < 4; ++k) --w.held[register_of(op[s.n / 2 + k])];
       --w.in_flight;
     }
     w.product_groups.pop_front();

@@ -73,6 +73,7 @@ struct Warp {
   std::vector<Product> products;
   std::deque<std::vector<Product>> product_groups;
   std::vector<u8> busy;   // by register: asynchronous instructions that write it
+  std::vector<u8> held;   // by register: asynchronous instructions that read it
   std::vector<u8> dirty;  // by register: written since the last wgmma.fence
   int in_flight = 0;      // instructions that busy stands for
   std::vector<s32> tensor_loads;  // registers that a tcgen05.ld still fills
