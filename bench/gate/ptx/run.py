@@ -132,10 +132,13 @@ class Program:
             WHEN.index(order.when), order.seed, races, strict, SUMS.index(order.sums),
             order.noise, budget,
         )  # fmt: skip
+        threads = threads or k.threads
+        if threads <= 0 or threads % 32:
+            raise ValueError(f"{k.name}: whole warps are asked for, got {threads} threads")
         x, y, z = (*map(int, grid), 1, 1)[:3]
         call = _Call(
             (ctypes.c_uint32 * 3)(x, y, z), (ctypes.c_uint32 * 3)(*(cluster or k.cluster)),
-            (threads or k.threads) // 32, max(shared, self.lowered.shared), granule,
+            threads // 32, max(shared, self.lowered.shared), granule,
             global_granule, options,
         )  # fmt: skip
         result = _Result()

@@ -145,8 +145,10 @@ def parse(text: str, name: str | None = None) -> Kernel:
     for declaration in re.findall(r"^\s*(\.(?:shared|global|const)\b[^;]*);", before, re.M):
         if not _variable(kernel, " ".join(declaration.split())):
             raise Unknown(f"declaration {declaration!r}")
-    if m := re.search(r"\.reqntid\s+(\d+)", head[3]) or re.search(r"\.maxntid\s+(\d+)", head[3]):
+    if m := re.search(r"\.(?:req|max)ntid\s+(\d+)([\d,\s]*)", head[3]):
         kernel.threads = int(m[1])
+        if set(re.findall(r"\d+", m[2])) - {"1"}:
+            raise Unknown(f"{kernel.name} has blocks of several dimensions: {m[0].strip()}")
     if m := re.search(r"\.reqnctapercluster\s+([\d, ]+)", head[3]):
         numbers = [int(n) for n in m[1].split(",")]
         x, y, z = (*numbers, 1, 1)[:3]
