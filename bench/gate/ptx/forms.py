@@ -221,7 +221,7 @@ def _mbarrier(low: Lowering, op: str, parts: list[str], o: list[str]) -> None:
 
 @form("cp.async")
 def _cp_async(low: Lowering, op: str, parts: list[str], o: list[str]) -> None:
-    if "mbarrier" in parts:
+    if {"mbarrier", "bulk"}.intersection(parts) or len(o) > 4:
         raise Unknown(op)
     (to, to_offset), (of, of_offset) = low.address(o[0], 4), low.address(o[1], 8)
     bytes_ = int(o[2], 0)
@@ -253,6 +253,9 @@ def _bulk_wait(low: Lowering, op: str, parts: list[str], o: list[str]) -> None:
 @form("cp.async.bulk.tensor")
 def _box(low: Lowering, op: str, parts: list[str], o: list[str]) -> None:
     rank = int(parts[4][0])
+    how = {"tile", "mbarrier::complete_tx::bytes", "multicast::cluster", "bulk_group"}
+    if not how.issuperset(parts[7:]):
+        raise Unknown(op)
 
     def shared(text: str) -> int | str:
         at, offset = low.address(text, 4)
@@ -292,7 +295,7 @@ def _wgmma(low: Lowering, op: str, parts: list[str], o: list[str]) -> None:
     d, a = vector(o[0]), vector(o[1])
     in_registers = o[1].strip().startswith("{")
     rest = [int(x, 0) for x in o[4:]]  # signs of A and B, then whether A and B are transposed
-    if shape is None or result != "f32" or rest[:2] != [1, 1]:
+    if shape is None or result != "f32" or rest[:2] != [1, 1] or parts[5:] != [kind]:
         raise Unknown(op)
     turned = rest[2:] or [0] if in_registers else rest[2:] or [0, 0]
     turned = [0, *turned] if in_registers else turned
@@ -351,6 +354,8 @@ def _tensor_alloc(low: Lowering, op: str, parts: list[str], o: list[str]) -> Non
 
 @form("tcgen05.commit")
 def _tensor_commit(low: Lowering, op: str, parts: list[str], o: list[str]) -> None:
+    if "cta_group::2" in parts:
+        raise Unknown(op)
     at, offset = low.address(o[0], 4)
     blocks = [low.operand(o[1], 2)] if "multicast::cluster" in parts else []
     low.emit("tcgen05.commit", [at, *blocks], [offset], writes=0)
