@@ -70,7 +70,7 @@ inline u8* global(Warp& w, u64 address, u32 bytes, Access access, const char* wh
              me - 1, (long long)(g * size), region.name);
       name(t.reader, "reads");
     }
-    if (read || atomic) t.reader = !t.reader || t.reader == me ? me : MANY;
+    if (read) t.reader = !t.reader || t.reader == me ? me : MANY;
     if (!read) t.writer = me, t.moment = moment(w.agent, w.clock[w.agent]), t.atomic = atomic;
   }
   return host;
