@@ -121,3 +121,25 @@ def aligned(shape, dtype, align=1024):
     raw = np.zeros(size + align, np.uint8)
     skip = -raw.ctypes.data % align
     return raw[skip : skip + size].view(dtype).reshape(shape)
+
+
+STORE = "mul.wide.u32 %d0, %lane, 4; add.s64 %d0, %d0, %out; st.global.b32 [%d0], %r0;"
+
+
+def lanes(code, **given):
+    """%r0 of the 32 lanes after `code`; %r0 is 0xAAAA before."""
+    out = np.zeros(32, np.uint32)
+    launch(f"mov.b32 %r0, 0xAAAA; {code}\n{STORE}", out=out, **given)
+    return out
+
+
+def loaded(name="x", register="%r1"):
+    """A value of each lane."""
+    return (
+        f"mul.wide.u32 %d1, %lane, 4; add.s64 %d1, %d1, %{name}; ld.global.b32 {register}, [%d1];"
+    )
+
+
+def only(mask):
+    """%p9 in the lanes of a mask."""
+    return f"shr.u32 %r9, {mask}, %lane; and.b32 %r9, %r9, 1; setp.ne.s32 %p9, %r9, 0;"
