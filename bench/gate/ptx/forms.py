@@ -237,6 +237,8 @@ def _cp_commit(low: Lowering, op: str, parts: list[str], o: list[str]) -> None:
 
 @form("cp.async.wait_group", "cp.async.wait_all")
 def _cp_wait(low: Lowering, op: str, parts: list[str], o: list[str]) -> None:
+    if not o:  # wait_all is a commit and a wait
+        low.emit("cp.commit", [], writes=0)
     low.emit("cp.wait", [], [int(o[0], 0) if o else 0], writes=0)
 
 

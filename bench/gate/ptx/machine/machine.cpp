@@ -85,9 +85,9 @@ Step run(Warp& w, const std::vector<Ins>& code) {
 void finish(Warp& w) {
   w.state = Warp::DONE;
   if (w.in_flight) fail("a warp exits with a wgmma or a tcgen05.ld in flight");
-  if (!w.copies.empty() || !w.copy_groups.empty())
-    for (const auto& group : w.copy_groups)
-      if (!group.empty()) fail("a warp exits with a cp.async that it does not wait for");
+  bool copies = !w.copies.empty();
+  for (const auto& group : w.copy_groups) copies |= !group.empty();
+  if (copies) fail("a warp exits with a cp.async that it does not wait for");
   for (const auto& group : w.box_groups)
     for (const Box& box : group)
       if (!box.read) fail("a warp exits while a TMA store may still read its shared memory");
