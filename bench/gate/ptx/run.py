@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -170,6 +171,8 @@ class Program:
         what = result.message.decode(errors="replace")
         for n in reversed(range(len(names))):
             what = what.replace(f"argument {n}", names[n])
+        lines = [i.line for i in k.instructions]
+        what = re.sub(r"\bline (\d+)", lambda m: f"PTX line {[*lines, 'end'][int(m[1])]}", what)
         x, y, z = result.ctaid
         if result.line >= len(k.instructions):
             return Finding(k.name, what, line=-1, text="the end", block=(x, y, z), warp=result.warp)
