@@ -11,13 +11,17 @@ inline size_t region_of(Warp& w, u64 address, u32 bytes, const char* what) {
   const auto& all = *w.block->cluster->regions;
   const auto holds = [&](const Region& r) { return address >= r.begin && address + bytes <= r.end; };
   if (last < all.size() && holds(all[last])) return last;
-  const Region* near = nullptr;
+  const Region *near = nullptr, *next = nullptr;
   for (size_t k = 0; k < all.size(); ++k) {
     if (holds(all[k])) return last = k;
     if (all[k].begin <= address && (!near || all[k].begin > near->begin)) near = &all[k];
+    if (all[k].begin > address && (!next || all[k].begin < next->begin)) next = &all[k];
   }
-  if (!near)
-    fail("global %s of %u bytes at 0x%llx, below every tensor", what, bytes, (unsigned long long)address);
+  if (address >> 32 == 0 || (!near && !next))
+    fail("global %s of %u bytes at 0x%llx, where no tensor is", what, bytes, (unsigned long long)address);
+  if (next && (!near || next->begin - address < address - std::min(address, near->end)))
+    fail("global %s of %u bytes begins %llu bytes before argument %d", what, bytes,
+         (unsigned long long)(next->begin - address), next->name);
   fail("global %s of %u bytes ends %lld bytes past the end of argument %d", what, bytes,
        (long long)(address + bytes - near->end), near->name);
 }
