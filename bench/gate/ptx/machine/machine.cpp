@@ -97,16 +97,20 @@ void finish(Warp& w) {
   open_cluster(*w.block->cluster);
 }
 
-void deadlock(Cluster& c, const std::vector<Ins>& code) {
+// current becomes the first warp that waits.
+void deadlock(Cluster& c, const std::vector<Ins>& code, Warp*& current) {
   std::string all = "deadlock:";
+  current = nullptr;
   for (Block& b : c.blocks)
-    for (const Warp& w : b.warps) {
+    for (Warp& w : b.warps) {
       char text[160];
+      if (w.state == Warp::BARRIER || w.state == Warp::CLUSTER) --w.pc;  // it stood behind the barrier
+      if (w.state != Warp::DONE && !current) current = &w;
       const int line = code[std::min(size_t(std::max(w.pc, 0)), code.size() - 1)].line;
       if (w.state == Warp::BARRIER)
-        snprintf(text, sizeof text, " warp %d at barrier %u (before line %d);", w.agent, w.waits_for, line);
+        snprintf(text, sizeof text, " warp %d at barrier %u (line %d);", w.agent, w.waits_for, line);
       else if (w.state == Warp::CLUSTER)
-        snprintf(text, sizeof text, " warp %d at the cluster's barrier (before line %d);", w.agent, line);
+        snprintf(text, sizeof text, " warp %d at the cluster's barrier (line %d);", w.agent, line);
       else if (w.state == Warp::MBARRIER) {
         const MBarrier& m = mbarrier(b, w.waits_for);
         snprintf(text, sizeof text,
@@ -121,7 +125,7 @@ void deadlock(Cluster& c, const std::vector<Ins>& code) {
 
 // Nobody can go on: something asynchronous comes. Only what is waited for, so that a copy that nobody
 // waits for does not.
-void advance(Cluster& c, const std::vector<Ins>& code) {
+void advance(Cluster& c, const std::vector<Ins>& code, Warp*& current) {
   struct Choice {
     Block* block;
     size_t load;
@@ -146,7 +150,7 @@ void advance(Cluster& c, const std::vector<Ins>& code) {
     return;
   }
   if (wanted.empty()) wanted = others;
-  if (wanted.empty()) deadlock(c, code);
+  if (wanted.empty()) deadlock(c, code, current);
   const Choice choice = wanted[seeded ? c.random() % wanted.size() : 0];
   const Load load = choice.block->loads[choice.load];
   choice.block->loads.erase(choice.block->loads.begin() + s64(choice.load));
@@ -180,7 +184,7 @@ void run_cluster(Cluster& c, const std::vector<Ins>& code, Warp*& current) {
       }
     }
     if (!left) break;
-    if (!progress) advance(c, code);
+    if (!progress) advance(c, code, current);
   }
   for (Block& b : c.blocks) {
     if (!b.loads.empty() || !b.products.empty()) fail("a block ends with a TMA load or a product in flight");
