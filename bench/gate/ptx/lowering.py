@@ -29,7 +29,7 @@ SLOT = {0: 64, 1: 64, 2: 64, 4: 128, 8: 256}  # bytes of 32 lanes; a predicate i
 
 # Every live lane must carry these out together.
 _ALIGNED = (
-    "bar.sync", "barrier.", "wgmma.", "ldmatrix", "stmatrix", "mma.", "tcgen05.alloc",
+    "bar.", "barrier.", "wgmma.", "ldmatrix", "stmatrix", "mma.", "tcgen05.alloc",
     "tcgen05.dealloc", "tcgen05.ld", "tcgen05.st", "tcgen05.wait", "setmaxnreg",
 )  # fmt: skip
 
