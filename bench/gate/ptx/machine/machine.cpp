@@ -89,8 +89,7 @@ void finish(Warp& w) {
   for (const auto& group : w.copy_groups) copies |= !group.empty();
   if (copies) fail("a warp exits with a cp.async that it does not wait for");
   for (const auto& group : w.box_groups)
-    for (const Box& box : group)
-      if (!box.read) fail("a warp exits while a TMA store may still read its shared memory");
+    if (!group.empty()) fail("a warp exits while a TMA store may still read its shared memory");
   if (!w.boxes.empty()) fail("a warp exits with a TMA store that is in no group");
   for (auto& [id, barrier] : w.block->barriers)
     if (!barrier.need) open_if_full(*w.block, barrier);

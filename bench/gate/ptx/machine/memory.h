@@ -147,7 +147,7 @@ inline void check_write(Block& b, const Clock& clock, u32 me, u32 offset, u32 by
   granules(b, offset, bytes, [&](u32 g, Shadow& s) {
     if (s.coming) fail("shared offset %u is written while an asynchronous copy still writes it", g * size);
     if (s.being_read)
-      fail("shared offset %u is written while an asynchronous product still reads it", g * size);
+      fail("shared offset %u is written while something asynchronous still reads it", g * size);
     const u32 by = agent_of(s.written);
     if (by != me && clock_of(s.written) > clock[by]) {
       const u32 from = std::max(g * size, offset), end = std::min((g + 1) * size, offset + bytes);
