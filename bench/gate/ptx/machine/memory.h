@@ -124,8 +124,8 @@ inline void note_read(Warp& w, u32 offset, u32 bytes, bool proxy = false) {
   const u32 agents = b.cluster->agents(), me = u32(w.agent);
   granules(b, offset, bytes, [&](u32 g, Shadow& s) {
     const u32 size = b.cluster->granule;
-    if (!s.defined) fail("shared offset %u is read, which nothing has written", g * size);
     if (s.coming) fail("shared offset %u is read while an asynchronous copy still writes it", g * size);
+    if (!s.defined) fail("shared offset %u is read, which nothing has written", g * size);
     const u32 by = agent_of(s.written);
     if (by != me && clock_of(s.written) > w.clock[by] && !(s.alike >> me & 1)) {
       shared_race(b, g, "read", me, by, "write");
