@@ -59,7 +59,7 @@ class Launch:
         addresses = {
             name: self._address(name, value)
             for name, value in arguments.items()
-            if not isinstance(value, int)
+            if not isinstance(value, int | bytes)
         }
         arguments = dict(arguments)
         for name, (array, tensor_map) in dict(maps).items():
