@@ -34,12 +34,14 @@ class TensorMap:
 
     def refusals(self) -> list[str]:
         """Why the driver would not encode it."""
-        rank, row = len(self.sizes), self.box[0] * self.element
-        why = []
+        rank = len(self.sizes)
         if not 1 <= rank <= 5:
-            why.append(f"its rank is {rank}, not 1 to 5")
+            return [f"its rank is {rank}, not 1 to 5"]
         if len(self.strides) != rank - 1 or len(self.box) != rank:
-            why.append("sizes, strides and box are of different ranks")
+            return ["sizes, strides and box are of different ranks"]
+        why, row = [], self.box[0] * self.element
+        if self.element not in (1, 2, 4, 8):
+            why.append(f"no data type has {self.element} bytes")
         if self.base % 16:
             why.append("its base is not aligned to 16 bytes")
         why += [f"a size of {n} is not in 1 to 2^32" for n in self.sizes if not 0 < n <= 1 << 32]
