@@ -6,7 +6,7 @@ reversed graph.
 
 from __future__ import annotations
 
-from .text import Kernel
+from .text import Instruction, Kernel, Unknown
 
 __all__ = ["meeting_points"]
 
@@ -23,11 +23,19 @@ def _blocks(kernel: Kernel) -> tuple[list[int], dict[int, int], dict[int, list[i
     for b in blocks[:-1]:
         k = last[b]
         if k in branches:
-            to = kernel.labels[code[k].operands[0]]
+            to = _target(kernel, code[k])
             after[b] = [to, k + 1] if code[k].guard else [to]
         else:
             after[b] = [n] if k in ends else [k + 1]
     return blocks, last, after
+
+
+def _target(kernel: Kernel, branch: Instruction) -> int:
+    label = branch.operands[0]
+    if label not in kernel.labels:
+        where = f"{kernel.name}, PTX line {branch.line}: {branch.text}"
+        raise Unknown(f"{where} (no label {label})")
+    return kernel.labels[label]
 
 
 def _post_order(root: int, before: dict[int, list[int]]) -> list[int]:

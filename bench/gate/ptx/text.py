@@ -94,7 +94,7 @@ def _params(kernel: Kernel, text: str) -> None:
     offset = 0
     for item in filter(None, (part.strip() for part in text.split(","))):
         m = _PARAM.search(item)
-        if m is None:
+        if m is None or m[2] not in WIDTH:
             raise Unknown(f"parameter {item!r} of {kernel.name}")
         size = WIDTH[m[2]] * int(m[4] or 1)
         align = int(m[1] or WIDTH[m[2]])
@@ -114,7 +114,7 @@ _VARIABLE = re.compile(
 def _variable(kernel: Kernel, text: str) -> bool:
     """Enter what a declaration says; False where the text is none."""
     m = _VARIABLE.search(text)
-    if m is None:
+    if m is None or m[3] not in WIDTH:
         return False
     width = WIDTH[m[3]]
     values = [int(v.strip().rstrip("U"), 0) for v in (m[6] or "").split(",") if v.strip()]
