@@ -1,6 +1,6 @@
 """What the machine must find in ordinary code, with its message, PTX line, block and warp.
 
-The right kernel beside each wrong one passes. Asynchronous faults are in test_asynchronous_errors.py.
+The right kernel beside each wrong one passes. Asynchronous code: test_asynchronous_errors.py.
 """
 
 import numpy as np
