@@ -95,7 +95,7 @@ _OPS = {
 
 
 def integers(name, operands):
-    """Of an instruction whose type is an integer: bits, and where they are defined."""
+    """Bits of an instruction whose type is an integer, and where they are defined."""
     op, _, kind = name.rpartition(".")
     bits = int(kind[1:])
     defined = np.ones(len(operands[0]), bool)
@@ -157,7 +157,7 @@ ROUNDINGS = {"rmi": np.floor, "rpi": np.ceil, "rzi": np.trunc, "rni": np.rint}
 
 
 def floats(name, operands):
-    """Of one instruction on float32, bfloat16, float16, or float32 with one of these."""
+    """Bits and exact values of one instruction; of a mixed one, the last operand is float32."""
     parts = name.split(".")
     kind = KINDS[parts[-1]]
     op = ".".join(p for p in parts[:-1] if p not in ("ftz", "f32"))

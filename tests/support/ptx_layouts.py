@@ -84,7 +84,7 @@ def fragment_b(shape, lane, i):
 
 
 def fragment_d(lane, i):
-    """Of mma and, N / 8 times side by side, of wgmma."""
+    """Also, N / 8 times side by side, those of wgmma."""
     return lane // 4 + 8 * (i // 2 % 2), 8 * (i // 4) + 2 * (lane % 4) + i % 2
 
 
