@@ -157,11 +157,36 @@ class Launch {
   std::vector<std::unique_ptr<SharedMemory>> shared_;
 };
 
+// Where launches go instead, if a test says so: to what runs the same kernel in another way. dims: of
+// cluster, grid and block. Each argument and its bytes. 0 on success.
+using Elsewhere = int (*)(const void* kernel, const unsigned* dims, size_t shared,
+                          const void* const* arguments, const size_t* bytes, int count);
+inline Elsewhere elsewhere = nullptr;
+
+template <class... Values>
+bool sent_elsewhere(const void* kernel, dim3 cluster, dim3 blocks, dim3 threads, size_t shared,
+                    const Values&... values) {
+  const unsigned dims[] = {cluster.x, cluster.y, cluster.z, blocks.x, blocks.y,
+                           blocks.z,  threads.x, threads.y, threads.z};
+  const void* const arguments[] = {&values...};
+  const size_t bytes[] = {sizeof values...};
+  return elsewhere(kernel, dims, shared, arguments, bytes, int(sizeof...(Values))) == 0;
+}
+
 template <class... Parameters, class... Arguments>
 cudaError_t launch(dim3 cluster, void (*kernel)(Parameters...), dim3 blocks, dim3 threads,
                    size_t shared, Arguments&&... arguments) {
   try {
     const std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
+    if (elsewhere) {
+      const bool done = std::apply(
+          [&](const auto&... each) {
+            return sent_elsewhere(reinterpret_cast<const void*>(kernel), cluster, blocks, threads,
+                                  shared, each...);
+          },
+          values);
+      return done ? cudaSuccess : cudaErrorLaunchFailure;
+    }
     Launch(cluster, blocks, threads, shared, [&] { std::apply(kernel, values); }).run();
     return cudaSuccess;
   } catch (const std::exception& error) {
@@ -179,6 +204,7 @@ __attribute__((used)) inline void simt_begin(uint64_t seed, double seconds) {
   simt::scheduler.seconds = seconds;
   simt::last_error.clear();
 }
+__attribute__((used)) inline void simt_elsewhere(simt::Elsewhere where) { simt::elsewhere = where; }
 __attribute__((used)) inline const char* simt_error() {
   return simt::last_error.c_str();
 }

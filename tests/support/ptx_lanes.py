@@ -143,6 +143,14 @@ def _huge(a, b):
     return np.where(huge, np.where(np.isfinite(a), np.copysign(0.0, a) * np.sign(b), np.nan), a / b)
 
 
+def _down(a, b, c):
+    """a b + c as the largest float32 that is not above it."""
+    exact = a.astype(np.longdouble) * b + c
+    near = exact.astype(np.float32)
+    above = near > exact
+    return np.where(above, np.nextafter(near, np.float32(-np.inf)), near).astype(F64)
+
+
 _FLOATS = {
     "add": odd_sum, "sub": lambda a, b: odd_sum(a, -b), "mul": lambda a, b: a * b,
     "fma": lambda a, b, c: odd_sum(a * b, c), "min": least, "max": lambda a, b: least(a, b, -1),
@@ -151,7 +159,7 @@ _FLOATS = {
     "sqrt": np.sqrt, "rcp": lambda a: 1 / a, "div.full": lambda a, b: a / b, "div.approx": _huge,
     "sqrt.approx": np.sqrt, "rsqrt.approx": lambda a: 1 / np.sqrt(a), "rcp.approx": lambda a: 1 / a,
     "ex2.approx": np.exp2, "lg2.approx": np.log2, "sin.approx": np.sin, "cos.approx": np.cos,
-    "tanh.approx": np.tanh,
+    "tanh.approx": np.tanh, "fma.rm": lambda a, b, c: _down(a, b, c),
 }  # fmt: skip
 ROUNDINGS = {"rmi": np.floor, "rpi": np.ceil, "rzi": np.trunc, "rni": np.rint}
 
@@ -217,6 +225,8 @@ def conversion(name, operands):
     x = KINDS[of].decode(operands[0])
     if "ftz" in how and of == "f32":
         x = flush(x)
+    if how == ["sat"]:  # NaN becomes 0
+        return KINDS[to].encode(np.clip(np.nan_to_num(x, nan=0.0), 0, 1) + 0.0).astype(np.uint64)
     rounding = next((ROUNDINGS[h] for h in how if h in ROUNDINGS), None)
     if to in KINDS:
         y = KINDS[to].decode(KINDS[to].encode(rounding(x) if rounding else x))

@@ -11,7 +11,7 @@ import re
 from . import forms
 from .flow import meeting_points
 from .library import operands_of
-from .lowering import SHARED_BASE, Lowered, Lowering
+from .lowering import Lowered, Lowering, addresses_of
 from .text import Instruction, Kernel, Unknown
 
 __all__ = ["lower"]
@@ -31,21 +31,10 @@ def plain(opcode: str) -> str:
     )
 
 
-def addresses_of(kernel: Kernel) -> dict[str, int]:
-    """Addresses of shared and local variables, laid out in their order."""
-    places: dict[str, int] = {}
-    next_free = {"shared": SHARED_BASE, "local": 0}
-    for name, v in kernel.variables.items():
-        if v.space in next_free:
-            places[name] = -(-next_free[v.space] // v.align) * v.align
-            next_free[v.space] = places[name] + v.size
-    return places
-
-
 def lower(kernel: Kernel, symbols: dict[str, int]) -> Lowered:
     """symbols: addresses of the kernel's global constants. Raises Unknown for an instruction
     without a model, with its PTX line."""
-    low = Lowering(kernel, {**addresses_of(kernel), **symbols})
+    low = Lowering(kernel, {**addresses_of(kernel)[0], **symbols})
     low.meets = meeting_points(kernel)
     for i in kernel.instructions:
         if i.opcode.startswith("wgmma.mma"):

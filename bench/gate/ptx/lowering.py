@@ -11,7 +11,7 @@ import numpy as np
 from .library import operands_of
 from .text import WIDTH, Instruction, Kernel, Unknown
 
-__all__ = ["SHARED_BASE", "WAITS", "WINDOWS", "Lowered", "Lowering"]
+__all__ = ["WAITS", "WINDOWS", "Lowered", "Lowering", "addresses_of"]
 
 # As machine/base.h has them.
 SHARED_BASE = 1024
@@ -198,18 +198,27 @@ class Lowering:
             ops += map(at, r.ops)
             imms += [self.first[r.imms[0]]] if r.name == "bra" else r.imms
         special = [place.get(name, -1) for name in SPECIAL]
-        sizes = {"shared": 0, "local": 0}
-        for v in self.kernel.variables.values():
-            if v.space in sizes:
-                sizes[v.space] = -(-sizes[v.space] // v.align) * v.align + v.size
+        _, ends = addresses_of(self.kernel)
         return Lowered(
             self.kernel, [r.name.encode() for r in self.rows],
             np.array(rows, np.int32), np.array(ops or [0], np.int32),
             np.array(imms or [0], np.int64), b"".join(self.blocks), size,
-            np.array(special, np.int32), sizes["shared"], sizes["local"],
+            np.array(special, np.int32), ends["shared"] - SHARED_BASE, ends["local"],
             (self.stores["shared"], self.stores["global"]),
             any(r.name == "tma.store" for r in self.rows),
         )  # fmt: skip
+
+
+def addresses_of(kernel: Kernel) -> tuple[dict[str, int], dict[str, int]]:
+    """Addresses of shared and local variables in their order, and where each space ends. Dynamic
+    shared memory, which the PTX gives no size, begins behind all the rest."""
+    places: dict[str, int] = {}
+    ends = {"shared": SHARED_BASE, "local": 0}
+    known = [(n, v) for n, v in kernel.variables.items() if v.space in ends]
+    for name, v in sorted(known, key=lambda pair: pair[1].size == 0):
+        places[name] = -(-ends[v.space] // v.align) * v.align
+        ends[v.space] = places[name] + v.size
+    return places, ends
 
 
 def _number(text: str) -> int:

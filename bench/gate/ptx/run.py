@@ -112,8 +112,8 @@ class Program:
     ) -> Run:
         """Run a launch, or raise Finding.
 
-        params: bytes of each parameter. shared: bytes of shared memory, those that the PTX
-        declares included. elements: bytes of the narrowest element that a TMA store writes.
+        params: bytes of each parameter. shared: bytes of dynamic shared memory, beside what the
+        PTX declares. elements: bytes of the narrowest element that a TMA store writes.
         strict: what a tcgen05.ld fills may not be read before its wait. budget: warp
         instructions of a cluster.
         """
@@ -139,7 +139,7 @@ class Program:
         x, y, z = (*map(int, grid), 1, 1)[:3]
         call = _Call(
             (ctypes.c_uint32 * 3)(x, y, z), (ctypes.c_uint32 * 3)(*(cluster or k.cluster)),
-            threads // 32, max(shared, self.lowered.shared), granule,
+            threads // 32, self.lowered.shared + shared, granule,
             global_granule, options,
         )  # fmt: skip
         result = _Result()

@@ -227,6 +227,12 @@ inline void add_float32(Lanes& lanes) {
   two("sub", [](float a, float b) { return a - b; });
   two("mul", [](float a, float b) { return a * b; });
   three("fma", [](float a, float b, float c) { return std::fma(a, b, c); });
+  // Towards -infinity, as CUDA's exp asks for. 64 bits hold the sum but for what no float shows.
+  three("fma.rm", [](float a, float b, float c) {
+    const long double exact = (long double)a * b + c;
+    const float f = float(exact);
+    return f > exact ? std::nextafter(f, -std::numeric_limits<float>::infinity()) : f;
+  });
   two("min", [](float a, float b) { return smaller(a, b); });
   two("max", [](float a, float b) { return larger(a, b); });
   two("min.NaN", [](float a, float b) { return a != a || b != b ? NOT_A_NUMBER : smaller(a, b); });
@@ -260,6 +266,7 @@ inline void add_float32(Lanes& lanes) {
   rounded("rpi", [](float a) { return std::ceil(a); });
   rounded("rzi", [](float a) { return std::trunc(a); });
   rounded("rni", [](float a) { return std::nearbyint(a); });
+  lanes("cvt.sat.f32.f32", [](float a) { return a > 0 ? std::min(a, 1.0f) : 0.0f; });  // NaN too
 }
 
 // float32 has more than twice the digits of these: to round a sum or a product twice is to round it
