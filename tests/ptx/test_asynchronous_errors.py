@@ -5,7 +5,7 @@ A fault is found in every order, unless only what comes late shows it.
 
 import numpy as np
 import pytest
-from ptx_kernels import ORDERS, WHENS, finds, launch
+from ptx_kernels import ORDERS, WHENS, aligned, finds, launch
 
 from fusedmlp.bench.gate.ptx.tensor_map import TensorMap
 
@@ -87,8 +87,7 @@ KERNELS = {"copy": COPY, "store": STORE, "load": LOAD, "wgmma": WGMMA, "tensor":
 
 def given(name):
     """The other arguments of a kernel's launch."""
-    x = np.zeros(64, np.uint32)
-    x = np.zeros(80, np.uint32)[-x.ctypes.data % 16 // 4 :][:64] if x.ctypes.data % 16 else x
+    x = aligned(64, np.uint32)
     box = {"box": ("x", lambda at: TensorMap(at, [64], [], [64], 4))}
     more = {"maps": box} if name in ("store", "load") else {}
     return {"x": x, "threads": {"copy": 32, "store": 64, "load": 64}.get(name, 128), **more}
@@ -252,3 +251,46 @@ def test_is_found_in_every_order(fault, order):
 @pytest.mark.parametrize("fault", ONLY_LATE)
 def test_is_found_late(fault):
     check(ONLY_LATE[fault], ORDERS[0])
+
+
+# ---- mbarriers and clusters used wrongly, in short kernels
+
+GATE = """.shared .align 128 .b8 room[128]; .shared .align 8 .b8 gate[8];
+    mov.u32 %r8, room; mov.u32 %r2, gate; setp.eq.u32 %p0, %lane, 0; mov.u32 %r9, %cluster_ctarank;
+"""
+ONE = "@%p0 mbarrier.init.shared::cta.b64 [%r2], 1;\n"
+BOTH = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;\n"
+MISUSES = {
+    "an mbarrier for 0 arrivals": ("@%p0 mbarrier.init.shared::cta.b64 [%r2], 0; // here", 1),
+    "no mbarrier at shared offset 128": ("@%p0 mbarrier.arrive.shared::cta.b64 _, [%r2]; // here", 1),
+    "an mbarrier that still expects bytes is invalidated": (
+        f"{ONE}@%p0 mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%r2], 16;\n"
+        "@%p0 mbarrier.inval.shared::cta.b64 [%r2]; // here", 1),
+    "lanes of one warp wait for different phases: not modelled": (
+        f"{ONE}and.b32 %r3, %lane, 1;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r2], %r3; // here", 1),
+    "a shared address of block 5 in a cluster of 2": (
+        f"{ONE}{BOTH} mapa.shared::cluster.u32 %r3, %r2, 5;\n"
+        "@%p0 mbarrier.arrive.shared::cluster.b64 _, [%r3]; // here", 2),
+    "a load in another block's shared memory is not modelled": (
+        f"xor.b32 %r9, %r9, 1; {BOTH} mapa.shared::cluster.u32 %r3, %r2, %r9;\n"
+        "ld.shared::cluster.b32 %r4, [%r3]; // here", 2),
+    "the mbarrier at shared offset 128 is used, not ordered after its init by warp 0": (
+        f"{ONE}setp.ne.u32 %p1, %r9, 0; mapa.shared::cluster.u32 %r3, %r2, 0;\n"
+        "@%p1 mbarrier.arrive.shared::cluster.b64 _, [%r3]; // here", 2),
+    "TMA multicast to blocks 4 of a cluster of 2": (
+        f"{ONE}{BOTH} mov.b64 %d4, box; cvta.param.u64 %d4, %d4; mov.b16 %h0, 4; mov.b32 %r3, 0;\n"
+        "@%p0 cp.async.bulk.tensor.1d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%r8], [%d4, {%r3}], [%r2], %h0; // here", 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", MISUSES)
+def test_a_misuse_is_found(what):
+    body, blocks = MISUSES[what]
+    more = {"maps": given("load")["maps"], "x": given("load")["x"]} if "multicast" in body else {}
+    finds(what, GATE + body, grid=blocks, options={"cluster": (blocks, 1, 1)}, warp=0, **more)
+
+
+def test_an_mbarrier_is_initialised_again_after_its_end():
+    launch(f"{GATE}{ONE}@%p0 mbarrier.inval.shared::cta.b64 [%r2];\n{ONE}")
