@@ -125,16 +125,16 @@ struct Ops {
 Ops ops() {
   Ops all;
 #ifdef FUSEDMLP_SM90
-  all.add("gated_linear_fwd", "sm_90a", &gated_linear_fwd<gated_linear_fwd_sm90>, kFwdSm90);
-  all.add("gated_linear_bwd", "sm_90a", &gated_linear_bwd<gated_linear_bwd_sm90>, kBwdSm90);
-  all.add("linear_act_fwd", "sm_90a", &gated_linear_fwd<gated_linear_fwd_sm90>, kFwdSm90);
-  all.add("linear_act_bwd", "sm_90a", &gated_linear_bwd<gated_linear_bwd_sm90>, kBwdSm90);
+  all.add("gated_linear_fwd", FUSEDMLP_SM90, &gated_linear_fwd<gated_linear_fwd_sm90>, kFwdSm90);
+  all.add("gated_linear_bwd", FUSEDMLP_SM90, &gated_linear_bwd<gated_linear_bwd_sm90>, kBwdSm90);
+  all.add("linear_act_fwd", FUSEDMLP_SM90, &gated_linear_fwd<gated_linear_fwd_sm90>, kFwdSm90);
+  all.add("linear_act_bwd", FUSEDMLP_SM90, &gated_linear_bwd<gated_linear_bwd_sm90>, kBwdSm90);
 #endif
 #ifdef FUSEDMLP_SM100
-  all.add("gated_linear_fwd", "sm_100a", &gated_linear_fwd<gated_linear_fwd_sm100>, kSm100);
-  all.add("gated_linear_bwd", "sm_100a", &gated_linear_bwd<gated_linear_bwd_sm100>, kSm100);
-  all.add("linear_act_fwd", "sm_100a", &gated_linear_fwd<gated_linear_fwd_sm100>, kSm100);
-  all.add("linear_act_bwd", "sm_100a", &gated_linear_bwd<gated_linear_bwd_sm100>, kSm100);
+  all.add("gated_linear_fwd", FUSEDMLP_SM100, &gated_linear_fwd<gated_linear_fwd_sm100>, kSm100);
+  all.add("gated_linear_bwd", FUSEDMLP_SM100, &gated_linear_bwd<gated_linear_bwd_sm100>, kSm100);
+  all.add("linear_act_fwd", FUSEDMLP_SM100, &gated_linear_fwd<gated_linear_fwd_sm100>, kSm100);
+  all.add("linear_act_bwd", FUSEDMLP_SM100, &gated_linear_bwd<gated_linear_bwd_sm100>, kSm100);
 #endif
 #ifdef FUSEDMLP_PORTABLE  // each architecture that a .cu without its own serves
   std::istringstream portable(FUSEDMLP_PORTABLE);

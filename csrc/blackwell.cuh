@@ -1,4 +1,4 @@
-// Blackwell's own instructions (sm_100a) under plain names: tensor memory and tcgen05, beside what
+// Blackwell's own instructions (sm_100f) under plain names: tensor memory and tcgen05, beside what
 // hopper.cuh has. Without nvcc the same names come from the host runner.
 #pragma once
 

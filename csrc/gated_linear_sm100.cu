@@ -1,4 +1,4 @@
-// gated_linear and linear_act on Blackwell (sm_100a): the same GEMMs as on Hopper, their products by
+// gated_linear and linear_act on Blackwell (sm_100f): the same GEMMs as on Hopper, their products by
 // tcgen05 into tensor memory.
 //
 // A block has four roles. Warp 0's first thread produces, as on Hopper. Warp 1's first thread

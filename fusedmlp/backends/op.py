@@ -26,7 +26,7 @@ MISSING: Any = None  # what a row was not given; the check names it
 SIXTEEN_BITS = (torch.bfloat16, torch.float16)
 TRITON_DTYPES = (*SIXTEEN_BITS, torch.float32)
 # Kernels of csrc/ with each architecture's own instructions.
-HOPPER_AND_NEWER = ("sm_90a", "sm_100a")
+HOPPER_AND_NEWER = ("sm_90a", "sm_100f")
 # Arguments whose elements are no numbers of the call's dtype: prefix of their name -> (bytes of an
 # element, whether it has a gradient). Bit planes of masks; words and scales of one-bit weights.
 BIT_PLANES = {"masks": (1, False)}
@@ -49,10 +49,10 @@ class Cuda:
     """The kernel of csrc/ beside a Triton kernel.
 
     launch: takes the extension's launcher, then the arguments of the Triton launcher. archs: those
-    it is built for; one with an "a" has its own instructions, and serves that GPU alone. dtypes: of
-    a call's first tensor. few_rows: whether `auto` may take it for few rows, where some Triton
-    kernels cut K and their CUDA twins do not. decodes: it serves inference of few rows, nothing
-    else.
+    it is built for; one with an "a" or "f" has its own instructions, and serves that GPU alone or
+    its family too (`loader.serves`). dtypes: of a call's first tensor. few_rows: whether `auto` may
+    take it for few rows, where some Triton kernels cut K and their CUDA twins do not. decodes: it
+    serves inference of few rows, nothing else.
     """
 
     launch: Callable[..., Any]
@@ -64,7 +64,7 @@ class Cuda:
     @property
     def portable(self) -> bool:
         """Has no architecture's own instructions."""
-        return not any(arch.endswith("a") for arch in self.archs)
+        return not any(arch.endswith(("a", "f")) for arch in self.archs)
 
 
 @dataclass(frozen=True)

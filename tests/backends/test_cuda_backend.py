@@ -292,13 +292,24 @@ def test_an_old_driver_is_unfit():
 
 def test_ptx_wants_a_driver_as_new_as_the_build():
     """sm_80's code runs on sm_86 as it is and on sm_120 by its PTX."""
-    extension = types.SimpleNamespace(CUDA="13.2.51")
-    for capability, arch, driver, fits in (
-        (86, "sm_80", 13000, True), (120, "sm_80", 13000, False), (120, "sm_80", 13020, True),
-        (90, "sm_90a", 13000, True), (90, "sm_90a", 12090, False),
+    extension = types.SimpleNamespace(CUDA="13.2.51", ARCHS="sm_80 sm_90a sm_100f")
+    for capability, driver, fits in (
+        (86, 13000, True), (90, 13000, True), (90, 12090, False), (103, 13000, True),
+        (120, 13000, False), (120, 13020, True),
     ):  # fmt: skip
         with installed(driver=driver):
-            assert (not loader._too_old(extension, arch, capability)) == fits
+            assert (not loader._too_old(extension, capability)) == fits
+
+
+def test_b300_takes_the_kernels_of_its_family():
+    with installed(gpu=103, archs=("sm_90a", "sm_100f")) as calls, fusedmlp.backend("cuda"):
+        assert launch() == "cuda" and len(calls) == 1
+    with (
+        installed(gpu=110, archs=("sm_100f",)),
+        fusedmlp.backend("cuda"),
+        pytest.raises(RuntimeError, match=r"sm_110, but .* for sm_NNf on it and newer ones"),
+    ):
+        launch()
 
 
 class OnGpu:
@@ -365,6 +376,8 @@ def test_architectures_and_who_they_serve():
     for arch, capability, serves in (
         ("sm_90a", 90, True), ("sm_90a", 100, False), ("sm_100a", 100, True),
         ("sm_100a", 103, False), ("sm_80", 80, True), ("sm_80", 120, True), ("sm_80", 75, False),
+        ("sm_100f", 100, True), ("sm_100f", 103, True), ("sm_100f", 110, False),
+        ("sm_103f", 100, False), ("sm_120f", 121, True),
     ):  # fmt: skip
         assert loader.serves(arch, capability) == serves
 
@@ -377,7 +390,7 @@ def unproven(proven, ledgers):
     that launches the kernel, in each dtype, and no failing one."""
     missing = []
     for kernel, arch in proven:
-        capability = f"{int(arch.strip('sm_a')) / 10}"
+        capability = f"{int(arch.strip('sm_af')) / 10}"
         ops = [op for op, kernels in OWN.items() if kernel in kernels]
         checks = [
             record

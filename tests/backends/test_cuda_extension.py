@@ -31,8 +31,8 @@ def test_tables(extension):
     archs = extension.ARCHS.split()
     for arch in archs:
         own = {kernel for kernel, a in extension.OPS if a == arch} & known
-        assert own == (known if arch.endswith("a") else set())
-        capability = int(arch.removeprefix("sm_").removesuffix("a"))
+        assert own == (known if arch.endswith(("a", "f")) else set())
+        capability = int(arch.strip("sm_af"))
         assert all(loader.find(kernel, capability)[0] for kernel in plain), arch
     assert extension.VARIANTS.keys() == extension.OPS.keys()
     for kernel in variants.KERNELS if "sm_90a" in archs else ():

@@ -137,7 +137,7 @@ def extension(calls, archs=("sm_90a",), kernels=None):
         DTYPES=DTYPES,
         ACTIVATIONS={name: i for i, name in enumerate(NAMES)},
         VARIANTS={
-            (kernel, arch): variants("kSm100" if arch == "sm_100a" else f"k{side}Sm90")
+            (kernel, arch): variants("kSm100" if arch.startswith("sm_100") else f"k{side}Sm90")
             for arch in archs
             for kernel in launchers
             for side in [kernel[-3:].capitalize()]

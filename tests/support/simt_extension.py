@@ -45,7 +45,8 @@ SOURCES = {
     },
 }  # fmt: skip
 DEFINES = {
-    "sm_90a": "FUSEDMLP_SM90", "sm_100a": "FUSEDMLP_SM100", "sm_80": 'FUSEDMLP_PORTABLE="sm_80"',
+    "sm_90a": 'FUSEDMLP_SM90="sm_90a"', "sm_100a": 'FUSEDMLP_SM100="sm_100a"',
+    "sm_80": 'FUSEDMLP_PORTABLE="sm_80"',
 }  # fmt: skip
 
 

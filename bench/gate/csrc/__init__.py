@@ -76,10 +76,10 @@ def _demangled(names: list[str]) -> dict[str, str]:
     return short
 
 
-def _sections(text: str, arch: str, function: str) -> Iterator[tuple[tuple[str, str], str]]:
+def _sections(text: str, function: str) -> Iterator[tuple[tuple[str, str], str]]:
     """(architecture, mangled name) and the text that follows, of a listing by cuobjdump."""
     here = ""
-    parts = re.split(rf"{arch}(sm_\w+)|{function}", text)
+    parts = re.split(rf"arch = (sm_\w+)|{function}", text)
     # Each cut leaves the architecture, the function, one of them None, and the text up to the next.
     for found, name, body in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
         here = found or here
@@ -113,10 +113,8 @@ def inspect(item: Path, assembler: str) -> list[Kernel]:
     """Every kernel of an object file X.cu.o, with what ptxas said of its source."""
     source = item.name.removesuffix(".cu.o")
     log = item.with_name(item.name + ".log").read_text()
-    usage = dict(
-        _sections(tool("cuobjdump", str(item), "-res-usage"), "arch = ", r"Function (\w+):")
-    )
-    sass = dict(_sections(tool("cuobjdump", str(item), "-sass"), "code for ", r"Function : (\w+)"))
+    usage = dict(_sections(tool("cuobjdump", str(item), "-res-usage"), r"Function (\w+):"))
+    sass = dict(_sections(tool("cuobjdump", str(item), "-sass"), r"Function : (\w+)"))
     names = _demangled([mangled for _, mangled in usage])
     kernels = []
     for key, text in usage.items():

@@ -75,25 +75,34 @@ def dtypes_of(kernel: str) -> tuple[torch.dtype, ...]:
     return KERNELS[kernel].cuda_row.dtypes
 
 
+def natively(arch: str, capability: int) -> bool:
+    """Does machine code for `arch` run on such a GPU? That of sm_90a on 9.0 alone, that of sm_100f
+    and of sm_80 on newer ones of the same major version too."""
+    number = int(arch.strip("sm_af"))
+    if arch.endswith("a"):
+        return number == capability
+    return number <= capability and number // 10 == capability // 10
+
+
 def serves(arch: str, capability: int) -> bool:
-    """sm_90a is for 9.0 alone; sm_80 is for 8.0 and everything newer."""
+    """Natively, or by PTX, which plain architectures have: sm_80 is for 8.0 and all that is
+    newer."""
     number = arch.removeprefix("sm_")
-    return number == f"{capability}a" or (number.isdigit() and int(number) <= capability)
+    return natively(arch, capability) or (number.isdigit() and int(number) <= capability)
 
 
-def _needed(extension: Any, arch: str, capability: int) -> int:
-    """The oldest driver, numbered as `driver.version` is, that runs the extension's code for `arch`
-    on such a GPU. One of the same major version runs all but PTX, which a GPU of another major
-    version than `arch` is compiled for when it is first launched."""
+def _needed(extension: Any, capability: int) -> int:
+    """The oldest driver, numbered as `driver.version` is, that runs the extension's code on such a
+    GPU. One of the same major version runs machine code, but does not compile newer PTX."""
     major, minor = map(int, extension.CUDA.split(".")[:2])
-    by_ptx = capability // 10 != int(arch.strip("sm_a")) // 10
+    by_ptx = not any(natively(arch, capability) for arch in extension.ARCHS.split())
     return 1000 * major + (10 * minor if by_ptx else 0)
 
 
-def _too_old(extension: Any, arch: str, capability: int) -> str:
+def _too_old(extension: Any, capability: int) -> str:
     """What such a call needs of the driver and what is there, if it is older; else nothing."""
     have = driver.version()
-    if not have or have >= (need := _needed(extension, arch, capability)):
+    if not have or have >= (need := _needed(extension, capability)):
         return ""
     text = (
         f"needs an NVIDIA driver for CUDA {need // 1000}.{need % 1000 // 10} or newer, got one for"
@@ -118,11 +127,15 @@ def find(kernel: str, capability: int) -> tuple[Callable[..., None] | None, str]
     archs = [arch for name, arch in extension.OPS if name == kernel]
     for arch in archs:
         if serves(arch, capability):
-            lack = _too_old(extension, arch, capability)
+            lack = _too_old(extension, capability)
             return _refusing(kernel, lack) if lack else extension.OPS[kernel, arch], arch
     if archs:
-        exact = any(arch.endswith("a") for arch in archs)
-        note = ", but code for sm_NNa runs on that very capability alone" if exact else ""
+        own = any(not arch.removeprefix("sm_").isdigit() for arch in archs)
+        note = (
+            ", but code for sm_NNa runs on that very capability alone, and for sm_NNf on it and "
+            "newer ones of its major version"
+        )
+        note = note if own else ""
         return None, (
             f"the CUDA extension holds {kernel} for {', '.join(archs)}, and this GPU is "
             f"sm_{capability}{note}"
@@ -181,7 +194,7 @@ def describe(capability: int) -> list[str]:
             use = "needs such a GPU"
         elif not serves(arch, capability):
             use = f"not for this GPU, sm_{capability}"
-        elif lack := _too_old(extension, arch, capability):
+        elif lack := _too_old(extension, capability):
             use = lack
         elif (kernel, arch) in PROVEN:
             use = "taken by auto where it takes the tensors"
