@@ -77,8 +77,15 @@ struct CountShared {
   float *top, *total;  // chunk
 };
 
+// Blocks a multiprocessor at least; 0: as ptxas likes. On sm_120 it would like six, and spill.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+constexpr int kCountingBlocks = 4;
+#else
+constexpr int kCountingBlocks = 0;
+#endif
+
 template <class T>
-__global__ void __launch_bounds__(kThreads) count_tokens(MoeRoute p) {
+__global__ void __launch_bounds__(kThreads, kCountingBlocks) count_tokens(MoeRoute p) {
   int32_t* shared = dynamic_shared<int32_t>();
   const CountShared s{shared, shared + p.E, reinterpret_cast<float*>(shared + p.E + p.chunk),
                       reinterpret_cast<float*>(shared + p.E + 2 * p.chunk)};
