@@ -18,7 +18,7 @@ def name_by_values(fn: Callable[[Tensor], Any]) -> str | None:
     (5e-4 apart) and takes a constant written to ten digits. Points close to 0 and far from it tell
     a threshold or a clamp from relu and identity.
     """
-    if isinstance(fn, nn.Module) and (any(True for _ in fn.parameters()) or any(fn.buffers())):
+    if isinstance(fn, nn.Module) and any(True for _ in (*fn.parameters(), *fn.buffers())):
         return None
     grid: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     decades = torch.logspace(-6, 5, 111, **grid)

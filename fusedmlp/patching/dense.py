@@ -36,15 +36,20 @@ def transposed(module: nn.Module) -> bool:
     return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
 
 
+def _plain(module: nn.Module) -> bool:
+    # The class of scripted modules has no forward.
+    return getattr(type(module), "forward", None) is nn.Linear.forward
+
+
 def is_projection(module: nn.Module) -> bool:
     """x W' + b and nothing else: what is added to it by a subclass would be lost."""
-    return type(module).forward is nn.Linear.forward or transposed(module)
+    return _plain(module) or transposed(module)
 
 
 def affine(owner: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
     """(weight (out, in), bias) of a projection, which is not called; this rank's part of them."""
     linear = unhooked(owner, path)
-    plain = type(linear).forward is nn.Linear.forward
+    plain = _plain(linear)
     if not plain and not transposed(linear):
         raise passed_by(owner, f"{path} is now a {type(linear).__name__}")
     weight, bias = local(linear.weight), local(linear.bias)

@@ -154,10 +154,10 @@ class Walk:
 
     def obstacle(self, module: nn.Module, plan: Plan) -> str | None:
         """Why `plan` must not run `module` now."""
-        if plan.method in module.__dict__:
-            return f"its {plan.method} is set on the instance"
         if isinstance(module, torch.jit.ScriptModule):
             return "it is a ScriptModule"
+        if plan.method in module.__dict__:
+            return f"its {plan.method} is set on the instance"
         if len(self.names[id(module)]) > 1:
             return f"tied: it also is {self.others(module)}"
         parameters: list[nn.Parameter] = []

@@ -1,6 +1,7 @@
 """BinaryLinear and BinaryGatedMLP: quantisation-aware training, packing, whole models."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -90,6 +91,17 @@ def test_gradient_is_straight_through():
     torch.testing.assert_close(detached, (scale.half().double() * groups(dw)).flatten(1))
     (clipped,) = torch.autograd.grad(binarized(v, 0.5, True), v, dw)
     assert torch.equal(clipped, detached * (v.detach().abs() <= 0.5))
+
+
+def test_latent_weights_at_zero_and_at_the_clip():
+    """sign(0) = 1 for zeros of both signs; a weight as large as the clip still has a gradient."""
+    past = math.nextafter(0.5, 1)
+    some = [0.0, -0.0, 1e-300, -1e-300, 0.5, -0.5, past, -past]
+    v = torch.tensor([some + 120 * [0.0]], dtype=torch.float64, requires_grad=True)
+    w = binarized(v, 0.5, True)
+    assert w.sign()[0, :8].tolist() == [1, 1, 1, -1, 1, -1, 1, -1] and (w[0, 8:] > 0).all()
+    (grad,) = torch.autograd.grad(w.sum(), v)
+    assert grad[0, :8].ne(0).tolist() == 6 * [True] + 2 * [False]
 
 
 @pytest.mark.filterwarnings("error")

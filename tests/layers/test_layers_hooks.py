@@ -58,7 +58,7 @@ AROUND = {
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("name", ALL)
 def test_every_hook_inside_runs(name, around):
-    """Of each kind, on one module at a time."""
+    """One kind at a time, on one module at a time."""
     layer = randomise_(ALL[name]()).eval()
     x = draw(2, 4, D).requires_grad_()
     y = one(layer(x))

@@ -3,6 +3,7 @@ every loss has a weight of its own, a limit is the number that is documented."""
 
 import inspect
 import itertools
+import math
 
 import pytest
 import torch
@@ -77,6 +78,24 @@ def test_what_is_random_acts_in_training_alone(name):
     assert torch.equal(first, second)
 
 
+# The largest of each option that is a probability or a width of noise; below 1 where 1 is refused.
+BELOW = math.nextafter(1, 0)
+LARGEST = {
+    "FeedForward dropout fused": 1.0, "FastFeedForward dropout fused True": 1.0,
+    "FastFeedForward region_leak": 1.0, "SwitchFFN jitter": 1.0, "MLP dropout none GELU": BELOW,
+    "GatingMechanism dropout True": BELOW, "GMLP drop_path": BELOW,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, largest", LARGEST.items())
+def test_a_probability_at_its_ends_and_beyond(name, largest):
+    for p in (0, 0.0, largest):
+        assert one(RANDOM[name](p).train()(draw(2, 4, D))).isfinite().all()
+    for p in (math.nextafter(0, -1), math.nextafter(largest, 2)):
+        with pytest.raises(ValueError, match=rf"^\w+: {name.split()[1]} must be in \[0"):
+            RANDOM[name](p)
+
+
 # "layer coefficient" -> the layer with all of its coefficients.
 LOSSES = {
     "SwitchFFN": (lambda **c: layers.SwitchFFN(D, 3, ff_kwargs={"mult": 1}, **c),
@@ -137,7 +156,7 @@ def test_every_capacity_is_in_the_walk():
 @pytest.mark.parametrize("tokens, experts, factor, capacity", CAPACITIES)
 @pytest.mark.parametrize("name", LIMITED)
 def test_capacity_is_the_documented_floor(name, tokens, experts, factor, capacity):
-    """Of tokens that all choose expert 0, the first so many are kept, and no other."""
+    """Where all tokens choose expert 0, the first so many are kept, and no other."""
     layer = randomise_(LIMITED[name](experts, factor))
     nn.init.zeros_(layer.router.weight)
     y = one_result(layer(draw(tokens, D)))

@@ -257,6 +257,19 @@ def test_autocast(name, device, each_backend):
         torch.testing.assert_close(mixed[key].bfloat16(), plain[key].bfloat16(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_prob_of_any_dtype_under_autocast(dtype, device, each_backend):
+    """In 16 bits it becomes autocast's, float32 stays as it is."""
+    inputs = PLAIN.inputs(6, 16, 8, torch.float32, device)
+    inputs["prob"] = inputs["prob"].to(dtype)
+    with torch.autocast(device, torch.bfloat16):
+        y = PLAIN.run(inputs)
+    half = {k: t.bfloat16() if t.is_floating_point() else t for k, t in inputs.items()}
+    if dtype == torch.float32:
+        half["prob"] = inputs["prob"]
+    assert torch.equal(y, PLAIN.run(half)) and y.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("name", ("moe_mlp-up_gate-bias", "moe_mlp-plain-recompute-bias"))
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 def test_compiles_to_one_graph(name, dynamic, device, each_backend):

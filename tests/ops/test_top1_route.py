@@ -245,3 +245,13 @@ BAD = [
 def test_one_clear_error(call, error, message, each_backend):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("at", ((3, 35), (64, 99), (5, 37, 69), (0, 96)), ids=str)
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), 9.0))
+def test_the_first_of_equals_is_chosen(value, at, device, each_backend):
+    """NaNs, infinities and ties at the largest, of 100 experts."""
+    logits = torch.randn(4, 100, generator=torch.Generator().manual_seed(0)).clamp(max=2)
+    logits[1:3, list(at)] = value
+    expert = fusedmlp.top1_route(logits.to(device)).expert.cpu()
+    assert expert.tolist() == [logits[0].argmax(), min(at), min(at), logits[3].argmax()]

@@ -21,6 +21,7 @@ import fusedmlp
 from fusedmlp.layers import BinaryGatedMLP
 from fusedmlp.patching import Plan, experts
 from fusedmlp.patching.activation import name_by_values
+from fusedmlp.patching.walk import REGISTERED
 from fusedmlp.reference.activations import ACTIVATIONS
 
 
@@ -150,6 +151,33 @@ def tied():
     return model
 
 
+def tied_module():
+    model = Model(GatedMLP())
+    model.also = model.blocks[0].w2
+    return model
+
+
+class OwnParameter(nn.Parameter):
+    """As a quantised one that passes for a floating tensor."""
+
+
+def of_a_class():
+    model = Model(GatedMLP())
+    model.blocks[0].w3.weight = OwnParameter(model.blocks[0].w3.weight.detach())
+    return model
+
+
+class Buffered(nn.SiLU):
+    """Silu today; what it computes when its buffer is another, values cannot tell."""
+
+    def __init__(self, *size):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(size))
+
+    def forward(self, t):
+        return super().forward(t + self.shift.sum())
+
+
 def twice():
     block = MLP()
     return Model(block, block)
@@ -187,6 +215,10 @@ def quantised():
         (with_forward, "w1 has a forward of its own, set on the instance"),
         (with_own_forward, "its forward is set on the instance"),
         (tied, "tied: w1.weight also is blocks.0.w1.weight and blocks.1.weight"),
+        (tied_module, "tied: w2 also is blocks.0.w2 and also"),
+        (of_a_class, "w3.weight is a OwnParameter of torch.float32: quantised"),
+        *((lambda size=size: replaced(act=Buffered(*size)), "neither factor of its product is an")
+          for size in ((), (2,))),
         (twice, "tied: it also is blocks.0 and blocks.1"),
         (mixed, "its dtypes are torch.float32, torch.float64; kernels take one of bfloat16"),
         (lambda: Model(MLP()).double(), "its dtypes are torch.float64; kernels take one of"),
@@ -201,6 +233,22 @@ def test_left_with_its_reason(make, why):
     kinds = [type(m) for m in model.modules()]
     assert why in reason(model)
     assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_scripted_module_is_left():
+    """As an MLP, as a projection in one, and where an adapter would take it."""
+    whole, part = torch.jit.script(MLP()), MLP()
+    part[0] = torch.jit.script(part[0])
+    left = "RecursiveScriptModule is no plain projection: quantised or adapted"
+    assert left in reason(Model(part)) and not fusedmlp.patch(Model(whole)).patched
+    kind = type(whole)
+    fusedmlp.register_patch(kind, lambda module: Tripled())
+    try:
+        report = fusedmlp.patch(Model(whole))
+        assert {e.detail for e in report.entries} == {"it is a ScriptModule"}
+    finally:
+        del REGISTERED[kind]
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,11 @@ class Alike(Plain):
         return up * self.act_fn(gate)
 
 
-def made(cls, *, turned=False, bias=False, gated=True):
+def made(cls, *, turned=False, bias=False, gated=True, **options):
     own = type(cls.__name__, (cls,), {})  # the decorator changes the class
-    decorate = use_experts_implementation(is_transposed=turned, has_bias=bias, has_gate=gated)
+    decorate = use_experts_implementation(
+        is_transposed=turned, has_bias=bias, has_gate=gated, **options
+    )
     config = SimpleNamespace(
         turned=turned, bias=bias, gated=gated, _experts_implementation="eager"
     )  # fmt: skip
@@ -102,3 +104,16 @@ def test_a_gate_of_their_own_is_refused_and_reported(cls):
     # Without a gate there is nothing that it could change.
     plain = made(cls, gated=False)
     torch.testing.assert_close(experts_forward(plain, *routed()), plain(*routed()))
+
+
+@pytest.mark.parametrize(
+    "options", ({"is_concatenated": False}, {"has_post_expert_norm": True}), ids=str
+)
+def test_what_no_kernel_has_is_refused_and_reported(options):
+    experts = made(Plain, **options)
+    ((name, got),) = options.items()
+    why = f"{name} of Plain must be {not got}, got {got}"
+    with pytest.raises(ValueError, match=why):
+        experts_forward(experts, *routed())
+    (left,) = fusedmlp.patch(nn.ModuleDict({"experts": experts})).left
+    assert left.detail.endswith(why)

@@ -238,3 +238,31 @@ def test_llama4_that_returns_no_logits_is_left():
     fusedmlp.register_patch(NoLogits, _llama4)
     report = fusedmlp.patch(NoLogits())
     assert "does not return its result and its router's logits" in report.left[0].detail
+
+
+@pytest.mark.parametrize("k", (0, 2))
+def test_llama4_of_another_number_of_experts_a_token_is_left(k):
+    fusedmlp.register_patch(ScoresFirst, _llama4)
+    block = ScoresFirst()
+    block.top_k = k
+    report = fusedmlp.patch(block)
+    assert report.left[0].detail == f"it takes {k} experts a token, not 1"
+
+
+@pytest.mark.parametrize("e, name", [(0, "wi"), (E - 1, "wo")])
+def test_switch_with_a_bias_in_an_expert_is_left(e, name):
+    fusedmlp.register_patch(Flat, _switch)
+    block = Flat()
+    sizes = (D, H) if name == "wi" else (H, D)
+    setattr(block.experts[f"expert_{e}"], name, nn.Linear(*sizes))
+    report = fusedmlp.patch(block)
+    assert report.left[0].detail == f"an expert's {name} is no plain Linear without bias"
+
+
+def test_switch_with_experts_of_two_dtypes_keeps_both():
+    fusedmlp.register_patch(Flat, _switch)
+    block = Flat()
+    block.experts["expert_1"].double()
+    before = {k: (p.dtype, p.data_ptr()) for k, p in block.named_parameters()}
+    fusedmlp.patch(block, dtype_check=False)
+    assert before == {k: (p.dtype, p.data_ptr()) for k, p in block.named_parameters()}

@@ -13,7 +13,7 @@ import torch
 
 
 def _extents(arguments: Iterable[Any]) -> Iterator[tuple[int, int]]:
-    """Of each tensor: the address of its first element, and that behind its last."""
+    """The address of each tensor's first element, and that behind its last."""
     for t in arguments:
         if isinstance(t, tuple):
             yield from _extents(t)

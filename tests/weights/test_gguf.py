@@ -200,7 +200,7 @@ def test_a_newer_type_says_so(tmp_path):
 
 @pytest.mark.parametrize("shape", [(128,), (128, 2, 2), (128, 2, 1, 3), (128, 1, 1)], ids=str)
 def test_what_is_no_matrix_is_left_out_or_refused(shape, tmp_path):
-    """Of one dimension or of more than two, beside a matrix."""
+    """A tensor of one dimension or of more than two, beside a matrix."""
     path = tmp_path / "odd.gguf"
     path.write_bytes(file(info(b"odd", shape), info(b"a", offset=1024)))
     wide = re.escape(str(shape[::-1]))
