@@ -26,9 +26,10 @@ import fusedmlp
 from ..backends import choice
 from ..backends.cuda.gated_linear import forced, variant
 from ..kernels.device import capability_of
-from ..testing import CASES, Error, judge
+from ..testing import CASES, Error, judge, poison
 from . import glance, machine, process
 from .check_sizes import ON_CUDA, ON_GPU, SMALL, Class
+from .lost import not_run, why_lost
 from .options import (
     INTERRUPTED,
     Emit,
@@ -101,16 +102,20 @@ def _in_force(asked: str) -> AbstractContextManager[None]:
 
 
 def _backend_name(work: Work) -> str:
-    """The backend, and whether it is interpreted: such a result says nothing of a GPU."""
-    name = choice.pick(work.case.op, torch.empty(0, dtype=work.torch_dtype, device=_device()))
+    """The backend, and whether it is interpreted: such a result says nothing of a GPU; "none" where
+    what was asked for cannot run it."""
+    try:
+        name = choice.pick(work.case.op, torch.empty(0, dtype=work.torch_dtype, device=_device()))
+    except (RuntimeError, TypeError):  # the call itself will say why
+        return "none"
     return "triton (interpreter)" if name == "triton" and _device() == "cpu" else name
 
 
 @functools.lru_cache(maxsize=1)
-def _inputs(work: Work) -> dict[str, Tensor]:
-    """Kept for the next provider or variant: at a model's widths drawing takes longest."""
+def inputs_of(work: Work, device: str) -> dict[str, Tensor]:
+    """Kept for the next provider, variant or rival; `inputs_of.cache_clear()` frees them."""
     return work.case.inputs(
-        work.M, work.D, work.H, work.torch_dtype, _device(), activation=work.activation
+        work.M, work.D, work.H, work.torch_dtype, device, activation=work.activation
     )
 
 
@@ -119,15 +124,24 @@ def _numbers(error: Error) -> Record:
     return {**fields, "worst": list(error.worst), "passed": error.passed}
 
 
-def check_one(work: Work, backward: bool = True) -> Record:
-    """The check record of one piece of work on the backend in force; one that raises fails."""
-    record: Record = {
-        "kind": "check", **work.identity(), "label": work.label, "backend": "none",
+def unchecked(work: Work) -> Record:
+    """The check record of one piece of work on the backend in force, before anything has run."""
+    return {
+        "kind": "check", **work.identity(), "label": work.label, "backend": _backend_name(work),
         "variant": forced(), "device": machine.device_name(), "tensors": {}, "passed": False,
     }  # fmt: skip
+
+
+def check_one(work: Work, backward: bool = True) -> Record:
+    """The check record of one piece of work on the backend in force; one that raises fails.
+
+    Results lie in memory that was filled with NaN: what a kernel does not write shows.
+    """
+    record = unchecked(work)
     try:
-        record["backend"] = _backend_name(work)
-        errors = judge(work.case, _inputs(work), backward=backward, **work.options)
+        inputs = inputs_of(work, _device())
+        with poison():
+            errors = judge(work.case, inputs, backward=backward, **work.options)
     except Exception as error:  # whatever it is, the next case must still be checked
         return {**record, "error": f"{type(error).__name__}: {error}"}
     tensors = {name: _numbers(error) for name, error in errors.items()}
@@ -137,11 +151,16 @@ def check_one(work: Work, backward: bool = True) -> Record:
 def run(options: CheckOptions, emit: Emit) -> bool:
     """Judge everything in this process, one record each; True if all passed."""
     works = [(name, work) for work in plan(options) for name in options.variants]
-    passed = True
+    passed, lost = True, None
     with _in_force(options.backend), Progress("check", len(works)) as progress:
         for name, work in works:
             with variant(name):
-                record = check_one(work, options.backward)
+                if lost is None:
+                    record = check_one(work, options.backward)
+                else:
+                    record = {**unchecked(work), "error": not_run(lost)}
+            if lost is None and not record["passed"] and (lost := why_lost(_device())):
+                lost = f"{lost}, at {work.case.name} {work.dtype} {work.size}"
             passed = passed and record["passed"]
             emit(record)
             progress.step(f"{work.case.name} {work.dtype}")

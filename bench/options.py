@@ -149,11 +149,23 @@ def writable(text: str) -> str:
     return text
 
 
+# What a record of these kinds is about.
+_ABOUT = {
+    "time": ("kind", "case", "provider", "phase", "activation", "dtype", "M", "D", "H"),
+    "peak": ("kind", "name", "dtype", "M", "N", "K"),
+}
+
+
 def collecting(records: list[Record]) -> Emit:
-    """An emit that keeps records, and hands them on where a parent process asked for them."""
+    """An emit that keeps records, and hands them on where a parent process asked for them. A time
+    or a peak takes the place of an earlier one of the same thing."""
     forward = process.emitter() if process.RECORDS in os.environ else None
 
     def emit(record: Record) -> None:
+        kind = record["kind"]
+        if kind in _ABOUT:
+            same = {name: record.get(name) for name in _ABOUT[kind]}
+            records[:] = [r for r in records if any(r.get(k) != v for k, v in same.items())]
         records.append(record)
         if forward is not None:
             forward(record)

@@ -13,6 +13,7 @@ from . import check, glance, machine, predict
 from .options import INTERRUPTED, PROG, Emit, Record, add_json, add_model, collecting, write_json
 from .shapes import DEFAULT_MODEL, DENSE, HYPER, TOP1, Model, cases_of
 from .timing import command as timing
+from .timing.clock import clock_range
 from .timing.session import PLAIN_CASES, Options, plan
 from .work import PHASES, Work, case_of
 
@@ -105,10 +106,10 @@ def _check_all(models: list[Model], emit: Emit) -> bool:
 
 
 def _time_all(models: list[Model], found: Record, emit: Emit) -> bool:
-    seen = []
+    seen: list[int] = []
     for model in models or STANDARD[:1]:
         seen += timing.run(options_for(model), emit)
-    found["sm_clocks_while_timing"] = timing.clock_range(seen)
+    found["sm_clocks_while_timing"] = clock_range(seen)
     return True
 
 

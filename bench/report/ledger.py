@@ -9,6 +9,8 @@
 | peak | what the same GPU reached in cuBLAS and in a device copy, in the same run |
 | sanitizer | what one tool said of one case |
 | tune | the fastest tile found for one kernel and shape, against the table's |
+| tile | one tile that a search timed, or why it could not |
+| answer | what the GPU said to one question of bench/campaign/questions.py |
 
 A ledger is validated when it is loaded, and what is added to it before it is added. A file is
 replaced by its own campaign alone. Numbers may be infinite in check records (as JSON's common
@@ -62,6 +64,11 @@ _FIELDS: dict[str, dict[str, tuple[type, ...]]] = {
         "arch": _TEXT, "kernel": _TEXT, "dtype": _TEXT, **_SIZES, "tile": (dict,),
         "median_ms": _NUMBER, "table_ms": _NUMBER,
     },
+    "tile": {
+        "arch": _TEXT, "kernel": _TEXT, "dtype": _TEXT, "shapes": (list,), "tile": (dict,),
+        "median_ms": _NUMBER + _NULL, "skipped": _TEXT + _NULL,
+    },
+    "answer": {"question": _TEXT, "text": _TEXT, "answer": _TEXT, "detail": _TEXT},
 }  # fmt: skip
 
 # kind -> the fields that tell two records apart; a later record with the same values replaces.
@@ -72,6 +79,8 @@ _IDENTITY: dict[str, tuple[str, ...]] = {
     "peak": ("name", "dtype", "M", "N", "K", "bytes"),
     "sanitizer": ("tool", "case", "backend"),
     "tune": ("arch", "kernel", "dtype", "M", "D", "H"),
+    "tile": ("arch", "kernel", "dtype", "shapes", "tile"),
+    "answer": ("question",),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
+from ..lost import NOT_RUN
 from ..variants import CUDA, DEFAULT
 from .ledger import Ledger, Record
 
@@ -22,7 +23,8 @@ def summary(ledger: Ledger) -> list[str]:
         list(_peaks(ledger.of_kind("peak"))),
         list(_times(ledger.of_kind("time"))),
         list(_cuda(ledger.of_kind("time"))),
-        list(_tunes(ledger.of_kind("tune"))),
+        list(_tunes(ledger.of_kind("tune"), ledger.of_kind("tile"))),
+        list(_answers(ledger.of_kind("answer"))),
     ]
     # Each section keeps its head: a long list of failures must not push the speeds out.
     lines = []
@@ -30,7 +32,7 @@ def summary(ledger: Ledger) -> list[str]:
         lines += section[:10]
         if len(section) > 10:
             lines[-1] = f"  and {len(section) - 9} more lines"
-    assert len(lines) <= LIMIT + 20, "eight sections of ten lines"
+    assert len(lines) <= LIMIT + 30, "nine sections of ten lines"
     return [line[:WIDTH] for line in _fit(lines)]
 
 
@@ -57,8 +59,10 @@ def _steps(steps: list[Record]) -> Iterator[str]:
 
 def _checks(records: list[Record]) -> Iterator[str]:
     bad = [r for r in records if not r["passed"]]
-    yield f"check: {len(records) - len(bad)} of {len(records)} passed"
-    for r in bad:
+    skipped = [r for r in bad if str(r.get("error", "")).startswith(NOT_RUN)]
+    more = f", {len(skipped)} not run" if skipped else ""
+    yield f"check: {len(records) - len(bad)} of {len(records)} passed{more}"
+    for r in (r for r in bad if r not in skipped):
         faulty = ", ".join(name for name, t in r["tensors"].items() if not t["passed"])
         what = f"{r['case']} {r['activation']} {r['dtype']} {_size(r)}{on_backend(r)}"
         yield f"  failed   {what}: {faulty or r.get('error', 'it raised')}"
@@ -128,6 +132,7 @@ def _times(records: list[Record]) -> Iterator[str]:
 def _cuda(records: list[Record]) -> Iterator[str]:
     """At each size of theirs: the CUDA kernels, their variants, and what auto takes."""
     groups: dict[tuple[object, ...], list[Record]] = {}
+    wins: Counter[str] = Counter()
     for r in records:
         if is_ours(r) and r["skipped"] is None:
             groups.setdefault(place(r), []).append(r)
@@ -137,6 +142,11 @@ def _cuda(records: list[Record]) -> Iterator[str]:
             rates = [f"{r['provider'].removeprefix(f'{DEFAULT}-')} {_rate(r)}" for r in group]
             first = group[0]
             yield f"cuda: {first['op']} {first['phase']} {_size(first)}: {', '.join(rates)}"
+            if any(r.get("backend") == "cuda" for r in group):
+                wins["csrc" if first.get("backend") == "cuda" else "Triton"] += 1
+    if wins:
+        count = ", ".join(f"{name} wins {n}" for name, n in wins.items())
+        yield f"csrc or Triton, where both ran: {count}"
 
 
 def _rate(r: Record) -> str:
@@ -150,10 +160,21 @@ def share(record: Record) -> str:
     return f", {of[nearer]:.1%} of {nearer}" if of[nearer] else ""
 
 
-def _tunes(records: list[Record]) -> Iterator[str]:
+def _tunes(records: list[Record], tiles: list[Record]) -> Iterator[str]:
+    if tiles:
+        good = [r for r in tiles if r["skipped"] is None]
+        yield f"tiles: {len(good)} timed, {len(tiles) - len(good)} unusable"
+        for r in sorted(good, key=lambda r: r["median_ms"])[:1]:
+            sizes = [r["tile"][k] for k in ("block_m", "block_n", "block_k")]
+            yield f"  fastest of {r['kernel']}: {sizes}, {r['median_ms']:.4g} ms"
     for r in records:
         gain = r["table_ms"] / r["median_ms"] - 1
         yield f"tune: {r['kernel']} {r['dtype']} {_size(r)}: {gain:+.1%} over the table's tile"
+
+
+def _answers(records: list[Record]) -> Iterator[str]:
+    for r in records:
+        yield f"{r['question']}: {r['answer']} ({r['detail']})"
 
 
 def is_ours(record: Record) -> bool:

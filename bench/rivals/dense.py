@@ -75,6 +75,10 @@ class Rival:
         """The same for the phase dglu, from dy, w_down and gu."""
         raise NotImplementedError
 
+    def waits(self, work: Work) -> bool:
+        """Does a call of it wait for the GPU? Such a call is never captured in a CUDA graph."""
+        return False
+
     def preparing(self, phase: str) -> AbstractContextManager[Any]:
         """What has to be in force while a call is prepared and first made."""
         return nullcontext()
@@ -123,6 +127,9 @@ class Eager(Rival):
     def function(self, work: Work) -> Function:
         run = lambda t: work.case.run_reference(t, **work.options)  # noqa: E731
         return _recomputing(run) if recomputes(work) else run
+
+    def waits(self, work: Work) -> bool:
+        return work.case.op in ("moe_linear", "moe_mlp")  # it loops over the experts' offsets
 
     def dglu(self, work: Work) -> Callable[[Arguments], object]:
         def run(t: Arguments) -> object:

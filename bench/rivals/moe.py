@@ -114,6 +114,9 @@ class HF(Experts):
         "identity": "linear",
     }  # fmt: skip
 
+    def waits(self, work: Work) -> bool:
+        return self.implementation == "eager"  # it loops over the experts that were hit
+
     def arguments(self, work: Work, inputs: Arguments) -> dict[str, Tensor]:
         return {
             "x": inputs["x"],

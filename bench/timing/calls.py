@@ -5,6 +5,7 @@ behind, one call per copy and phase; and whether a rival computes the op at all.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ...testing import error_of, floating, yardsticks
+from ..check import inputs_of
 from ..rivals import Rival
 from ..work import DGLU, Work
 from .clock import Call
@@ -104,16 +106,21 @@ def checked(work: Work) -> Work:
     return dataclasses.replace(work, M=min(work.M, CHECKED_ROWS), model=None)
 
 
+@functools.lru_cache(maxsize=1)
+def _expected(work: Work, device: str) -> Any:
+    """What a rival's result is judged by; kept for the next rival."""
+    known = yardsticks(
+        lambda t: work.case.run_reference(t, **work.options), inputs_of(work, device)
+    )
+    return known["out"]
+
+
 def disagreement(rival: Rival, work: Work, device: str) -> str | None:
     """Why a rival's result is not this op's; None if it is. It may err more than we may."""
     small = checked(work)
-    inputs = small.case.inputs(
-        small.M, small.D, small.H, small.torch_dtype, device, activation=small.activation
-    )
     with torch.no_grad():
-        out = rival.function(small)(rival.arguments(small, inputs))
-        known = yardsticks(lambda t: small.case.run_reference(t, **small.options), inputs)
-    error = error_of(out, *known["out"])
+        out = rival.function(small)(rival.arguments(small, inputs_of(small, device)))
+        error = error_of(out, *_expected(small, device))
     if error.rms <= RIVAL_SLACK * error.rms_bound:
         return None
     return f"computes something else: relative L2 error {error.relative_l2:.1e}"

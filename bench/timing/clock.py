@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
@@ -36,6 +38,11 @@ class Timer(Protocol):
         """The most memory that a call holds at once, beyond what is held already."""
 
 
+class CaptureFailed(RuntimeError):
+    """A CUDA graph could not be captured. torch leaves its allocator and its generator capturing
+    then, so nothing more can be timed in this process."""
+
+
 class CudaTimer:
     """The current CUDA device."""
 
@@ -59,6 +66,8 @@ class CudaTimer:
             for call in calls:
                 call()
         torch.cuda.synchronize()
+        if graph:
+            _refuse_to_wait(calls[0])
         run = self._captured(calls) if graph else lambda: _all(calls)
         once = self._milliseconds(run, 1)
         repeats = max(1, math.ceil(SAMPLE_MS / once))
@@ -66,8 +75,12 @@ class CudaTimer:
 
     def _captured(self, calls: Sequence[Call]) -> Call:
         captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(captured, stream=self._stream):
-            _all(calls)
+        try:
+            with torch.cuda.graph(captured, stream=self._stream):
+                _all(calls)
+        except Exception as error:
+            first = (str(error).splitlines() or [""])[0][:160]
+            raise CaptureFailed(f"a CUDA graph could not be captured: {first}") from error
         captured.replay()
         torch.cuda.synchronize()
         return captured.replay
@@ -90,6 +103,35 @@ class CudaTimer:
         call()
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated()) - before
+
+
+def _refuse_to_wait(call: Call) -> None:
+    """Raise, as torch words it, where a call waits for the GPU: no such call can be captured, and
+    to try would leave torch capturing."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    torch.cuda.synchronize()
+
+
+def note_clock(seen: list[int]) -> None:
+    """Add the SM clock of this moment, in MHz, where it can be read in a millisecond."""
+    if torch.cuda.is_available():
+        with contextlib.suppress(Exception):  # without NVML's Python package there is none
+            seen.append(int(torch.cuda.clock_rate()))
+
+
+def clock_range(seen: Sequence[int]) -> dict[str, float] | None:
+    """SM clocks that were seen under load."""
+    if not seen:
+        return None
+    return {
+        "samples": len(seen), "min_mhz": min(seen), "median_mhz": statistics.median(seen),
+        "max_mhz": max(seen),
+    }  # fmt: skip
 
 
 def _all(calls: Sequence[Call]) -> None:

@@ -10,9 +10,9 @@ computes something else.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
-import statistics
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +22,8 @@ import torch
 from ...backends import choice
 from ...testing import CASES
 from .. import machine, rooms
+from ..check import inputs_of
+from ..lost import DeviceLost
 from ..options import (
     INTERRUPTED,
     Emit,
@@ -37,7 +39,7 @@ from ..options import (
 from ..render import Progress, number, percent, size, table
 from ..rivals import RIVALS
 from ..work import DGLU, PHASES
-from .clock import CudaTimer, Timer
+from .clock import CudaTimer, Timer, clock_range
 from .session import PLAIN_CASES, Options, Session, plan
 
 # What a narrow terminal does without, the least needed first.
@@ -58,10 +60,11 @@ def require_gpu() -> None:
         raise NothingTimed("nothing was timed: torch finds no GPU; `predict` computes what it can")
 
 
-def run(options: Options, emit: Emit, timer: Timer | None = None) -> list[dict[str, int]]:
-    """Time everything, one record each as it is ready; returns the clocks seen in between.
+def run(options: Options, emit: Emit, timer: Timer | None = None) -> list[int]:
+    """Time everything, one record each as it is ready; returns the SM clocks seen in between.
 
-    Raises NothingTimed without a GPU.
+    Raises NothingTimed without a GPU, and DeviceLost once all records are emitted if some say that
+    they were not run.
     """
     if timer is None:
         require_gpu()
@@ -70,22 +73,25 @@ def run(options: Options, emit: Emit, timer: Timer | None = None) -> list[dict[s
     works = plan(options)
     with timer.session(), Progress("time", len(works)) as progress:
         session.time_copy()
-        session.note_clocks()
         for work in works:
             session.time(work)
             progress.step(f"{work.case.name} {work.size}")
             _free()
+        if session.lost is not None:
+            raise DeviceLost(session.lost)
     return session.clocks
 
 
 def _free() -> None:
     """Give one work's buffers and graphs back before the next asks for its own."""
+    inputs_of.cache_clear()
     gc.collect()
     if "torch._dynamo" in sys.modules:
         # Or the next sizes would count as recompilations, and end as refusals.
         torch.compiler.reset()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # it was lost, as the records say
+            torch.cuda.empty_cache()
 
 
 def show(records: Sequence[Record]) -> None:
@@ -116,17 +122,6 @@ def show(records: Sequence[Record]) -> None:
     )
     if reasons:
         print("\nNot timed:", *reasons, sep="\n  ")
-
-
-def clock_range(seen: Sequence[dict[str, int]]) -> dict[str, Any] | None:
-    """SM clocks seen between pieces of work, as the GPU came out of load."""
-    if not seen:
-        return None
-    sm = [now["sm_mhz"] for now in seen]
-    return {
-        "samples": len(sm), "min_mhz": min(sm), "median_mhz": statistics.median(sm),
-        "max_mhz": max(sm),
-    }  # fmt: skip
 
 
 def options_of(args: argparse.Namespace) -> Options:
@@ -173,19 +168,24 @@ def main(args: argparse.Namespace) -> int:
         base = rooms.load("campaign.base", "time --base")
         require_gpu()
         return int(base.main(args.base, options, args.json, found))
-    interrupted = False
+    interrupted, lost = False, None
     try:
         found["sm_clocks_while_timing"] = clock_range(run(options, collecting(records)))
     except NothingTimed:
         write_json(args.json, found, records)
         raise
+    except DeviceLost as error:
+        lost = error
     except KeyboardInterrupt:
         interrupted = True
     show(records)
-    clocks = found.get("sm_clocks_while_timing") or "could not be read"
-    print("\nInterrupted." if interrupted else f"\nSM clocks between rounds: {clocks}")
+    seen = found.get("sm_clocks_while_timing") or "could not be read"
+    print("\nInterrupted." if interrupted else f"\nSM clocks between rounds: {seen}")
     write_json(args.json, found, records)
     failed = any(r["kind"] == "check" and not r["passed"] for r in records)
+    if lost is not None:
+        print(f"Ended early: {lost}", file=sys.stderr)
+        failed = True
     return INTERRUPTED if interrupted else int(failed)
 
 

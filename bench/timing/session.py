@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...testing import CASES
 from .. import machine
-from ..check import check_one
+from ..check import check_one, unchecked
+from ..lost import not_run, why_lost
 from ..options import Emit, Record
 from ..rivals import RIVALS, Fusedmlp, Rival
 from ..shapes import DEFAULT_TOKENS, MODELS, cases_of
 from ..work import ALL_CASES, DGLU, PHASES, Work, activations_of, case_of
 from .calls import calls_of, checked, disagreement, rotated
-from .clock import Call, Sampler, Timer
-from .stats import Summary, interleave, summarize
+from .clock import Call, CaptureFailed, Sampler, Timer, clock_range, note_clock
+from .passed import about, passed
+from .record import Peaks, failure, record_of
+from .stats import interleave, summarize
 
 # (D, H, model): where fusing gains least, and where most.
 Width = tuple[int, int, "str | None"]
@@ -84,22 +86,18 @@ def plan(options: Options) -> list[Work]:
     return sorted(dict.fromkeys(works), key=lambda work: list(ALL_CASES).index(work.case.name))
 
 
-@dataclasses.dataclass(frozen=True)
-class Peaks:
-    """What this GPU reaches in this run. cublas: TFLOP/s on the work's own first GEMM."""
-
-    cublas: float | None
-    copy: float | None
-
-
 Key = tuple[str, str]  # provider, phase
 CUBLAS = "cublas"  # the provider of a key; its phase is that of _gemm_of
 
 
 @dataclasses.dataclass
 class Prepared:
-    """What is ready to be sampled for one piece of work, and why the rest is not."""
+    """What is ready to be sampled for one piece of work, and why the rest is not. keys: in the
+    order of records; graphs: whether calls are replayed from a CUDA graph."""
 
+    keys: list[Key] = dataclasses.field(default_factory=list)
+    arguments: dict[str, list[dict[str, Tensor]]] = dataclasses.field(default_factory=dict)
+    graphs: dict[Key, bool] = dataclasses.field(default_factory=dict)
     samplers: dict[Key, Sampler] = dataclasses.field(default_factory=dict)
     memory: dict[Key, int] = dataclasses.field(default_factory=dict)
     reasons: dict[Key, str] = dataclasses.field(default_factory=dict)
@@ -111,22 +109,28 @@ class Session:
     def __init__(self, options: Options, emit: Emit, timer: Timer) -> None:
         self.options, self.emit, self.timer = options, emit, timer
         self.copy: float | None = None
-        self.clocks: list[dict[str, int]] = []
+        self.clocks: list[int] = []
+        # Why nothing more can be timed here; see bench/lost.py.
+        self.lost: str | None = None
+        self._passed = passed()
         self._checks: dict[tuple[str, Work], tuple[str, str | None]] = {}
         self._agreement: dict[tuple[str, Work], str | None] = {}
 
-    def note_clocks(self) -> None:
-        now = machine.clocks()
-        if now is not None:
-            self.clocks.append(now)
+    def note_clocks(self, seen: list[int]) -> None:
+        """Keep what was seen in the rounds; where that was nothing, ask nvidia-smi once."""
+        now = None if seen else machine.clocks()
+        self.clocks += seen if now is None else [now["sm_mhz"]]
 
     def check(self, rival: Rival, work: Work) -> tuple[str, str | None]:
         """(the backend that a provider of ours runs on, the reason not to time `work` on it)."""
         key = rival.name, checked(work)
         if key not in self._checks:
             with rival.in_force():
-                record = check_one(checked(work))
-            self.emit(record)
+                record = unchecked(checked(work))
+                known = about(record) in self._passed
+                record = {**record, "passed": True} if known else check_one(checked(work))
+            if not known:
+                self.emit(record)
             bad = [name for name, t in record["tensors"].items() if not t["passed"]]
             why = record.get("error") or f"wrong: {', '.join(bad)}"
             failed = None if record["passed"] else f"its check failed here ({why})"
@@ -147,7 +151,8 @@ class Session:
 
     def time_copy(self) -> None:
         """The copy's peak: once, since every work's bytes are set against it."""
-        source = torch.randn(COPY_BYTES // 4, device=self.timer.device)
+        generator = torch.Generator(self.timer.device).manual_seed(0)
+        source = torch.randn(COPY_BYTES // 4, device=self.timer.device, generator=generator)
         target = torch.empty_like(source)
         take = self.timer.sampler([lambda: target.copy_(source)], graph=False)
         ms = summarize(interleave({"copy": take}, self.options.rounds)["copy"]).median
@@ -158,7 +163,8 @@ class Session:
         })  # fmt: skip
 
     def time(self, work: Work) -> None:
-        """Every provider and phase of one piece of work, in rounds that interleave them."""
+        """Every provider and phase of one piece of work: ours and cuBLAS alone first, which are on
+        record before any baseline can harm the process; then all in rounds that interleave them."""
         serving = [
             name for name, rival in RIVALS.items()
             if not rival.by_name and (not rival.ops or work.case.op in rival.ops)
@@ -166,46 +172,87 @@ class Session:
         asked = self.options.providers or serving
         names = [name for name in asked if name not in self.options.without]
         keys = [(name, phase) for name in names for phase in self.options.phases]
+        ours = [key for key in keys if isinstance(RIVALS[key[0]], Fusedmlp)]
         prepared = Prepared()
+        self._time(work, ours, prepared)
+        if len(ours) < len(keys):
+            self._time(work, [key for key in keys if key not in ours], prepared)
+
+    def _time(self, work: Work, keys: Sequence[Key], prepared: Prepared) -> None:
+        """Prepare `keys`, then sample and emit all that is prepared; `keys` alone if it fails."""
+        prepared.keys += keys
+        samples: dict[Key, list[float]] = {}
+        seen: list[int] = []
         try:
             self._prepare_all(work, keys, prepared)
-            samples = interleave(prepared.samplers, self.options.rounds)
-        except torch.OutOfMemoryError as error:
-            # All of them hold memory at once, so none of them is to blame alone.
-            samples = {}
+            if self.lost is None:
+                after = lambda: note_clock(seen)  # noqa: E731
+                samples = interleave(prepared.samplers, self.options.rounds, after)
+        except Exception as error:  # arguments, cuBLAS, no memory for all at once: nobody's fault
             for key in keys:
-                prepared.reasons.setdefault(key, _failure(error))
-        self.note_clocks()
-        rates = {gemm: self._cublas(work, gemm, samples.pop((CUBLAS, gemm), None))
+                prepared.reasons.setdefault(key, failure(error))
+            self._look(work)
+        if self.lost is not None:
+            for key in keys:
+                prepared.reasons.setdefault(key, not_run(self.lost))
+        self.note_clocks(seen)
+        self._emit(work, samples, prepared, prepared.keys if samples else keys, clock_range(seen))
+
+    def _look(self, work: Work) -> None:
+        """Note it if whatever has just failed took the device with it."""
+        why = self.lost or why_lost(self.timer.device)
+        if why is not None and self.lost is None:
+            self.lost = f"{why}, at {work.case.name} {work.size}"
+
+    def _emit(
+        self,
+        work: Work,
+        samples: Mapping[Key, Sequence[float]],
+        prepared: Prepared,
+        keys: Sequence[Key],
+        clocks: Record | None,
+    ) -> None:
+        rates = {gemm: self._cublas(work, gemm, samples.get((CUBLAS, gemm)))
                  for gemm in dict.fromkeys(map(_gemm_of, self.options.phases))}  # fmt: skip
         for key in keys:
             memory = prepared.memory.get(key) if key in samples else None
             reason = prepared.reasons.get(key)
             peaks = Peaks(rates[_gemm_of(key[1])], self.copy)
             record = record_of(work, *key, samples.get(key), memory, peaks, reason)
-            # Which kernels ran, where the provider is ours.
+            # Which kernels ran, where the provider is ours; whether in a graph; at what clocks.
             record["backend"] = self._checks.get((key[0], checked(work)), (None,))[0]
+            record["graph"] = prepared.graphs.get(key)
+            record["sm_mhz"] = clocks
             if self.options.keep_samples:
                 record["samples_ms"] = samples.get(key)
             self.emit(record)
 
     def _prepare_all(self, work: Work, keys: Sequence[Key], prepared: Prepared) -> None:
         """Fill `prepared` with a sampler of each key, or with why there is none; and cuBLAS."""
-        gemms = list(dict.fromkeys(_gemm_of(phase) for _, phase in keys))
-        every = {g: rotated(work, self.timer.device, self.timer.l2_bytes, g) for g in gemms}
+        gemms = list(dict.fromkeys(map(_gemm_of, self.options.phases)))
+        if self.lost is not None:
+            return
+        if not prepared.arguments:
+            for g in gemms:
+                sets = rotated(work, self.timer.device, self.timer.l2_bytes, g)
+                prepared.arguments[g] = sets
+            for gemm in filter(work.gemm, gemms):
+                prepared.samplers[CUBLAS, gemm] = self._gemm_sampler(work, gemm)
         for key in keys:
-            rival, phase, sets = RIVALS[key[0]], key[1], every[_gemm_of(key[1])]
+            if self.lost is not None:
+                return
+            rival, phase, sets = RIVALS[key[0]], key[1], prepared.arguments[_gemm_of(key[1])]
             try:
                 reason = self.refusal(rival, work, phase) or self._known_to_agree(rival, work)
                 if reason is None:
-                    sampler, memory = self._prepare(rival, work, phase, sets)
-                    prepared.samplers[key], prepared.memory[key] = sampler, memory
+                    self._prepare(key, work, sets, prepared)
+            except CaptureFailed as error:
+                reason, self.lost = failure(error), f"{error}, at {rival.name} {work.case.name}"
             except Exception as error:  # a rival's failure costs its own number only
-                reason = _failure(error)
+                reason = failure(error)
             if reason is not None:
                 prepared.reasons[key] = reason
-        for gemm in filter(work.gemm, gemms):
-            prepared.samplers[CUBLAS, gemm] = self._gemm_sampler(work, gemm)
+                self._look(work)
 
     def _known_to_agree(self, rival: Rival, work: Work) -> str | None:
         if rival.trusted:
@@ -216,20 +263,25 @@ class Session:
         return self._agreement[key]
 
     def _prepare(
-        self, rival: Rival, work: Work, phase: str, sets: Sequence[Mapping[str, Tensor]]
-    ) -> tuple[Sampler, int]:
+        self, key: Key, work: Work, sets: Sequence[Mapping[str, Tensor]], prepared: Prepared
+    ) -> None:
+        rival, phase = RIVALS[key[0]], key[1]
         ms = machine.shortest_ms(work.flops(phase), work.bytes(phase), work.dtype)
+        graph = ms < GRAPH_BELOW_MS and not rival.waits(work)
         with rival.preparing(phase):
             calls = calls_of(rival, work, phase, sets)
-            memory = self.timer.peak_bytes(calls[0])
-            return self.timer.sampler(calls, ms < GRAPH_BELOW_MS), memory
+            prepared.memory[key] = self.timer.peak_bytes(calls[0])
+            prepared.samplers[key] = self.timer.sampler(calls, graph)
+            prepared.graphs[key] = graph
 
     def _gemm_sampler(self, work: Work, phase: str) -> Sampler:
         gemm = work.gemm(phase)
         assert gemm is not None
         M, N, K = gemm
+        # A generator of its own: the default one belongs to whoever captures.
+        generator = torch.Generator(self.timer.device).manual_seed(0)
         make = lambda *shape: torch.randn(  # noqa: E731
-            shape, device=self.timer.device, dtype=work.torch_dtype
+            shape, device=self.timer.device, dtype=work.torch_dtype, generator=generator
         )
         size = (M + N) * K * work.torch_dtype.itemsize
         # Weights as they lie in a model: rows of K, but w_down in the backward has columns of it.
@@ -256,42 +308,3 @@ class Session:
 def _gemm_of(phase: str) -> str:
     """The phases that share arguments and cuBLAS's GEMM are named by one of them."""
     return DGLU if phase == DGLU else "forward"
-
-
-def _failure(error: Exception) -> str:
-    """A record's reason: the kind of failure and the first line of its message."""
-    first = (str(error).strip().splitlines() or [""])[0][:200]
-    return f"failed: {type(error).__name__}: {first}"
-
-
-def record_of(
-    work: Work,
-    provider: str,
-    phase: str,
-    samples: Sequence[float] | None,
-    memory: int | None,
-    peaks: Peaks,
-    skipped: str | None,
-) -> Record:
-    """A time record; without samples its measured fields are null and `skipped` says why."""
-    if (samples is None) == (skipped is None):
-        raise ValueError("a time record has either samples or a reason for having none")
-    flops, moved = work.flops(phase), work.bytes(phase)
-    record: dict[str, Any] = {
-        "kind": "time", **work.identity(), "provider": provider, "phase": phase,
-        "model": work.model, "flops": flops, "bytes": moved, "skipped": skipped,
-    }  # fmt: skip
-    summary: Summary | None = None if samples is None else summarize(samples)
-    tflops = None if summary is None else flops / summary.median / 1e9
-    gbps = None if summary is None else moved / summary.median / 1e6
-    return {
-        **record,
-        "median_ms": None if summary is None else summary.median,
-        "q20_ms": None if summary is None else summary.q20,
-        "q80_ms": None if summary is None else summary.q80,
-        "tflops": tflops,
-        "gbps": gbps,
-        "of_cublas": None if tflops is None or peaks.cublas is None else tflops / peaks.cublas,
-        "of_copy": None if gbps is None or peaks.copy is None else gbps / peaks.copy,
-        "peak_memory_bytes": memory,
-    }

@@ -104,8 +104,8 @@ def rows_of(
 class Bench:
     """Judges and times tiles for one row; holds the operands, so that they are drawn once."""
 
-    def __init__(self, row: TileRow, device: torch.device, timer: Timer) -> None:
-        self.row, self.device, self.timer = row, device, timer
+    def __init__(self, row: TileRow, device: torch.device, timer: Timer, emit: Emit) -> None:
+        self.row, self.device, self.timer, self.emit = row, device, timer, emit
         self.launch = LAUNCHES[row.kernel]
         self.operands = [draw(self.launch, shape, row.dtype, device) for shape in row.shapes]
         self.discarded: dict[str, int] = {}
@@ -138,14 +138,26 @@ class Bench:
         """Geometric mean of the shapes' milliseconds; infinite if the tile cannot be used."""
         try:
             self.check(tile)
-            return _mean(self._milliseconds(tile))
+            ms = _mean(self._milliseconds(tile))
+            self._note(tile, ms, None)
+            return ms
         except Exception as error:  # compilers fail in many ways, and the next tile may do
             reason = type(error).__name__
-            print(f"  {tile}: {reason}: {str(error).splitlines()[0] if str(error) else ''}")
+            self._note(tile, None, f"{reason}: {(str(error).splitlines() or [''])[0][:200]}")
             self.discarded[reason] = self.discarded.get(reason, 0) + 1
             if self.device.type == "cuda":
                 torch.cuda.synchronize()  # raises again where the context itself is lost
             return math.inf
+
+    def _note(self, tile: Tile, ms: float | None, skipped: str | None) -> None:
+        """On record and on paper at once: a search that is cut short loses no tile."""
+        print(f"  {tile}: {skipped or f'{ms:.4g} ms'}", flush=True)
+        self.emit({
+            "kind": "tile", "arch": arch_of(self.device).name, "kernel": self.row.kernel,
+            "dtype": str(self.row.dtype).removeprefix("torch."),
+            "shapes": ["x".join(map(str, shape)) for shape in self.row.shapes],
+            "tile": dataclasses.asdict(tile), "median_ms": ms, "skipped": skipped,
+        })  # fmt: skip
 
     def compare(self, tile: Tile, table: Tile) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """(tile's ms, table's ms) per shape; rounds alternate, so that drifting clocks hit both."""
@@ -177,9 +189,11 @@ def search(
         best = fastest
 
 
-def tune_row(row: TileRow, arch: Arch, device: torch.device, timer: Timer, limit: int) -> Found:
+def tune_row(
+    row: TileRow, arch: Arch, device: torch.device, timer: Timer, limit: int, emit: Emit
+) -> Found:
     """The best tile for a row. Raises where the table's own tile fails: that is a bug."""
-    bench = Bench(row, device, timer)
+    bench = Bench(row, device, timer, emit)
     bench.check(row.tile)
     around = lambda tile: neighbours(tile, arch, row.kernel, row.dtype.itemsize)  # noqa: E731
     best, tried = search(row.tile, around, bench.measure, limit)
@@ -245,7 +259,7 @@ def run(options: TuneOptions, emit: Emit, timer: Timer = device_timer) -> str:
             shapes = options.shapes or LAUNCHES[kernel].sizes or DEFAULT_SHAPES
             for row in rows_of(kernel, dtype, shapes, device):
                 print(f"{kernel} {name}: {row.tile}", flush=True)
-                found = tune_row(row, arch, device, timer, options.limit)
+                found = tune_row(row, arch, device, timer, options.limit, emit)
                 print(f"  best of {found.tried}: {found.tile}", flush=True)
                 results.append(found)
                 for record in _records(found, arch):

@@ -66,12 +66,12 @@ class Case:
         activation: str = "silu",
         seed: int = 0,
     ) -> dict[str, Tensor]:
-        """Random arguments, scaled so that results stay near 1; off the kink of a kinked
-        activation."""
-        generator = torch.Generator().manual_seed(seed)
+        """Random arguments, drawn on `device` and scaled so that results stay near 1; off the kink
+        of a kinked activation."""
+        generator = torch.Generator(device).manual_seed(seed)
         draw = _off_kink if ACTIVATIONS[activation].kink else _uniform
         return {
-            name: self.draws[name](shape, generator).to(device)
+            name: self.draws[name](shape, generator)
             if name in self.draws
             else draw(name, shape, D, generator)
             .mul_(self.scales.get(name, 1))
@@ -118,8 +118,9 @@ class Case:
 def _uniform(name: str, shape: tuple[int, ...], D: int, generator: torch.Generator) -> Tensor:
     """Uniform of variance 1; a weight is divided by the root of its columns. Not normal: in its
     tails one lucky rounding of eager's decides a whole column's bound."""
-    t = (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) * 3**0.5
-    return t / shape[-1] ** 0.5 if name.startswith("w_") or name == "w" else t
+    options: Any = {"generator": generator, "dtype": torch.float64, "device": generator.device}
+    t = torch.rand(shape, **options).mul_(2).sub_(1).mul_(3**0.5)
+    return t.div_(shape[-1] ** 0.5) if name.startswith("w_") or name == "w" else t
 
 
 def _off_kink_step(columns: int) -> float:
@@ -132,7 +133,8 @@ def _off_kink(name: str, shape: tuple[int, ...], D: int, generator: torch.Genera
 
     An odd number of products of odd integers is odd, so x' w is exact and never 0; biases are even.
     """
-    t = torch.randn(shape, generator=generator, dtype=torch.float64)
+    options: Any = {"generator": generator, "dtype": torch.float64, "device": generator.device}
+    t = torch.randn(shape, **options)
     if name.startswith("w_") or name == "w":
         return torch.where(t.abs() < 1, t.sign(), 3 * t.sign()) * _off_kink_step(shape[-1])
     if name.startswith("b"):
@@ -228,7 +230,7 @@ def compare(
     if backward and dy is None:
         with torch.no_grad():
             out = reference(inputs)
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator(out.device).manual_seed(1)
         dy = _uniform("dy", tuple(out.shape), 0, generator).to(out)
     grads = dy if backward else None
     ours = evaluate(lambda t: case.run(t, **options), inputs, grads, wanted)

@@ -11,8 +11,9 @@ import torch
 from timing_fake import FakeTimer, of
 
 from fusedmlp.bench.campaign import base
+from fusedmlp.bench.options import collecting
 from fusedmlp.bench.shapes import DENSE
-from fusedmlp.bench.timing import calls, command as timing, session
+from fusedmlp.bench.timing import calls, clock, command as timing, session
 from fusedmlp.bench.timing.session import Options, Peaks, Session, plan, record_of
 from fusedmlp.bench.work import PHASES, Work
 from fusedmlp.testing import CASES
@@ -31,7 +32,7 @@ def run(**changes):
         "rounds": 6, **changes,
     })  # fmt: skip
     records, timer = [], FakeTimer()
-    timing.run(options, records.append, timer)
+    timing.run(options, collecting(records), timer)
     return records, timer
 
 
@@ -44,7 +45,7 @@ def test_one_record_per_provider_and_phase():
     assert set(times[0]) == {
         "kind", "case", "op", "provider", "phase", "activation", "dtype", "M", "D", "H", "model",
         "median_ms", "q20_ms", "q80_ms", "flops", "bytes", "tflops", "gbps", "of_cublas",
-        "of_copy", "peak_memory_bytes", "skipped", "backend",
+        "of_copy", "peak_memory_bytes", "skipped", "backend", "graph", "sm_mhz",
     }  # fmt: skip
 
 
@@ -188,7 +189,7 @@ def test_a_rival_that_raises_costs_its_own_number_only(monkeypatch):
 
 
 def test_running_out_of_memory_in_the_rounds_is_on_record(monkeypatch):
-    def interleave(samplers, rounds):
+    def interleave(samplers, rounds, after_round=None):
         if "copy" in samplers:
             return {"copy": [1.0]}
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -256,18 +257,18 @@ def test_show_lists_times_and_reasons(capsys):
 
 
 def test_clock_range():
-    seen = [{"sm_mhz": mhz} for mhz in (1700, 1980, 1800)]
-    assert timing.clock_range(seen) == {
+    assert clock.clock_range([1700, 1980, 1800]) == {
         "samples": 3, "min_mhz": 1700, "median_mhz": 1800, "max_mhz": 1980,
     }  # fmt: skip
-    assert timing.clock_range([]) is None
+    assert clock.clock_range([]) is None
 
 
 def test_one_session_notes_clocks(monkeypatch):
     monkeypatch.setattr(session.machine, "clocks", lambda: {"sm_mhz": 1234})
     one = Session(Options(), lambda record: None, FakeTimer())
-    one.note_clocks()
-    assert one.clocks == [{"sm_mhz": 1234}]
+    one.note_clocks([])
+    one.note_clocks([1700, 1980])
+    assert one.clocks == [1234, 1700, 1980]
 
 
 # --base

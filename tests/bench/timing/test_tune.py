@@ -101,7 +101,7 @@ CALLS = {launch.call: kernel for kernel, launch in LAUNCHES.items()}
 def test_every_launcher_passes_the_rule_on_its_own_tile(kernel):
     tile = arch_of(DEVICE).row(kernel, 4)[0]
     row = tune.TileRow(kernel, torch.float32, tile, (LAUNCHES[kernel].checked,))
-    tune.Bench(row, DEVICE, fake_timer).check(tile)
+    tune.Bench(row, DEVICE, fake_timer, [].append).check(tile)
 
 
 def test_every_kernel_of_the_table_has_a_launcher():
@@ -180,9 +180,15 @@ def test_tune_picks_the_fastest_and_prints_a_row_that_parses(capsys):
     assert tiles[1:] == TABLE.tiles[key][1:]
     gain = (1 + 32 / 64) / (1 + 16 / 64) - 1
     assert rows.count(f"{gain:+.1%} over {TABLE.tiles[key][0]}") == 2
-    assert [(r["M"], r["D"], r["H"]) for r in records] == list(OPTIONS.shapes)
     for record in records:
         check_record(record, "record")
+    # Every tile is on record as it is timed, before the search ends.
+    timed = [r for r in records if r["kind"] == "tile"]
+    assert records[: len(timed)] == timed
+    assert {r["tile"]["block_k"] for r in timed if r["skipped"] is None} >= {64, 32, 16}
+    found = records[len(timed) :]
+    assert [(r["M"], r["D"], r["H"]) for r in found] == list(OPTIONS.shapes)
+    for record in found:
         assert (record["median_ms"], record["table_ms"]) == (1.25, 1.5)
         assert Tile(**record["tile"]) == tiles[0]
 
