@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,8 +21,10 @@ from pathlib import Path
 from typing import Any
 
 RECORDS = "FUSEDMLP_RECORDS"
-POLL_S = 0.1
+POLL_S = 0.05
+REAP_S = 10
 TAIL_LINES = 15
+GUARD = Path(__file__).with_name("guard.py")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,65 @@ def emitter() -> Callable[[dict[str, Any]], None]:
     return emit
 
 
+class Child:
+    """A command that runs as a process of its own, for at most limit_s seconds.
+
+    Its records are passed on in batches, as they come, by `poll`. A batch that `receive` refuses by
+    ValueError makes it fail and does not end it. Its output goes to `log`. Whatever of its process
+    group is left, at the end or at the limit, is killed: a forgotten grandchild would hold the GPU
+    against the next step. If this process is killed, its group ends too (guard.py).
+    """
+
+    def __init__(
+        self,
+        argv: Sequence[str],
+        limit_s: float,
+        receive: Callable[[list[dict[str, Any]]], None],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> None:
+        handle, self._name = tempfile.mkstemp(suffix=".jsonl")
+        os.close(handle)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log, self.limit_s = log, limit_s
+        self._lines, self._verdict = Lines(Path(self._name)), _Verdict(receive)
+        self._start = time.monotonic()
+        guarded = (sys.executable, "-I", "-S", str(GUARD), str(os.getpid()), *argv)
+        with open(log, "wb") as output:
+            self._process = subprocess.Popen(
+                guarded, cwd=cwd, env={**os.environ, **(env or {}), RECORDS: self._name},
+                stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def poll(self) -> Outcome | None:
+        """Pass on what is new; how it ended, once it has, or is killed at its limit."""
+        ended = _has_ended(self._process)
+        if ended or self.seconds >= self.limit_s:
+            return self.end(ended)
+        self._verdict.take(self._lines.fresh())
+        return None
+
+    def end(self, ended: bool = False) -> Outcome:
+        """Kill what is left of it and pass on the last records. ended: it was over already."""
+        reaped = _kill_group(self._process)
+        self._verdict.take(self._lines.fresh())
+        rest = self._lines.close()
+        os.unlink(self._name)
+        seconds = self.seconds
+        if rest:
+            self._verdict.faults.append(f"half a record: {rest[:80]!r}")
+        if not reaped:
+            self._verdict.faults.append(f"process {self._process.pid} cannot be killed")
+        code = -signal.SIGKILL if self._process.returncode is None else self._process.returncode
+        return _judge(self._verdict, ended, code, seconds, self.limit_s, self.log)
+
+
 def run(
     argv: Sequence[str],
     limit_s: float,
@@ -83,41 +145,15 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
 ) -> Outcome:
-    """Run argv for at most limit_s seconds and pass on its records, in batches, as they come.
-
-    A batch that `receive` refuses by ValueError makes the step fail and does not end it. Its output
-    goes to `log`. Whatever of its process group is left, at the end or at the limit, is killed: a
-    forgotten grandchild would hold the GPU against the next step.
-    """
-    handle, name = tempfile.mkstemp(suffix=".jsonl")
-    os.close(handle)
-    start = time.monotonic()
-    log.parent.mkdir(parents=True, exist_ok=True)
-    child_env = {**os.environ, **(env or {}), RECORDS: name}
-    lines, verdict = Lines(Path(name)), _Verdict(receive)
+    """Run one `Child` to its end."""
+    child = Child(argv, limit_s, receive, log, env, cwd)
     try:
-        with open(log, "wb") as output:
-            child = subprocess.Popen(
-                argv, cwd=cwd, env=child_env, stdin=subprocess.DEVNULL, stdout=output,
-                stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-            try:
-                ended = False
-                while not ended and time.monotonic() - start < limit_s:
-                    ended = _has_ended(child)
-                    verdict.take(lines.fresh())
-                    if not ended:
-                        time.sleep(POLL_S)
-            finally:
-                _kill_group(child)
-                verdict.take(lines.fresh())
-    finally:
-        rest = lines.close()
-        os.unlink(name)
-    seconds = time.monotonic() - start
-    if rest:
-        verdict.faults.append(f"half a record: {rest[:80]!r}")
-    return _judge(verdict, ended, child.returncode, seconds, limit_s, log)
+        while (outcome := child.poll()) is None:
+            time.sleep(POLL_S)
+    except BaseException:
+        child.end()
+        raise
+    return outcome
 
 
 class _Verdict:
@@ -153,10 +189,16 @@ def _has_ended(child: subprocess.Popen[bytes]) -> bool:
     return os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
-def _kill_group(child: subprocess.Popen[bytes]) -> None:
+def _kill_group(child: subprocess.Popen[bytes]) -> bool:
+    """False where it is still there after a while: one that the system cannot end must not stop
+    the rest."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    try:
+        child.wait(REAP_S)
+    except subprocess.TimeoutExpired:
+        return False
+    return True
 
 
 def _tail(log: Path) -> str:

@@ -5,8 +5,9 @@
 | step | does | hands over |
 |---|---|---|
 | environment | describes this machine | {"machine": ...} |
-| tests | the test suite on the GPU | its verdict |
+| tests [brief] | the tests that need a GPU; brief: without those of models' sizes | its verdict |
 | build | the CUDA extension, for this GPU alone, into this checkout | its verdict |
+| ask NAME | one question of questions.py | its answer |
 | sanitize TOOL CASE [BACKEND] | one small case under compute-sanitizer | one sanitizer record |
 | exercise CASE [BACKEND] | that case, forward and backward, on the kernels | nothing |
 """
@@ -53,8 +54,9 @@ def environment() -> None:
     emitter()({"machine": {**found, "commit": commit}})
 
 
-def tests() -> int:
-    """pytest, in parallel where xdist is installed: most of its time on a GPU is compiling."""
+def tests(how: str = "") -> int:
+    """pytest, in parallel where xdist is installed: most of its time on a GPU is compiling. What
+    needs no GPU runs elsewhere."""
     emit = emitter()
     if not (ROOT / "tests").is_dir():
         _verdict(emit, "skipped", f"no tests at {ROOT}: not a checkout")
@@ -66,7 +68,8 @@ def tests() -> int:
             "-m",
             "pytest",
             "-m",
-            "gpu or not (slow or nvcc)",  # compilers need no GPU, and its time is short
+            "gpu and not slow",
+            *(("-k", "not model_sizes") if how == "brief" else ()),
             "-v",
             f"--junitxml={junit}",
         ]
@@ -170,6 +173,12 @@ def _variants(op: str) -> list[str | None]:
     return [None, *(name for name in first if all(name in others for others in rest))]
 
 
+def ask(name: str) -> None:
+    from .questions import record_of
+
+    emitter()(record_of(name))
+
+
 def find_sanitizer() -> str | None:
     """compute-sanitizer from PATH, a CUDA toolkit, or NVIDIA's Python packages."""
     homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
@@ -214,9 +223,11 @@ def read_sanitizer(code: int, output: str) -> tuple[str, str]:
 
 def main(argv: list[str]) -> int:
     step, *rest = argv
-    if step in ("tests", "build"):
-        return tests() if step == "tests" else build()
+    judged: dict[str, Callable[..., int]] = {"tests": tests, "build": build}
+    if step in judged:
+        return judged[step](*rest)
     steps: dict[str, Callable[..., None]] = {
+        "ask": ask,
         "environment": environment,
         "exercise": exercise,
         "sanitize": sanitize,

@@ -10,63 +10,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from campaign_steps import MACHINE, PRELUDE, emitting, gone, run, statuses, step
 
 from fusedmlp.backends.cuda import loader
 from fusedmlp.bench import process
-from fusedmlp.bench.campaign import command as campaign, worker
-from fusedmlp.bench.campaign.command import Step, run_campaign
+from fusedmlp.bench.campaign import command, plans, resume, runner, worker
+from fusedmlp.bench.campaign.steps import Step
+from fusedmlp.bench.options import Refusal
 from fusedmlp.bench.report import ledger as book, summary
 from fusedmlp.testing import CASES
-
-MACHINE = {"gpu": "Synthetic", "commit": "c0ffee", "source": "5ca1e"}
-PEAK = {
-    "kind": "peak", "name": "copy", "dtype": "float32", "bytes": 1, "tflops": None, "gbps": 1.0,
-}  # fmt: skip
-# What a child does with its records, without the second that importing the library takes.
-PRELUDE = """
-import json, os, sys, time
-def emit(record):
-    with open(os.environ["FUSEDMLP_RECORDS"], "a") as file:
-        file.write(json.dumps(record) + "\\n")
-"""
-
-
-def step(name: str, code: str, budget_s: float = 20, **more) -> Step:
-    return Step(name, (sys.executable, "-c", PRELUDE + code), budget_s, **more)
-
-
-def emitting(*sizes: int) -> str:
-    return "".join(f"emit({{**{PEAK!r}, 'bytes': {n}}})\n" for n in sizes)
-
-
-def alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def gone(pid: int) -> bool:
-    """Within ten seconds: the kill is sent at once, a loaded machine takes its time."""
-    for _ in range(1000):
-        if not alive(pid):
-            return True
-        time.sleep(0.01)
-    return False
-
-
-def run(steps, out, minutes=1.0, machine=MACHINE, say=lambda line: None):
-    return run_campaign(machine, steps, out, minutes, say)
-
-
-def statuses(ledger) -> dict[str, str]:
-    return {s["name"]: s["status"] for s in ledger.steps}
 
 
 @pytest.fixture(autouse=True)
 def no_other_results(monkeypatch, tmp_path):
-    monkeypatch.setattr(campaign, "RESULTS", tmp_path / "published")
+    monkeypatch.setattr(resume, "RESULTS", tmp_path / "published")
 
 
 def test_records_and_steps_are_kept(tmp_path):
@@ -188,20 +145,28 @@ def test_it_goes_on_where_it_stopped(tmp_path):
 
 
 def test_no_time_left_is_recorded_and_taken_up_later(tmp_path, monkeypatch):
-    monkeypatch.setattr(campaign, "LEAST_S", 0.5)
+    monkeypatch.setattr(runner, "LEAST_S", 0.5)
+    monkeypatch.setattr(runner, "SUMMARY_S", 0.0)
     steps = [step("slow", "time.sleep(30)", budget_s=100), step("late", emitting(1), budget_s=100)]
     ran = run(steps, tmp_path, minutes=1.5 / 60)
     assert statuses(ran) == {"slow": "killed", "late": "skipped"}
-    assert all(s["detail"].startswith(campaign.OUT_OF_TIME) for s in ran.steps)
-    assert [s.name for s in campaign.order(ran, steps, [])] == ["slow", "late"]
+    assert all(s["detail"].startswith(resume.OUT_OF_TIME) for s in ran.steps)
+    assert [s.name for s in resume.order(ran, steps, [])] == ["slow", "late"]
 
 
 @pytest.mark.parametrize("change", [{"gpu": "Synthetic 2"}, {"commit": "bad"}, {"source": "x"}])
-def test_other_code_or_another_gpu_starts_anew(tmp_path, change):
+def test_a_ledger_of_other_code_or_another_gpu_is_refused(tmp_path, change):
+    """Except in bench/results, which holds the ledgers of every commit."""
     first = run([step("a", "")], tmp_path)
-    other = run([step("a", ""), step("b", "")], tmp_path, machine={**MACHINE, **change})
-    assert other.path != first.path
-    assert statuses(other) == {"a": "ok", "b": "ok"}
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(Refusal, match="give --out an empty folder") as refused:
+        run([step("a", "")], tmp_path, machine={**MACHINE, **change})
+    assert str(first.path) in str(refused.value)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    run([step("a", "")], tmp_path / "published")
+    other = run([step("a", "")], tmp_path / "published", machine={**MACHINE, **change})
+    assert statuses(other) == {"a": "ok"}
+    assert len(list((tmp_path / "published").glob("*.json"))) == 2
 
 
 def test_what_no_gpu_has_done_with_this_code_comes_first(tmp_path):
@@ -251,11 +216,8 @@ def test_what_was_left_out_follows_the_second_try_of_what_it_needs(tmp_path):
     assert (marks / "order").read_text() == "build "
     can.touch()
     ran = run([build, check, marking(marks, "free"), late], tmp_path / "out")
-    # late had no turn before, so it came before the second try.
-    assert (marks / "order").read_text() == "build free build check "
-    assert statuses(ran)["late"] == "skipped"
-    ran = run([build, check, marking(marks, "free"), late], tmp_path / "out")
-    assert (marks / "order").read_text().split()[-2:] == ["build", "late"]
+    # late needs check, which has its second try after everything that has had none.
+    assert (marks / "order").read_text() == "build free build check late "
     assert set(statuses(ran).values()) == {"ok"}
 
 
@@ -268,7 +230,7 @@ def test_needs_come_first_even_where_another_gpu_has_done_them(tmp_path):
         step("old", ""), step("build", "", again=True), step("check", "", needs="build"),
         step("time", "", needs="check"), step("new", ""),
     ]  # fmt: skip
-    names = [s.name for s in campaign.order(ledger, steps, [other])]
+    names = [s.name for s in resume.order(ledger, steps, [other])]
     assert names == ["build", "check", "time", "new", "old"]
 
 
@@ -294,10 +256,11 @@ def test_sigterm_ends_the_child_and_keeps_the_ledger(tmp_path):
     code = f"""
 import pathlib, sys
 from fusedmlp.bench import process
-from fusedmlp.bench.campaign import command as campaign
+from fusedmlp.bench.campaign import resume, runner, steps
 process.end_on_sigterm()
-step = campaign.Step("slow", (sys.executable, "-c", {PRELUDE + child!r}), 60)
-campaign.run_campaign({MACHINE!r}, [step], pathlib.Path({str(tmp_path / "out")!r}), 5)
+step = steps.Step("slow", (sys.executable, "-c", {PRELUDE + child!r}), 60)
+ledger = resume.open_ledger({MACHINE!r}, [step], pathlib.Path({str(tmp_path / "out")!r}), [])
+runner.run_campaign(ledger, [step], runner.Box(5))
 """
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=worker.ROOT, stderr=subprocess.PIPE)
     for _ in range(400):
@@ -308,9 +271,9 @@ campaign.run_campaign({MACHINE!r}, [step], pathlib.Path({str(tmp_path / "out")!r
     parent.communicate(timeout=60)
     assert gone(int(pid.read_text()))
     (ledger,) = book.load_all(tmp_path / "out")
-    assert ledger.steps[0]["detail"] == campaign.INTERRUPTED
+    assert ledger.steps[0]["detail"] == resume.INTERRUPTED
     assert [r["bytes"] for r in ledger.records] == [1]
-    assert campaign.order(ledger, [Step("slow", (), 1)], [])
+    assert resume.order(ledger, [Step("slow", (), 1)], [])
 
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
@@ -319,17 +282,19 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path):
     argv = [sys.executable, "-m", "fusedmlp.bench", "campaign", "--out", str(tmp_path / "out")]
     done = subprocess.run(argv, cwd=worker.ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
-    assert "no GPU" in done.stdout
+    assert "torch finds none: nothing was run or written" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_the_command_runs_the_plan_and_copies_its_records(tmp_path, monkeypatch, capsys):
     from fusedmlp.bench import cli
 
-    monkeypatch.setattr(campaign, "discover", lambda: MACHINE)
-    monkeypatch.setattr(
-        campaign, "plan", lambda: [step("a", emitting(7)), step("b", "sys.exit(3)")]
-    )
+    made_up = lambda: [step("a", emitting(7)), step("b", "sys.exit(3)")]  # noqa: E731
+    monkeypatch.setattr(command, "discover", lambda: MACHINE)
+    # The process of these tests is older than any box.
+    monkeypatch.setattr(command, "process_age_s", lambda: 0.0)
+    monkeypatch.setitem(plans.PLANS, "brief", plans.Plan("brief", 8, "", made_up))
     file = tmp_path / "copy.json"
     code = cli.main(["campaign", "--out", str(tmp_path / "out"), "--json", str(file)])
     assert code == 1  # b failed
@@ -348,7 +313,7 @@ def test_the_commit_of_a_tree_without_git_comes_from_the_environment(tmp_path, m
 def test_the_plan_covers_every_op_and_every_command_of_it_parses():
     from fusedmlp.bench import cli
 
-    steps = campaign.plan()
+    steps = plans.PLANS["full"].steps()
     names = [s.name for s in steps]
     assert len(names) == len(set(names))
     for op in {case.op for case in CASES.values()}:
@@ -376,7 +341,7 @@ def test_the_plan_covers_every_op_and_every_command_of_it_parses():
 
 def test_a_hang_of_a_kernel_under_development_costs_little():
     """Every CUDA step waits for the first check, which has 90 s; what others time leaves it out."""
-    steps = {s.name: s for s in campaign.plan()}
+    steps = {s.name: s for s in plans.PLANS["full"].steps()}
     first = steps["check:cuda:gated_linear"]
     assert first.budget_s <= 90
     assert first.needs == "build"
@@ -396,7 +361,7 @@ def test_a_hang_of_a_kernel_under_development_costs_little():
 
 
 def test_variants_are_timed_before_anything_is_compared_or_tuned():
-    names = [s.name for s in campaign.plan()]
+    names = [s.name for s in plans.PLANS["full"].steps()]
     first = names.index("time:cuda:gated_linear_fwd")
     assert all(names.index(n) < first for n in names if n.startswith("check:"))
     assert first < names.index("time:gated_act") < names.index("tests")
