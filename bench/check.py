@@ -72,16 +72,17 @@ def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def plan(options: CheckOptions) -> list[Work]:
-    """Every (case, activation, size, dtype) that `run` will judge."""
-    classes: Sequence[Class] = ON_GPU if _device() == "cuda" else SMALL
+def plan(options: CheckOptions, sizes: Sequence[Class] = ()) -> list[Work]:
+    """Every (case, activation, size, dtype) that `run` will judge. sizes: those of a device that is
+    not there."""
+    classes: Sequence[Class] = sizes or (ON_GPU if _device() == "cuda" else SMALL)
     if options.backend == "cuda":
         classes = ON_CUDA
     if options.shapes:
         classes = [("given", shape, "bfloat16") for shape in options.shapes]
     if options.dtypes is not None:
-        sizes = dict.fromkeys((label, shape) for label, shape, _ in classes)
-        classes = [(*size, dtype) for size in sizes for dtype in options.dtypes]
+        named = dict.fromkeys((label, shape) for label, shape, _ in classes)
+        classes = [(*size, dtype) for size in named for dtype in options.dtypes]
     return [
         Work(case, activation, dtype, *shape, label=label)
         for i, (label, shape, dtype) in enumerate(classes)

@@ -10,12 +10,14 @@ on where the last one stopped. docs/device.md is the page for whoever borrows a 
 from __future__ import annotations
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from .. import process
+from ..gate.cache import extension_is_carried, take
 from ..options import Refusal, add_json, positive, subparser, write_json
 from ..render import table
 from ..report.ledger import RESULTS, Ledger
@@ -80,6 +82,9 @@ def main(args: argparse.Namespace) -> int:
         dry_run(steps, minutes, args.out)
         return 0
     box = Box(minutes, process_age_s())
+    if args.cache is not None:
+        os.environ["TRITON_CACHE_DIR"] = str(take(args.cache))
+    extension_is_carried()  # or it is refused, before anything has begun
     machine = discover()
     if not machine.get("gpu"):
         raise Refusal(
@@ -108,7 +113,7 @@ def register(subparsers: Any) -> None:
         "check, build, time, test, sanitize and tune on this GPU, into one ledger",
         (
             "campaign --dry-run",
-            "campaign --out results               # again with the same --out: goes on",
+            "campaign --cache build/carry --out results   # the same --out again: goes on",
             "campaign --plan rerun --only gated   # after a fix",
         ),
         main,
@@ -125,6 +130,10 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="DIR",
         help="folder of the ledger; the same folder again goes on (default: bench/results)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--cache", type=Path, metavar="DIR",
+        help="compiled kernels, carried from where `gate fill-cache DIR` ran",
     )  # fmt: skip
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and run nothing; needs no GPU"

@@ -28,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..gate import cache
 from ..process import emitter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +101,7 @@ def _junit(path: Path) -> str:
 
 
 def build() -> int:
-    """Always, even where there is an extension: it may be older than the sources."""
+    """Unless one was carried along, of these very sources: one without a stamp may be older."""
     import torch
 
     from ...backends.cuda import loader
@@ -112,7 +113,21 @@ def build() -> int:
         status = "ok" if loader.available() else "skipped"
         _verdict(emit, status, f"{ROOT} holds no CUDA kernel for sm_{capability}")
         return 0
-    folder = str(ROOT / "build" / "bench")
+    carried = cache.extension_is_carried()
+    if not carried and (code := build_for(capability)):
+        return code
+    importlib.invalidate_caches()
+    extension, why = loader.load()
+    says = why
+    if extension is not None:
+        says = f"CUDA {extension.CUDA}, for {extension.ARCHS}{', carried' if carried else ''}"
+    _verdict(emit, "failed" if extension is None else "ok", says)
+    return 0
+
+
+def build_for(capability: int) -> int:
+    """The extension into this checkout, with a stamp; the exit code of what failed."""
+    folder = str(ROOT / "build" / f"bench-{sys.implementation.cache_tag}")
     archs = f"{capability};{capability}a"  # kernels for any architecture, and those of this one
     homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
     path = os.pathsep.join([os.environ["PATH"], *(f"{home}/bin" for home in homes if home)])
@@ -126,10 +141,7 @@ def build() -> int:
         code = subprocess.run(command, env={**os.environ, "PATH": path}).returncode
         if code:
             return code
-    importlib.invalidate_caches()
-    extension, why = loader.load()
-    says = why if extension is None else f"CUDA {extension.CUDA}, for {extension.ARCHS}"
-    _verdict(emit, "failed" if extension is None else "ok", says)
+    cache.stamp_extension()
     return 0
 
 

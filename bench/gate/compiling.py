@@ -7,6 +7,8 @@ import dataclasses
 import functools
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import triton
@@ -46,26 +48,34 @@ class Launched(NamedTuple):
     grid: tuple[int, ...]
 
 
-def captured(job: Job) -> list[Launched]:
-    """Every launch that the job's call would make."""
+@contextmanager
+def compile_only(arch: Arch) -> Iterator[list[Launched]]:
+    """Inside, tensors lie on a GPU of `arch` and launches compile and do nothing else; the list
+    gets each of them."""
     compiled: list[Launched] = []
     run = JITFunction.run
 
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+    def compile_it(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         compiled.append(Launched(self.fn.__name__, kernel, tuple(grid)))
         return kernel
 
+    driver.set_active(_CompileOnly(arch.capability))
+    JITFunction.run = compile_it
+    try:
+        with pretend(arch, MULTIPROCESSORS):
+            yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def captured(job: Job) -> list[Launched]:
+    """Every launch that the job's call would make."""
     arch = job.arch
     if job.key is not None and job.tile is not None:
         arch = dataclasses.replace(arch, tiles={job.key: (job.tile,)})
-    driver.set_active(_CompileOnly(arch.capability))
-    JITFunction.run = compile_only
-    try:
-        with pretend(arch, MULTIPROCESSORS):
-            job.call()
-    finally:
-        JITFunction.run = run
+    with compile_only(arch) as compiled:
+        job.call()
     return compiled
 
 

@@ -16,6 +16,7 @@ from fusedmlp.backends.cuda import loader
 from fusedmlp.bench import process
 from fusedmlp.bench.campaign import command, plans, resume, runner, worker
 from fusedmlp.bench.campaign.steps import Step
+from fusedmlp.bench.gate import cache
 from fusedmlp.bench.options import Refusal
 from fusedmlp.bench.report import ledger as book, summary
 from fusedmlp.testing import CASES
@@ -376,6 +377,7 @@ def building(tmp_path, monkeypatch):
     records = tmp_path / "records"
     monkeypatch.setenv(process.RECORDS, str(records))
     monkeypatch.setattr(worker, "ROOT", tmp_path)
+    monkeypatch.setattr(cache, "EXTENSION_STAMP", tmp_path / "_C.stamp")
     monkeypatch.setattr(device, "capability_of", lambda device: 90)
 
     def build(kernels=("gated_linear_sm90.cu",), code=0, loaded=(None, "the CUDA extension ...")):
@@ -400,6 +402,7 @@ def test_the_build_is_for_this_gpu_and_into_this_checkout(building, tmp_path):
     extension = SimpleNamespace(CUDA="13.0", ARCHS="sm_90a")
     code, verdict, commands = building(loaded=(extension, ""))
     assert (code, verdict) == (0, [{"status": "ok", "detail": "CUDA 13.0, for sm_90a"}])
+    assert json.loads((tmp_path / "_C.stamp").read_text()) == cache.extension_stamp()
     configure, build, install = commands
     assert "-DFUSEDMLP_CUDA_ARCHS=90;90a" in configure
     assert f"-DPython_EXECUTABLE={sys.executable}" in configure
@@ -407,8 +410,19 @@ def test_the_build_is_for_this_gpu_and_into_this_checkout(building, tmp_path):
     assert install[-1] == str(tmp_path / "fusedmlp")
 
 
-def test_a_build_that_fails_says_so(building):
+def test_an_extension_that_was_carried_is_not_built_again(building, tmp_path):
+    suffix = cache.extension_stamp()["python"]
+    (tmp_path / f"_C{suffix}").touch()
+    cache.stamp_extension()
+    extension = SimpleNamespace(CUDA="13.0", ARCHS="sm_90a")
+    code, (verdict,), commands = building(loaded=(extension, ""))
+    assert (code, commands) == (0, [])
+    assert verdict == {"status": "ok", "detail": "CUDA 13.0, for sm_90a, carried"}
+
+
+def test_a_build_that_fails_says_so(building, tmp_path):
     assert building(code=2)[:2] == (2, [])
+    assert not (tmp_path / "_C.stamp").exists()
     assert building()[1] == [{"status": "failed", "detail": "the CUDA extension ..."}]
 
 

@@ -1,0 +1,244 @@
+"""`gate fill-cache`: compile what a campaign will launch, for a GPU that is not there, into a
+folder that is carried to it.
+
+    fusedmlp bench gate fill-cache DIR [--plan NAME] [--only REGEX] [--arch NAME] [--extension]
+
+The public functions run at the plan's own sizes on CPU tensors whose memory is never touched:
+launches compile under a driver that only compiles, and PyTorch's own operators make empty results.
+Run it with the Python, PyTorch and Triton that the GPU's machine has.
+
+Where a kernel takes two weights, which kernel it is depends on how far apart these lie in memory:
+one box for both, in either order, or two boxes. Nobody knows what an allocator will do, so each
+work is compiled in all three placements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import math
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ... import backend
+from ...backends import choice
+from ...backends.op import KERNELS, NAMESPACE
+from ...kernels.arch import ARCHES, Arch
+from ...ops import gated_linear
+from ..options import Refusal, count
+from ..rooms import load
+from ..work import DGLU, Work
+from . import cache
+from .compiling import compile_only
+
+# How two weights of one kernel can lie: one box for both, in either order, or two.
+PLACEMENTS = ("in order", "reversed", "apart")
+PAIR = ("w_gate", "w_up")
+# Work, phase, placement.
+Job = tuple[Work, str, str]
+
+
+class Untouched(TorchDispatchMode):
+    """Operators on floating tensors make empty results of the right shape; those on integers, which
+    route tokens, compute."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if func.namespace != "aten" or not any(t.is_floating_point() for t in given):
+            return func(*args, **kwargs)
+        aliases = [a.alias_info for a in func._schema.arguments if a.alias_info is not None]
+        if any(alias.is_write for alias in aliases):
+            return args[0]
+        if aliases:
+            return func(*args, **kwargs)  # a view
+        device = {"device": "meta"} if "device" in kwargs else {}
+        moved = tree_map_only(Tensor, _meta, (args, {**kwargs, **device}))
+        made = func(*moved[0], **moved[1])
+        return tree_map_only(Tensor, _empty, made)
+
+
+def _meta(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+
+def _empty(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
+
+
+def arguments(work: Work, phase: str, placement: str) -> dict[str, Tensor]:
+    """The work's arguments, in memory that nobody touches; integers are drawn."""
+    generator = torch.Generator().manual_seed(0)
+    made: dict[str, Tensor] = {}
+    shapes = work.shapes(phase)
+    for name, shape in shapes.items():
+        if name in work.case.draws:
+            made[name] = work.case.draws[name](shape, generator)
+        elif name not in made:
+            made[name] = torch.empty(shape, dtype=work.torch_dtype)
+    if has_pair(work, phase):
+        made |= zip(PAIR, _pair(shapes[PAIR[0]], work.torch_dtype, placement), strict=True)
+    return made
+
+
+def has_pair(work: Work, phase: str) -> bool:
+    shapes = work.shapes(phase)
+    return all(name in shapes for name in PAIR)
+
+
+def _pair(shape: Sequence[int], dtype: torch.dtype, placement: str) -> tuple[Tensor, Tensor]:
+    """Two tensors whole rows apart, in either order, or 16 bytes more than that."""
+    n = math.prod(shape)
+    gap = 16 // dtype.itemsize if placement == "apart" else 0
+    memory = torch.empty(2 * n + gap, dtype=dtype)
+    low, high = memory[:n].view(*shape), memory[n + gap :].view(*shape)
+    return (high, low) if placement == "reversed" else (low, high)
+
+
+def launch(work: Work, phase: str, placement: str) -> None:
+    """Make the calls of one phase."""
+    inputs = arguments(work, phase, placement)
+    if phase == DGLU:
+        gated_linear.bwd(
+            inputs["dy"], inputs["w_down"], inputs["gu"], work.activation, None, True, False
+        )
+        return
+    if phase == "forward":
+        with torch.no_grad():
+            work.case.run(inputs, **work.options)
+        return
+    leaves = {k: t.requires_grad_(t.is_floating_point()) for k, t in inputs.items()}
+    out = work.case.run(leaves, **work.options)
+    wanted = [t for t in leaves.values() if t.requires_grad]
+    torch.autograd.grad(out, wanted, torch.empty_like(out))
+
+
+@functools.cache
+def _on_cpu() -> torch.library.Library:
+    """Launchers for CPU tensors, as they are registered where Triton interprets."""
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    for kernel in KERNELS.values():
+        library.impl(kernel.name, kernel.triton, "CPU")
+    choice.INTERPRETED = True  # backend("triton") takes CPU tensors then
+    return library
+
+
+def compile_all(arch: Arch, jobs: Sequence[Job]) -> tuple[dict[str, bool], list[str]]:
+    """(whether each kernel was in the cache, by its hash; what could not be compiled)."""
+    _on_cpu()
+    hits: dict[str, bool] = {}
+    faults = []
+
+    def listen(*, src: Any, metadata: Mapping[str, Any], cache_hit: bool, **rest: Any) -> None:
+        hits.setdefault(str(metadata["hash"]), cache_hit)
+
+    with _listening(listen), backend("triton"), compile_only(arch), Untouched():
+        for work, phase, placement in jobs:
+            try:
+                launch(work, phase, placement)
+            except Exception as error:  # the others must still be compiled
+                first = (str(error).splitlines() or [""])[0][:160]
+                what = f"{work.case.name} {work.dtype} {work.size} {phase}"
+                faults.append(f"{what}: {type(error).__name__}: {first}")
+    return hits, faults
+
+
+@contextlib.contextmanager
+def _listening(listener: Callable[..., None]) -> Iterator[None]:
+    before = triton.knobs.compilation.listener
+    triton.knobs.compilation.listener = listener
+    try:
+        yield
+    finally:
+        triton.knobs.compilation.listener = before
+
+
+# What the processes of `fill` compile: a forked one has it, and no case can be pickled.
+_SHARED: list[tuple[Arch, Sequence[Job]]] = []
+
+
+def _compile_shared(i: int) -> tuple[dict[str, bool], list[str]]:
+    return compile_all(*_SHARED[i])
+
+
+def jobs_by_op(launched: Sequence[Any]) -> list[list[Job]]:
+    """(work, phase, placement), those of one op together: they share kernels."""
+    groups: dict[str, list[Job]] = {}
+    for one in launched:
+        for phase in one.phases:
+            for placement in PLACEMENTS if has_pair(one.work, phase) else PLACEMENTS[:1]:
+                job = (one.work, "both" if phase == "backward" else phase, placement)
+                groups.setdefault(one.work.case.op, []).append(job)
+    return [list(dict.fromkeys(group)) for group in groups.values()]
+
+
+def fill(folder: Path, arch: Arch, launched: Sequence[Any], processes: int) -> int:
+    """Compile everything into `folder`, print what came of it; the exit code."""
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
+    groups = jobs_by_op(launched)
+    # The longest first, so that none is left over at the end.
+    groups.sort(key=len, reverse=True)
+    _SHARED[:] = [(arch, group) for group in groups]
+    fork = multiprocessing.get_context("fork")
+    hits: dict[str, bool] = {}
+    faults: list[str] = []
+    with ProcessPoolExecutor(processes, fork) as pool:
+        results = pool.map(_compile_shared, range(len(groups)))
+        for group, (found, bad) in zip(groups, results, strict=True):
+            there = sum(found.values())
+            print(
+                f"{group[0][0].case.op:24} {len(found):4} kernels, {there:4} were there", flush=True
+            )
+            # One that two groups share was there only if it was for both.
+            hits |= {name: hit and hits.get(name, True) for name, hit in found.items()}
+            faults += bad
+    left = cache.prune(folder)
+    cache.write_stamp(folder)
+    print(
+        f"{len(hits)} kernels for {arch.name}, {sum(hits.values())} were there, "
+        f"{left / 1e6:.1f} MB in {folder}"
+    )
+    for fault in faults:
+        print(f"failed: {fault}")
+    return 1 if faults else 0
+
+
+def main(args: argparse.Namespace) -> int:
+    if triton.knobs.runtime.interpret:
+        raise Refusal("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
+    plans = load("campaign.plans", "gate fill-cache")
+    works = load("campaign.works", "gate fill-cache")
+    steps = plans.only(plans.PLANS[args.plan].steps(), args.only)
+    if args.extension:
+        worker = load("campaign.worker", "gate fill-cache")
+        if code := worker.build_for(ARCHES[args.for_arch].capability):
+            return int(code)
+    return fill(args.folder, ARCHES[args.for_arch], works.all_launched(steps), args.jobs)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="new, or filled before")
+    parser.add_argument("--plan", default="brief", help="of the campaign; default: brief")
+    parser.add_argument("--only", metavar="REGEX", help="of the plan's steps these")
+    parser.add_argument(
+        "--for-arch", choices=ARCHES, default="sm_90", metavar="NAME",
+        help="the GPU that will run them; default: sm_90",
+    )  # fmt: skip
+    parser.add_argument("--jobs", type=count, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument(
+        "--extension", action="store_true", help="also build fusedmlp._C for it, with nvcc"
+    )

@@ -1,0 +1,164 @@
+"""`gate fill-cache`: what is compiled here is found there, and what is stale is refused."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fusedmlp.bench import cli
+from fusedmlp.bench.campaign import plans, works
+from fusedmlp.bench.gate import cache, fill
+from fusedmlp.bench.machine import ROOT
+from fusedmlp.bench.options import Refusal
+from fusedmlp.bench.work import Work
+from fusedmlp.kernels.tiles import stacked_of
+from fusedmlp.testing import CASES
+
+
+def filled(folder, *arguments):
+    """(kernels, those that were in the cache) of one run of the command, in a fresh process: the
+    kernels of this one are interpreted."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    argv = [sys.executable, "-m", "fusedmlp.bench", "gate", "fill-cache", str(folder), *arguments]
+    done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.search(r"^(\d+) kernels for sm_90, (\d+) were there", done.stdout, re.MULTILINE)
+    return int(found[1]), int(found[2])
+
+
+def test_what_is_compiled_here_is_found_in_a_folder_that_was_moved(tmp_path):
+    there = tmp_path / "there"
+    kernels, hits = filled(there, "--only", "time:(act|few)$", "--jobs", "2")
+    assert (hits, kernels > 4) == (0, True)
+    files = [path for path in there.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} == {".cubin", ".json"}
+    here = tmp_path / "elsewhere" / "here"
+    shutil.copytree(there, here)
+    shutil.rmtree(there)
+    assert cache.take(here) == here
+    # A part of the plan hits whatever order it comes in.
+    found, hits = filled(here, "--only", "time:few$", "--jobs", "1")
+    assert 4 < found == hits < kernels
+
+
+def stamped(folder, **changes):
+    folder.mkdir(exist_ok=True)
+    cache.write_stamp(folder)
+    stamp = json.loads((folder / cache.STAMP).read_text())
+    (folder / cache.STAMP).write_text(json.dumps({**stamp, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"sources": "0123"}, "is stale (sources 0123 there, "),
+        ({"triton": "3.5.0"}, "is stale (triton 3.5.0 there, "),
+        ({"python": "cpython-27"}, "is stale (python cpython-27 there, "),
+    ],
+)
+def test_a_stale_cache_is_refused_in_one_line(tmp_path, capsys, change, says):
+    folder = stamped(tmp_path / "cache", **change)
+    before = (folder / cache.STAMP).read_bytes()
+    out = tmp_path / "out"
+    assert cli.main(["campaign", "--cache", str(folder), "--out", str(out)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert says in line
+    assert line.endswith(f"fill it again: python -m fusedmlp.bench gate fill-cache {folder}")
+    assert (folder / cache.STAMP).read_bytes() == before
+    assert not out.exists()
+
+
+def test_a_folder_without_a_stamp_is_refused(tmp_path):
+    with pytest.raises(Refusal, match="holds no stamp.json"):
+        cache.take(tmp_path)
+    (tmp_path / cache.STAMP).write_text("[")
+    with pytest.raises(Refusal, match="holds no stamp.json"):
+        cache.take(tmp_path)
+
+
+def test_a_change_of_a_kernel_changes_the_stamp(tmp_path, monkeypatch):
+    for folder in ("kernels", "fusedmlp", "csrc"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "kernels" / "a.py").write_text("1")
+    (tmp_path / "csrc" / "a.cu").write_text("1")
+    (tmp_path / "CMakeLists.txt").write_text("1")
+    monkeypatch.setattr(cache, "ROOT", tmp_path)
+    kernels, extension = cache.kernel_sources(), cache.extension_sources()
+    (tmp_path / "csrc" / "a.cu").write_text("2")
+    assert cache.kernel_sources() == kernels
+    assert cache.extension_sources() != extension
+    (tmp_path / "kernels" / "a.py").write_text("2")
+    assert cache.kernel_sources() != kernels
+
+
+def test_an_extension_is_taken_only_with_a_stamp_of_its_sources(tmp_path, monkeypatch):
+    stamp = tmp_path / "_C.stamp"
+    monkeypatch.setattr(cache, "EXTENSION_STAMP", stamp)
+    assert not cache.extension_is_carried()  # none
+    built = tmp_path / f"_C{cache.extension_stamp()['python']}"
+    built.touch()
+    assert not cache.extension_is_carried()  # of unknown age
+    cache.stamp_extension()
+    assert cache.extension_is_carried()
+    stamp.write_text(json.dumps({**json.loads(stamp.read_text()), "sources": "0123"}))
+    with pytest.raises(Refusal, match=f"the extension {built} is stale .sources 0123 there, "):
+        cache.extension_is_carried()
+    built.unlink()
+    assert not cache.extension_is_carried()
+
+
+# ---- what is compiled
+
+
+def test_two_weights_lie_in_every_way_that_makes_a_kernel_of_its_own():
+    """Boxes are chosen by the distance of two weights: a cache that was filled with one placement
+    missed half of its kernels."""
+    found = {}
+    for placement in fill.PLACEMENTS:
+        pair = fill._pair((64, 128), torch.bfloat16, placement)
+        stacked = stacked_of(*pair, 64, 64)
+        found[placement] = stacked and stacked[1]
+        assert all(t.data_ptr() % 16 == 0 for t in pair)
+    assert found == {"in order": False, "reversed": True, "apart": None}
+
+
+def test_arguments_are_those_of_the_case():
+    work = Work(CASES["moe_mlp"], "silu", "bfloat16", 16, 64, 32)
+    for placement in fill.PLACEMENTS:
+        made = fill.arguments(work, "forward", placement)
+        assert {n: tuple(t.shape) for n, t in made.items()} == work.shapes("forward")
+        assert list(made) == list(work.shapes("forward"))
+        assert made["expert"].dtype == torch.int64
+
+
+def test_operators_on_floats_compute_nothing_and_those_on_integers_do():
+    with fill.Untouched():
+        a = torch.empty(1 << 14, 1 << 14, dtype=torch.bfloat16)
+        product = (a @ a.t()).sum(0)  # 9 TFLOP
+        order = torch.tensor([3, 1, 2]).sort()[0]
+        view = a[:3].t()
+    assert product.shape == (1 << 14,)
+    assert product.dtype == torch.bfloat16
+    assert order.tolist() == [1, 2, 3]
+    assert view.shape == (1 << 14, 3)
+    assert view.data_ptr() == a.data_ptr()
+
+
+def test_every_step_that_launches_triton_is_in_what_is_compiled():
+    steps = plans.PLANS["brief"].steps()
+    empty = {step.name for step in steps if not list(works.launched(step))}
+    cuda = {s.name for s in steps if ":cuda:" in s.name and not s.name.startswith("time:")}
+    # Questions of the driver, the tests' own sizes, a search among tiles.
+    assert empty == cuda | {"build", "tests", "ask:stacked-box", "tune:gated_linear_fwd"}
+    found = works.all_launched(steps)
+    assert len(found) == len(set(found))
+    assert {one.work.case.op for one in found} == {case.op for case in CASES.values()}
+    assert any(one.work.M == 8192 and one.phases == ("dglu",) for one in found)
+    # A GPU's sizes of a check, on a machine that has none.
+    assert any(one.work.size == "509x1021x1531" for one in found)
