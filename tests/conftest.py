@@ -3,6 +3,7 @@ imported. One thread each, unless OMP_NUM_THREADS says otherwise: NumPy, which t
 computes with, reads it once, when torch imports it."""
 
 import contextlib
+import importlib
 import importlib.util
 import os
 import shutil
@@ -42,6 +43,7 @@ def each_backend(request):
 @pytest.fixture
 def on_triton():
     """Run the test on the kernels, which may touch no memory but that of their tensors."""
+    importlib.import_module("torch._dynamo")  # first imported inside, it would end the poison
     checked = addresses.checked() if DEVICE == "cpu" else contextlib.nullcontext()
     with fusedmlp.backend("triton"), poison(), checked:
         yield

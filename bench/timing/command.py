@@ -86,7 +86,7 @@ def _free() -> None:
     """Give one work's buffers and graphs back before the next asks for its own."""
     inputs_of.cache_clear()
     gc.collect()
-    if "torch._dynamo" in sys.modules:
+    if "torch._inductor.compile_fx" in sys.modules:  # something was compiled
         # Or the next sizes would count as recompilations, and end as refusals.
         torch.compiler.reset()
     if torch.cuda.is_available():

@@ -134,6 +134,8 @@ class Session:
             bad = [name for name, t in record["tensors"].items() if not t["passed"]]
             why = record.get("error") or f"wrong: {', '.join(bad)}"
             failed = None if record["passed"] else f"its check failed here ({why})"
+            if failed:
+                self._look(work, None)
             if self.timer.device == "cuda" and record["backend"] == "reference":
                 failed = "its kernels are switched off: FUSEDMLP_BACKEND is reference"
             self._checks[key] = record["backend"], failed
@@ -191,18 +193,18 @@ class Session:
         except Exception as error:  # arguments, cuBLAS, no memory for all at once: nobody's fault
             for key in keys:
                 prepared.reasons.setdefault(key, failure(error))
-            self._look(work)
+            self._look(work, error)
         if self.lost is not None:
             for key in keys:
                 prepared.reasons.setdefault(key, not_run(self.lost))
         self.note_clocks(seen)
         self._emit(work, samples, prepared, prepared.keys if samples else keys, clock_range(seen))
 
-    def _look(self, work: Work) -> None:
+    def _look(self, work: Work, error: Exception | None) -> None:
         """Note it if whatever has just failed took the device with it."""
-        why = self.lost or why_lost(self.timer.device)
-        if why is not None and self.lost is None:
-            self.lost = f"{why}, at {work.case.name} {work.size}"
+        if self.lost is None:
+            why = str(error) if isinstance(error, CaptureFailed) else why_lost(self.timer.device)
+            self.lost = why and f"{why}, at {work.case.name} {work.size}"
 
     def _emit(
         self,
@@ -246,13 +248,11 @@ class Session:
                 reason = self.refusal(rival, work, phase) or self._known_to_agree(rival, work)
                 if reason is None:
                     self._prepare(key, work, sets, prepared)
-            except CaptureFailed as error:
-                reason, self.lost = failure(error), f"{error}, at {rival.name} {work.case.name}"
             except Exception as error:  # a rival's failure costs its own number only
                 reason = failure(error)
+                self._look(work, error)
             if reason is not None:
                 prepared.reasons[key] = reason
-                self._look(work)
 
     def _known_to_agree(self, rival: Rival, work: Work) -> str | None:
         if rival.trusted:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.abc
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +15,8 @@ from torch import Tensor
 @contextmanager
 def poison(each: Callable[[Tensor], object] = lambda t: None) -> Iterator[None]:
     """Fill memory from torch.empty, empty_like and new_empty with NaN: an unwritten element
-    shows. each: called with every tensor so made."""
-    # First imported inside, it would take ours for PyTorch's own for good.
-    importlib.import_module("torch._dynamo")
-
+    shows. each: called with every tensor so made. Where torch._dynamo is first imported inside, it
+    is no longer filled from there on."""
     empties = (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")
     originals = [(owner, name, getattr(owner, name)) for owner, name in empties]
 
@@ -33,10 +32,28 @@ def poison(each: Callable[[Tensor], object] = lambda t: None) -> Iterator[None]:
 
         return make
 
+    def restore() -> None:
+        for owner, name, original in originals:
+            setattr(owner, name, original)
+
+    finder = _BeforeDynamo(restore)
     try:
         for owner, name, original in originals:
             setattr(owner, name, poisoned(original))
+        sys.meta_path.insert(0, finder)
         yield
     finally:
-        for owner, name, original in originals:
-            setattr(owner, name, original)
+        sys.meta_path.remove(finder)
+        restore()
+
+
+class _BeforeDynamo(importlib.abc.MetaPathFinder):
+    """Calls `restore` before torch._dynamo is imported, which would take ours for PyTorch's own for
+    good. To import it beforehand would take a second of each process."""
+
+    def __init__(self, restore: Callable[[], None]) -> None:
+        self.restore = restore
+
+    def find_spec(self, fullname: str, path: object, target: object = None) -> None:
+        if fullname == "torch._dynamo":
+            self.restore()

@@ -1,5 +1,8 @@
 """The tolerance rule itself: it must pass honest rounding and fail every kind of broken kernel."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import triton
@@ -174,3 +177,21 @@ def test_kinked_inputs_stay_off_the_kink():
         assert g.abs().min() > 2**-4
         rounded = inputs["x"].bfloat16().float() @ inputs["w_gate"].bfloat16().float().t()
         assert torch.equal(rounded.double(), g)
+
+
+def test_poison_ends_before_dynamo_is_imported():
+    """Or PyTorch would take the poisoned functions for its own, for good."""
+    code = """
+import sys, torch
+from fusedmlp.testing import poison
+own = torch.empty, torch.empty_like, torch.Tensor.new_empty
+with poison():
+    assert torch.empty(3).isnan().all()
+    assert "torch._dynamo" not in sys.modules
+    import torch._dynamo
+    assert (torch.empty, torch.empty_like, torch.Tensor.new_empty) == own
+assert (torch.empty, torch.empty_like, torch.Tensor.new_empty) == own
+with poison():
+    assert torch.empty(3).isnan().all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -99,6 +99,22 @@ def test_a_failed_capture_ends_the_process_s_timing(monkeypatch):
     assert latest["fusedmlp", 9].startswith("not run: a CUDA graph could not be captured")
 
 
+def test_a_failed_capture_of_cublas_does_so_too():
+    class Timer(FakeTimer):
+        def sampler(self, calls, graph):
+            if len(self.made) == 1:  # after the copy
+                raise CaptureFailed("a CUDA graph could not be captured: dependency")
+            return super().sampler(calls, graph)
+
+    records = []
+    with pytest.raises(lost.DeviceLost, match="could not be captured.*, at gated_linear 8x16x24"):
+        run(records, Timer())
+    latest = {(r["provider"], r["M"]): r["skipped"] for r in of(records, kind="time")}
+    assert latest.pop(("fusedmlp", 8)).startswith("failed: CaptureFailed")
+    assert len(latest) == 5
+    assert all(reason.startswith("not run: ") for reason in latest.values())
+
+
 def test_the_command_shows_what_was_found_and_fails(monkeypatch, capsys, tmp_path):
     from fusedmlp.bench import cli
 
