@@ -315,7 +315,8 @@ def main(args: argparse.Namespace) -> int:
     records: list[Record] = []
     code = judged(lambda: check(options, collecting(records)))
     show(records, code != INTERRUPTED)
-    write_json(args.json, machine.describe(), records)
+    # Whoever asks a machine what it is waits for nvidia-smi.
+    write_json(args.json, machine.describe() if args.json else {}, records)
     return code
 
 

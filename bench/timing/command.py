@@ -163,7 +163,7 @@ def main(args: argparse.Namespace) -> int:
         without=tuple(args.without),
     )
     records: list[Record] = []
-    found = machine.describe()
+    found = machine.describe() if args.json or args.base else {}
     if args.base is not None:
         base = rooms.load("campaign.base", "time --base")
         require_gpu()

@@ -9,7 +9,7 @@ import torch
 import fusedmlp
 from fusedmlp.backends.cuda import loader
 from fusedmlp.kernels.device import capability_of
-from fusedmlp.testing import CASES, assert_close_to, compare, evaluate
+from fusedmlp.testing import CASES, assert_close_to, compare, evaluate, yardsticks
 
 pytestmark = pytest.mark.gpu
 
@@ -92,15 +92,16 @@ def test_inductor(name):
     dy = torch.randn(128, 256, device="cuda", dtype=torch.bfloat16)
     torch._dynamo.reset()
     compiled = torch.compile(case.run, fullgraph=True)
-    eager = evaluate(case.run, inputs, dy)
+    # By the rule, not by eager's bits: inductor may sum a bias's gradient in another order.
+    known = yardsticks(case.run_reference, inputs, dy)
     for key, t in evaluate(compiled, inputs, dy).items():
-        torch.testing.assert_close(t, eager[key])
+        assert_close_to(t, *known[key], name=key)
 
 
 def test_reference_on_the_gpu_only_when_asked():
     case = CASES["gated_mlp"]
     inputs = case.inputs(64, 128, 256, torch.bfloat16, "cuda")
-    assert "cuda tensors: triton" in fusedmlp.explain()
+    assert re.search("cuda tensors: (triton|cuda)", fusedmlp.explain())
     with fusedmlp.backend("reference"):
         assert "cuda tensors: reference (asked for)" in fusedmlp.explain()
         assert torch.equal(case.run(inputs), case.run_reference(inputs))
@@ -128,6 +129,8 @@ def test_peak_memory_of_a_block():
     inputs = case.inputs(M, D, H, torch.bfloat16, "cuda")
     for t in inputs.values():
         t.requires_grad_()
+    # What is held once a process and a thread, cuBLAS's workspaces, is no memory of the block.
+    torch.autograd.grad(case.run(inputs).float().sum(), list(inputs.values()))
     out = case.run(inputs)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
