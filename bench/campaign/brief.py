@@ -92,6 +92,8 @@ _COMPILING = (
                                  "--shape", "8192x2048x2048", "--provider", DEFAULT, "sonicmoe")),
     ("liger", "liger_kernel", 0, ("--case", "gated_mlp", "--phase", "both", "--shape", NARROW,
                                   "--provider", DEFAULT, "liger")),
+    ("flash-swiglu", "flash_swiglu_mlp", 0, ("--case", "gated_mlp", "--phase", "both", "--shape",
+                                             NARROW, "--provider", DEFAULT, "flash-swiglu")),
     ("chunks", "", 18, ("--case", "hyper_attention-layer", "--phase", "forward", "--model",
                         "hyperglu-16", "--m", "16384", "--provider", DEFAULT, "compile-chunked")),
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""linkedin/Liger-Kernel as a rival."""
+"""linkedin/Liger-Kernel and flash-swiglu-mlp, which is built alike, as rivals."""
 
 from __future__ import annotations
 
@@ -38,6 +38,28 @@ class Liger(Rival):
         return lambda t: block(t["x"].unsqueeze(0), t["w_gate"], t["w_up"], t["w_down"]).squeeze(0)
 
 
+class FlashSwiGLU(Liger):
+    """flash-swiglu-mlp, a twin of Liger's with TMA on Hopper and newer."""
+
+    name = "flash-swiglu"
+    module = "flash_swiglu_mlp.ops"
+
+    def skip(self, work: Work, phase: str) -> str | None:
+        row = work.torch_dtype.itemsize
+        if work.D * row % 16 or work.H * row % 16:
+            return "needs rows that are multiples of 16 bytes"
+        return super().skip(work, phase)
+
+    def function(self, work: Work) -> Function:
+        module = importlib.import_module("flash_swiglu_mlp.ops")
+        if work.case.op == "gated_linear":
+            return lambda t: module.gemm_swiglu(
+                t["x"].unsqueeze(0), t["w_gate"], t["w_up"], 1.0, False
+            )[0].squeeze(0)
+        block = module.flash_swiglu
+        return lambda t: block(t["x"].unsqueeze(0), t["w_gate"], t["w_up"], t["w_down"]).squeeze(0)
+
+
 class LigerElementwise(Rival):
     """Its act(g) * u kernel, behind cuBLAS."""
 
@@ -66,4 +88,4 @@ class LigerElementwise(Rival):
         return lambda t: F.linear(hidden(t), t["w_down"])
 
 
-RIVALS = (Liger(), LigerElementwise())
+RIVALS = (Liger(), FlashSwiGLU(), LigerElementwise())

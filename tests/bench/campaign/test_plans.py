@@ -64,7 +64,7 @@ def test_the_brief_plan_is_ordered_by_worth():
 
 def test_baselines_that_compile_are_late_and_apart():
     compiling = {"compile", "compile-packed", "compile-chunked", "compile-grouped-mm", "quack",
-                 "sonicmoe", "liger", "liger-moe"}  # fmt: skip
+                 "sonicmoe", "liger", "liger-moe", "flash-swiglu"}  # fmt: skip
     for step in BRIEF:
         providers = compiling.intersection(step.argv)
         if providers:

@@ -89,10 +89,25 @@ def install_liger(monkeypatch):
     )  # fmt: skip
 
 
+def install_flash_swiglu(monkeypatch):
+    def gemm_swiglu(input, gate_weight, up_weight, gate_multiplier, store_preact=True):
+        B, S, dim = input.shape
+        assert not store_preact, "training would return A, G and U in one buffer"
+        return F.silu(input @ gate_weight.T * gate_multiplier) * (input @ up_weight.T), None
+
+    def flash_swiglu(input, gate_weight, up_weight, down_weight, gate_multiplier=1.0,
+                     down_multiplier=1.0):  # fmt: skip
+        B, S, dim = input.shape
+        return (F.silu(input @ gate_weight.T) * (input @ up_weight.T)) @ down_weight.T
+
+    module(monkeypatch, "flash_swiglu_mlp.ops", gemm_swiglu=gemm_swiglu, flash_swiglu=flash_swiglu)
+
+
 @pytest.fixture
 def installed(monkeypatch):
     install_quack(monkeypatch)
     install_liger(monkeypatch)
+    install_flash_swiglu(monkeypatch)
     monkeypatch.setattr(torch, "compile", lambda run, **options: run)
 
 
@@ -148,7 +163,7 @@ def test_who_serves_what(installed):
     assert servers("gated_linear", "forward") == set(DENSE)
     assert servers("gated_mlp", "both") == set(DENSE)
     assert servers("gated_mlp", "backward") == own | packed | {"quack"}
-    assert servers("gated_mlp", "both", "gelu_tanh") == set(DENSE) - {"liger"}
+    assert servers("gated_mlp", "both", "gelu_tanh") == set(DENSE) - {"liger", "flash-swiglu"}
     assert servers("gated_mlp", "both", "bsilu") == own | packed
     assert servers("gated_mlp-gate_up-bias", "forward") == own
     assert servers("gated_mlp-bias", "forward") == own | packed | {"quack"}
@@ -163,6 +178,8 @@ def test_reasons_are_words_for_a_user(installed):
     assert "bfloat16" in quack.skip(work("gated_mlp"), "forward")
     odd = Work(CASES["gated_mlp"], "silu", "bfloat16", 4, 9, 16)
     assert "multiples of 8" in quack.skip(odd, "forward")
+    odd = Work(CASES["gated_mlp"], "silu", "bfloat16", 4, 12, 16)
+    assert "multiples of 16 bytes" in RIVALS["flash-swiglu"].skip(odd, "forward")
     assert "overwrites" in liger.skip(work("gated_mlp"), "backward")
     assert "does not serve mlp" in liger.skip(work("mlp"), "forward")
     assert "has no relu" in liger.skip(work("gated_mlp", "relu"), "forward")
