@@ -19,12 +19,12 @@ def summary(ledger: Ledger) -> list[str]:
         [f"{ledger.gpu}, {ledger.date}, commit {ledger.commit}", f"ledger: {ledger.path}"],
         list(_steps(ledger.steps)),
         list(_checks(ledger.of_kind("check"))),
+        list(_answers(ledger.of_kind("answer"))),
         list(_sanitizers(ledger.of_kind("sanitizer"))),
         list(_peaks(ledger.of_kind("peak"))),
         list(_times(ledger.of_kind("time"))),
         list(_cuda(ledger.of_kind("time"))),
         list(_tunes(ledger.of_kind("tune"), ledger.of_kind("tile"))),
-        list(_answers(ledger.of_kind("answer"))),
     ]
     # Each section keeps its head: a long list of failures must not push the speeds out.
     lines = []

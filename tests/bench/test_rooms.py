@@ -137,5 +137,7 @@ def test_the_console_script_of_a_wheel(wheel, tmp_path):
         assert "torch finds no GPU" in command("bench", "time", code=2)
     for name in ("campaign", "report", "plots", "table", "lm"):
         assert f"{name} needs a checkout" in command("bench", name, code=2)
+    filling = ("bench", "gate", "fill-cache", tmp_path / "cache")
+    assert "gate fill-cache needs a checkout" in command(*filling, code=2)
     assert "time --base needs a checkout" in command("bench", "time", "--base", "HEAD", code=2)
     assert not list((packages / "fusedmlp").rglob("*.json"))

@@ -72,6 +72,7 @@ def rehearsed(standin, tmp_path_factory):
     begin = time.monotonic()
     with start(standin, out, "--minutes", "4", faults=FAULTS) as command:
         text, _ = command.communicate(timeout=240)
+    print(text)  # which CI shows
     return text, command.returncode, time.monotonic() - begin, out
 
 
