@@ -133,7 +133,7 @@ def register(subparsers: Any) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--cache", type=Path, metavar="DIR",
-        help="compiled kernels, carried from where `gate fill-cache DIR` ran",
+        help="compiled kernels, carried from where `gate fill-cache DIR` ran; or DIR.tar.xz",
     )  # fmt: skip
     parser.add_argument(
         "--dry-run", action="store_true", help="print the plan and run nothing; needs no GPU"

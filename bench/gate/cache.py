@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import sysconfig
+import tarfile
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..machine import ROOT
 from ..options import Refusal
 
 STAMP = "stamp.json"
+ARCHIVE = ".tar.xz"
 # What Triton reads of a kernel that it finds; the rest of what it writes is for people.
 KEPT = (".cubin", ".json")
 EXTENSION_STAMP = ROOT / "fusedmlp" / "_C.stamp"
@@ -74,10 +76,24 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def begin(folder: Path) -> None:
+    """Make or take up a folder to fill. Refusal where it holds something else: what is not a kernel
+    would be deleted from it."""
+    if folder.exists() and not folder.is_dir():
+        raise Refusal(f"{folder} is a file: give `gate fill-cache` a folder (nothing was changed)")
+    if folder.is_dir() and any(folder.iterdir()) and not _read(folder / STAMP):
+        raise Refusal(
+            f"{folder} is no folder that `gate fill-cache` has filled: give it a new one (nothing "
+            "was changed)"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_stamp(folder)
+
+
 def prune(folder: Path) -> int:
     """Delete what Triton does not read of its own kernels; returns the bytes that are left."""
     left = 0
-    for path in folder.rglob("*"):
+    for path in folder.glob("*/*"):
         if path.is_file() and path.suffix in KEPT:
             left += path.stat().st_size
         elif path.is_file():
@@ -103,11 +119,43 @@ def write_stamp(folder: Path) -> None:
     (folder / STAMP).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
 
 
+def archive_of(folder: Path) -> Path:
+    return folder.with_name(folder.name + ARCHIVE)
+
+
+def pack(folder: Path) -> int:
+    """Write the folder into one archive beside it, an eighth of its size; returns its bytes."""
+    archive = archive_of(folder.resolve())
+    begun = archive.with_suffix(".begun")
+    with tarfile.open(begun, "w:xz", preset=6) as tar:
+        tar.add(folder, folder.resolve().name)
+    os.replace(begun, archive)
+    return archive.stat().st_size
+
+
+def _unpacked(archive: Path) -> Path:
+    """The folder that an archive holds, beside it; one that is there already is left as it is."""
+    folder = archive.with_name(archive.name.removesuffix(ARCHIVE))
+    if not folder.exists():
+        try:
+            with tarfile.open(archive) as tar:
+                tar.extractall(archive.parent, filter="data")
+        except (OSError, tarfile.TarError) as error:
+            raise Refusal(f"the cache {archive} cannot be unpacked: {error}") from error
+    return folder
+
+
 def take(folder: Path) -> Path:
-    """The folder as it is to stand in TRITON_CACHE_DIR; Refusal where it is stale."""
+    """The folder, or the one that an archive holds, as it is to stand in TRITON_CACHE_DIR; Refusal
+    where it is stale."""
     folder = folder.resolve()
+    if folder.name.endswith(ARCHIVE):
+        folder = _unpacked(folder)
     stamp = _read(folder / STAMP)
-    remedy = f"fill it again: python -m fusedmlp.bench gate fill-cache {folder}"
+    remedy = (
+        f"delete it, if an archive of it is newer, or fill it again: python -m fusedmlp.bench gate "
+        f"fill-cache {folder}"
+    )
     if not stamp:
         raise Refusal(
             f"{folder} holds no {STAMP}, so nobody knows of which sources it is: {remedy}"

@@ -1,5 +1,5 @@
 """`gate fill-cache`: compile what a campaign will launch, for a GPU that is not there, into a
-folder that is carried to it.
+folder that is carried to it, and an archive of it, DIR.tar.xz.
 
     fusedmlp bench gate fill-cache DIR [--plan NAME] [--only REGEX] [--arch NAME] [--extension]
 
@@ -37,6 +37,7 @@ from ...backends.op import KERNELS, NAMESPACE
 from ...kernels.arch import ARCHES, Arch
 from ...ops import gated_linear
 from ..options import Refusal, count
+from ..render import Progress
 from ..rooms import load
 from ..work import DGLU, Work
 from . import cache
@@ -47,6 +48,7 @@ PLACEMENTS = ("in order", "reversed", "apart")
 PAIR = ("w_gate", "w_up")
 # Work, phase, placement.
 Job = tuple[Work, str, str]
+PART = 12  # jobs that a process takes at a time
 
 
 class Untouched(TorchDispatchMode):
@@ -100,11 +102,12 @@ def has_pair(work: Work, phase: str) -> bool:
 
 
 def _pair(shape: Sequence[int], dtype: torch.dtype, placement: str) -> tuple[Tensor, Tensor]:
-    """Two tensors whole rows apart, in either order, or 16 bytes more than that."""
-    n = math.prod(shape)
-    gap = 16 // dtype.itemsize if placement == "apart" else 0
-    memory = torch.empty(2 * n + gap, dtype=dtype)
-    low, high = memory[:n].view(*shape), memory[n + gap :].view(*shape)
+    """Two tensors whole rows apart, in either order, or 16 bytes more than that. Both lie on 16
+    bytes, as whatever is allocated does, also where that is no whole number of rows."""
+    n, unit = math.prod(shape), 16 // dtype.itemsize
+    second = -(-n // unit) * unit + (unit if placement == "apart" else 0)
+    memory = torch.empty(second + n, dtype=dtype)
+    low, high = memory[:n].view(*shape), memory[second:].view(*shape)
     return (high, low) if placement == "reversed" else (low, high)
 
 
@@ -174,43 +177,48 @@ def _compile_shared(i: int) -> tuple[dict[str, bool], list[str]]:
     return compile_all(*_SHARED[i])
 
 
-def jobs_by_op(launched: Sequence[Any]) -> list[list[Job]]:
-    """(work, phase, placement), those of one op together: they share kernels."""
-    groups: dict[str, list[Job]] = {}
+def jobs_of(launched: Sequence[Any]) -> list[list[Job]]:
+    """(work, phase, placement) in parts of one op each, which share kernels; parts are small, so
+    that processes end at the same time."""
+    groups: dict[str, dict[Job, None]] = {}
     for one in launched:
         for phase in one.phases:
             for placement in PLACEMENTS if has_pair(one.work, phase) else PLACEMENTS[:1]:
                 job = (one.work, "both" if phase == "backward" else phase, placement)
-                groups.setdefault(one.work.case.op, []).append(job)
-    return [list(dict.fromkeys(group)) for group in groups.values()]
+                groups.setdefault(one.work.case.op, {})[job] = None
+    # The ops with most to do first.
+    ordered = sorted(map(list, groups.values()), key=len, reverse=True)
+    return [group[i : i + PART] for group in ordered for i in range(0, len(group), PART)]
 
 
 def fill(folder: Path, arch: Arch, launched: Sequence[Any], processes: int) -> int:
     """Compile everything into `folder`, print what came of it; the exit code."""
-    folder.mkdir(parents=True, exist_ok=True)
+    cache.begin(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
-    groups = jobs_by_op(launched)
-    # The longest first, so that none is left over at the end.
-    groups.sort(key=len, reverse=True)
-    _SHARED[:] = [(arch, group) for group in groups]
-    fork = multiprocessing.get_context("fork")
-    hits: dict[str, bool] = {}
+    parts = jobs_of(launched)
+    _SHARED[:] = [(arch, part) for part in parts]
+    hits: dict[str, dict[str, bool]] = {}
     faults: list[str] = []
-    with ProcessPoolExecutor(processes, fork) as pool:
-        results = pool.map(_compile_shared, range(len(groups)))
-        for group, (found, bad) in zip(groups, results, strict=True):
-            there = sum(found.values())
-            print(
-                f"{group[0][0].case.op:24} {len(found):4} kernels, {there:4} were there", flush=True
-            )
-            # One that two groups share was there only if it was for both.
-            hits |= {name: hit and hits.get(name, True) for name, hit in found.items()}
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(processes, fork) as pool, Progress("fill-cache", len(parts)) as bar:
+        results = pool.map(_compile_shared, range(len(parts)))
+        for part, (found, bad) in zip(parts, results, strict=True):
+            op = part[0][0].case.op
+            of_op = hits.setdefault(op, {})
+            # One that two parts share was there only if it was for both.
+            of_op |= {name: hit and of_op.get(name, True) for name, hit in found.items()}
             faults += bad
+            bar.step(op)
+    for op, found in hits.items():
+        print(f"{op:24} {len(found):4} kernels, {sum(found.values()):4} were there")
+    every: dict[str, bool] = {}
+    for found in hits.values():
+        every |= {name: hit and every.get(name, True) for name, hit in found.items()}
     left = cache.prune(folder)
-    cache.write_stamp(folder)
+    packed = cache.pack(folder)
     print(
-        f"{len(hits)} kernels for {arch.name}, {sum(hits.values())} were there, "
-        f"{left / 1e6:.1f} MB in {folder}"
+        f"{len(every)} kernels for {arch.name}, {sum(every.values())} were there: "
+        f"{left / 1e6:.1f} MB in {folder}, {packed / 1e6:.1f} MB in {cache.archive_of(folder)}"
     )
     for fault in faults:
         print(f"failed: {fault}")
@@ -222,6 +230,9 @@ def main(args: argparse.Namespace) -> int:
         raise Refusal("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
     plans = load("campaign.plans", "gate fill-cache")
     works = load("campaign.works", "gate fill-cache")
+    if args.plan not in plans.PLANS:
+        known = ", ".join(plans.PLANS)
+        raise Refusal(f"gate fill-cache: --plan must be one of {known}, got {args.plan!r}")
     steps = plans.only(plans.PLANS[args.plan].steps(), args.only)
     if args.extension:
         worker = load("campaign.worker", "gate fill-cache")

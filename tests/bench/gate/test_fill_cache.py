@@ -27,7 +27,7 @@ def filled(folder, *arguments):
     argv = [sys.executable, "-m", "fusedmlp.bench", "gate", "fill-cache", str(folder), *arguments]
     done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = re.search(r"^(\d+) kernels for sm_90, (\d+) were there", done.stdout, re.MULTILINE)
+    found = re.search(r"^(\d+) kernels for sm_90, (\d+) were there:", done.stdout, re.MULTILINE)
     return int(found[1]), int(found[2])
 
 
@@ -37,13 +37,29 @@ def test_what_is_compiled_here_is_found_in_a_folder_that_was_moved(tmp_path):
     assert (hits, kernels > 4) == (0, True)
     files = [path for path in there.rglob("*") if path.is_file()]
     assert {path.suffix for path in files} == {".cubin", ".json"}
-    here = tmp_path / "elsewhere" / "here"
-    shutil.copytree(there, here)
+    here = tmp_path / "elsewhere" / "there"
+    here.parent.mkdir()
+    shutil.move(tmp_path / "there.tar.xz", here.parent)
     shutil.rmtree(there)
-    assert cache.take(here) == here
+    assert cache.take(here.with_name("there.tar.xz")) == here
+    assert (here.parent / "there.tar.xz").exists()
     # A part of the plan hits whatever order it comes in.
     found, hits = filled(here, "--only", "time:few$", "--jobs", "1")
     assert 4 < found == hits < kernels
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fill.triton.knobs.runtime, "interpret", False)
+    (tmp_path / "mine.txt").write_text("mine")
+    for folder in (tmp_path, tmp_path / "mine.txt"):
+        assert cli.main(["gate", "fill-cache", str(folder)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.endswith("(nothing was changed)")
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+    assert cli.main(["gate", "fill-cache", str(tmp_path / "new"), "--plan", "short"]) == 2
+    assert "--plan must be one of brief, rerun, full, got 'short'" in capsys.readouterr().err
+    assert cli.main(["gate", "fill-cache", str(tmp_path / "new"), "--only", "no such"]) == 2
+    assert not (tmp_path / "new").exists()
 
 
 def stamped(folder, **changes):
@@ -72,6 +88,23 @@ def test_a_stale_cache_is_refused_in_one_line(tmp_path, capsys, change, says):
     assert line.endswith(f"fill it again: python -m fusedmlp.bench gate fill-cache {folder}")
     assert (folder / cache.STAMP).read_bytes() == before
     assert not out.exists()
+
+
+def test_a_broken_archive_is_refused(tmp_path):
+    archive = tmp_path / "carry.tar.xz"
+    archive.write_bytes(b"no archive")
+    for path in (archive, tmp_path / "none.tar.xz"):
+        with pytest.raises(Refusal, match="cannot be unpacked"):
+            cache.take(path)
+    assert [path.name for path in tmp_path.iterdir()] == ["carry.tar.xz"]
+
+
+def test_a_folder_that_is_there_is_taken_instead_of_its_archive(tmp_path):
+    folder = stamped(tmp_path / "carry")
+    cache.pack(folder)
+    (folder / "mine.json").write_text("1")
+    assert cache.take(tmp_path / "carry.tar.xz") == folder
+    assert (folder / "mine.json").exists()
 
 
 def test_a_folder_without_a_stamp_is_refused(tmp_path):
@@ -125,6 +158,8 @@ def test_two_weights_lie_in_every_way_that_makes_a_kernel_of_its_own():
         stacked = stacked_of(*pair, 64, 64)
         found[placement] = stacked and stacked[1]
         assert all(t.data_ptr() % 16 == 0 for t in pair)
+        ragged = fill._pair((37, 45), torch.bfloat16, placement)
+        assert all(t.data_ptr() % 16 == 0 for t in ragged)
     assert found == {"in order": False, "reversed": True, "apart": None}
 
 
