@@ -60,7 +60,7 @@ def test_a_pool_waits_for_what_a_step_needs_and_takes_another_meanwhile(tmp_path
 
 def test_a_hang_in_a_pool_costs_its_step_alone(tmp_path):
     steps = [
-        pooled("hangs", emitting(1) + "time.sleep(60)", budget_s=1),
+        pooled("hangs", emitting(1) + "time.sleep(60)", budget_s=5),
         pooled("crashes", emitting(2) + "os.abort()"),
         pooled("good", emitting(3)),
         pooled("needs", "", needs="hangs"),
@@ -119,8 +119,8 @@ print(process_age_s(), Box(1, process_age_s()).left_s())
     took = time.monotonic() - start
     age, left = map(float, done.stdout.split())
     assert 1 < age <= took
-    assert left == pytest.approx(60 - runner.SUMMARY_S - age, abs=0.2)
-    assert Box(1).left_s() == pytest.approx(60 - runner.SUMMARY_S, abs=0.1)
+    assert left == pytest.approx(60 - runner.SUMMARY_S - age, abs=2)
+    assert Box(1).left_s() == pytest.approx(60 - runner.SUMMARY_S, abs=2)
     assert process_age_s() > 0
 
 
@@ -137,7 +137,7 @@ runner.run_campaign(ledger, [step], runner.Box(5))
 """
     parent = subprocess.Popen([sys.executable, "-c", program], cwd=worker.ROOT)
     path = None
-    for _ in range(600):
+    for _ in range(3000):
         found = list((tmp_path / "out").glob("*.json"))
         if pids.exists() and pids.read_text().endswith("\n") and found:
             path = found[0]
@@ -188,9 +188,9 @@ def test_one_that_cannot_be_killed_does_not_stop_the_rest(tmp_path, monkeypatch)
     kill = os.killpg
     monkeypatch.setattr(os, "killpg", lambda pid, number: None)
     start = time.monotonic()
-    steps = [step("stuck", emitting(1) + "time.sleep(6)", budget_s=0.5), step("next", emitting(2))]
+    steps = [step("stuck", "time.sleep(60)", budget_s=0.5), step("next", emitting(2))]
     ran = run(steps, tmp_path / "out")
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30
     assert statuses(ran) == {"stuck": "killed", "next": "ok"}
     assert "cannot be killed" in ran.steps[0]["detail"]
     (pid,) = {int(p) for p in ran.steps[0]["detail"].split() if p.isdigit() and int(p) > 100}

@@ -20,7 +20,7 @@ HANGS = [
     for pattern, kind, _ in json.loads(os.environ.get("STANDIN_FAULTS", "[]"))
     if kind == "hang"
 ]
-HANG_S, OTHER_S = 6.0, 60.0
+HANG_S, OTHER_S = 8.0, 60.0
 
 
 def on_standin(step):
