@@ -138,7 +138,12 @@ def build_for(capability: int) -> int:
         ["cmake", "--build", folder, "--parallel", str(min(8, os.cpu_count() or 1))],
         ["cmake", "--install", folder, "--prefix", str(ROOT / "fusedmlp")],
     ):  # fmt: skip
-        code = subprocess.run(command, env={**os.environ, "PATH": path}).returncode
+        program = shutil.which(command[0], path=path)
+        if program is None:
+            print("the extension needs nvcc, cmake, ninja and pybind11: pip install cmake ninja "
+                  f"pybind11; there is no {command[0]}")  # fmt: skip
+            return 1
+        code = subprocess.run([program, *command[1:]], env={**os.environ, "PATH": path}).returncode
         if code:
             return code
     cache.stamp_extension()

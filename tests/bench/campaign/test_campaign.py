@@ -380,7 +380,12 @@ def building(tmp_path, monkeypatch):
     monkeypatch.setattr(cache, "EXTENSION_STAMP", tmp_path / "_C.stamp")
     monkeypatch.setattr(device, "capability_of", lambda device: 90)
 
-    def build(kernels=("gated_linear_sm90.cu",), code=0, loaded=(None, "the CUDA extension ...")):
+    def build(
+        kernels=("gated_linear_sm90.cu",),
+        code=0,
+        tools=("cmake",),
+        loaded=(None, "the CUDA extension ..."),
+    ):
         for name in kernels:
             (tmp_path / "csrc" / name).touch()
         commands = []
@@ -390,6 +395,9 @@ def building(tmp_path, monkeypatch):
             return subprocess.CompletedProcess(command, code)
 
         monkeypatch.setattr(worker.subprocess, "run", ran)
+        monkeypatch.setattr(
+            worker.shutil, "which", lambda name, path: name if name in tools else None
+        )
         monkeypatch.setattr(loader, "load", lambda: loaded)
         done = worker.build()
         verdicts = records.read_text().splitlines() if records.exists() else []
@@ -423,6 +431,15 @@ def test_an_extension_that_was_carried_is_not_built_again(building, tmp_path):
 def test_a_build_that_fails_says_so(building, tmp_path):
     assert building(code=2)[:2] == (2, [])
     assert not (tmp_path / "_C.stamp").exists()
+
+
+def test_a_build_without_its_tools_says_which(building, capsys):
+    code, verdict, commands = building(tools=())
+    assert (code, verdict, commands) == (1, [], [])
+    assert "pip install cmake ninja pybind11; there is no cmake" in capsys.readouterr().out
+
+
+def test_a_build_that_does_not_load_says_so(building):
     assert building()[1] == [{"status": "failed", "detail": "the CUDA extension ..."}]
 
 
