@@ -1,5 +1,5 @@
-"""`gate`: the ahead-of-time gate of the Triton kernels as a subcommand of the bench; `gate execute`,
-which runs what it compiles, and `gate fill-cache`, which keeps it."""
+"""`gate`: the ahead-of-time gate of the Triton kernels as a subcommand of the bench; `gate
+execute`, which runs what it compiles, and `gate fill-cache`, which keeps it."""
 
 from __future__ import annotations
 

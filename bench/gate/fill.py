@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import math
 import multiprocessing
 import os
@@ -32,8 +31,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ... import backend
-from ...backends import choice
-from ...backends.op import KERNELS, NAMESPACE
+from ...backends.library import serve_cpu
 from ...kernels.arch import ARCHES, Arch
 from ...ops import gated_linear
 from ..options import Refusal, count
@@ -129,19 +127,9 @@ def launch(work: Work, phase: str, placement: str) -> None:
     torch.autograd.grad(out, wanted, torch.empty_like(out))
 
 
-@functools.cache
-def _on_cpu() -> torch.library.Library:
-    """Launchers for CPU tensors, as they are registered where Triton interprets."""
-    library = torch.library.Library(NAMESPACE, "IMPL")
-    for kernel in KERNELS.values():
-        library.impl(kernel.name, kernel.triton, "CPU")
-    choice.INTERPRETED = True  # backend("triton") takes CPU tensors then
-    return library
-
-
 def compile_all(arch: Arch, jobs: Sequence[Job]) -> tuple[dict[str, bool], list[str]]:
     """(whether each kernel was in the cache, by its hash; what could not be compiled)."""
-    _on_cpu()
+    serve_cpu()
     hits: dict[str, bool] = {}
     faults = []
 

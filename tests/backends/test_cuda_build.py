@@ -144,7 +144,7 @@ def test_unknown_architectures(tree, tmp_path):
     result = wheel(tree, tmp_path, {"FUSEDMLP_CUDA_ARCHS": "80;999a;998f"}, "-v")
     text = " ".join((result.stdout + result.stderr).split())
     assert "does not know sm_999a: left out" in text
-    # Of a family that it does not know nvcc may know the first member.
+    # nvcc may know the first member of a family that it does not know.
     assert "does not know sm_998f: sm_998a instead" in text
     assert "does not know sm_998a: left out" in text
     good(result)

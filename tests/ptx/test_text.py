@@ -6,7 +6,8 @@ from ptx_kernels import kernel, lanes, launch
 
 from fusedmlp.bench.gate.ptx import Finding, Unknown, load
 from fusedmlp.bench.gate.ptx.flow import meeting_points
-from fusedmlp.bench.gate.ptx.lower import addresses_of, plain
+from fusedmlp.bench.gate.ptx.lower import plain
+from fusedmlp.bench.gate.ptx.lowering import addresses_of
 from fusedmlp.bench.gate.ptx.memory import Regions
 from fusedmlp.bench.gate.ptx.tensor_map import TensorMap
 from fusedmlp.bench.gate.ptx.text import parse, split
@@ -112,8 +113,18 @@ def test_what_makes_no_difference_is_taken_out_of_opcodes():
 
 def test_variables_lie_one_behind_the_other():
     text = kernel(".shared .b8 a[3]; .shared .align 16 .b8 b[4]; .local .b32 c;", {})
-    places = addresses_of(parse(text))
+    places, ends = addresses_of(parse(text))
     assert (places["a"], places["b"], places["c"]) == (1024, 1040, 0)
+    assert ends == {"shared": 1044, "local": 4}
+
+
+def test_dynamic_shared_memory_begins_behind_all_variables():
+    """Its size is the launch's, so that nothing can lie behind it."""
+    text = kernel(".shared .b8 a[3];", {})
+    text = ".extern .shared .align 16 .b8 dynamic[];\n" + text
+    places, ends = addresses_of(parse(text))
+    assert (places["a"], places["dynamic"]) == (1024, 1040)
+    assert ends["shared"] == 1040
 
 
 def test_initialised_variables_are_read():
