@@ -1,15 +1,15 @@
 """`gate fill-cache`: compile what a campaign will launch, for a GPU that is not there, into a
 folder that is carried to it, and an archive of it, DIR.tar.xz.
 
-    fusedmlp bench gate fill-cache DIR [--plan NAME] [--only REGEX] [--arch NAME] [--extension]
+    fusedmlp bench gate fill-cache DIR [--plan NAME] [--only REGEX] [--extension]
 
 The public functions run at the plan's own sizes on CPU tensors whose memory is never touched:
 launches compile under a driver that only compiles, and PyTorch's own operators make empty results.
 Run it with the Python, PyTorch and Triton that the GPU's machine has.
 
-Where a kernel takes two weights, which kernel it is depends on how far apart these lie in memory:
-one box for both, in either order, or two boxes. Nobody knows what an allocator will do, so each
-work is compiled in all three placements.
+Where a kernel takes two weights, which kernel it is depends on how they lie in memory: one box for
+both, in either order, or two boxes. Nobody knows what an allocator will do, so each work is
+compiled in every placement that makes a kernel of its own.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from ..work import DGLU, Work
 from . import cache
 from .compiling import compile_only
 
-# How two weights of one kernel can lie: one box for both, in either order, or two.
-PLACEMENTS = ("in order", "reversed", "apart")
+# How two weights of one kernel can lie: one box for both, in either order, or two boxes.
+PLACEMENTS = ("in order", "reversed", "apart", "padded")
 PAIR = ("w_gate", "w_up")
 # Work, phase, placement.
 Job = tuple[Work, str, str]
@@ -100,8 +100,12 @@ def has_pair(work: Work, phase: str) -> bool:
 
 
 def _pair(shape: Sequence[int], dtype: torch.dtype, placement: str) -> tuple[Tensor, Tensor]:
-    """Two tensors whole rows apart, in either order, or 16 bytes more than that. Both lie on 16
-    bytes, as whatever is allocated does, also where that is no whole number of rows."""
+    """Two tensors whole rows apart, in either order, or 16 bytes more than that, or with rows of
+    other strides. Both lie on 16 bytes, as whatever is allocated does, also where that is no whole
+    number of rows."""
+    if placement == "padded":
+        wide = torch.empty(*shape[:-1], shape[-1] + 16, dtype=dtype)
+        return torch.empty(shape, dtype=dtype), wide[..., : shape[-1]]
     n, unit = math.prod(shape), 16 // dtype.itemsize
     second = -(-n // unit) * unit + (unit if placement == "apart" else 0)
     memory = torch.empty(second + n, dtype=dtype)
@@ -237,7 +241,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--for-arch", choices=ARCHES, default="sm_90", metavar="NAME",
         help="the GPU that will run them; default: sm_90",
     )  # fmt: skip
-    parser.add_argument("--jobs", type=count, default=os.cpu_count() or 1, metavar="N")
+    parser.add_argument(
+        "--jobs", type=count, default=os.cpu_count() or 1, metavar="N",
+        help="processes; default: one a core",
+    )  # fmt: skip
     parser.add_argument(
         "--extension", action="store_true", help="also build fusedmlp._C for it, with nvcc"
     )

@@ -1,6 +1,7 @@
 """`gate fill-cache`: what is compiled here is found there, and what is stale is refused."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -16,7 +17,6 @@ from fusedmlp.bench.gate import cache, fill
 from fusedmlp.bench.machine import ROOT
 from fusedmlp.bench.options import Refusal
 from fusedmlp.bench.work import Work
-from fusedmlp.kernels.tiles import stacked_of
 from fusedmlp.testing import CASES
 
 
@@ -149,18 +149,25 @@ def test_an_extension_is_taken_only_with_a_stamp_of_its_sources(tmp_path, monkey
 # ---- what is compiled
 
 
-def test_two_weights_lie_in_every_way_that_makes_a_kernel_of_its_own():
+@pytest.mark.parametrize("shape", [(64, 128), (37, 45), (3, 64, 128)], ids=str)
+def test_two_weights_lie_in_every_way_that_makes_a_kernel_of_its_own(shape):
     """Boxes are chosen by the distance of two weights: a cache that was filled with one placement
     missed half of its kernels."""
-    found = {}
-    for placement in fill.PLACEMENTS:
-        pair = fill._pair((64, 128), torch.bfloat16, placement)
-        stacked = stacked_of(*pair, 64, 64)
-        found[placement] = stacked and stacked[1]
-        assert all(t.data_ptr() % 16 == 0 for t in pair)
-        ragged = fill._pair((37, 45), torch.bfloat16, placement)
-        assert all(t.data_ptr() % 16 == 0 for t in ragged)
-    assert found == {"in order": False, "reversed": True, "apart": None}
+    row = 2 * shape[-1]
+    pairs = {how: fill._pair(shape, torch.bfloat16, how) for how in fill.PLACEMENTS}
+    for first, second in pairs.values():
+        assert first.shape == second.shape == shape
+        assert first.data_ptr() % 16 == second.data_ptr() % 16 == 0
+    steps = {how: b.data_ptr() - a.data_ptr() for how, (a, b) in pairs.items()}
+    assert steps["in order"] == -steps["reversed"] >= 2 * math.prod(shape)
+    assert steps["apart"] == steps["in order"] + 16
+    if row % 16 == 0:
+        assert steps["in order"] % row == 0
+        assert steps["apart"] % row == 16
+    same = {how: a.stride() == b.stride() for how, (a, b) in pairs.items()}
+    assert same == {"in order": True, "reversed": True, "apart": True, "padded": False}
+    # Divisible by 16 or not, as the rows that are not padded.
+    assert (pairs["padded"][1].stride(-2) - shape[-1]) % 16 == 0
 
 
 def test_arguments_are_those_of_the_case():
