@@ -5,7 +5,9 @@
 // picks one of the orders that the hardware might have taken:
 //   0     threads in order, asynchronous operations as late as possible (when no thread can run)
 //   1     threads in reverse, asynchronous operations at once
-//   >= 2  both at random; seeds differ in how soon operations run
+//   2     a warp goes on until all of its threads wait for others, so that warps drift as far apart
+//         as the barriers between them allow; asynchronous operations as late as possible
+//   >= 3  both at random; seeds differ in how soon operations run
 #pragma once
 #include <time.h>
 
@@ -96,13 +98,15 @@ class Scheduler {
     failure_ = nullptr;
     performed = nullptr;
     current = nullptr;
+    preferred_ = nullptr;
     live_ = 0;
     idle_dispatches_ = 0;
     haste_ = 4u << 2 * (seed % 4);  // one switch in so many is an operation's turn
     random_ = seed * 0x9e3779b97f4a7c15 + stream;
   }
 
-  bool at_random() const { return seed >= 2; }
+  bool warp_by_warp() const { return seed == 2; }
+  bool at_random() const { return seed >= 3; }
   unsigned below(unsigned count) {  // splitmix64
     uint64_t z = random_ += 0x9e3779b97f4a7c15;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
@@ -124,6 +128,7 @@ class Scheduler {
 
   // The running fiber lets others run. Where threads poll memory, this is what makes progress.
   void yield() {
+    preferred_ = nullptr;
     ready_.push_back(current);
     leave();
   }
@@ -224,10 +229,23 @@ class Scheduler {
     }
     if (ready_.empty()) return nullptr;
     if ((++dispatches_ & 0xffff) == 0 && now() > deadline_) return nullptr;
-    if (at_random()) std::swap(ready_.front(), ready_[below(unsigned(ready_.size()))]);
+    size_t chosen = 0;
+    if (at_random()) chosen = below(unsigned(ready_.size()));
+    if (warp_by_warp()) chosen = of_the_same_warp();
+    std::swap(ready_.front(), ready_[chosen]);
     Fiber* fiber = ready_.front();
     ready_.pop_front();
+    preferred_ = fiber;
     return fiber;
+  }
+
+  // The first fiber that is ready in the warp of the latest one; where none is, the first of all.
+  size_t of_the_same_warp() const {
+    for (size_t i = 0; preferred_ && i < ready_.size(); ++i) {
+      const bool same = ready_[i]->block == preferred_->block;
+      if (same && ready_[i]->warp() == preferred_->warp()) return i;
+    }
+    return 0;
   }
 
   // Whose turn it is among the pending operations: the oldest of a channel, and of the channels the
@@ -253,6 +271,7 @@ class Scheduler {
   }
 
   std::deque<Fiber*> ready_;
+  const Fiber* preferred_ = nullptr;  // its warp goes on
   std::deque<Ticket> pending_;
   std::exception_ptr failure_;
   Context main_;

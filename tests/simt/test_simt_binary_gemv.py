@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from simt_build import FUNCTORS, SEEDS, empty, guarded, load
+from simt_build import FUNCTORS, SEEDS, empty, faulty, guarded, load
 
 from fusedmlp import quantize_binary, reference
 from fusedmlp.reference.activations import ACTIVATIONS
@@ -16,14 +16,15 @@ def draw(*shape, dtype=torch.float64):
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-def run(x, weights, biases, *, splits=1, activation="silu", seed=0):
+def run(x, weights, biases, *, splits=1, activation="silu", seed=0, kernels=None):
     """weights: one BinaryWeight, or gate and up; biases: as many, or none."""
+    kernels = kernels or load("csrc/binary_gemv.cu")
     (M, D), H, count = x.shape, weights[0].shape[0], len(weights)
     h = empty(M, H, dtype=x.dtype)
     parts = empty(splits if splits > 1 else 0, count, M, H, dtype=torch.float32)
     planes = [guarded(t) for w in weights for t in (w.qweight, w.scales)]
     added = [guarded(b) for b in biases]
-    load("csrc/binary_gemv.cu").run_binary_gemv(
+    kernels.run_binary_gemv(
         guarded(x), *planes, *[None] * (4 - len(planes)), *added, *[None] * (2 - len(added)),
         h, parts, M, H, D, x.stride(0), splits, FUNCTORS.index(activation),
         DTYPES[x.dtype], seed=seed,
@@ -76,8 +77,21 @@ def test_every_activation(activation):
 
 
 def test_every_order_of_threads_gives_the_same_bits():
-    results = [check(3, 9, 768, torch.bfloat16, splits=2, seed=seed) for seed in SEEDS]
+    """Each part takes two rounds of four groups."""
+    results = [check(3, 70, 2048, torch.bfloat16, splits=2, seed=seed) for seed in SEEDS]
     assert all(torch.equal(results[0], result) for result in results)
+
+
+@pytest.mark.parametrize("rounds", (2, 3))
+def test_a_missing_barrier_at_the_end_of_a_round_is_found(rounds, tmp_path):
+    """One warp has staged the next round's x before another has multiplied with this one's."""
+    right = "    __syncthreads();\n  }\n  const int lane"
+    kernels = faulty("csrc/binary_gemv.cu", right, "  }\n  const int lane", tmp_path)
+    x = draw(3, 512 * rounds, dtype=torch.bfloat16)
+    weights = [quantize_binary(draw(70, 512 * rounds + 128 * i)[:, : 512 * rounds]) for i in (0, 1)]
+    expected = run(x, weights, [])
+    found = [run(x, weights, [], seed=seed, kernels=kernels) for seed in SEEDS]
+    assert not all(torch.equal(expected, h) for h in found)
 
 
 def test_rows_apart():

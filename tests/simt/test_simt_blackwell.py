@@ -36,7 +36,7 @@ def check(c, operands):
     assert_close_to(c, *yardsticks(lambda t: t["a"] @ t["b"].T, {"a": a, "b": b})["out"])
 
 
-@pytest.mark.parametrize("seed", (*SEEDS, 4, 5))
+@pytest.mark.parametrize("seed", (*SEEDS, 5, 6))
 @pytest.mark.parametrize("cluster", (1, 2))
 @pytest.mark.parametrize("b_mn_major", (False, True), ids=("k-major", "mn-major"))
 def test_gemm(operands, b_mn_major, cluster, seed):

@@ -36,7 +36,7 @@ FLAGS = (
 )
 # What csrc/activations.cuh has a functor for, in the order of its numbers.
 FUNCTORS = re.findall(r"\n  ROW\((\w+), ", (ROOT / "csrc" / "activations.cuh").read_text())
-SEEDS = (0, 1, 2, 3)  # late, early and two random orders: see tests/simt/scheduler.h
+SEEDS = (0, 1, 2, 3, 4)  # late, early, warp by warp, two at random: see tests/simt/scheduler.h
 UNWRITTEN = 0xFF  # a NaN in every floating-point format; the runner fills shared memory with it
 PAGE = mmap.PAGESIZE
 
@@ -262,3 +262,13 @@ def load(source: str, *defines: str, flags: tuple[str, ...] = ()) -> Library:
     """The library of a source, its path given from the repository's root."""
     path = ROOT / source
     return Library(path, build(path, defines, flags))
+
+
+def faulty(source: str, right: str, wrong: str, folder: Path) -> Library:
+    """The library of a source with a fault in it: `wrong` stands where `right` stood."""
+    text = (ROOT / source).read_text()
+    if (count := text.count(right)) != 1:
+        raise SimtError(f"{source}: must hold the text to be replaced once, holds it {count} times")
+    path = folder / Path(source).name
+    path.write_text(text.replace(right, wrong))
+    return Library(path, build(path))
