@@ -4,7 +4,9 @@ the others of this folder have all sizes, dtypes and ways of calling."""
 import pytest
 import torch
 from op_checks import check
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fusedmlp import reference
 from fusedmlp.testing import CASES, evaluate
 
 # The last of each op's cases: with biases, masks and mixings, where the first has none.
@@ -34,3 +36,24 @@ def test_reference_differentiates(op):
     expected = sum((results[f"d{k}"] * steps[k]).sum() for k in leaves)
     finite = (along(1e-6) - along(-1e-6)) / 2e-6
     torch.testing.assert_close(finite, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", ONE)
+def test_reference_makes_its_own_tensors_on_the_inputs_device(op):
+    """A fake tensor of one device with one of another is an error, as on a GPU."""
+    case = ONE[op]
+    real = case.inputs(5, 12, 8, torch.float32)
+    with FakeTensorMode():
+        like = {k: torch.empty(t.shape, dtype=t.dtype, device="meta") for k, t in real.items()}
+        dy = None if case.forward_only else torch.ones_like(case.run_reference(like))
+        results = evaluate(case.run_reference, like, dy)
+    assert {t.device.type for t in results.values()} == {"meta"}
+
+
+def test_packing_makes_its_own_tensors_on_the_inputs_device():
+    with FakeTensorMode():
+        w = torch.empty(3, 200, device="meta")
+        words, scales = reference.binary.pack_signs(w), reference.binary.binary_scales(w)
+        assert reference.dequantize_binary(words, scales, 200).device == w.device
+        planes = reference.pack_masks(torch.empty(2, 3, 20, device="meta"))
+        assert reference.unpack_masks(planes, 20).device == w.device
