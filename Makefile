@@ -20,8 +20,13 @@ QUICK = tests/ops/test_each_op.py tests/kernels tests/backends/test_backend.py t
 # `make floors ENVIRONMENTS=oldest` runs that one alone.
 ENVIRONMENTS ?=
 
+# `make mutants ROOM="ops layers" COUNT=5 SEED=1`: fewer rooms, fewer faults, those of before.
+ROOM ?=
+COUNT ?=
+SEED ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help test quick lint gate gate-triton gate-csrc docs floors bench
+.PHONY: help test quick lint gate gate-triton gate-csrc docs floors mutants bench
 
 # $(call needs,MODULE,EXTRA): one error where a Python module is not there.
 needs = @$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("$(1)") or \
@@ -72,6 +77,11 @@ docs: ## the documentation site, into build/site
 
 floors: ## a part of the suite on the oldest and newest releases promised; installs gigabytes
 	JOBS=$(JOBS) $(PYTHON) tests/floors.py $(ENVIRONMENTS)
+
+mutants: ## single faults put into the code: which of them the tests miss, by room
+	$(call needs,pytest,test)
+	$(PYTHON) tests/mutants $(if $(ROOM),--room $(ROOM)) $(if $(COUNT),--count $(COUNT)) \
+		$(if $(SEED),--seed $(SEED))
 
 bench: ## errors against float64, and times or, without a GPU, computed times
 	$(call needs,torch,bench)

@@ -80,6 +80,7 @@ def test_nvcc_is_found_as_setup_finds_it(variable, bare, tmp_path):
         ("lint", "ruff", "test"),
         ("gate-triton", "triton", "test"),
         ("docs", "mkdocs", "docs"),
+        ("mutants", "pytest", "test"),
         ("bench", "torch", "bench"),
     ],
 )

@@ -1,0 +1,250 @@
+"""Faults that somebody thought of, and mutants that change nothing.
+
+A fault of FAULTS once went by the tests, or is of such a kind. `old` stands in the file exactly
+once. A row of EQUIVALENT is a line of a mutant before and after, without its margin, and the reason
+why no test can tell the two apart.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Fault(NamedTuple):
+    path: str
+    old: str
+    new: str
+    what: str
+
+
+class Equivalent(NamedTuple):
+    path: str
+    before: str
+    after: str
+    reason: str
+
+
+FAULTS: tuple[Fault, ...] = (
+    # ---- silently wrong results
+    Fault(
+        "fusedmlp/layers/parts/experts.py",
+        "idle = not self.training or passes_through(dropout)",
+        "idle = True",
+        "experts lose their dropout in training",
+    ),
+    Fault(
+        "fusedmlp/layers/parts/experts.py",
+        "self._template[0].train(self.training)\n",
+        "self._template[0].train(True)\n",
+        "dropout acts in eval where experts are not fused",
+    ),
+    Fault(
+        "fusedmlp/layers/switch.py",
+        "aux = aux + self.z_loss_coef * router_z_loss(routing)",
+        "aux = aux + self.loss_coef * self.z_loss_coef * router_z_loss(routing)",
+        "the z-loss has the other loss's weight too",
+    ),
+    Fault(
+        "fusedmlp/layers/parts/capacity.py",
+        "torch.sym_int(tokens / experts * factor)",
+        "round(tokens / experts * factor)",
+        "the capacity is rounded to nearest",
+    ),
+    Fault(
+        "fusedmlp/layers/fff.py",
+        "p = right.clamp(_CLAMP, 1 - _CLAMP)",
+        "p = right",
+        "the hardening loss of a saturated router is NaN",
+    ),
+    Fault(
+        "fusedmlp/layers/moe.py",
+        "nn.init.uniform_(w, -(w.shape[-1] ** -0.5), w.shape[-1] ** -0.5)",
+        "nn.init.uniform_(w, -(self.w_gate.shape[1] ** -0.5), w.shape[-1] ** -0.5)",
+        "the lower bound is from the hidden width",
+    ),
+    Fault(
+        "fusedmlp/patching/experts.py",
+        "if own_gate or _activation(experts) is None:",
+        "if _activation(experts) is None:",
+        "experts with a gate of their own get the default one",
+    ),
+    Fault(
+        "fusedmlp/patching/experts.py",
+        "if experts.is_transposed:",
+        "if False:",
+        "transposed experts are read as others are",
+    ),
+    Fault(
+        "fusedmlp/layers/parts/around.py",
+        '    if "forward" in of:\n        return "has a forward',
+        '    if False:\n        return "has a forward',
+        "a forward set on the instance is passed by",
+    ),
+    Fault(
+        "fusedmlp/layers/parts/around.py",
+        '"_backward_hooks", "_backward_pre_hooks")',
+        '"_backward_pre_hooks")',
+        "a full backward hook is passed by",
+    ),
+    Fault(
+        "kernels/dense/gated_linear.py",
+        "for t in (h, g, b_gate, b_up))",
+        "for t in (h, g, b_gate, b_gate))",
+        "b_up is read with b_gate's stride",
+    ),
+    Fault(
+        "kernels/moe/moe_mlp.py",
+        "*((0, 0) if b_up is None else b_up.stride()),",
+        "*((0, 0) if b_up is None else b_gate.stride()),",
+        "b_up is read with b_gate's strides",
+    ),
+    Fault(
+        "kernels/tiles.py",
+        "mask = mask & (offs_c[None, :] < C)",
+        "mask = mask & (offs_c[None, :] <= C)",
+        "one element past the row is read",
+    ),
+    Fault(
+        "kernels/masked/masks.py",
+        "planes_ptr, first // PER + i, n0, k, H, D, N_M, PER, BLOCK_N, BLOCK_K, MASK_K",
+        "planes_ptr, first + i, n0, k, H, D, N_M, PER, BLOCK_N, BLOCK_K, MASK_K",
+        "another mask's words",
+    ),
+    Fault(
+        "fusedmlp/reference/moe.py",
+        "run = lambda rows, e: F.linear(rows, ws[e], None if bs is None else bs[e])",
+        "run = lambda rows, e: F.linear(rows, ws[e], None if bs is None else bs[0])",
+        "every expert has the first one's bias",
+    ),
+    Fault(
+        "csrc/activations.cuh",
+        "x > 0 ? 1.f : 0.f",
+        "x >= 0 ? 1.f : 0.f",
+        "relu'(0) is 1",
+    ),
+    Fault(
+        "csrc/moe_route.cu",
+        "nan = e < nan ? e : nan;",
+        "nan = e;",
+        "a lane's last NaN is chosen, not its first",
+    ),
+    # ---- what only a GPU would show
+    Fault(
+        "kernels/tiles.py",
+        "and outer * t.element_size() % 16 == 0",
+        "and outer * t.element_size() % 8 == 0",
+        "TMA is given rows that are 8 bytes apart",
+    ),
+    Fault(
+        "csrc/binary_gemv.cu",
+        "    __syncthreads();\n  }\n  const int lane",
+        "  }\n  const int lane",
+        "a warp stages x that another still reads",
+    ),
+    Fault(
+        "kernels/hyper/band.py",
+        "ahead = tl.minimum(tl.maximum(ahead, -first), L - 1 - first)",
+        "ahead = tl.minimum(tl.maximum(ahead, -first), L - first)",
+        "one d past the last head is read",
+    ),
+    # ---- refusals and small things
+    Fault(
+        "fusedmlp/ops/masked_gated_linear.py",
+        "if size != [H, D]:",
+        "if size[1] != D:",
+        "another H of the masks is taken",
+    ),
+    Fault(
+        "fusedmlp/weights/masks.py",
+        "if logits.dim() != 3 or not 1 <= logits.shape[0] <= MAX_MASKS:",
+        "if logits.dim() != 3 or not 1 <= logits.shape[0] <= MAX_MASKS + 1:",
+        "17 masks are taken",
+    ),
+    Fault(
+        "fusedmlp/weights/binary.py",
+        '_refuse("from_q1_0_bytes", "scales must be finite", ~scales.isfinite())',
+        '_refuse("from_q1_0_bytes", "scales must be finite", scales.isnan())',
+        "infinite scales are taken",
+    ),
+    Fault(
+        "fusedmlp/check/__init__.py",
+        "t.dtype.is_floating_point and t.dtype != torch.float64",
+        "t.dtype.is_floating_point",
+        "autocast rounds float64",
+    ),
+    Fault(
+        "fusedmlp/weights/gguf.py",
+        "odd = [name for name, shape in binary.items() if len(shape) != 2]",
+        "odd = [name for name, shape in binary.items() if len(shape) > 2]",
+        "a vector counts as a matrix",
+    ),
+    Fault(
+        "fusedmlp/patching/moe.py",
+        "if not all(idle(e.dropout) for e in experts):",
+        "if not any(idle(e.dropout) for e in experts):",
+        "the dropout of some experts is lost",
+    ),
+    Fault(
+        "fusedmlp/hyperglu/layer.py",
+        "T * T if sees_all else T * (T + 1) // 2",
+        "T * T if sees_all else T * T // 2",
+        "half of the diagonal is not counted",
+    ),
+    Fault(
+        "fusedmlp/hyperglu/config.py",
+        '"op2_init_std"):\n            self._require(',
+        '"op2_init_std"):\n            self._require(getattr(self, name) != 0 and ',
+        "initial values of 0 are refused",
+    ),
+    Fault(
+        "fusedmlp/distributed/experts.py",
+        "packed=packed, recompute=recompute,\n        )  # fmt: skip\n        back",
+        "packed=packed,\n        )  # fmt: skip\n        back",
+        "what was to be computed again is saved",
+    ),
+)
+
+EQUIVALENT: tuple[Equivalent, ...] = (
+    Equivalent(
+        "kernels/tiles.py",
+        "low = w1 if step > 0 else w2",
+        "low = w1 if step >= 0 else w2",
+        "a step of 0 has returned None before",
+    ),
+    Equivalent(
+        "kernels/hyper/score_grads.py",
+        "if P.rank1 > 0 or P.rank2 > 0:",
+        "if P.rank1 > 0:",
+        "a block's barrier: in the interpreter one thread runs the block",
+    ),
+    Equivalent(
+        "csrc/schedule.cuh",
+        "int rows = 0, columns = 0;  // cluster rows, columns of tiles",
+        "int rows = 1, columns = 0;  // cluster rows, columns of tiles",
+        "a default-constructed schedule is assigned before it is read",
+    ),
+    Equivalent(
+        "fusedmlp/reference/hyper.py",
+        "if c is None or u is None or vt is None:",
+        "if c is None or vt is None:",
+        "c, u and vt come together",
+    ),
+    Equivalent(
+        "fusedmlp/reference/hyper.py",
+        "if c is None or u is None or vt is None:",
+        "if c is None and u is None or vt is None:",
+        "c, u and vt come together",
+    ),
+    Equivalent(
+        "fusedmlp/reference/masked.py",
+        "weights = 1 << torch.arange(8, dtype=torch.uint8, device=masks.device)",
+        "weights = 1 << torch.arange(8, device=masks.device)",
+        "the sum is taken in uint8 all the same",
+    ),
+    Equivalent(
+        "fusedmlp/hyperglu/chunked.py",
+        "return torch.zeros_like(v)",
+        "return torch.ones_like(v)",
+        "it has no elements",
+    ),
+)

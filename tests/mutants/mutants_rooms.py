@@ -1,0 +1,298 @@
+"""Which tests cover which files: the cheap ones first, for a mutant is done with when one fails.
+
+Each file of kernels/, fusedmlp/ and csrc/ is in one row, or in NOT_DRAWN with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """`sources`: globs from the root, `tests`: what pytest is given."""
+
+    room: str
+    sources: tuple[str, ...]
+    tests: tuple[str, ...]
+
+
+DEFAULTS = "tests/house/test_defaults.py"
+# What holds for every op; the last is slow.
+PLACES = (DEFAULTS, "tests/house/test_anatomy.py")
+ROW = (
+    "tests/ops/test_every_kernel.py",
+    "tests/ops/test_flops.py",
+)
+EACH_OP = "tests/ops/test_each_op.py"
+ERRORS = "tests/ops/test_errors.py"
+DENSE = (EACH_OP, ERRORS, "tests/kernels/test_arch.py", "tests/ops/test_ops.py")
+MASKED = (EACH_OP, "tests/ops/test_masked_errors.py", "tests/ops/test_masked.py")
+ROUTED = (EACH_OP, ERRORS, "tests/ops/test_top1_route.py", "tests/ops/test_moe_mlp.py")
+HYPER = (EACH_OP, "tests/ops/test_hyper_attention_step.py", "tests/ops/test_hyper_attention.py")
+BINARY = (EACH_OP, "tests/ops/test_binary_errors.py", "tests/ops/test_binary.py")
+PATCHING = (
+    DEFAULTS,
+    "tests/patching/test_patch_match.py",
+    "tests/patching/test_patch.py",
+    "tests/patching/test_patch_routers.py",
+    "tests/patching/test_patch_state.py",
+    "tests/patching/test_patch_models.py",
+)
+LAYERS = (DEFAULTS, "tests/layers/test_layers_errors.py", "tests/layers/test_layers_every.py")
+GLU = ("tests/layers/test_layers_glu.py", "tests/layers/test_layers_masked_glu.py")
+FEEDFORWARD = ("tests/layers/test_layers_feedforward.py", *GLU)
+EXPERTS = (
+    "tests/layers/test_layers_experts.py",
+    "tests/layers/test_layers_moe.py",
+    "tests/layers/test_layers_state.py",
+)
+HYPERGLU = (
+    DEFAULTS,
+    "tests/hyperglu/test_hyperglu_core.py",
+    "tests/hyperglu/test_hyperglu_decoding.py",
+    "tests/hyperglu/test_hyperglu_calls.py",
+    "tests/hyperglu/test_hyperglu.py",
+)
+ONE_BIT = (
+    DEFAULTS,
+    "tests/weights/test_binary_format.py",
+    "tests/ops/test_binary_errors.py",
+    "tests/layers/test_layers_binary.py",
+)
+GEMMS = ("tests/backends/test_csrc_gated_linear.py",)
+
+ROWS: tuple[Row, ...] = (
+    Row("kernels", ("kernels/dense/*.py", "kernels/skinny.py", "kernels/epilogues.py"), DENSE),
+    Row("kernels", ("kernels/masked/*.py",), MASKED),
+    Row("kernels", ("kernels/moe/*.py",), ROUTED),
+    Row("kernels", ("kernels/hyper/*.py",), HYPER),
+    Row("kernels", ("kernels/binary/*.py",), BINARY),
+    Row(
+        "kernels",
+        ("kernels/activations.py", "kernels/exponentials.py"),
+        (EACH_OP, "tests/layers/test_activations.py", "tests/ops/test_ops.py"),
+    ),
+    Row(
+        "kernels",
+        (
+            "kernels/tiles.py",
+            "kernels/pick.py",
+            "kernels/device.py",
+            "kernels/interpreter.py",
+            "kernels/arch/__init__.py",
+            "kernels/arch/tile.py",
+        ),
+        (
+            EACH_OP,
+            "tests/kernels/test_interpreter.py",
+            "tests/kernels/test_arch.py",
+            "tests/ops/test_ops.py",
+        ),
+    ),
+    # ---- the reference
+    Row(
+        "reference",
+        ("fusedmlp/reference/activations.py",),
+        (EACH_OP, "tests/layers/test_activations.py", "tests/ops/test_ops.py"),
+    ),
+    Row("reference", ("fusedmlp/reference/dense.py", "fusedmlp/reference/__init__.py"), DENSE),
+    Row("reference", ("fusedmlp/reference/masked.py",), MASKED),
+    Row("reference", ("fusedmlp/reference/moe.py",), ROUTED),
+    Row("reference", ("fusedmlp/reference/hyper.py",), HYPER),
+    Row("reference", ("fusedmlp/reference/binary.py",), BINARY),
+    # ---- ops
+    Row("ops", ("fusedmlp/ops/masked_*.py",), (*PLACES, *MASKED, *ROW)),
+    Row(
+        "ops",
+        ("fusedmlp/ops/moe_*.py", "fusedmlp/ops/top1_route.py", "fusedmlp/ops/tree_path.py"),
+        (*PLACES, *ROUTED, *ROW),
+    ),
+    Row("ops", ("fusedmlp/ops/hyper_*.py",), (*PLACES, *HYPER, *ROW)),
+    Row("ops", ("fusedmlp/ops/binary_*.py",), (*PLACES, *BINARY, *ROW)),
+    Row("ops", ("fusedmlp/ops/*.py",), (*PLACES, *DENSE, "tests/ops/test_derivatives.py", *ROW)),
+    # ---- layers
+    Row("layers", ("fusedmlp/layers/glu.py", "fusedmlp/layers/masked_glu.py"), (*GLU, *LAYERS)),
+    Row(
+        "layers",
+        ("fusedmlp/layers/feedforward.py", "fusedmlp/layers/parts/around.py"),
+        (*FEEDFORWARD, "tests/layers/test_layers_hooks.py", *LAYERS),
+    ),
+    Row(
+        "layers",
+        ("fusedmlp/layers/binary.py",),
+        (*ONE_BIT, "tests/patching/test_quantize.py", *LAYERS),
+    ),
+    Row("layers", ("fusedmlp/layers/gmlp.py",), ("tests/layers/test_layers_gmlp.py", *LAYERS)),
+    Row("layers", ("fusedmlp/layers/ngpt.py",), ("tests/layers/test_layers_ngpt.py", *LAYERS)),
+    Row(
+        "layers",
+        (
+            "fusedmlp/layers/pointwise.py",
+            "fusedmlp/layers/parts/config.py",
+            "fusedmlp/layers/parts/sequential.py",
+        ),
+        (
+            "tests/layers/test_layers_pointwise_config.py",
+            "tests/layers/test_layers_pointwise.py",
+            *LAYERS,
+        ),
+    ),
+    Row(
+        "layers",
+        ("fusedmlp/layers/mlp.py", "fusedmlp/layers/gating.py", "fusedmlp/layers/residual.py"),
+        ("tests/layers/test_layers_mlp.py", *LAYERS),
+    ),
+    Row(
+        "layers",
+        ("fusedmlp/layers/transformer.py",),
+        ("tests/layers/test_layers_transformer.py", *LAYERS),
+    ),
+    Row("layers", ("fusedmlp/layers/init_weights.py",), ("tests/layers/test_init_weights.py",)),
+    Row(
+        "layers",
+        (
+            "fusedmlp/layers/fff.py",
+            "fusedmlp/layers/switch.py",
+            "fusedmlp/layers/moe.py",
+            "fusedmlp/layers/per_expert.py",
+            "fusedmlp/layers/parts/experts.py",
+            "fusedmlp/layers/parts/stacked.py",
+            "fusedmlp/layers/parts/capacity.py",
+        ),
+        (*EXPERTS, "tests/layers/test_layers_export.py", *LAYERS),
+    ),
+    Row(
+        "layers",
+        ("fusedmlp/layers/*.py", "fusedmlp/layers/parts/*.py"),
+        (
+            "tests/layers/test_activations.py",
+            *FEEDFORWARD,
+            "tests/layers/test_layers_mlp.py",
+            "tests/layers/test_layers_moe.py",
+            *LAYERS,
+        ),
+    ),
+    Row("layers", ("fusedmlp/activations.py",), ("tests/layers/test_activations.py", *LAYERS)),
+    Row("hyperglu", ("fusedmlp/hyperglu/*.py",), HYPERGLU),
+    # ---- weights, models
+    Row("weights", ("fusedmlp/weights/gguf*.py",), ("tests/weights/test_gguf.py",)),
+    Row(
+        "weights",
+        ("fusedmlp/weights/masks.py",),
+        (*MASKED, "tests/layers/test_layers_masked_glu.py"),
+    ),
+    Row("weights", ("fusedmlp/weights/*.py",), (*ONE_BIT, "tests/ops/test_binary.py")),
+    Row("patching", ("fusedmlp/patching/quantize.py",), ("tests/patching/test_quantize.py",)),
+    Row("patching", ("fusedmlp/patching/*.py",), PATCHING),
+    Row(
+        "distributed",
+        ("fusedmlp/distributed/*.py",),
+        (
+            DEFAULTS,
+            "tests/distributed/test_distributed.py",
+            "tests/distributed/test_patch_distributed.py",
+        ),
+    ),
+    # ---- around the ops
+    Row(
+        "backends",
+        ("fusedmlp/backends/cuda/*.py",),
+        (
+            "tests/backends/test_cuda_backend.py",
+            "tests/backends/test_cuda_binary.py",
+            "tests/backends/test_csrc_functors.py",
+            "tests/backends/test_csrc_portable.py",
+            *GEMMS,
+        ),
+    ),
+    Row(
+        "backends",
+        ("fusedmlp/backends/derivatives.py", "fusedmlp/transforms.py"),
+        (EACH_OP, "tests/ops/test_derivatives.py"),
+    ),
+    Row("backends", ("fusedmlp/backends/flops.py",), ("tests/ops/test_flops.py",)),
+    Row(
+        "backends",
+        ("fusedmlp/backends/*.py",),
+        (
+            EACH_OP,
+            "tests/house/test_rows.py",
+            "tests/backends/test_backend.py",
+            "tests/backends/test_cuda_backend.py",
+            "tests/ops/test_every_kernel.py",
+        ),
+    ),
+    Row(
+        "check",
+        ("fusedmlp/check/layer.py", "fusedmlp/check/numbers.py"),
+        (*LAYERS, "tests/layers/test_layers_moe.py"),
+    ),
+    Row(
+        "check",
+        ("fusedmlp/check/*.py",),
+        (
+            EACH_OP,
+            ERRORS,
+            "tests/ops/test_masked_errors.py",
+            "tests/ops/test_binary_errors.py",
+            "tests/hyperglu/test_hyperglu_calls.py",
+            "tests/ops/test_moe_mlp.py",
+        ),
+    ),
+    Row(
+        "testing",
+        ("fusedmlp/testing/*.py",),
+        (
+            EACH_OP,
+            "tests/kernels/test_tolerance.py",
+            "tests/kernels/test_rounding.py",
+            "tests/kernels/test_interpreter.py",
+        ),
+    ),
+    Row(
+        "package",
+        ("fusedmlp/hub/*.py", "fusedmlp/cli.py", "fusedmlp/running.py"),
+        ("tests/bench/test_command_line.py", "tests/patching/test_patch_package.py"),
+    ),
+    Row(
+        "package",
+        ("fusedmlp/*.py",),
+        (
+            EACH_OP,
+            "tests/ops/test_arguments.py",
+            "tests/backends/test_backend.py",
+            "tests/house/test_rows.py",
+            "tests/house/test_anatomy.py",
+            "tests/bench/test_command_line.py",
+        ),
+    ),
+    # ---- CUDA C++ on the host runner, where a mutant is compiled first
+    Row(
+        "csrc",
+        ("csrc/binary_gemv.*",),
+        ("tests/simt/test_simt_binary_gemv.py", "tests/backends/test_cuda_binary.py"),
+    ),
+    Row("csrc", ("csrc/masked_gated_gemv.*",), ("tests/simt/test_simt_masked_gated_gemv.py",)),
+    Row("csrc", ("csrc/moe_route.*",), ("tests/backends/test_csrc_moe_route.py",)),
+    Row(
+        "csrc",
+        ("csrc/activations.cuh", "csrc/epilogue.cuh"),
+        ("tests/simt/test_simt_masked_gated_gemv.py", *GEMMS),
+    ),
+    Row("csrc", ("csrc/gated_linear*", "csrc/gemm.cuh", "csrc/schedule.cuh"), GEMMS),
+    Row(
+        "csrc",
+        ("csrc/bindings.cpp", "csrc/*.h", "csrc/device.cuh"),
+        ("tests/backends/test_csrc_portable.py", *GEMMS),
+    ),
+)
+
+NOT_DRAWN: dict[str, str] = {
+    "kernels/arch/*.py": "tiles and datasheet figures: they decide speed",
+    "kernels/launches/*.py": "sizes that the gate compiles, which no test runs",
+    "csrc/hopper.cuh": "the host runner has other bodies of its functions, only a GPU runs these",
+    "csrc/blackwell.cuh": "the same",
+    "csrc/mma.cuh": "the same",
+    "csrc/tensor_map.cpp": "it calls the driver",
+    "csrc/keep_log.py": "a wrapper of the build's commands",
+}
