@@ -11,11 +11,12 @@ from patch_blocks import MLP, GatedMLP, Model, Packed, Residual
 from ranks import spawn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import fusedmlp
-from fusedmlp.distributed import expert_parallel_plan, tensor_parallel_plan
+from fusedmlp.distributed import TensorParallelMLP, expert_parallel_plan, tensor_parallel_plan
 
 ROWS, T, D = 8, 4, 8
 
@@ -162,6 +163,14 @@ def test_every_way(ranks):
 
 def test_tensor_parallel_over_four_ranks():
     spawn(4, functools.partial(_tensor_parallel, sequence=False))
+
+
+def test_the_layout_of_a_block_is_replicated_unless_the_sequence_is_sharded():
+    model = patched()
+    for split, layout in ((False, Replicate()), (True, Shard(1))):
+        plan = tensor_parallel_plan(model, sequence_parallel=split)
+        assert {style.layout for style in plan.values()} == {layout}
+    assert TensorParallelMLP().layout == Replicate()
 
 
 def test_plans_of_unpatched_models():
