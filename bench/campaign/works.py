@@ -1,4 +1,5 @@
-"""What a plan will launch of our Triton kernels: pieces of work by step, without their rivals."""
+"""What a plan will launch of our Triton kernels: pieces of work by step, without their rivals, and
+the tiles that a search times first."""
 
 from __future__ import annotations
 
@@ -6,13 +7,20 @@ import argparse
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import torch
+
+from ...kernels.arch import Arch
+from ...kernels.arch.tile import Tile
+from ...kernels.device import pretend
 from .. import check, cli
 from ..check_sizes import ON_GPU
-from ..timing import command as timing
+from ..gate.compiling import MULTIPROCESSORS
+from ..timing import command as timing, tune
 from ..timing.calls import checked
+from ..timing.candidates import neighbours
 from ..timing.session import plan
 from ..variants import DEFAULT
-from ..work import Work, activations_of, case_of
+from ..work import DTYPES, Work, activations_of, case_of
 from .questions import HALVES
 from .steps import COMMAND, Step
 from .worker import SMALL
@@ -24,6 +32,16 @@ class Launched:
 
     work: Work
     phases: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Searched:
+    """One tile of a search, and the shapes that it is timed at."""
+
+    kernel: str
+    dtype: str
+    tile: Tile
+    shapes: tuple[tuple[int, int, int], ...]
 
 
 def _whole(work: Work) -> tuple[str, ...]:
@@ -52,9 +70,25 @@ def _case(name: str, sizes: Sequence[tuple[int, int, int]]) -> Iterator[Launched
         yield Launched(work, _whole(work))
 
 
-def launched(step: Step) -> Iterator[Launched]:
-    """What `step` launches; nothing for one that builds, tests, or searches among tiles."""
+def _tune(args: argparse.Namespace, arch: Arch) -> Iterator[Searched]:
+    """The table's tiles and their neighbours, as far as the search's limit: what it times before
+    its results lead it on."""
+    options = tune.options_of(args)
+    with pretend(arch, MULTIPROCESSORS):
+        for kernel in options.kernels:
+            for name in options.dtypes:
+                shapes = tune.shapes_of(options, kernel)
+                for row in tune.rows_of(kernel, DTYPES[name], shapes, torch.device("cpu")):
+                    around = neighbours(row.tile, arch, kernel, row.dtype.itemsize)
+                    for tile in (row.tile, *around)[: options.limit]:
+                        yield Searched(kernel, name, tile, row.shapes)
+
+
+def launched(step: Step, arch: Arch) -> Iterator[Launched | Searched]:
+    """What `step` launches on a GPU of `arch`; nothing for one that builds or tests."""
     module, *rest = step.argv[2:]
+    if module == COMMAND and rest[0] == "tune":
+        yield from _tune(cli.parser().parse_args(rest), arch)
     if module == COMMAND and rest[0] in ("check", "time"):
         args = cli.parser().parse_args(rest)
         yield from (_check if rest[0] == "check" else _time)(args)
@@ -64,6 +98,6 @@ def launched(step: Step) -> Iterator[Launched]:
         yield from _case("hyper_attention", HALVES)
 
 
-def all_launched(steps: Sequence[Step]) -> list[Launched]:
+def all_launched(steps: Sequence[Step], arch: Arch) -> list[Launched | Searched]:
     """Each once."""
-    return list(dict.fromkeys(one for step in steps for one in launched(step)))
+    return list(dict.fromkeys(one for step in steps for one in launched(step, arch)))

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import math
 import multiprocessing
 import os
@@ -31,22 +32,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ... import backend
-from ...backends.library import serve_cpu
 from ...kernels.arch import ARCHES, Arch
+from ...kernels.arch.tile import Tile
+from ...kernels.launches.launch import empty
 from ...ops import gated_linear
 from ..options import Refusal, count
 from ..render import Progress
 from ..rooms import load
-from ..work import DGLU, Work
+from ..timing.tune import CHECKED_ROWS, LAUNCHES, forced
+from ..work import DGLU, DTYPES, Work
 from . import cache
 from .compiling import compile_only
 
 # How two weights of one kernel can lie: one box for both, in either order, or two boxes.
 PLACEMENTS = ("in order", "reversed", "apart", "padded")
 PAIR = ("w_gate", "w_up")
-# Work, phase, placement.
-Job = tuple[Work, str, str]
 PART = 12  # jobs that a process takes at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A call that launches kernels of `op`. tried: whether it is a try, which may not compile."""
+
+    op: str
+    what: str
+    call: Callable[[], None]
+    tried: bool = False
 
 
 class Untouched(TorchDispatchMode):
@@ -133,7 +144,7 @@ def launch(work: Work, phase: str, placement: str) -> None:
 
 def compile_all(arch: Arch, jobs: Sequence[Job]) -> tuple[dict[str, bool], list[str]]:
     """(whether each kernel was in the cache, by its hash; what could not be compiled)."""
-    serve_cpu()
+    _on_cpu()
     hits: dict[str, bool] = {}
     faults = []
 
@@ -141,13 +152,13 @@ def compile_all(arch: Arch, jobs: Sequence[Job]) -> tuple[dict[str, bool], list[
         hits.setdefault(str(metadata["hash"]), cache_hit)
 
     with _listening(listen), backend("triton"), compile_only(arch), Untouched():
-        for work, phase, placement in jobs:
+        for job in jobs:
             try:
-                launch(work, phase, placement)
+                job.call()
             except Exception as error:  # the others must still be compiled
                 first = (str(error).splitlines() or [""])[0][:160]
-                what = f"{work.case.name} {work.dtype} {work.size} {phase}"
-                faults.append(f"{what}: {type(error).__name__}: {first}")
+                if not job.tried:
+                    faults.append(f"{job.op}, {job.what}: {type(error).__name__}: {first}")
     return hits, faults
 
 
@@ -170,17 +181,46 @@ def _compile_shared(i: int) -> tuple[dict[str, bool], list[str]]:
 
 
 def jobs_of(launched: Sequence[Any]) -> list[list[Job]]:
-    """(work, phase, placement) in parts of one op each, which share kernels; parts are small, so
-    that processes end at the same time."""
-    groups: dict[str, dict[Job, None]] = {}
+    """Jobs in parts of one op each, which share kernels; parts are small, so that processes end at
+    the same time."""
+    groups: dict[str, dict[str, Job]] = {}
     for one in launched:
-        for phase in one.phases:
-            for placement in PLACEMENTS if has_pair(one.work, phase) else PLACEMENTS[:1]:
-                job = (one.work, "both" if phase == "backward" else phase, placement)
-                groups.setdefault(one.work.case.op, {})[job] = None
+        for job in _of_work(one) if hasattr(one, "work") else _of_tile(one):
+            groups.setdefault(job.op, {})[job.what] = job
     # The ops with most to do first.
-    ordered = sorted(map(list, groups.values()), key=len, reverse=True)
+    ordered = sorted((list(group.values()) for group in groups.values()), key=len, reverse=True)
     return [group[i : i + PART] for group in ordered for i in range(0, len(group), PART)]
+
+
+def _of_work(one: Any) -> Iterator[Job]:
+    work: Work = one.work
+    name = f"{work.case.name} {work.activation} {work.dtype} {work.size}"
+    for phase in dict.fromkeys("both" if p == "backward" else p for p in one.phases):
+        for how in PLACEMENTS if has_pair(work, phase) else PLACEMENTS[:1]:
+            call = functools.partial(launch, work, phase, how)
+            yield Job(work.case.op, f"{name} {phase} {how}", call)
+
+
+def _of_tile(one: Any) -> Iterator[Job]:
+    """As `tune` launches it: to be checked, and to be timed at each shape."""
+    m, d, h = one.shapes[0]
+    for shape, training in [
+        ((min(m, CHECKED_ROWS), d, h), True),
+        *((s, False) for s in one.shapes),
+    ]:
+        call = functools.partial(
+            launch_tile, one.kernel, DTYPES[one.dtype], one.tile, shape, training
+        )
+        yield Job(f"tune {one.kernel}", f"{one.dtype} {one.tile} {shape} {training}", call, True)
+
+
+def launch_tile(
+    kernel: str, dtype: torch.dtype, tile: Tile, shape: tuple[int, int, int], training: bool
+) -> None:
+    found = LAUNCHES[kernel]
+    assert found.call is not None
+    with forced(kernel, dtype, tile, torch.device("cpu")):
+        found.call(empty(found, shape, dtype), training)
 
 
 def fill(folder: Path, arch: Arch, launched: Sequence[Any], processes: int) -> int:
@@ -195,7 +235,7 @@ def fill(folder: Path, arch: Arch, launched: Sequence[Any], processes: int) -> i
     with ProcessPoolExecutor(processes, fork) as pool, Progress("fill-cache", len(parts)) as bar:
         results = pool.map(_compile_shared, range(len(parts)))
         for part, (found, bad) in zip(parts, results, strict=True):
-            op = part[0][0].case.op
+            op = part[0].op
             of_op = hits.setdefault(op, {})
             # One that two parts share was there only if it was for both.
             of_op |= {name: hit and of_op.get(name, True) for name, hit in found.items()}
@@ -225,12 +265,13 @@ def main(args: argparse.Namespace) -> int:
     if args.plan not in plans.PLANS:
         known = ", ".join(plans.PLANS)
         raise Refusal(f"gate fill-cache: --plan must be one of {known}, got {args.plan!r}")
+    arch = ARCHES[args.for_arch]
     steps = plans.only(plans.PLANS[args.plan].steps(), args.only)
     if args.extension:
         worker = load("campaign.worker", "gate fill-cache")
-        if code := worker.build_for(ARCHES[args.for_arch].capability):
+        if code := worker.build_for(arch.capability):
             return int(code)
-    return fill(args.folder, ARCHES[args.for_arch], works.all_launched(steps), args.jobs)
+    return fill(args.folder, arch, works.all_launched(steps, arch), args.jobs)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

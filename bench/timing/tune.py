@@ -247,6 +247,10 @@ class TuneOptions:
     device: str = "cuda"
 
 
+def shapes_of(options: TuneOptions, kernel: str) -> tuple[Shape, ...]:
+    return options.shapes or LAUNCHES[kernel].sizes or DEFAULT_SHAPES
+
+
 def run(options: TuneOptions, emit: Emit, timer: Timer = device_timer) -> str:
     """Tune everything asked for, a record per shape; returns the rows to paste."""
     device = torch.device(options.device)
@@ -256,8 +260,7 @@ def run(options: TuneOptions, emit: Emit, timer: Timer = device_timer) -> str:
         for name in options.dtypes:
             dtype = DTYPES[name]
             results = []
-            shapes = options.shapes or LAUNCHES[kernel].sizes or DEFAULT_SHAPES
-            for row in rows_of(kernel, dtype, shapes, device):
+            for row in rows_of(kernel, dtype, shapes_of(options, kernel), device):
                 print(f"{kernel} {name}: {row.tile}", flush=True)
                 found = tune_row(row, arch, device, timer, options.limit, emit)
                 print(f"  best of {found.tried}: {found.tile}", flush=True)
@@ -268,18 +271,22 @@ def run(options: TuneOptions, emit: Emit, timer: Timer = device_timer) -> str:
     return "\n".join(texts)
 
 
+def options_of(args: argparse.Namespace) -> TuneOptions:
+    return TuneOptions(
+        kernels=tuple(args.kernel),
+        dtypes=tuple(args.dtype),
+        shapes=tuple(args.shape),
+        limit=args.limit,
+    )
+
+
 def main(args: argparse.Namespace) -> int:
     from .. import machine
 
     if not torch.cuda.is_available():
         print("tune: no GPU here; tiles can only be timed on one")
         return 2
-    options = TuneOptions(
-        kernels=tuple(args.kernel),
-        dtypes=tuple(args.dtype),
-        shapes=tuple(args.shape),
-        limit=args.limit,
-    )
+    options = options_of(args)
     records: list[Record] = []
     rows = run(options, collecting(records))
     found = machine.describe()

@@ -39,10 +39,9 @@ def transformed(run):
 
 WAYS = {"eager": lambda run: run, "compiled": compiled, "vjp": transformed}
 ROWS = [
-    *((name, way, "reference") for name in NAMES for way in WAYS),
+    *((name, way, "reference") for name in NAMES for way in ("eager", "vjp")),
+    ("moe_linear", "compiled", "reference"),
     *((name, "eager", "triton") for name in NAMES),
-    ("moe_mlp-bias", "vjp", "triton"),
-    ("moe_linear", "compiled", "triton"),
 ]
 
 
@@ -79,26 +78,17 @@ def dropped(name, way, device):
         torch.testing.assert_close(ours, t, rtol=1e-5, atol=1e-5)
 
 
-LIMITED = {
-    "SwitchFFN": lambda: layers.SwitchFFN(
-        16, 3, 0.4, ff_kwargs={"mult": 1, "pre_norm": True}, dropped="zero"
-    ),
-    "Top1MoE": lambda: layers.Top1MoE(16, 8, 3, capacity_factor=0.4, shared_hidden=8),
-}
-
-
-@pytest.mark.parametrize("name", LIMITED)
-def test_a_compiled_layer_drops_the_same_tokens(name):
+def test_a_compiled_layer_drops_the_same_tokens():
+    """Experts that are not one call: each sees every row."""
     torch.manual_seed(0)
-    layer = LIMITED[name]()
+    layer = layers.SwitchFFN(16, 3, 0.4, ff_kwargs={"mult": 1, "pre_norm": True}, dropped="zero")
     with torch.no_grad():  # biases begin at 0, and would not show
         for p in layer.parameters():
             p.add_(0.1 * torch.randn_like(p))
     parameters, x = dict(layer.named_parameters()), torch.randn(12, 16)
 
     def run(t):
-        out = functional_call(layer, {k: t[k] for k in parameters}, (t["x"],))
-        return out[0] if isinstance(out, tuple) else out
+        return functional_call(layer, {k: t[k] for k in parameters}, (t["x"],))[0]
 
     inputs = {**{k: nn.Parameter(p.detach().clone()) for k, p in parameters.items()}, "x": x}
     dy = torch.randn(12, 16)

@@ -1,6 +1,7 @@
 """Experts of transformers' table, in every layout that its decorator knows, against the loop over
 experts that a model's own forward is."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -76,10 +77,16 @@ def routed():
     return x, torch.randint(E, (T, K), generator=generator), torch.rand(T, K, generator=generator)
 
 
-@pytest.mark.parametrize("gated", (True, False), ids=("gated", "plain"))
-@pytest.mark.parametrize("bias", (True, False), ids=("bias", "no bias"))
-@pytest.mark.parametrize("turned", (True, False), ids=("transposed", "rows"))
-def test_every_layout_is_the_loop(turned, bias, gated, each_backend):
+LAYOUTS = [(*layout, "reference") for layout in itertools.product((True, False), repeat=3)]
+
+
+@pytest.mark.parametrize("turned, bias, gated, where", [*LAYOUTS, (True, True, True, "triton")])
+def test_every_layout_is_the_loop(turned, bias, gated, where):
+    with fusedmlp.backend(where):
+        compare(turned, bias, gated)
+
+
+def compare(turned, bias, gated):
     experts = made(Plain, turned=turned, bias=bias, gated=gated)
     results = []
     for run in (experts, lambda *a: experts_forward(experts, *a)):

@@ -17,6 +17,7 @@ from fusedmlp.bench.gate import cache, fill
 from fusedmlp.bench.machine import ROOT
 from fusedmlp.bench.options import Refusal
 from fusedmlp.bench.work import Work
+from fusedmlp.kernels.arch import ARCHES
 from fusedmlp.testing import CASES
 
 
@@ -194,13 +195,18 @@ def test_operators_on_floats_compute_nothing_and_those_on_integers_do():
 
 def test_every_step_that_launches_triton_is_in_what_is_compiled():
     steps = plans.PLANS["brief"].steps()
-    empty = {step.name for step in steps if not list(works.launched(step))}
+    arch = ARCHES["sm_90"]
+    empty = {step.name for step in steps if not list(works.launched(step, arch))}
     cuda = {s.name for s in steps if ":cuda:" in s.name and not s.name.startswith("time:")}
-    # Questions of the driver, the tests' own sizes, a search among tiles.
-    assert empty == cuda | {"build", "tests", "ask:stacked-box", "tune:gated_linear_fwd"}
-    found = works.all_launched(steps)
-    assert len(found) == len(set(found))
+    # A question of the driver, and the tests' own sizes.
+    assert empty == cuda | {"build", "tests", "ask:stacked-box"}
+    both = works.all_launched(steps, arch)
+    assert len(both) == len(set(both))
+    found = [one for one in both if isinstance(one, works.Launched)]
     assert {one.work.case.op for one in found} == {case.op for case in CASES.values()}
     assert any(one.work.M == 8192 and one.phases == ("dglu",) for one in found)
+    # The tiles that the search times, as many as its limit.
+    tiles = [one.tile for one in both if isinstance(one, works.Searched)]
+    assert len(set(tiles)) == len(tiles) == 24
     # A GPU's sizes of a check, on a machine that has none.
     assert any(one.work.size == "509x1021x1531" for one in found)
