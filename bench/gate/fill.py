@@ -144,7 +144,7 @@ def launch(work: Work, phase: str, placement: str) -> None:
 
 def compile_all(arch: Arch, jobs: Sequence[Job]) -> tuple[dict[str, bool], list[str]]:
     """(whether each kernel was in the cache, by its hash; what could not be compiled)."""
-    _on_cpu()
+    serve_cpu()
     hits: dict[str, bool] = {}
     faults = []
 
