@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import functools
 import math
 import multiprocessing
 import os
@@ -32,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ... import backend
+from ...backends.library import serve_cpu
 from ...kernels.arch import ARCHES, Arch
 from ...kernels.arch.tile import Tile
 from ...kernels.launches.launch import empty
