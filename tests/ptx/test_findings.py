@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ptx_kernels import ORDERS, WHENS, Launch, finds, launch
 
-from fusedmlp.bench.gate.ptx import Finding, load
+from fusedmlp.bench.gate.ptx import Finding, Order, load
 
 AT = "mul.wide.u32 %d0, %tid, 4; add.s64 %d1, %d0, %x;\n"
 LOAD = "ld.global.b32 %r0, [%d1]; // here"
@@ -313,3 +313,10 @@ def test_parameters_must_have_the_kernels_sizes():
     one = Launch("mov.b32 %r0, 0;", {"n": 1})
     with pytest.raises(ValueError, match=r"parameters of \[4\] bytes, got \[8\]"):
         load(one.text).run((1,), [bytes(8)], one.regions)
+
+
+@pytest.mark.parametrize("wrong", [{"when": "soon"}, {"sums": "sorted"}, {"noise": 1.5}])
+def test_an_order_that_there_is_not(wrong):
+    (name, value), *_ = wrong.items()
+    with pytest.raises(ValueError, match=f"Order: {name} is .*, got '?{value}"):
+        Order(**wrong)

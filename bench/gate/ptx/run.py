@@ -20,6 +20,9 @@ from .text import Instruction, parse
 
 __all__ = ["Order", "Program", "Run", "load"]
 
+WHEN = ("late", "once", "seed")
+SUMS = ("forwards", "backwards", "exactly")
+
 
 @dataclass(frozen=True)
 class Order:
@@ -36,10 +39,15 @@ class Order:
     sums: str = "forwards"
     noise: float = 0.0
 
+    def __post_init__(self) -> None:
+        for name, value, known in (("when", self.when, WHEN), ("sums", self.sums, SUMS)):
+            if value not in known:
+                raise ValueError(f"Order: {name} is one of {known}, got {value!r}")
+        if not -1 <= self.noise <= 1:
+            raise ValueError(f"Order: noise is from -1 to 1, got {self.noise}")
+
 
 IN_ORDER = Order()
-WHEN = ("late", "once", "seed")
-SUMS = ("forwards", "backwards", "exactly")
 
 
 class _Options(ctypes.Structure):
