@@ -26,7 +26,7 @@ COUNT ?=
 SEED ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test quick lint gate gate-triton gate-csrc docs floors mutants bench
+.PHONY: help test quick lint execute gate gate-triton gate-csrc docs floors mutants bench
 
 # $(call needs,MODULE,EXTRA): one error where a Python module is not there.
 needs = @$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("$(1)") or \
@@ -56,6 +56,10 @@ lint: ## ruff, its formatter, mypy
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+execute: ## run every compiled Triton kernel on the PTX machine, no GPU: one job of each kind
+	$(call needs,triton,test)
+	$(BENCH) gate execute --brief
 
 gate: ## compile every kernel ahead of time and look into the machine code; needs nvcc, no GPU
 	$(needs_nvcc)

@@ -13,7 +13,7 @@ import fusedmlp
 from fusedmlp.bench.gate.ptx import Finding, Order
 from fusedmlp.testing import CASES, compare, error_of, poison
 
-pytestmark = pytest.mark.nvcc
+pytestmark = [pytest.mark.nvcc, pytest.mark.slow]
 
 PORTABLE = {
     "masked_gated_linear-1-bits": (3, 264, 40),

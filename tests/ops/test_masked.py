@@ -6,7 +6,7 @@ import op_checks
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import DTYPES, check, saved_bytes
+from op_checks import check, saved_bytes
 from torch.library import opcheck
 
 import fusedmlp
@@ -95,8 +95,16 @@ def test_planes_of_strided_logits(dtype, on_triton, device):
     assert torch.equal(pack_masks(logits).planes, reference.pack_masks(logits))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(37, 40, 72), (35, 67, 101), (3, 160, 88)], ids=str)
+RAGGED = (35, 67, 101)
+
+
+# All in bfloat16; fewer in the others, whose tiles `bench gate execute` runs as they are compiled.
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.bfloat16, shape) for shape in ((37, 40, 72), RAGGED, (3, 160, 88))]
+    + [(torch.float32, RAGGED), (torch.float16, RAGGED)],
+    ids=str,
+)
 @pytest.mark.parametrize("case", (*MINE.values(), BITS), ids=lambda c: c.name)
 def test_kernel_matches_reference(case, shape, dtype, device, on_triton):
     check(case, case.inputs(*shape, dtype, device))

@@ -11,6 +11,8 @@ import planted
 import pytest
 from compiled import in_compiler
 
+pytestmark = pytest.mark.slow  # .ci/run has them beside `gate execute`
+
 GATED, SM90, SM100, SM80 = "gated_linear_fwd", "sm_90", "sm_100", "sm_80"
 EVERY = (SM80, SM90, SM100)
 

@@ -358,7 +358,11 @@ def _tensor_alloc(low: Lowering, op: str, parts: list[str], o: list[str]) -> Non
 def _tensor_commit(low: Lowering, op: str, parts: list[str], o: list[str]) -> None:
     if "cta_group::2" in parts:
         raise Unknown(op)
-    at, offset = low.address(o[0], 4)
+    # Without a state space the address is generic; its low half is the shared one. Triton 3.6.
+    wide = "shared" not in parts
+    at, offset = low.address(o[0], 8 if wide else 4)
+    if wide:
+        at = low.narrowed(at)
     blocks = [low.operand(o[1], 2)] if "multicast::cluster" in parts else []
     low.emit("tcgen05.commit", [at, *blocks], [offset], writes=0)
 

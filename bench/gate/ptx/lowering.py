@@ -122,6 +122,13 @@ class Lowering:
                 return self.constant(names[text], width)
         return self.constant(_number(text), width)
 
+    def narrowed(self, wide: int | str) -> str:
+        """The low half of a register of 8 bytes."""
+        narrow = f"{wide}/4"
+        self.kernel.registers[narrow] = "b32"
+        self.emit("narrow.8.4", [narrow, wide])
+        return narrow
+
     def predicate(self, text: str) -> int | str:
         text = text.strip()
         if text in self.kernel.registers:
