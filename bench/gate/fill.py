@@ -206,14 +206,11 @@ def _of_work(one: Any) -> Iterator[Job]:
 def _of_tile(one: Any) -> Iterator[Job]:
     """As `tune` launches it: to be checked, and to be timed at each shape."""
     m, d, h = one.shapes[0]
-    for shape, training in [
-        ((min(m, CHECKED_ROWS), d, h), True),
-        *((s, False) for s in one.shapes),
-    ]:
-        call = functools.partial(
-            launch_tile, one.kernel, DTYPES[one.dtype], one.tile, shape, training
-        )
-        yield Job(f"tune {one.kernel}", f"{one.dtype} {one.tile} {shape} {training}", call, True)
+    checked = (min(m, CHECKED_ROWS), d, h)
+    for shape, training in ((checked, True), *((shape, False) for shape in one.shapes)):
+        arguments = (one.kernel, DTYPES[one.dtype], one.tile, shape, training)
+        what = f"{one.dtype} {one.tile} {shape} {training}"
+        yield Job(f"tune {one.kernel}", what, functools.partial(launch_tile, *arguments), True)
 
 
 def launch_tile(
