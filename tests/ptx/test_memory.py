@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
-from ptx_kernels import WHENS, aligned, lanes, launch, only
+import torch
+from ptx_kernels import WHENS, Launch, aligned, lanes, launch, only
 
+from fusedmlp.bench.gate.ptx import Finding, load
 from fusedmlp.bench.gate.ptx.library import machine
+from fusedmlp.bench.gate.ptx.memory import Fresh, Regions
 
 RANDOM = np.random.default_rng
 
@@ -159,3 +162,41 @@ def test_cp_async_copies_and_fills_with_zeros(bytes_, order):
         n = lane % (bytes_ + 1)
         assert out[lane, :4].tolist() == [*x[lane, : min(n, 4)], *[0] * (4 - min(n, 4))]
     assert (out[32:, :4] == x[32:, :4]).all()
+
+
+# ---- tensors
+
+
+def reads(t, byte, fresh=None):
+    """What the machine says of a load of 4 bytes of a tensor; nothing where it is right."""
+    regions = Regions(fresh)
+    at = regions.tensor("t", t)
+    text = Launch(f"ld.global.b32 %r0, [%x+{byte}];", {"x": np.zeros(1, np.uint32)}).text
+    try:
+        load(text).run((1,), [at.to_bytes(8, "little")], regions)
+    except Finding as found:
+        return found.what
+    return ""
+
+
+def test_a_fresh_tensor_knows_what_pytorch_wrote():
+    fresh = Fresh()
+    t = torch.empty(32, dtype=torch.int32)
+    fresh.note(t)
+    t[:16] = 7
+    assert not reads(t, 60, fresh)
+    assert reads(t, 64, fresh) == "global load: byte 64 of t, which nothing has written"
+    assert reads(t[12:], 16, fresh) == "global load: byte 16 of t, which nothing has written"
+    assert not reads(t, 64) and not reads(torch.zeros(32), 64, fresh)
+    t[16] = 0
+    assert not reads(t, 64, fresh)
+
+
+def test_a_tensor_reaches_from_its_first_to_its_last_element():
+    held = torch.zeros(4, 8)
+    assert not reads(held[:3, :5], 4 * (2 * 8 + 4))
+    assert reads(held[:3, :5], 4 * (2 * 8 + 5)).endswith("ends 4 bytes past the end of t")
+    assert reads(held[1:], -4).endswith("begins 4 bytes before t")
+    assert reads(held[:0], 0).endswith("past the end of t")
+    assert not reads(held.T, 4 * 31) and reads(held.T, 4 * 32)
+    assert not reads(held[:1].expand(4, 8), 4 * 7) and reads(held[:1].expand(4, 8), 4 * 8)
