@@ -115,6 +115,7 @@ AGAIN = "st.shared.b32 [%r1], 0;"
 SPIN = "    WAIT: mbarrier.try_wait.parity.shared::cta.b64 %p1, [%r2], 0;\n"
 SUM = "add.f32 %r10, %r10, %r11;"
 FENCE = "    fence.proxy.async.shared::cta;\n"
+ONE_FENCE = "    setp.lt.u32 %p3, %tid, 32; @%p3 fence.proxy.async.shared::cta;\n"
 PROXY = "the async proxy reads shared offset .*, which warp . wrote with no fence.proxy.async"
 STORED = "st.shared.v4.b32 [%r1], {0, 0, 0, 0};"
 COMMIT = "@%p0 tcgen05.commit.cta_group::1.mbarrier::arrive::one.shared::cluster.b64 [%r2];"
@@ -136,6 +137,7 @@ FAULTS = {
     "cp.async: reads more than it writes": ("copy", [("[%d1], 4", "[%d1], 4, 8")],
                                             "cp.async reads 8 bytes of 4", "cp.async.ca"),
     "store: no proxy fence": ("store", [drop(FENCE)], PROXY, "1d.global"),
+    "store: one warp's fence before the barrier": ("store", [(FENCE, ONE_FENCE)], PROXY, "1d.global"),
     "store: no barrier before": ("store", [drop("bar.sync 0; // first")],
                                  "not ordered after the write of warp 1|nothing has written", "1d.global"),
     "store: no wait": ("store", [drop(WAITED)], UNREAD, AGAIN),
@@ -246,6 +248,13 @@ def check(fault, order):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_is_found_in_every_order(fault, order):
     check(FAULTS[fault], order)
+
+
+@pytest.mark.parametrize("order", WHENS)
+def test_one_warp_may_fence_for_all_after_a_barrier(order):
+    first = "bar.sync 0; // first\n"
+    text = STORE.replace(FENCE, "").replace(first, first + ONE_FENCE)
+    launch(text, order=order, **given("store"))
 
 
 @pytest.mark.parametrize("fault", ONLY_LATE)
