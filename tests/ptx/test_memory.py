@@ -86,7 +86,7 @@ def test_cvta_to_shared_and_back():
     assert not lanes(code).any()
 
 
-ATOMICS = [n for n in machine().ptx_names().decode().split() if n.startswith("atom.")]
+ATOMICS = [n for n in sorted(machine().ptx_names().decode().split()) if n.startswith("atom.")]
 
 
 @pytest.mark.parametrize("space", ["global", "shared"])
