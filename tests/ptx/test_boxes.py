@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from ptx_kernels import WHENS, aligned, launch
+from ptx_kernels import WHENS, aligned, finds, launch
 from ptx_layouts import BYTES, chunks_moved
 
 from fusedmlp.bench.gate.ptx.tensor_map import TensorMap
@@ -160,3 +160,12 @@ def test_multicast_reaches_every_block_of_its_mask(order):
         maps={"box": ("x", mapped(x, sizes, box, 0))},
     )  # fmt: skip
     assert (out == x.view(np.uint8).reshape(1, 256)).all()
+
+
+def test_a_row_wider_than_its_swizzle_is_found():
+    """The driver refuses such a map; the machine does too, should one come another way."""
+    sizes, box = (32, 5), (32, 2)
+    x = made(sizes)
+    code = LOAD.format(room=1024, bytes=128, rank=2, at="0, 0")
+    finds("a box row of 64 bytes is wider than its swizzle", code, x=x,
+          maps={"box": ("x", mapped(x, sizes, box, 1))})  # fmt: skip
