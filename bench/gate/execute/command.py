@@ -22,7 +22,6 @@ import json
 import multiprocessing
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -37,7 +36,7 @@ from . import coverage
 from .executing import ORDERS, Executed, execute
 from .jobs import Job, jobs_of, rows_with_tensor_cores
 
-__all__ = ["add_arguments", "main", "run"]
+__all__ = ["add_arguments", "run"]
 
 # Late, by seed, and with other sums: "once" differs from these in no wait.
 BRIEF_ORDERS = (ORDERS[0], ORDERS[2], ORDERS[3])
@@ -154,15 +153,3 @@ def run(args: argparse.Namespace) -> int:
         with open(args.json, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
     return 1 if faulty or (whole and uncovered) else 0
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except Refusal as refusal:
-        print(f"fusedmlp.bench.gate.execute: {refusal}", file=sys.stderr)
-        return 2

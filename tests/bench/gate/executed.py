@@ -7,7 +7,8 @@ import json
 import tempfile
 from pathlib import Path
 
-from fusedmlp.bench.gate.execute import command, coverage, executing, jobs
+from fusedmlp.bench import cli
+from fusedmlp.bench.gate.execute import coverage, executing, jobs
 from fusedmlp.bench.gate.ptx import driver
 from fusedmlp.kernels.arch import ARCHES
 
@@ -18,7 +19,8 @@ def main(*argv: str) -> tuple[int, str, dict]:
         path = Path(folder) / "rows.json"
         out = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            code = command.main([*argv, "--processes", "1", "--json", str(path)])
+            given = ["gate", "execute", *argv, "--processes", "1", "--json", str(path)]
+            code = cli.main(given)
         return code, out.getvalue(), json.loads(path.read_text()) if path.exists() else {}
 
 
