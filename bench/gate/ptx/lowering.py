@@ -17,7 +17,7 @@ __all__ = ["WAITS", "WINDOWS", "Lowered", "Lowering", "addresses_of"]
 SHARED_BASE = 1024
 SHARED_WINDOW, LOCAL_WINDOW, PARAM_WINDOW = (n << 56 for n in (1, 2, 3))
 WINDOWS = {"shared": SHARED_WINDOW, "local": LOCAL_WINDOW, "param": PARAM_WINDOW}
-CONVERGENT, WAITS, MARKS = 1, 2, 8
+CONVERGENT, WAITS, COPIES, MARKS = 1, 2, 4, 8
 
 # In the order of machine.cpp's Special.
 SPECIAL = (
@@ -172,7 +172,7 @@ class Lowering:
         if i.opcode.startswith(_ALIGNED) and ".warp" not in i.opcode:
             flags |= CONVERGENT
         if not flags & WAITS and self.multiplied.intersection(map(str, ops[:writes])):
-            flags |= writes << MARKS
+            flags |= writes << MARKS | (COPIES if i.opcode.startswith("mov") else 0)
         row = _Row(name, list(ops), list(imms), i.guard or "", i.negated, target, 0, flags)
         row.line = len(self.first) - 1
         self.rows.append(row)

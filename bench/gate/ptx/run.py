@@ -122,7 +122,8 @@ class Program:
 
         params: bytes of each parameter. shared: bytes of dynamic shared memory, beside what the
         PTX declares. elements: bytes of the narrowest element that a TMA store writes.
-        strict: what a tcgen05.ld fills may not be read before its wait. budget: warp
+        strict: to the letter, where Triton 3.9 relies on ptxas: what a tcgen05.ld fills may not be
+        read before its wait, nor an accumulator be moved to after a wgmma.fence. budget: warp
         instructions of a cluster.
         """
         k = self.lowered.kernel

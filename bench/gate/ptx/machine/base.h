@@ -135,6 +135,7 @@ struct Ins {
 enum Flags : u32 {
   CONVERGENT = 1,  // .sync.aligned: every live lane must be here
   WAITS = 2,       // may touch registers in flight: the wait for them itself
+  COPIES = 4,      // a mov, of which ptxas makes no instruction where it likes
 };
 // From this bit on: how many operands it writes, some of which a wgmma of this kernel uses.
 constexpr int MARKS = 8;

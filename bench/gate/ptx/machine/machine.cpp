@@ -71,8 +71,9 @@ Step run(Warp& w, const std::vector<Ins>& code) {
     if (i.flags & CONVERGENT && w.m != w.alive) fail("only lanes %08x of %08x are here", w.m, w.alive);
     if (w.in_flight && !(i.flags & WAITS)) check_in_flight(w, i);
     const Step step = i.fn(w, i);
-    for (int k = 0, n = int(i.flags >> MARKS); k < n; ++k)
-      if (i.op[k] >= 0) w.dirty[register_of(i.op[k])] = 1;
+    if (!(i.flags & COPIES) || c.options.strict)
+      for (int k = 0, n = int(i.flags >> MARKS); k < n; ++k)
+        if (i.op[k] >= 0) w.dirty[register_of(i.op[k])] = 1;
     if (step == NEXT) {
       ++w.pc;
     } else if (step != JUMP) {

@@ -140,7 +140,7 @@ struct Options {
   s32 when;      // asynchronous operations run 0: as late as possible, 1: at once, 2: by seed
   u32 seed;
   s32 races;     // look for them
-  s32 strict;    // what a tcgen05.ld fills is undefined until its wait
+  s32 strict;    // to the letter of the ISA, where Triton leaves the rest to ptxas: see run.py
   s32 sums;
   float noise;
   s64 budget;    // instructions of a block
