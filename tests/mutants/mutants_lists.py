@@ -242,6 +242,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "the sum is taken in uint8 all the same",
     ),
     Equivalent(
+        "fusedmlp/distributed/plans.py",
+        "sharded = distribute_tensor(p.detach(), mesh, [placement])",
+        "sharded = distribute_tensor(p, mesh, [placement])",
+        "nn.Parameter detaches what it is given",
+    ),
+    Equivalent(
         "fusedmlp/hyperglu/chunked.py",
         "return torch.zeros_like(v)",
         "return torch.ones_like(v)",

@@ -13,6 +13,16 @@ from fusedmlp.testing import CASES, evaluate
 ONE = {case.op: case for case in CASES.values()}
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_has_what_its_name_says(name):
+    """Else what it stands for is nowhere tested."""
+    case = CASES[name]
+    biases = [argument for argument in case.shapes(5, 12, 8) if argument.startswith("b")]
+    assert biases or "-bias" not in name
+    assert case.options.get("recompute", False) == ("-recompute" in name)
+    assert f"-{case.options.get('packed') or ''}" in f"{name}-"
+
+
 @pytest.mark.parametrize("op", ONE)
 def test_kernels_match_the_reference(op, device, on_triton):
     check(ONE[op], ONE[op].inputs(19, 40, 24, torch.float32, device))
