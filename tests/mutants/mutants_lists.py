@@ -206,7 +206,7 @@ FAULTS: tuple[Fault, ...] = (
 
 EQUIVALENT: tuple[Equivalent, ...] = (
     Equivalent(
-        "kernels/tiles.py",
+        "kernels/stacked.py",
         "low = w1 if step > 0 else w2",
         "low = w1 if step >= 0 else w2",
         "a step of 0 has returned None before",

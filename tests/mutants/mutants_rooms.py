@@ -25,20 +25,40 @@ ROW = (
 )
 EACH_OP = "tests/ops/test_each_op.py"
 ERRORS = "tests/ops/test_errors.py"
-DENSE = (EACH_OP, ERRORS, "tests/kernels/test_arch.py", "tests/ops/test_ops.py")
-MASKED = (EACH_OP, "tests/ops/test_masked_errors.py", "tests/ops/test_masked.py")
-ROUTED = (EACH_OP, ERRORS, "tests/ops/test_top1_route.py", "tests/ops/test_moe_mlp.py")
-HYPER = (EACH_OP, "tests/ops/test_hyper_attention_step.py", "tests/ops/test_hyper_attention.py")
-BINARY = (EACH_OP, "tests/ops/test_binary_errors.py", "tests/ops/test_binary.py")
+STRIDES = "tests/ops/test_strides.py"
+DENSE = (EACH_OP, ERRORS, "tests/kernels/test_arch.py", STRIDES, "tests/ops/test_ops.py")
+MASKED = (EACH_OP, "tests/ops/test_masked_errors.py", STRIDES, "tests/ops/test_masked.py")
+ROUTED = (
+    EACH_OP,
+    ERRORS,
+    "tests/ops/test_dropped.py",
+    STRIDES,
+    "tests/ops/test_top1_route.py",
+    "tests/ops/test_moe_mlp.py",
+)
+HYPER = (
+    EACH_OP,
+    STRIDES,
+    "tests/ops/test_hyper_attention_step.py",
+    "tests/ops/test_hyper_attention.py",
+)
+BINARY = (EACH_OP, "tests/ops/test_binary_errors.py", STRIDES, "tests/ops/test_binary.py")
 PATCHING = (
     DEFAULTS,
     "tests/patching/test_patch_match.py",
     "tests/patching/test_patch.py",
+    "tests/patching/test_patch_experts.py",
+    "tests/patching/test_patch_later.py",
     "tests/patching/test_patch_routers.py",
     "tests/patching/test_patch_state.py",
     "tests/patching/test_patch_models.py",
 )
-LAYERS = (DEFAULTS, "tests/layers/test_layers_errors.py", "tests/layers/test_layers_every.py")
+LAYERS = (
+    DEFAULTS,
+    "tests/layers/test_layers_errors.py",
+    "tests/layers/test_layers_options.py",
+    "tests/layers/test_layers_every.py",
+)
 GLU = ("tests/layers/test_layers_glu.py", "tests/layers/test_layers_masked_glu.py")
 FEEDFORWARD = ("tests/layers/test_layers_feedforward.py", *GLU)
 EXPERTS = (
@@ -48,6 +68,7 @@ EXPERTS = (
 )
 HYPERGLU = (
     DEFAULTS,
+    "tests/hyperglu/test_hyperglu_config.py",
     "tests/hyperglu/test_hyperglu_core.py",
     "tests/hyperglu/test_hyperglu_decoding.py",
     "tests/hyperglu/test_hyperglu_calls.py",
@@ -76,6 +97,8 @@ ROWS: tuple[Row, ...] = (
         "kernels",
         (
             "kernels/tiles.py",
+            "kernels/maps.py",
+            "kernels/stacked.py",
             "kernels/pick.py",
             "kernels/device.py",
             "kernels/interpreter.py",
@@ -85,7 +108,11 @@ ROWS: tuple[Row, ...] = (
         (
             EACH_OP,
             "tests/kernels/test_interpreter.py",
+            "tests/kernels/test_maps.py",
+            "tests/kernels/test_stacked.py",
+            "tests/kernels/test_grids.py",
             "tests/kernels/test_arch.py",
+            STRIDES,
             "tests/ops/test_ops.py",
         ),
     ),
@@ -201,6 +228,7 @@ ROWS: tuple[Row, ...] = (
             "tests/backends/test_cuda_backend.py",
             "tests/backends/test_cuda_binary.py",
             "tests/backends/test_csrc_functors.py",
+            "tests/backends/test_csrc_layouts.py",
             "tests/backends/test_csrc_portable.py",
             *GEMMS,
         ),
@@ -210,6 +238,7 @@ ROWS: tuple[Row, ...] = (
         ("fusedmlp/backends/derivatives.py", "fusedmlp/transforms.py"),
         (EACH_OP, "tests/ops/test_derivatives.py"),
     ),
+    Row("backends", ("fusedmlp/backends/driver.py",), ("tests/backends/test_driver.py",)),
     Row("backends", ("fusedmlp/backends/flops.py",), ("tests/ops/test_flops.py",)),
     Row(
         "backends",
@@ -233,6 +262,7 @@ ROWS: tuple[Row, ...] = (
         (
             EACH_OP,
             ERRORS,
+            "tests/ops/test_arguments.py",
             "tests/ops/test_masked_errors.py",
             "tests/ops/test_binary_errors.py",
             "tests/hyperglu/test_hyperglu_calls.py",
@@ -282,6 +312,11 @@ ROWS: tuple[Row, ...] = (
     Row("csrc", ("csrc/gated_linear*", "csrc/gemm.cuh", "csrc/schedule.cuh"), GEMMS),
     Row(
         "csrc",
+        ("csrc/tensor_map.*",),
+        ("tests/backends/test_tensor_map.py", *GEMMS),
+    ),
+    Row(
+        "csrc",
         ("csrc/bindings.cpp", "csrc/*.h", "csrc/device.cuh"),
         ("tests/backends/test_csrc_portable.py", *GEMMS),
     ),
@@ -293,6 +328,5 @@ NOT_DRAWN: dict[str, str] = {
     "csrc/hopper.cuh": "the host runner has other bodies of its functions, only a GPU runs these",
     "csrc/blackwell.cuh": "the same",
     "csrc/mma.cuh": "the same",
-    "csrc/tensor_map.cpp": "it calls the driver",
     "csrc/keep_log.py": "a wrapper of the build's commands",
 }
