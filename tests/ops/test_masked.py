@@ -342,6 +342,13 @@ def test_planes_are_saved_and_loaded():
         other.load_state_dict({"planes": packed.planes.int()})
 
 
+def test_the_saved_width_has_a_value_whatever_the_default_device():
+    packed = pack_masks(torch.ones(2, 5, 13))
+    with torch.device("meta"):
+        width = packed.state_dict()["_extra_state"]
+    assert width.device.type == "cpu" and width.item() == 13
+
+
 def test_inference_stores_h_alone(device, on_triton, monkeypatch):
     seen = []
     fwd = op.fwd
