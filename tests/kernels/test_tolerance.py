@@ -177,6 +177,14 @@ def test_kinked_inputs_stay_off_the_kink():
         assert g.abs().min() > 2**-4
         rounded = inputs["x"].bfloat16().float() @ inputs["w_gate"].bfloat16().float().t()
         assert torch.equal(rounded.double(), g)
+        biased = CASES["gated_linear-bias"].inputs(64, D, 96, torch.float64, activation="relu")
+        g = biased["x"] @ biased["w_gate"].t() + biased["b_gate"]
+        assert biased["b_gate"].any() and g.abs().min() > 2**-4
+
+
+def test_the_router_has_as_many_experts_as_models_have():
+    experts = [CASES["top1_route"].shapes(5, 12, H)["logits"][1] for H in (8, 128, 4096)]
+    assert experts == [8, 128, 128]
 
 
 def test_poison_ends_before_dynamo_is_imported():
