@@ -248,6 +248,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "the sum is taken in uint8 all the same",
     ),
     Equivalent(
+        "fusedmlp/testing/moe.py",
+        "ones = torch.ones(expert.shape, dtype=torch.float32, device=expert.device)",
+        "ones = torch.zeros(expert.shape, dtype=torch.float32, device=expert.device)",
+        "moe_linear does not use the probability",
+    ),
+    Equivalent(
         "fusedmlp/distributed/plans.py",
         "sharded = distribute_tensor(p.detach(), mesh, [placement])",
         "sharded = distribute_tensor(p, mesh, [placement])",
