@@ -194,8 +194,17 @@ def yardsticks(
     the tolerance rule judges another computation by."""
     exact_inputs, exact_dy = doubled(inputs), None if dy is None else dy.double()
     run = lambda: evaluate(fn, exact_inputs, exact_dy, wanted)  # noqa: E731
-    eager, exact = evaluate(fn, inputs, dy, wanted), run()
-    errors = functools.cache(lambda: rounding_errors(run, exact, eager["out"].dtype))
+    eager = evaluate(fn, inputs, dy, wanted)
+    return with_rounding(run, eager, eager["out"].dtype)
+
+
+def with_rounding(
+    run: Callable[[], dict[str, Tensor]], eager: Mapping[str, Tensor], dtype: torch.dtype
+) -> dict[str, tuple[Tensor, Tensor, Rounding]]:
+    """(exact, eager, rounding) of each result: `run` computes them exactly, and what rounding to
+    `dtype` does to them is simulated where the rule asks for it."""
+    exact = run()
+    errors = functools.cache(lambda: rounding_errors(run, exact, dtype))
     one = lambda name: errors()[name]  # noqa: E731
     return {k: (t, eager[k], functools.partial(one, k)) for k, t in exact.items()}
 

@@ -17,7 +17,7 @@ from ....kernels.arch import ARCHES, Arch
 from ....kernels.arch.tile import Tile
 from ....kernels.launches.launch import Launch, draw
 from ....testing import CASES, Case, doubled
-from ....testing.case import evaluate, yardsticks
+from ....testing.case import evaluate, with_rounding, yardsticks
 from ..kernels import distinct
 
 __all__ = ["SHAPES", "Job", "jobs_of", "rows_with_tensor_cores"]
@@ -79,10 +79,9 @@ def _sizes(tile: Tile) -> tuple[int, int, int]:
 def _prepared_tile(launch: Launch, size: tuple[int, ...], dtype: torch.dtype) -> Prepared:
     assert launch.call is not None and launch.reference is not None
     operands = draw(launch, size, dtype, torch.device("cpu"))
-    exact, eager = launch.reference(doubled(operands)), launch.reference(operands)
-    call = launch.call
-    known = {n: (t, eager[n], None) for n, t in exact.items()}
-    return Prepared(lambda: call(operands, True), known)
+    exact = functools.partial(launch.reference, doubled(operands))
+    known = with_rounding(exact, launch.reference(operands), dtype)
+    return Prepared(functools.partial(launch.call, operands, True), known)
 
 
 def _tile_jobs(arch: Arch) -> Iterator[Job]:
