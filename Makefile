@@ -25,8 +25,13 @@ ROOM ?=
 COUNT ?=
 SEED ?=
 
+# `make prove TOOL=values KERNEL="moe_up moe_down" LIMIT=60`: another tool, fewer kernels, less time.
+TOOL ?=
+KERNEL ?=
+LIMIT ?=
+
 .DEFAULT_GOAL := help
-.PHONY: help test quick lint execute gate gate-triton gate-csrc docs floors mutants bench
+.PHONY: help test quick lint execute gate gate-triton gate-csrc docs floors mutants prove bench
 
 # $(call needs,MODULE,EXTRA): one error where a Python module is not there.
 needs = @$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("$(1)") or \
@@ -86,6 +91,10 @@ mutants: ## single faults put into the code: which of them the tests miss, by ro
 	$(call needs,pytest,test)
 	$(PYTHON) tests/mutants $(if $(ROOM),--room $(ROOM)) $(if $(COUNT),--count $(COUNT)) \
 		$(if $(SEED),--seed $(SEED))
+
+prove: ## two provers that others wrote look at the kernels of sm_80; installs them, no GPU
+	$(call needs,triton,test)
+	$(PYTHON) tests/prove $(TOOL) $(if $(LIMIT),--limit $(LIMIT)) $(if $(KERNEL),--kernel $(KERNEL))
 
 bench: ## errors against float64, and times or, without a GPU, computed times
 	$(call needs,torch,bench)

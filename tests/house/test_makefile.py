@@ -81,6 +81,7 @@ def test_nvcc_is_found_as_setup_finds_it(variable, bare, tmp_path):
         ("gate-triton", "triton", "test"),
         ("docs", "mkdocs", "docs"),
         ("mutants", "pytest", "test"),
+        ("prove", "triton", "test"),
         ("bench", "torch", "bench"),
     ],
 )

@@ -25,7 +25,7 @@ from .memory import Fresh, Regions, scratch
 from .run import Order, Run, load
 from .tensor_map import TensorMap
 
-__all__ = ["Emulated", "emulate", "label"]
+__all__ = ["Call", "Emulated", "emulate", "label"]
 
 _INTEGERS = {
     "i1": 1, "u1": 1, "i8": 1, "u8": 1, "i16": 2, "u16": 2, "i32": 4, "u32": 4, "i64": 8, "u64": 8,
@@ -35,12 +35,23 @@ IN_ORDER = Order()
 Edit = Callable[[str, str], str]
 
 
+@dataclass(frozen=True)
+class Call:
+    """One launch as a driver gets it; params: the bytes of each parameter of the PTX."""
+
+    kernel: str
+    ptx: str
+    grid: tuple[int, int, int]
+    shared: int
+    params: tuple[bytes, ...]
+
+
 @dataclass
 class Emulated:
     """As much of a Triton driver as compiling and launching need.
 
     order: how launches run from now on. edit: (kernel, PTX) -> PTX, to plant a fault. runs: what
-    was launched.
+    was launched. calls: where it is a list, launches are noted there and do not run.
     """
 
     arch: Arch
@@ -49,6 +60,7 @@ class Emulated:
     options: dict[str, Any] = field(default_factory=dict)
     fresh: Fresh = field(default_factory=Fresh)
     runs: list[Run] = field(default_factory=list)
+    calls: list[Call] | None = None
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.arch.capability, 32)
@@ -96,7 +108,6 @@ class Emulated:
         name = label(source.fn)
         if self.edit:
             text = self.edit(name, text)
-        program = load(text)
         call = _Arguments(Regions(self.fresh), list(metadata.tensordesc_meta or ()))
         for (parameter, kind), value in zip(source.signature.items(), arguments, strict=True):
             call.add(parameter, kind, value)
@@ -108,7 +119,10 @@ class Emulated:
         if call.refusals:
             why = "; ".join(call.refusals)
             raise Finding(name, f"cuTensorMapEncodeTiled would refuse {why}")
-        run = program.run(
+        if self.calls is not None:
+            self.calls.append(Call(name, text, grid, metadata.shared, tuple(call.params)))
+            return
+        run = load(text).run(
             grid, call.params, call.regions, shared=metadata.shared, order=self.order,
             elements=min(call.elements, default=16), **self.options,
         )  # fmt: skip
@@ -196,14 +210,16 @@ def emulate(
     *,
     multiprocessors: int = 3,
     edit: Edit | None = None,
+    calls: list[Call] | None = None,
     **options: Any,
 ) -> Iterator[Emulated]:
     """Inside, Triton kernels on CPU tensors are compiled for `arch` and run in the machine.
 
-    multiprocessors: few, so that persistent loops do loop. options: of Program.run. Raises Finding
-    where the machine finds a fault and Unknown at an instruction that it has no model of.
+    multiprocessors: few, so that persistent loops do loop. calls: a list that takes each launch in
+    the machine's place, so that no kernel runs. options: of Program.run. Raises Finding where the
+    machine finds a fault and Unknown at an instruction that it has no model of.
     """
-    emulated = Emulated(arch, order, edit, options)
+    emulated = Emulated(arch, order, edit, options, calls=calls)
     previous = driver._active
     hook = triton.knobs.runtime.add_stages_inspection_hook
     driver.set_active(emulated)
