@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--limit", type=float, default=120, metavar="SECONDS", help="for each proof")
     made.add_argument(
         "--mutant", type=int, nargs="?", const=0, metavar="K",
-        help="take the K-th barrier out of each kernel: fails where one is still proved, or where no race is found",
+        help="take the K-th barrier out of each kernel: one that is still proved fails",
     )  # fmt: skip
     return made
 
