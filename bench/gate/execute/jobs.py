@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .... import ops  # noqa: F401  (its files enter their kernels' rows)
+from .... import ops, reference  # noqa: F401  (ops enter their kernels' rows)
 from ....backends.op import KERNELS
 from ....kernels.arch import ARCHES, Arch
 from ....kernels.arch.tile import Tile
 from ....kernels.launches.launch import Launch, draw
+from ....ops.tree_path import tree_path
 from ....testing import CASES, Case, doubled
 from ....testing.case import evaluate, with_rounding, yardsticks
 from ..kernels import distinct
@@ -214,7 +215,33 @@ def _case_jobs(arch: Arch) -> Iterator[Job]:
                 )  # fmt: skip
 
 
+# ---- what has neither: its result is no floating number
+
+
+DEPTH = 6
+
+
+def _prepared_path(dtype: torch.dtype) -> Prepared:
+    generator = torch.Generator().manual_seed(0)
+    logits = (2 * torch.rand((37, 2**DEPTH - 1), generator=generator) - 1).to(dtype)
+    logits[3], logits[5] = 0, float("nan")
+    path = reference.tree_path(logits, DEPTH).double()
+    # As numbers of float64, in which the rule leaves a path no room to differ.
+    run = lambda: {"path": tree_path(logits, depth=DEPTH).double()}  # noqa: E731
+    return Prepared(run, {"path": (path, path, None)})
+
+
+def _path_jobs(arch: Arch) -> Iterator[Job]:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        yield Job(
+            (("tree_path", "chosen"),), arch, dtype, "ragged",
+            functools.partial(_prepared_path, dtype),
+            brief=dtype == torch.bfloat16 and arch.thorough,
+        )  # fmt: skip
+
+
 def jobs_of(arch: Arch) -> Iterator[Job]:
     """All that is executed for one row of kernels/arch, in an order that does not change."""
     yield from _tile_jobs(arch)
     yield from _case_jobs(arch)
+    yield from _path_jobs(arch)
