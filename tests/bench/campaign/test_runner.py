@@ -48,8 +48,11 @@ def test_steps_of_a_stage_run_at_the_same_time_and_no_more_than_asked(tmp_path):
 
 def test_a_pool_waits_for_what_a_step_needs_and_takes_another_meanwhile(tmp_path):
     note = lambda name: f"open({str(tmp_path)!r} + '/order', 'a').write('{name} ')\n"  # noqa: E731
+    # Until the other has written: how long a process takes to begin is the machine's luck.
+    order = repr(str(tmp_path / "order"))
+    meanwhile = f"import os\nwhile not os.path.exists({order}): time.sleep(0.01)\n"
     steps = [
-        pooled("build", "time.sleep(0.5)\n" + note("build"), 2),
+        pooled("build", meanwhile + note("build"), 2),
         pooled("check", note("check"), 2, needs="build"),
         pooled("other", note("other"), 2),
     ]
