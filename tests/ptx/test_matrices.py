@@ -233,22 +233,30 @@ def check_tcgen05(kind, a_layout, b_layout, rows, order):
     assert close(out[lanes], 2 * a_values, b_values, depth=4 * depth)
 
 
-@pytest.mark.parametrize("half", [None, 16, 32])
+@pytest.mark.parametrize("half", [None, 16, 32, "matrix"])
 def test_tensor_memory_holds_what_is_stored(half):
-    """Stored by 32 lanes of a warp; read so, or by 16 lanes, two columns of each `half` apart."""
+    """Stored by 32 lanes of a warp; read so, or by 16 lanes, two columns of each `half` apart, or
+    as an mma's result lies: four registers of 16 lanes and 8 columns."""
     x = np.random.default_rng(4).integers(0, 1 << 32, (128, 64), np.uint32)
     out = np.zeros((128, 16), np.uint32)
     shape, offset = ("32x32b", "") if half is None else ("16x32bx2", f", {half}")
+    shape, offset = ("16x256b", "") if half == "matrix" else (shape, offset)
+    count = 4 if half == "matrix" else 16
     text = f"""{ALLOCATE.format(columns=64)}
         mul.wide.u32 %d1, %tid, 256; add.s64 %d1, %d1, %x; mul.wide.u32 %d2, %tid, 64;
         add.s64 %d2, %d2, %out;"""
     text += "".join(f"ld.global.b32 %r{100 + k}, [%d1+{4 * k}];" for k in range(64))
     text += f"""tcgen05.st.sync.aligned.32x32b.x64.b32 [%r23], {{{listed("r", 100, 64)}}};
         tcgen05.wait::st.sync.aligned;
-        tcgen05.ld.sync.aligned.{shape}.x16.b32 {{{listed("r", 200, 16)}}}, [%r23+4]{offset};
+        tcgen05.ld.sync.aligned.{shape}.x{count}.b32 {{{listed("r", 200, 16)}}}, [%r23+4]{offset};
         tcgen05.wait::ld.sync.aligned;"""
     text += "".join(f"st.global.b32 [%d2+{4 * k}], %r{200 + k};" for k in range(16))
     launch(text + FREE.format(columns=64), threads=128, x=x, out=out)
+    if half == "matrix":
+        t, k = np.arange(128)[:, None] % 32, np.arange(16)
+        rows = np.arange(128)[:, None] // 32 * 32 + t // 4 + 8 * (k // 2 % 2)
+        assert (out == x[rows, 4 + 8 * (k // 4) + 2 * (t % 4) + k % 2]).all()
+        return
     for lane in range(128):
         row, column = lane, 4
         if half is not None:

@@ -380,10 +380,19 @@ def _tensor_mma(low: Lowering, op: str, parts: list[str], o: list[str]) -> None:
 @form("tcgen05.ld", "tcgen05.st")
 def _tensor_move(low: Lowering, op: str, parts: list[str], o: list[str]) -> None:
     load, shape = parts[1] == "ld", parts[2]
-    if shape not in ("32x32b", "16x32bx2") or "pack::16b" in parts or "unpack::16b" in parts:
+    if (
+        shape not in ("32x32b", "16x32bx2", "16x256b")
+        or "pack::16b" in parts
+        or "unpack::16b" in parts
+    ):
         raise Unknown(op)
     names = low.operands(vector(o[0] if load else o[-1]), 4)
     at, offset = low.address(o[1] if load else o[0], 4)
     half = int(o[-1] if load else o[1], 0) if shape == "16x32bx2" else 0
     writes = len(names) if load else 0
-    low.emit(f"tcgen05.{parts[1]}", [*names, at], [len(names), offset, half], writes=writes)
+    low.emit(
+        f"tcgen05.{parts[1]}",
+        [*names, at],
+        [len(names), offset, half, int(shape == "16x256b")],
+        writes=writes,
+    )

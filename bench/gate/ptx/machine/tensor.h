@@ -130,19 +130,24 @@ inline Step tensor_commit(Warp& w, const Ins& i) {  // operands: mbarrier (and b
   return NEXT;
 }
 
-// imm: registers, offset, and of .16x32bx2 the columns from the first half of lanes to the second.
+// imm: registers, offset, of .16x32bx2 the columns from the first half of lanes to the second, and
+// whether it is .16x256b: 16 lanes of 8 columns a time, four registers as those of an mma's result.
 template <class Each>
 void each_cell(Warp& w, const Ins& i, s32 address_op, Each each) {
   Block& b = *w.block;
   const u32 n = u32(i.imm[0]), half = u32(i.imm[2]);
+  const bool matrix = i.imm[3];
   const u32 address = lanes_of<u32>(w, address_op)[0] + u32(i.imm[1]);
   const u32 column = address & 0xffff, lane = address >> 16;
-  if (lane / 32 != u32(w.id % 4) || (lane % 32 && !half)) fail("tcgen05: lane %u is not warp %d's", lane, w.id);
-  if (column + n + half > b.tensor_used)
-    fail("tcgen05: columns %u to %u of %u allocated", column, column + n + half, b.tensor_used);
+  const bool starts = lane % 32 == 0 || ((half || matrix) && lane % 32 == 16);
+  if (lane / 32 != u32(w.id % 4) || !starts) fail("tcgen05: lane %u is not warp %d's", lane, w.id);
+  const u32 end = column + (matrix ? 2 * n : n + half);
+  if (end > b.tensor_used) fail("tcgen05: columns %u to %u of %u allocated", column, end, b.tensor_used);
   for (u32 k = 0; k < n; ++k)
     for (u32 l = 0; l < LANES; ++l) {
-      const u32 at = column + k + (half && l >= 16 ? half : 0), row = half ? lane + l % 16 : lane + l;
+      const u32 at = matrix ? column + 8 * (k / 4) + 2 * (l % 4) + k % 2
+                            : column + k + (half && l >= 16 ? half : 0);
+      const u32 row = matrix ? lane + l / 4 + 8 * (k / 2 % 2) : half ? lane + l % 16 : lane + l;
       if (busy(b, row / 16 & 1, at)) fail("tcgen05: column %u is still written by a product", at);
       each(k, l, cell(b, row, at));
     }
