@@ -127,6 +127,14 @@ def test_dynamic_shared_memory_begins_behind_all_variables():
     assert ends["shared"] == 1040
 
 
+def test_many_constants_stay_below_the_tensors():
+    declared = "".join(f".global .align 4 .u32 c{k} = {k};\n" for k in range(40))
+    rows = load(declared + kernel("", {})).constants.rows
+    assert len(rows) == 40
+    assert all(end <= after for (_, end, *_), (after, *_) in zip(rows, rows[1:], strict=False))
+    assert rows[-1][1] < Regions().first
+
+
 def test_initialised_variables_are_read():
     """As a global and as a constant; each has a place of its own."""
     out = np.zeros(2, np.uint32)

@@ -79,9 +79,12 @@ def _extent(shape: Sequence[int], strides: Sequence[int], size: int) -> int:
 
 @dataclass
 class Regions:
-    """The tensors of one launch. names: of the arguments, which findings speak of by number."""
+    """The tensors of one launch. names: of the arguments, which findings speak of by number. first:
+    the lowest address; apart: from one range to the next."""
 
     fresh: Fresh | None = None
+    first: int = _FIRST
+    apart: int = _APART
     rows: list[tuple[int, int, int, int]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     kept: list[Any] = field(default_factory=list)
@@ -108,7 +111,7 @@ class Regions:
         return self.add(name, array.ctypes.data + skip, len(data))
 
     def add(self, name: str, host: int, size: int, written: int = 0) -> int:
-        begin = _FIRST + len(self.names) * _APART + (host & _LOW)
+        begin = self.first + len(self.names) * self.apart + (host & _LOW)
         self.rows.append((begin, begin + size, host, written))
         self.names.append(name)
         return begin

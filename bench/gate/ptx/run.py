@@ -189,7 +189,8 @@ class Program:
         return Finding(k.name, what, i.source, i.line, i.text, (x, y, z), result.warp)
 
 
-_CONSTANTS = 1 << 38  # below every tensor
+# Below every tensor, and so near each other that hundreds stay below.
+_CONSTANTS, _CONSTANTS_APART = 1 << 38, 1 << 30
 
 
 @functools.lru_cache(1024)
@@ -197,15 +198,12 @@ def load(text: str, name: str | None = None) -> Program:
     """The kernel `name` of a PTX file, or its only one. Raises Unknown for what has no model."""
     start = time.perf_counter()
     kernel = parse(text, name)
-    constants = Regions()
-    symbols = {}
-    for variable, v in kernel.variables.items():
-        if v.space in ("global", "const"):
-            address = constants.data(variable, v.data) - (1 << 40) + _CONSTANTS
-            begin, end, *rest = constants.rows[-1]
-            moved = address - begin
-            constants.rows[-1] = (begin + moved, end + moved, *rest)  # type: ignore[assignment]
-            symbols[variable] = address
+    constants = Regions(first=_CONSTANTS, apart=_CONSTANTS_APART)
+    symbols = {
+        variable: constants.data(variable, v.data)
+        for variable, v in kernel.variables.items()
+        if v.space in ("global", "const")
+    }
     low = lower(kernel, symbols)
     names = (ctypes.c_char_p * len(low.names))(*low.names)
     block = np.frombuffer(low.constants or bytes(64), np.uint8).copy()
