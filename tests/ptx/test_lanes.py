@@ -290,6 +290,22 @@ def test_noise_moves_approximations_within_their_bounds_only(order):
         assert 0 < error.max() <= bound(name) + 2.0**-23, name
 
 
+@pytest.mark.parametrize("name", ["max", "min", "max.NaN", "min.NaN", "max.ftz"])
+def test_the_extreme_of_three(name):
+    """What the instruction of two operands makes of the first two, and of that and the third."""
+    code = [_PROLOGUE, "add.s64 %d23, %x, %d20;"]
+    code += [f"ld.global.b32 %r{k}, [%d23+{8 * COUNT * k}];" for k in range(3)]
+    code.append(f"{name}.f32 %r4, %r0, %r1; {name}.f32 %r4, %r4, %r2; st.global.b32 [%d22], %r4;")
+    # The result may lie where the third operand does.
+    code.append(f"{name}.f32 %r2, %r0, %r1, %r2; st.global.b32 [%d22+{8 * COUNT}], %r2;")
+    x = np.ascontiguousarray(pools()["4"][:3])
+    out = np.zeros((2, COUNT), np.uint64)
+    launch("\n".join(code), grid=COUNT // 32, x=x, out=out)
+    assert (out[0] == out[1]).all()
+    changed = [(out[1] != column.astype(np.uint32)).mean() for column in x]
+    assert max(changed) < 1 and min(changed) > 0  # each of the three is the result somewhere
+
+
 def test_every_instruction_of_lanes_is_tested():
     """The table's names are the tests' own parameters; an operand of a new kind shows here."""
     assert len(TESTED) + len(PREDICATES) + len(OWN) == len(NAMES) > 400

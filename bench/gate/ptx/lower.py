@@ -70,6 +70,13 @@ def _one(low: Lowering, i: Instruction, index: int) -> None:
 
 def _of_lanes(low: Lowering, op: str, given: list[str]) -> None:
     """By the machine's own list of operands."""
+    if op[:4] in ("max.", "min.") and op.endswith(".f32") and len(given) == 4:
+        # sm_100 takes three: the extreme of the first two, and of that and the third.
+        out, a, b, c = given
+        between = f"{out}/two"
+        low.kernel.registers[between] = "b32"
+        _of_lanes(low, op, [between, a, b])
+        given = [out, between, c]
     name = op if op.startswith("cvt.") else op.replace(".rn", "")
     widths = operands_of(name)
     if not widths:
