@@ -55,6 +55,11 @@ def environment() -> None:
     emitter()({"machine": {**found, "commit": commit}})
 
 
+def gpu_tests(how: str = "") -> tuple[str, ...]:
+    """pytest's selection of the tests that need a GPU; brief: without those of models' sizes."""
+    return ("-m", "gpu and not slow", *(("-k", "not model_sizes") if how == "brief" else ()))
+
+
 def tests(how: str = "") -> int:
     """pytest, in parallel where xdist is installed: most of its time on a GPU is compiling. What
     needs no GPU runs elsewhere."""
@@ -64,16 +69,7 @@ def tests(how: str = "") -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         junit = Path(folder) / "junit.xml"
-        argv = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu and not slow",
-            *(("-k", "not model_sizes") if how == "brief" else ()),
-            "-v",
-            f"--junitxml={junit}",
-        ]
+        argv = [sys.executable, "-m", "pytest", *gpu_tests(how), "-v", f"--junitxml={junit}"]
         if importlib.util.find_spec("xdist") is not None:
             argv += ["-n", str(min(8, os.cpu_count() or 1))]
         code = subprocess.run(argv, cwd=ROOT).returncode

@@ -1,5 +1,5 @@
-"""What a plan will launch of our Triton kernels: pieces of work by step, without their rivals, and
-the tiles that a search times first."""
+"""What a plan will launch of our Triton kernels: pieces of work by step, without their rivals, the
+tiles that a search times first, and the tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..variants import DEFAULT
 from ..work import DTYPES, Work, activations_of, case_of
 from .questions import HALVES
 from .steps import COMMAND, Step
-from .worker import SMALL
+from .worker import SMALL, gpu_tests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,16 @@ class Searched:
     dtype: str
     tile: Tile
     shapes: tuple[tuple[int, int, int], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tested:
+    """What the tests that need a GPU launch; pytest's selection of them."""
+
+    selection: tuple[str, ...]
+
+
+One = Launched | Searched | Tested
 
 
 def _whole(work: Work) -> tuple[str, ...]:
@@ -84,8 +94,8 @@ def _tune(args: argparse.Namespace, arch: Arch) -> Iterator[Searched]:
                         yield Searched(kernel, name, tile, row.shapes)
 
 
-def launched(step: Step, arch: Arch) -> Iterator[Launched | Searched]:
-    """What `step` launches on a GPU of `arch`; nothing for one that builds or tests."""
+def launched(step: Step, arch: Arch) -> Iterator[One]:
+    """What `step` launches on a GPU of `arch`; nothing for one that builds."""
     module, *rest = step.argv[2:]
     if module == COMMAND and rest[0] == "tune":
         yield from _tune(cli.parser().parse_args(rest), arch)
@@ -96,8 +106,10 @@ def launched(step: Step, arch: Arch) -> Iterator[Launched | Searched]:
         yield from _case(rest[2], SMALL)
     elif rest == ["ask", "narrow-halves"]:
         yield from _case("hyper_attention", HALVES)
+    elif rest[0] == "tests":
+        yield Tested(gpu_tests(*rest[1:]))
 
 
-def all_launched(steps: Sequence[Step], arch: Arch) -> list[Launched | Searched]:
+def all_launched(steps: Sequence[Step], arch: Arch) -> list[One]:
     """Each once."""
     return list(dict.fromkeys(one for step in steps for one in launched(step, arch)))

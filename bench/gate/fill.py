@@ -5,7 +5,8 @@ folder that is carried to it, and an archive of it, DIR.tar.xz.
 
 The public functions run at the plan's own sizes on CPU tensors whose memory is never touched:
 launches compile under a driver that only compiles, and PyTorch's own operators make empty results.
-Run it with the Python, PyTorch and Triton that the GPU's machine has.
+Tests that need a GPU run as pytest has them, under the same driver; what they assert is not looked
+at. Run it with the Python, PyTorch and Triton that the GPU's machine has.
 
 Where a kernel takes two weights, which kernel it is depends on how they lie in memory: one box for
 both, in either order, or two boxes. Nobody knows what an allocator will do, so each work is
@@ -18,9 +19,13 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import multiprocessing
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -38,6 +43,7 @@ from ...kernels.arch import ARCHES, Arch
 from ...kernels.arch.tile import Tile
 from ...kernels.launches.launch import empty
 from ...ops import gated_linear
+from ..machine import ROOT
 from ..options import Refusal, count
 from ..render import Progress
 from ..rooms import load
@@ -50,6 +56,9 @@ from .compiling import compile_only
 PLACEMENTS = ("in order", "reversed", "apart", "padded")
 PAIR = ("w_gate", "w_up")
 PART = 12  # jobs that a process takes at a time
+COMPUTED = 1 << 14  # elements that an operator may read
+# Tells the plugin in tests/support for which GPU, and where to write what was compiled.
+TESTS = "FUSEDMLP_COMPILED_TESTS"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,15 +72,16 @@ class Job:
 
 
 class Untouched(TorchDispatchMode):
-    """Operators on floating tensors make empty results of the right shape; those on integers, which
-    route tokens, compute."""
+    """Operators on floating tensors make empty results of the right shape. Those on integers, which
+    route tokens, compute, and so do small ones: patch() knows an activation by its values."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        if func.namespace != "aten" or not any(t.is_floating_point() for t in given):
+        floating = [t.numel() for t in given if t.is_floating_point()]
+        if func.namespace != "aten" or sum(floating) <= COMPUTED:
             return func(*args, **kwargs)
         aliases = [a.alias_info for a in func._schema.arguments if a.alias_info is not None]
         if any(alias.is_write for alias in aliases):
@@ -144,16 +154,24 @@ def launch(work: Work, phase: str, placement: str) -> None:
     torch.autograd.grad(out, wanted, torch.empty_like(out))
 
 
-def compile_all(arch: Arch, jobs: Sequence[Job]) -> tuple[dict[str, bool], list[str]]:
-    """(whether each kernel was in the cache, by its hash; what could not be compiled)."""
-    serve_cpu()
+@contextlib.contextmanager
+def compiling(arch: Arch) -> Iterator[dict[str, bool]]:
+    """Inside, ops on CPU tensors compile their kernels for `arch` and compute nothing; the dict
+    gets whether each kernel was in the cache, by its hash."""
     hits: dict[str, bool] = {}
-    faults = []
 
     def listen(*, src: Any, metadata: Mapping[str, Any], cache_hit: bool, **rest: Any) -> None:
         hits.setdefault(str(metadata["hash"]), cache_hit)
 
+    serve_cpu()
     with _listening(listen), backend("triton"), compile_only(arch), Untouched():
+        yield hits
+
+
+def compile_all(arch: Arch, jobs: Sequence[Job]) -> tuple[dict[str, bool], list[str]]:
+    """(whether each kernel was in the cache, by its hash; what could not be compiled)."""
+    faults = []
+    with compiling(arch) as hits:
         for job in jobs:
             try:
                 job.call()
@@ -180,6 +198,27 @@ _SHARED: list[tuple[Arch, Sequence[Job]]] = []
 
 def _compile_shared(i: int) -> tuple[dict[str, bool], list[str]]:
     return compile_all(*_SHARED[i])
+
+
+def compile_tests(arch: Arch, selection: Sequence[str]) -> tuple[dict[str, bool], list[str]]:
+    """As compile_all, of what the selected tests launch; weights lie as the CPU's allocator has it.
+    They have a process of their own, since they are told that there is a GPU."""
+    if not (ROOT / "tests").is_dir():
+        raise Refusal(f"gate fill-cache: {ROOT} is no checkout, and has no tests to compile for")
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        paths = (str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", ""))
+        env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            TESTS: f"{arch.name}:{found}",
+        }
+        argv = [sys.executable, "-m", "pytest", "-p", "gpu_tests_compiled", "-q", *selection]
+        done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
+        if not found.exists():
+            raise Refusal(f"gate fill-cache: the tests could not be run:\n{done.stdout[-2000:]}")
+        hits, faults = json.loads(found.read_text())
+        return hits, faults
 
 
 def jobs_of(launched: Sequence[Any]) -> list[list[Job]]:
@@ -226,12 +265,14 @@ def fill(folder: Path, arch: Arch, launched: Sequence[Any], processes: int) -> i
     """Compile everything into `folder`, print what came of it; the exit code."""
     cache.begin(folder)
     os.environ["TRITON_CACHE_DIR"] = str(folder.resolve())
-    parts = jobs_of(launched)
+    tests = [one.selection for one in launched if hasattr(one, "selection")]
+    parts = jobs_of([one for one in launched if not hasattr(one, "selection")])
     _SHARED[:] = [(arch, part) for part in parts]
     hits: dict[str, dict[str, bool]] = {}
     faults: list[str] = []
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(processes, fork) as pool, Progress("fill-cache", len(parts)) as bar:
+    steps = len(parts) + len(tests)
+    with ProcessPoolExecutor(processes, fork) as pool, Progress("fill-cache", steps) as bar:
         results = pool.map(_compile_shared, range(len(parts)))
         for part, (found, bad) in zip(parts, results, strict=True):
             op = part[0].op
@@ -240,6 +281,10 @@ def fill(folder: Path, arch: Arch, launched: Sequence[Any], processes: int) -> i
             of_op |= {name: hit and of_op.get(name, True) for name, hit in found.items()}
             faults += bad
             bar.step(op)
+        for selection in tests:
+            hits["tests"], bad = compile_tests(arch, selection)
+            faults += bad
+            bar.step("tests")
     for op, found in hits.items():
         print(f"{op:24} {len(found):4} kernels, {sum(found.values()):4} were there")
     every: dict[str, bool] = {}

@@ -71,7 +71,7 @@ def test_cuda_graph(name):
         assert torch.equal(g, expected[f"d{k}"])
 
 
-@pytest.mark.parametrize("name", ("gated_linear", "gated_mlp-recompute"))
+@pytest.mark.parametrize("name", ("gated_linear", "gated_mlp-recompute-bias"))
 def test_a_new_thread(name):
     """An op is the first CUDA call of its thread, with its kernel loaded and its memory cached:
     TMA descriptors are made in a context all the same."""

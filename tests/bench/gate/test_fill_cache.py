@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fusedmlp.bench import cli
-from fusedmlp.bench.campaign import plans, works
+from fusedmlp.bench.campaign import plans, worker, works
 from fusedmlp.bench.gate import cache, fill
 from fusedmlp.bench.machine import ROOT
 from fusedmlp.bench.options import Refusal
@@ -48,6 +48,33 @@ def test_what_is_compiled_here_is_found_in_a_folder_that_was_moved(tmp_path):
     # A part of the plan hits whatever order it comes in.
     found, hits = filled(here, "--only", "time:few$", "--jobs", "1")
     assert 4 < found == hits < kernels
+
+
+@pytest.mark.slow
+def test_what_tests_of_a_gpu_launch_is_compiled(tmp_path, monkeypatch):
+    """Those that a plan runs get as far as their last launch."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    hits, faults = fill.compile_tests(ARCHES["sm_90"], worker.gpu_tests("brief"))
+    assert faults == []
+    assert len(hits) > 50
+    assert not any(hits.values())
+
+
+def test_a_test_of_a_gpu_that_stops_before_its_launches_is_named(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    broken = tmp_path / "test_broken.py"
+    broken.write_text(
+        "import torch\nfrom fusedmlp import gated_act\n"
+        "def test_whole():\n    g = torch.ones(8, 32, device='cuda')\n"
+        "    assert gated_act(g, g).sum() == 7, 'nobody computed it'\n"
+        "def test_stops(): raise ValueError('no')\n"
+    )
+    selection = ("-c", str(ROOT / "pyproject.toml"), str(broken))
+    hits, faults = fill.compile_tests(ARCHES["sm_90"], selection)
+    assert len(hits) == 1
+    assert len(faults) == 1
+    assert faults[0].endswith("test_broken.py::test_stops: ValueError: no")
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path, capsys, monkeypatch):
@@ -199,11 +226,12 @@ def test_every_step_that_launches_triton_is_in_what_is_compiled():
     arch = ARCHES["sm_90"]
     empty = {step.name for step in steps if not list(works.launched(step, arch))}
     cuda = {s.name for s in steps if ":cuda:" in s.name and not s.name.startswith("time:")}
-    # A question of the driver, and the tests' own sizes.
-    assert empty == cuda | {"build", "tests", "ask:stacked-box"}
+    assert empty == cuda | {"build", "ask:stacked-box"}  # the last is a question of the driver
     both = works.all_launched(steps, arch)
     assert len(both) == len(set(both))
     found = [one for one in both if isinstance(one, works.Launched)]
+    (tests,) = (one for one in both if isinstance(one, works.Tested))
+    assert tests.selection == worker.gpu_tests("brief")
     assert {one.work.case.op for one in found} == {case.op for case in CASES.values()}
     assert any(one.work.M == 8192 and one.phases == ("dglu",) for one in found)
     # The tiles that the search times before its results lead it on.
