@@ -1,18 +1,20 @@
 """Device code of every activation, x -> (f(x), f'(x)), in float32.
 
 The table of activations is fusedmlp/reference/activations.py; each row of it has a jit function of
-its name here. What begins with an underscore is shared by several. A slope at a kink follows
-PyTorch: relu'(0) = 0.
+its name here, and a gate another for its factor of u, <name>_up. Parameters follow x, in the row's
+order; they are scalars at run time, so that another limit is no other kernel. What begins with an
+underscore is shared by several. A slope at a kink follows PyTorch: relu'(0) = 0.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from ..reference.activations import ACTIVATIONS, BSILU_ALPHA
+from ..reference.activations import ACTIVATIONS, BSILU_ALPHA, Activation, resolve
 from .exponentials import exp2, reciprocal, sigmoids
 
 _BSILU_ALPHA = tl.constexpr(BSILU_ALPHA)
@@ -111,6 +113,26 @@ def mish(x):
     return x * t, t + z * (4 * e * (1 + e) * r * r)
 
 
+@triton.jit
+def _clip(u, limit):
+    # Not minimum() and maximum(): on the GPU they turn a NaN into the limit.
+    value = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
+    return value, tl.where((u <= limit) & (u >= -limit), 1.0, 0.0)
+
+
+@triton.jit
+def swiglu_oai(x, limit, alpha):
+    z = tl.where(x > limit, limit, x)
+    y, slope = _x_sigmoid(z, alpha * z, alpha)
+    return y, tl.where(x <= limit, slope, 0.0)
+
+
+@triton.jit
+def swiglu_oai_up(u, limit, alpha):
+    value, slope = _clip(u, limit)
+    return value + 1, slope
+
+
 def _own_functions() -> dict[str, Any]:
     """The jit functions of this file, by name."""
     jit = type(_x_sigmoid)
@@ -118,15 +140,23 @@ def _own_functions() -> dict[str, Any]:
     return {name: f for name, f in own.items() if name[0] != "_" and f.fn.__module__ == __name__}
 
 
-def _check(rows: set[str], functions: set[str]) -> None:
-    """Every row has its function, and every function its row."""
+def _check(rows: Mapping[str, Activation], functions: set[str]) -> None:
+    """Every row has its functions, and every function its row."""
     where, table = "kernels/activations.py", "fusedmlp/reference/activations.py"
-    for name in sorted(rows - functions):
+    needed = {
+        name: f"def {name}({', '.join(('x', *row.parameters))})" for name, row in rows.items()
+    }
+    needed |= {
+        f"{name}_up": f"def {name}_up({', '.join(('u', *row.parameters))})"
+        for name, row in rows.items()
+        if row.up is not None
+    }
+    for name in sorted(needed.keys() - functions):
         raise RuntimeError(
             f"{where}: activation {name!r} of {table} must have a device function, got none: write "
-            f"`@triton.jit def {name}(x)` in {where}, which returns (f(x), f'(x)) in float32"
+            f"`@triton.jit {needed[name]}` in {where}, which returns its value and slope in float32"
         )
-    for name in sorted(functions - rows):
+    for name in sorted(functions - needed.keys()):
         raise RuntimeError(
             f"{where}: device function {name!r} must have a row, got none: write "
             f"`Activation({name!r}, ...)` in {table}, or name it with an underscore first"
@@ -134,4 +164,12 @@ def _check(rows: set[str], functions: set[str]) -> None:
 
 
 DEVICE: dict[str, Any] = _own_functions()
-_check(set(ACTIVATIONS), set(DEVICE))
+_check(ACTIVATIONS, set(DEVICE))
+
+
+def act_of(activation: str) -> dict[str, Any]:
+    """What a kernel takes of an argument `activation`: ACT and UP, its functions of g and of u
+    (None: u itself), and `scalars`, which both are given."""
+    row, scalars = resolve(activation)
+    up = None if row.up is None else DEVICE[f"{row.name}_up"]
+    return {"scalars": scalars, "ACT": DEVICE[row.name], "UP": up}

@@ -36,7 +36,9 @@ def store_fwd(
     stride_gm,
     stride_bg,
     stride_bu,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
@@ -47,11 +49,13 @@ def store_fwd(
     acc_g = _add_bias(acc_g, b_gate_ptr, stride_bg, n0, H, BLOCK_N)
     if g is not None:
         store_tile(g, stride_gm, m0, n0, M, H, acc_g, BLOCK_M, BLOCK_N, TMA)
-    value, _ = ACT(acc_g)
+    value, _ = ACT(acc_g, *scalars)
     if GATED:
         acc_u = _add_bias(acc_u, b_up_ptr, stride_bu, n0, H, BLOCK_N)
         if u is not None:
             store_tile(u, stride_gm, m0, n0, M, H, acc_u, BLOCK_M, BLOCK_N, TMA)
+        if UP is not None:
+            acc_u, _ = UP(acc_u, *scalars)
         value = value * acc_u
     if h is not None:
         store_tile(h, stride_hm, m0, n0, M, H, value, BLOCK_M, BLOCK_N, TMA)
@@ -83,20 +87,26 @@ def store_bwd(
     stride_gh,
     stride_dgm,
     stride_hm,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """dg = dh u act'(g), du = dh act(g), h = act(g) u of one (part of a) tile, and their column
-    sums. Rows past M have dh = 0 and u = 0, so they add nothing to a sum."""
+    """dg = dh psi(u) act'(g), du = dh act(g) psi'(u), h = act(g) psi(u) of one (part of a) tile,
+    and their column sums; psi(u) = u where UP is None. Rows past M have dh = 0, so they add nothing
+    to a sum."""
     gate = load_tile(g, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
-    value, slope = ACT(gate)
+    value, slope = ACT(gate, *scalars)
     grad = dh * slope
     if GATED:
         up = load_tile(u, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
         grad_up = dh * value
+        if UP is not None:
+            up, up_slope = UP(up, *scalars)
+            grad_up = grad_up * up_slope
         store_tile(du, stride_dgm, m0, n0, M, H, grad_up, BLOCK_M, BLOCK_N, TMA)
         if sums_ptr is not None:
             up_sums_ptr = sums_ptr + tl.cast(tiles_m, tl.int64) * H

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .activations import DEVICE
+from .activations import act_of
 from .arch.tile import Tile, cdiv
 from .epilogues import store_fwd
 from .tiles import compiler_options, load_tile, multiply, precision, store_tile
@@ -72,7 +72,9 @@ def reduce_kernel(
     stride_gm,
     stride_bg,
     stride_bu,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GATED: tl.constexpr,
@@ -91,7 +93,7 @@ def reduce_kernel(
     store_fwd(
         acc_g, acc_u, b_gate_ptr, b_up_ptr, h, g, u, 0, n0, M, H,
         stride_hm, stride_gm, stride_bg, stride_bu,
-        ACT, BLOCK_M, BLOCK_N, False, GATED,
+        scalars, ACT, UP, BLOCK_M, BLOCK_N, False, GATED,
     )  # fmt: skip
 
 
@@ -126,5 +128,5 @@ def launch_split(
     )  # fmt: skip
     reduce_kernel[columns,](
         parts, b_gate, b_up, h, g, u, M, H, splits, *strides,
-        ACT=DEVICE[activation], GATED=gated, **shared,
+        **act_of(activation), GATED=gated, **shared,
     )  # fmt: skip

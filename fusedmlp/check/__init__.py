@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..packing import Packed
-from ..reference.activations import ACTIVATIONS
+from ..reference.activations import ACTIVATIONS, resolve
 
 
 def shape(op: str, name: str, t: Tensor, *expected: int) -> None:
@@ -72,9 +72,21 @@ def _raise_unlike_x(op: str, called: str, x: Tensor, name: str, t: object) -> No
     raise ValueError(f"{op}: {name} must be on {called}'s device {x.device}, got {t.device}")
 
 
-def activation(op: str, name: str) -> None:
-    if not isinstance(name, str) or name not in ACTIVATIONS:
-        raise ValueError(f"{op}: activation must be one of {', '.join(ACTIVATIONS)}; got {name!r}")
+def activation(op: str, name: str, *, gated: bool = True) -> None:
+    """`name` is a row of the table, perhaps with parameters. Without an up projection (not `gated`)
+    a gate, whose row has a factor of its own for it, is refused."""
+    if not isinstance(name, str) or name.partition("(")[0] not in ACTIVATIONS:
+        names = (n for n, row in ACTIVATIONS.items() if gated or row.up is None)
+        raise ValueError(f"{op}: activation must be one of {', '.join(names)}; got {name!r}")
+    try:
+        row = resolve(name).row
+    except ValueError as error:
+        raise ValueError(f"{op}: activation must be {error}; got {name!r}") from None
+    if row.up is not None and not gated:
+        raise ValueError(
+            f"{op}: activation must be a function of one tensor here, where there is no up "
+            f"projection; got {name!r}, a gate: give w_up, or take another activation"
+        )
 
 
 def packed(op: str, first: str, second: str, is_packed: bool, order: Packed | None) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .. import reference
 from ..packing import Packed
-from ..reference.activations import ACTIVATIONS
+from ..reference.activations import resolve
 from .parts.block import (
     block_path,
     check_input,
@@ -153,7 +153,7 @@ class PointwiseMLP(nn.Module):
                 return plain_block(
                     self, x, self.layer1, self.layer2, self.dropout, activation=self.activation
                 )
-            h = ACTIVATIONS[self.activation].reference(self.layer1(x))
+            h = resolve(self.activation).phi(self.layer1(x))
             return self.layer2(self.dropout(h))
         gate = _GATES[self.activation]
         packed: Packed = "gate_up" if self.glu_order == "gate_first" else "up_gate"

@@ -37,7 +37,7 @@ def check_projection(
     op: str, x: Tensor, w_name: str, w: Tensor, b_name: str, b: Tensor | None, activation: str
 ) -> int:
     """The shape rule of x, w, b, for this op and for whole blocks. Returns H."""
-    check.activation(op, activation)
+    check.activation(op, activation, gated=False)
     H, D = check.matrix(op, w_name, w, "(H, D)")
     check.columns(op, "x", x, D, f"D of {w_name}")
     if b is not None:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..reference.activations import ACTIVATIONS
+from ..layers.parts.activation import name_of
+from ..reference.activations import ACTIVATIONS, resolve
 
 
 def name_by_values(fn: Callable[[Tensor], Any]) -> str | None:
@@ -16,7 +17,8 @@ def name_by_values(fn: Callable[[Tensor], Any]) -> str | None:
 
     By value, because libraries have many classes of one function. 1e-9 tells tanh-gelu from gelu
     (5e-4 apart) and takes a constant written to ten digits. Points close to 0 and far from it tell
-    a threshold or a clamp from relu and identity.
+    a threshold or a clamp from relu and identity. A module whose attributes are parameters of its
+    row, such as nn.LeakyReLU(0.2), is compared at those, anything else at their defaults.
     """
     if isinstance(fn, nn.Module) and any(True for _ in (*fn.parameters(), *fn.buffers())):
         return None
@@ -30,5 +32,7 @@ def name_by_values(fn: Callable[[Tensor], Any]) -> str | None:
         return None
     if not isinstance(y, Tensor) or y.dtype != x.dtype or y.shape != x.shape:
         return None
-    same = lambda r: torch.allclose(y, r(x), rtol=1e-9, atol=1e-12)  # noqa: E731
-    return next((name for name, row in ACTIVATIONS.items() if same(row.reference)), None)
+    own = name_of(fn) if isinstance(fn, nn.Module) else None
+    plain = [name for name, row in ACTIVATIONS.items() if row.up is None]
+    same = lambda name: torch.allclose(y, resolve(name).phi(x), rtol=1e-9, atol=1e-12)  # noqa: E731
+    return next((name for name in (own, *plain) if name is not None and same(name)), None)

@@ -1,38 +1,57 @@
-"""The table of all activations: a name, its formula in PyTorch, the modules that compute it.
+"""The table of all activations and gates: a name, its formula in PyTorch, its parameters, the
+modules that compute it.
 
 A row here and a device function of its name in kernels/activations.py are all it takes: functions
 and layers accept the name, patch() finds what computes it, error messages list it, and the tests,
 the ahead-of-time gate and the bench run it. A functor in csrc/activations.cuh is optional: without
 one the CUDA kernels refuse the activation and Triton serves it.
+
+An argument `activation` is a row's name, whose parameters then have their defaults, or a call that
+sets some of them: "swiglu_oai", "swiglu_oai(limit=5.0)". `resolve` reads it.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from . import gates
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
 BSILU_ALPHA = 1.67  # SUGAR's B-SiLU, arXiv 2505.22074: (x + a) sigmoid(x) - a / 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Activation:
-    """One activation: `reference` is its formula in PyTorch, for any floating dtype.
+    """One activation: `reference` is its formula in PyTorch, phi(g), for any floating dtype.
 
-    `kink`: its slope jumps at 0, so an input within rounding of 0 has no single right gradient.
-    `modules`: the classes that compute it, where a module has the attributes `settings`; those of
-    fusedmlp.activations, which are made of the rows, say it themselves by `@computes(name)`.
+    `up`: psi(u) of a gate phi(g) psi(u), which no plain MLP takes; None where it is u.
+    `parameters`: name -> default, at most three; both formulas take them, in this order, after
+    their tensor, and kernels as numbers at run time.
+    `kinks`: |g| or |u| where a slope jumps, as numbers or names of parameters, which must then be 0
+    or more: an input within rounding of one has no single right gradient. `positive`: parameters
+    that must be above 0.
+    `modules`: the classes that compute it, where a module has the attributes `settings`; attributes
+    named like parameters are those. Those of fusedmlp.activations, which are made of the rows, say
+    it themselves by `@computes(name)`.
     """
 
     name: str
-    reference: Callable[[Tensor], Tensor]
-    kink: bool = False
+    reference: Callable[..., Tensor]
+    kinks: tuple[float | str, ...] = ()
     modules: tuple[type[nn.Module], ...] = ()
     settings: Mapping[str, object] = field(default_factory=dict)
+    up: Callable[..., Tensor] | None = None
+    parameters: Mapping[str, float] = field(default_factory=dict)
+    positive: tuple[str, ...] = ()
 
     def is_set_in(self, module: nn.Module) -> bool:
         """Whether `module` has the attributes `settings`."""
@@ -41,6 +60,35 @@ class Activation:
             if getattr(module, name, None) != value:
                 return False
         return True
+
+    def spelled(self, **values: float) -> str:
+        """The argument `activation` with these parameters: the name alone for the defaults."""
+        own = {name: float(values.get(name, default)) for name, default in self.parameters.items()}
+        changed = [f"{name}={own[name]!r}" for name in own if own[name] != self.parameters[name]]
+        return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+    def spelled_of(self, module: nn.Module) -> str | None:
+        """The same with the parameters that are attributes of `module`; None where it has one that
+        the row does not take, as an infinite one."""
+        spelling = self.spelled(**{n: getattr(module, n) for n in self.parameters})
+        try:
+            resolve(spelling)
+        except ValueError:
+            return None
+        return spelling
+
+
+class Resolved(NamedTuple):
+    """What an argument `activation` names: a row, and its parameters' values in the row's order."""
+
+    row: Activation
+    scalars: tuple[float, ...]
+
+    def phi(self, g: Tensor) -> Tensor:
+        return self.row.reference(g, *self.scalars)
+
+    def psi(self, u: Tensor) -> Tensor:
+        return u if self.row.up is None else self.row.up(u, *self.scalars)
 
 
 def bsilu(x: Tensor, alpha: float = BSILU_ALPHA) -> Tensor:
@@ -59,7 +107,7 @@ ACTIVATIONS: dict[str, Activation] = {
             modules=(nn.GELU,), settings={"approximate": "tanh"},
         ),
         Activation("quick_gelu", lambda x: x * (1.702 * x).sigmoid()),
-        Activation("relu", F.relu, kink=True, modules=(nn.ReLU,)),
+        Activation("relu", F.relu, kinks=(0.0,), modules=(nn.ReLU,)),
         Activation("relu_sq", lambda x: F.relu(x).square()),
         Activation("sigmoid", lambda x: x.sigmoid(), modules=(nn.Sigmoid,)),
         Activation("tanh", lambda x: x.tanh(), modules=(nn.Tanh,)),
@@ -67,6 +115,10 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("gelu2", lambda x: F.gelu(x).square()),
         Activation("bsilu", bsilu, settings={"alpha": BSILU_ALPHA}),
         Activation("mish", F.mish, modules=(nn.Mish,)),
+        Activation(
+            "swiglu_oai", gates.oai_gate, up=gates.oai_up,
+            parameters={"limit": 7.0, "alpha": 1.702}, kinks=("limit",),
+        ),
     )
 }  # fmt: skip
 
@@ -87,3 +139,54 @@ def computes(name: str) -> Callable[[Kind], Kind]:
 for _row in ACTIVATIONS.values():
     for _kind in _row.modules:
         computes(_row.name)(_kind)
+
+
+# name(parameter=number, ...)
+_CALL = re.compile(r"\w+\((.+)\)")
+_SET = re.compile(r"(\w+)=([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")
+
+
+def resolve(activation: str) -> Resolved:
+    """The row and the parameters that the argument `activation` names.
+
+    Raises ValueError, whose message is what it must be.
+    """
+    row = ACTIVATIONS.get(activation)
+    if row is not None:
+        return Resolved(row, tuple(row.parameters.values()))
+    row = ACTIVATIONS.get(activation.partition("(")[0])
+    if row is None:
+        raise ValueError(f"one of {', '.join(ACTIVATIONS)}")
+    call = _CALL.fullmatch(activation)
+    # torch.compile traces the function itself, which it cannot do quietly through a cache.
+    parse = _parsed if torch.compiler.is_compiling() else _cached
+    return Resolved(row, parse(row, call[1] if call else ""))
+
+
+def _parsed(row: Activation, text: str) -> tuple[float, ...]:
+    """The row's scalars, of which `text` sets some."""
+    if not row.parameters:
+        raise ValueError(f"{row.name!r} alone, which has no parameters")
+    values = dict(row.parameters)
+    left = set(values)
+    for item in text.split(","):
+        setting = _SET.fullmatch(item.strip())
+        if setting is None or setting[1] not in left:
+            example = ", ".join(f"{name}={value}" for name, value in row.parameters.items())
+            raise ValueError(
+                f"{row.name!r}, or that with some of its parameters {', '.join(row.parameters)}, "
+                f"each once and by name with a finite number, as {row.name + '(' + example + ')'!r}"
+            )
+        name, value = setting[1], float(setting[2])
+        if not math.isfinite(value):
+            raise ValueError(f"{row.name!r} with a finite number for {name}")
+        if name in row.positive and value <= 0:
+            raise ValueError(f"{row.name!r} with a {name} above 0")
+        if name in row.kinks and value < 0:
+            raise ValueError(f"{row.name!r} with a {name} of 0 or more")
+        left.remove(name)
+        values[name] = value
+    return tuple(values.values())
+
+
+_cached = functools.lru_cache(1024)(_parsed)

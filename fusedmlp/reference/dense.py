@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import Packed, halves
-from .activations import ACTIVATIONS
+from .activations import resolve
 
 __all__ = [
     "gated_act",
@@ -23,11 +23,13 @@ __all__ = [
 def gated_act(
     g: Tensor, u: Tensor | None, activation: str = "silu", packed: Packed | None = None
 ) -> Tensor:
-    """act(g) * u; with `packed`, g holds both halves along its last dimension and u is None."""
+    """act(g) * u, with a gate phi(g) * psi(u); with `packed`, g holds both halves along its last
+    dimension and u is None."""
     if packed is not None:
         g, u = halves(g, packed)
     assert u is not None
-    return ACTIVATIONS[activation].reference(g) * u
+    gate = resolve(activation)
+    return gate.phi(g) * gate.psi(u)
 
 
 def gated_linear(
@@ -63,7 +65,7 @@ def gated_mlp(
 
 def linear_act(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str = "gelu") -> Tensor:
     """act(x w' + b)."""
-    return ACTIVATIONS[activation].reference(F.linear(x, w, b))
+    return resolve(activation).phi(F.linear(x, w, b))
 
 
 def mlp(

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .activations import ACTIVATIONS
+from .activations import resolve
 
 __all__ = [
     "masked_gated_linear",
@@ -33,12 +33,12 @@ def masked_gated_linear(x: Tensor, w: Tensor, masks: Tensor, activation: str = "
 
     The second factor is x w' less the first product: n_m + 1 products instead of 2 n_m.
     """
-    act = ACTIVATIONS[activation].reference
+    gate = resolve(activation)
     total = F.linear(x, w)
     h = torch.zeros_like(total)
     for m in hard_masks(masks, w.dtype):
         g = F.linear(x, m * w)
-        h = h + act(g) * (total - g)
+        h = h + gate.phi(g) * gate.psi(total - g)
     return h
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _api, reference
 from ..backends.op import OPS
-from ..reference.activations import ACTIVATIONS
+from ..reference.activations import Resolved, resolve
 from .rounding import rounding_errors
 from .rule import Error, Rounding, error_of
 
@@ -66,18 +66,24 @@ class Case:
         activation: str = "silu",
         seed: int = 0,
     ) -> dict[str, Tensor]:
-        """Random arguments, drawn on `device` and scaled so that results stay near 1; off the kink
-        of a kinked activation."""
+        """Random arguments, drawn on `device`.
+
+        Pre-activations have variance 1 and lie within 1.73, or have both times the largest kink or
+        scale of the activation, 7 for a limit of 7: about a third of them lie beyond it, on both
+        sides, and none on a kink. Weights keep what comes after near that.
+        """
         generator = torch.Generator(device).manual_seed(seed)
-        draw = _off_kink if ACTIVATIONS[activation].kink else _uniform
-        return {
-            name: self.draws[name](shape, generator)
-            if name in self.draws
-            else draw(name, shape, D, generator)
-            .mul_(self.scales.get(name, 1))
-            .to(device=device, dtype=dtype)
-            for name, shape in self.shapes(M, D, H).items()
-        }
+        gate = resolve(activation)
+        draw, reach = _off_kink if gate.row.kinks else _uniform, _reach(gate)
+        made = {}
+        for name, shape in self.shapes(M, D, H).items():
+            if name in self.draws:
+                made[name] = self.draws[name](shape, generator)
+                continue
+            scale = self.scales.get(name, 1) * (reach if name in _FIRST else 1)
+            t = draw(name, shape, D, generator).mul_(scale)
+            made[name] = t.to(device=device, dtype=dtype)
+        return made
 
     def run(self, inputs: Mapping[str, Tensor | None], **options: Any) -> Tensor:
         arguments = self._arguments(inputs, _api)
@@ -113,6 +119,18 @@ class Case:
             return torch.empty(self.out_shape(M, D, H), device="meta")
         inputs = {k: torch.empty(s, device="meta") for k, s in self.shapes(M, D, H).items()}
         return self.run_reference(inputs)
+
+
+# What pre-activations are made of, beside weights.
+_FIRST = ("x", "g", "u", "b", "b_gate", "b_up", "b_in")
+
+
+def _reach(gate: Resolved) -> float:
+    """What pre-activations are multiplied by, so that they pass every bend of phi and psi."""
+    row, scalars = gate
+    own = dict(zip(row.parameters, scalars, strict=True))
+    named = (own[n] if isinstance(n, str) else n for n in (*row.kinks, *row.positive))
+    return max(1.0, *named) if row.kinks or row.positive else 1.0
 
 
 def _uniform(name: str, shape: tuple[int, ...], D: int, generator: torch.Generator) -> Tensor:

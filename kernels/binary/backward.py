@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...packing import empty_pair, split_pair
-from ..activations import DEVICE
+from ..activations import act_of
 from ..arch.tile import cdiv
 from ..epilogues import store_bwd
 from ..pick import LAST, pick_tile
@@ -124,7 +124,9 @@ def _dh_kernel(
     H,
     stride_ym,
     stride_yn,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -151,7 +153,7 @@ def _dh_kernel(
         for i in tl.static_range(SUBTILES):
             store_bwd(
                 parts[i], g, u, dg, du, h, None, tile_m, tiles_m, m0, h0 + i * PART, M, H,
-                H, 1, H, H, ACT, BLOCK_M, PART, TMA, True,
+                H, 1, H, H, scalars, ACT, UP, BLOCK_M, PART, TMA, True,
             )  # fmt: skip
 
 
@@ -246,7 +248,7 @@ def binary_gated_mlp_bwd(
     _dh_kernel[grid_of(tile, dy, M, H)](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), q_down, s_down,
         *(rows_of(t, tile.block_m, part, tile.tma) for t in rows),
-        M, N, H, *dy.stride(), ACT=DEVICE[activation],
+        M, N, H, *dy.stride(), **act_of(activation),
         **gemm_options(tile, N % tile.block_k != 0, precision(dy.dtype)),
     )  # fmt: skip
     return dgu, h

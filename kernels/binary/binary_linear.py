@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import DEVICE
+from ..activations import act_of
 from ..arch.tile import Tile, cdiv
 from ..epilogues import store_fwd
 from ..pick import LAST, pick_splits, pick_tile
@@ -74,7 +74,9 @@ def _fwd_kernel(
     stride_gm,
     stride_bg,
     stride_bu,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -109,7 +111,8 @@ def _fwd_kernel(
         for i in tl.static_range(SUBTILES):
             store_fwd(
                 parts_g[i], parts_u[i], b_gate_ptr, b_up_ptr, h, g, u, m0, n0 + i * PART, M, H,
-                stride_hm, stride_gm, stride_bg, stride_bu, ACT, BLOCK_M, PART, TMA, GATED,
+                stride_hm, stride_gm, stride_bg, stride_bu, scalars, ACT, UP,
+                BLOCK_M, PART, TMA, GATED,
             )  # fmt: skip
 
 
@@ -195,7 +198,7 @@ def _launch_split(
     )  # fmt: skip
     reduce_kernel[columns,](
         parts, *biases, *outputs, M, H, splits, *strides,
-        ACT=DEVICE[activation], GATED=gated, **shared,
+        **act_of(activation), GATED=gated, **shared,
     )  # fmt: skip
 
 
@@ -224,7 +227,7 @@ def launch_fwd(
     _fwd_kernel[grid_of(tile, x, M, H)](
         rows_of(x, tile.block_m, tile.block_k, tile.tma), *weights, *biases,
         *(rows_of(t, tile.block_m, block_out, tile.tma) for t in outputs),
-        M, H, D, *x.stride(), *strides, ACT=DEVICE[activation], **options,
+        M, H, D, *x.stride(), *strides, **act_of(activation), **options,
     )  # fmt: skip
 
 

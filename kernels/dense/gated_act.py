@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...packing import Packed, empty_pair, split_pair
-from ..activations import DEVICE
+from ..activations import act_of
 from ..arch.tile import cdiv
 from ..tiles import load_tile, store_tile
 
@@ -32,7 +32,9 @@ def _fwd_kernel(
     stride_um,
     stride_uh,
     stride_hm,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -40,10 +42,13 @@ def _fwd_kernel(
     m0 = tl.program_id(0) // tiles_n * BLOCK_M
     n0 = tl.program_id(0) % tiles_n * BLOCK_N
     g = load_tile(g_ptr, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, False)
-    h, _ = ACT(g.to(tl.float32))
+    h, _ = ACT(g.to(tl.float32), *scalars)
     if u_ptr is not None:
         u = load_tile(u_ptr, stride_um, stride_uh, m0, n0, M, H, BLOCK_M, BLOCK_N, False)
-        h = h * u.to(tl.float32)
+        u = u.to(tl.float32)
+        if UP is not None:
+            u, _ = UP(u, *scalars)
+        h = h * u
     store_tile(h_ptr, stride_hm, m0, n0, M, H, h, BLOCK_M, BLOCK_N, False)
 
 
@@ -64,7 +69,9 @@ def _bwd_kernel(
     stride_uh,
     stride_dgm,
     stride_dum,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -74,12 +81,18 @@ def _bwd_kernel(
     dh = load_tile(dh_ptr, stride_dhm, stride_dhh, m0, n0, M, H, BLOCK_M, BLOCK_N, False)
     dh = dh.to(tl.float32)
     g = load_tile(g_ptr, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, False)
-    a, slope = ACT(g.to(tl.float32))
+    a, slope = ACT(g.to(tl.float32), *scalars)
     dg = dh * slope
     if u_ptr is not None:
         u = load_tile(u_ptr, stride_um, stride_uh, m0, n0, M, H, BLOCK_M, BLOCK_N, False)
-        dg = dg * u.to(tl.float32)
-        store_tile(du_ptr, stride_dum, m0, n0, M, H, dh * a, BLOCK_M, BLOCK_N, False)
+        u = u.to(tl.float32)
+        if UP is not None:
+            u, up_slope = UP(u, *scalars)
+        dg = dg * u
+        du = dh * a
+        if UP is not None:
+            du = du * up_slope
+        store_tile(du_ptr, stride_dum, m0, n0, M, H, du, BLOCK_M, BLOCK_N, False)
     store_tile(dg_ptr, stride_dgm, m0, n0, M, H, dg, BLOCK_M, BLOCK_N, False)
 
 
@@ -105,7 +118,7 @@ def act_fwd(g: Tensor, u: Tensor | None, activation: str) -> Tensor:
         u_strides = (0, 0) if u is None else u.stride()
         _fwd_kernel[grid](
             g, u, h, M, H, *g.stride(), *u_strides, h.stride(0),
-            ACT=DEVICE[activation], **options,
+            **act_of(activation), **options,
         )  # fmt: skip
     return h
 
@@ -121,7 +134,7 @@ def act_bwd(
         _bwd_kernel[grid](
             dh, g, u, dg, du, M, H, *dh.stride(), *g.stride(), *u_strides,
             dg.stride(0), 0 if du is None else du.stride(0),
-            ACT=DEVICE[activation], **options,
+            **act_of(activation), **options,
         )  # fmt: skip
 
 

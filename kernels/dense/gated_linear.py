@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...packing import Packed, empty_gated, empty_pair, split_pair
-from ..activations import DEVICE
+from ..activations import act_of
 from ..arch.tile import cdiv
 from ..epilogues import store_bwd, store_fwd
 from ..pick import LAST, pick_splits, pick_tile
@@ -65,7 +65,9 @@ def _fwd_kernel(
     stride_gm,
     stride_bg,
     stride_bu,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -109,7 +111,8 @@ def _fwd_kernel(
         for i in tl.static_range(SUBTILES):
             store_fwd(
                 parts_g[i], parts_u[i], b_gate_ptr, b_up_ptr, h, g, u, m0, n0 + i * PART, M, H,
-                stride_hm, stride_gm, stride_bg, stride_bu, ACT, BLOCK_M, PART, TMA, GATED,
+                stride_hm, stride_gm, stride_bg, stride_bu, scalars, ACT, UP,
+                BLOCK_M, PART, TMA, GATED,
             )  # fmt: skip
 
 
@@ -134,7 +137,9 @@ def _bwd_kernel(
     stride_gh,
     stride_dgm,
     stride_hm,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -164,7 +169,8 @@ def _bwd_kernel(
         for i in tl.static_range(SUBTILES):
             store_bwd(
                 parts[i], g, u, dg, du, h, sums_ptr, tile_m, tiles_m, m0, n0 + i * PART, M, H,
-                stride_gm, stride_gh, stride_dgm, stride_hm, ACT, BLOCK_M, PART, TMA, GATED,
+                stride_gm, stride_gh, stride_dgm, stride_hm, scalars, ACT, UP,
+                BLOCK_M, PART, TMA, GATED,
             )  # fmt: skip
 
 
@@ -203,7 +209,7 @@ def launch_fwd(
             rows_of(x, tile.block_m, tile.block_k, tile.tma), *weights, b_gate, b_up,
             *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (h, g, u)),
             M, H, D, *x.stride(), *gate_strides, *up_strides, *strides,
-            ACT=DEVICE[activation], GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major,
+            **act_of(activation), GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major,
             STACKED=both is not None, UP_FIRST=both is not None and both.second_first,
             **options,
         )  # fmt: skip
@@ -244,7 +250,7 @@ def launch_bwd(
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), down,
         *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (g, u, dg, du, h)), sums,
         M, H, D, *dy.stride(), *down_strides, *g.stride(), dg.stride(0), H,
-        ACT=DEVICE[activation], DOWN_K_MAJOR=k_major, **options,
+        **act_of(activation), DOWN_K_MAJOR=k_major, **options,
     )  # fmt: skip
     return dy.new_empty((0, H)) if sums is None else sums.sum(1).to(dy.dtype)
 

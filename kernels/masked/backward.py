@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import DEVICE
+from ..activations import act_of
 from ..arch.tile import cdiv
 from ..pick import LAST, pick_tile
 from ..tiles import (
@@ -51,7 +51,9 @@ def _ev_kernel(
     H,
     stride_dhm,
     stride_dhh,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     N_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -68,9 +70,12 @@ def _ev_kernel(
     for i in tl.range(1, 1 + N_M):
         g = load_tile(gt_ptr + i * size, H, 1, m0, n0, M, H, BLOCK_M, BLOCK_N, False)
         g = g.to(tl.float32)
-        value, slope = ACT(g)
+        value, slope = ACT(g, *scalars)
         v = total - g
         dv = dh * value
+        if UP is not None:
+            v, v_slope = UP(v, *scalars)
+            dv = dv * v_slope
         e = dh * slope * v - dv
         store_tile(ev_ptr + i * size, H, m0, n0, M, H, e, BLOCK_M, BLOCK_N, False)
         values += dv
@@ -224,7 +229,7 @@ def masked_gated_linear_ev(
         block_m = ELEMENTS // block_n
         _ev_kernel[cdiv(M, block_m) * cdiv(H, block_n),](
             dh, gt, ev, h if want_h else None, M, H, *dh.stride(),
-            ACT=DEVICE[activation], N_M=planes - 1, BLOCK_M=block_m, BLOCK_N=block_n,
+            **act_of(activation), N_M=planes - 1, BLOCK_M=block_m, BLOCK_N=block_n,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return ev, h

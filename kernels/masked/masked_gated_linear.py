@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import DEVICE
+from ..activations import act_of
 from ..arch.tile import Tile
 from ..pick import LAST, pick_splits, pick_tile
 from ..tiles import (
@@ -62,7 +62,9 @@ def _add_masks(
     M,
     H,
     first,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     MASKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -73,8 +75,11 @@ def _add_masks(
         g = gs[i][part]
         if gt is not None:
             store_slice(gt, 1 + first + i, m0, n0, M, H, g, BLOCK_M, BLOCK_N, TMA)
-        value, _ = ACT(g)
-        h += value * (total - g)
+        value, _ = ACT(g, *scalars)
+        u = total - g
+        if UP is not None:
+            u, _ = UP(u, *scalars)
+        h += value * u
     return h
 
 
@@ -92,7 +97,9 @@ def _fwd_kernel(
     stride_xd,
     stride_wh,
     stride_wd,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     N_M: tl.constexpr,
     MASKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -127,7 +134,7 @@ def _fwd_kernel(
                 store_slice(gt, 0, m0, n1, M, H, totals[part], BLOCK_M, PART, TMA)
             h = _add_masks(
                 tl.zeros((BLOCK_M, PART), tl.float32), totals[part], gs, part, gt, m0, n1, M, H,
-                0, ACT, MASKS, BLOCK_M, PART, TMA,
+                0, scalars, ACT, UP, MASKS, BLOCK_M, PART, TMA,
             )  # fmt: skip
             if N_M > MASKS:
                 hs = hs + (h,)
@@ -145,7 +152,7 @@ def _fwd_kernel(
                 for part in tl.static_range(SUBTILES):
                     h = _add_masks(
                         hs[part], totals[part], group_gs, part, gt, m0, n0 + part * PART, M, H,
-                        first, ACT, MASKS, BLOCK_M, PART, TMA,
+                        first, scalars, ACT, UP, MASKS, BLOCK_M, PART, TMA,
                     )  # fmt: skip
                     sums = sums + (h,)
                 hs = sums
@@ -206,7 +213,7 @@ def masked_gated_linear_fwd(
         rows_of(outputs[0], tile.block_m, block_out, tile.tma),
         slices_of(outputs[1], tile.block_m, block_out, tile.tma),
         M, H, D, *x.stride(), *w_strides,
-        ACT=DEVICE[activation], MASKS=_masks_of_a_pass(n_m),
+        **act_of(activation), MASKS=_masks_of_a_pass(n_m),
         K_MAJOR=k_major, MASK_K=D % tile.block_k != 0, **masked_options(tile, x, n_m),
     )  # fmt: skip
     return h, gt

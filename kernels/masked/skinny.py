@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..activations import DEVICE
+from ..activations import act_of
 from ..arch.tile import Tile, cdiv
 from ..tiles import compiler_options, load_tile, precision, store_tile
 from .masks import multiply_masked, words_of
@@ -69,7 +69,9 @@ def _reduce_kernel(
     M,
     H,
     splits,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     N_M: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -86,8 +88,11 @@ def _reduce_kernel(
         g = _sum(parts_ptr + i * size, n0, M, H, splits, step, BLOCK_M, BLOCK_N)
         if gt_ptr is not None:
             store_tile(gt_ptr + i * size, H, 0, n0, M, H, g, BLOCK_M, BLOCK_N, False)
-        value, _ = ACT(g)
-        h += value * (total - g)
+        value, _ = ACT(g, *scalars)
+        u = total - g
+        if UP is not None:
+            u, _ = UP(u, *scalars)
+        h += value * u
     if h_ptr is not None:
         store_tile(h_ptr, H, 0, n0, M, H, h, BLOCK_M, BLOCK_N, False)
 
@@ -117,4 +122,4 @@ def launch_split(
         PRECISION=precision(x.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
         **shared,
     )  # fmt: skip
-    _reduce_kernel[columns,](parts, h, gt, M, H, splits, ACT=DEVICE[activation], **shared)
+    _reduce_kernel[columns,](parts, h, gt, M, H, splits, **act_of(activation), **shared)

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...packing import Packed, empty_pair, split_pair
-from ..activations import DEVICE
+from ..activations import act_of
 from ..arch.tile import Tile, cdiv
 from ..epilogues import store_column_sums
 from ..pick import LAST, pick_grouped_tile
@@ -74,7 +74,9 @@ def _dh_kernel(
     stride_gm,
     stride_dgm,
     stride_p,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -108,13 +110,16 @@ def _dh_kernel(
         for i in tl.static_range(SUBTILES):
             n0 = tile_n * BLOCK_N + i * PART
             gate = load_tile(g_ptr, stride_gm, 1, r0, n0, end, H, BLOCK_M, PART, False)
-            value, slope = ACT(gate.to(tl.float32))
+            value, slope = ACT(gate.to(tl.float32), *scalars)
             dh = parts[i] * prob
             grad = dh * slope
             if GATED:
                 up = load_tile(u_ptr, stride_gm, 1, r0, n0, end, H, BLOCK_M, PART, False)
                 up = up.to(tl.float32)
                 grad_up = dh * value
+                if UP is not None:
+                    up, up_slope = UP(up, *scalars)
+                    grad_up = grad_up * up_slope
                 store_tile(du_ptr, stride_dgm, r0, n0, end, H, grad_up, BLOCK_M, PART, False)
                 if sums_ptr is not None:
                     up_sums_ptr = sums_ptr + tl.cast(most, tl.int64) * H
@@ -334,7 +339,7 @@ def moe_dh(
     _dh_kernel[grouped_grid(tile, dy, T, E, H)](
         dy, down, g, u, prob, dg, du, h if want_h else None, dots, sums, tokens, offsets,
         T, E, H, D, most, *dy.stride(), *strides, g.stride(0), dg.stride(0), prob.stride(0),
-        ACT=DEVICE[activation], K_MAJOR=k_major, **options,
+        **act_of(activation), K_MAJOR=k_major, **options,
     )  # fmt: skip
     if sums is not None:
         for part, out in zip(sums, db, strict=True):

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...packing import split_pair
-from ..activations import DEVICE
+from ..activations import act_of
 from ..arch.tile import Tile
 from ..epilogues import store_fwd
 from ..pick import LAST, pick_grouped_tile
@@ -67,7 +67,9 @@ def _up_kernel(
     stride_bg,
     stride_bu_e,
     stride_bu,
+    scalars,
     ACT: tl.constexpr,
+    UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -113,7 +115,8 @@ def _up_kernel(
             store_fwd(
                 parts_g[i], parts_u[i], bias_g, bias_u, h_ptr, g_ptr, u_ptr,
                 r0, n0 + i * PART, end, H,
-                stride_hm, stride_gm, stride_bg, stride_bu, ACT, BLOCK_M, PART, False, GATED,
+                stride_hm, stride_gm, stride_bg, stride_bu, scalars, ACT, UP,
+                BLOCK_M, PART, False, GATED,
             )  # fmt: skip
 
 
@@ -266,7 +269,7 @@ def moe_up(
             *x.stride(), *gate_strides, *up_strides, h.stride(0), 0 if g is None else g.stride(0),
             *((0, 0) if b_gate is None else b_gate.stride()),
             *((0, 0) if b_up is None else b_up.stride()),
-            ACT=DEVICE[activation], GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major,
+            **act_of(activation), GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major,
             STACKED=both is not None, UP_FIRST=both is not None and both.second_first, **options,
         )  # fmt: skip
 

@@ -17,7 +17,6 @@ from fusedmlp.backends import choice
 from fusedmlp.backends.cuda import loader
 from fusedmlp.bench.report import ledger
 from fusedmlp.ops import gated_linear, linear_act
-from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.testing import CASES, assert_close_to, compare, evaluate, poison
 
 pytestmark = pytest.mark.interpreter  # the fake stands for a GPU on CPU tensors
@@ -49,7 +48,7 @@ def test_numbers_through_the_fake(case, dtype, shape):
         assert (p["stream"], p["multiprocessors"], p["variant"]) == (77, 132, -1)
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", cuda_fake.NAMES)
 @pytest.mark.parametrize("name", ("gated_mlp-up_gate-bias", "mlp-bias"))
 def test_every_activation_by_its_own_number(name, activation):
     case = CASES[name]

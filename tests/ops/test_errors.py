@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from op_checks import PLAIN
 
 import fusedmlp
 from fusedmlp.reference.activations import ACTIVATIONS
@@ -61,8 +62,9 @@ def test_one_clear_error(name, argument, value, error, message, each_backend):
 
 @pytest.mark.parametrize("name", ("gated_act", "gated_linear", "gated_mlp", "linear_act", "mlp"))
 def test_activation_names(name, each_backend):
-    for wrong in ("swish", []):
-        expected = f"{name}: activation must be one of {', '.join(ACTIVATIONS)}; got {wrong!r}"
+    names = PLAIN if name in ("linear_act", "mlp") else ACTIVATIONS
+    for wrong in ("swish", "swish(limit=7)", []):
+        expected = f"{name}: activation must be one of {', '.join(names)}; got {wrong!r}"
         with pytest.raises(ValueError, match=re.escape(expected)):
             CASES[name].run(good(name), activation=wrong)
 

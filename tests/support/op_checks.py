@@ -5,10 +5,12 @@ import itertools
 import torch
 
 import fusedmlp
+from fusedmlp import reference
 from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.testing import assert_close_to, compare, evaluate
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+PLAIN = [name for name, row in ACTIVATIONS.items() if row.up is None]  # no gates
 
 
 def check(case, inputs, **options):
@@ -46,10 +48,10 @@ PROBES = torch.cat([PROBES, -PROBES])
 
 
 def assert_precise_near_zero(activation, value, slope):
-    """Value and slope at PROBES, in float32: relative to the value itself, which is small there,
-    and at 0 to the bit, as PyTorch has it: relu'(0) = 0."""
+    """Value and slope at PROBES with u = 1, in float32: relative to the value itself, which is
+    small there, and at 0 to the bit, as PyTorch has it: relu'(0) = 0."""
     leaf = PROBES.double().requires_grad_()
-    exact = ACTIVATIONS[activation].reference(leaf)
+    exact = reference.gated_act(leaf, torch.ones_like(leaf), activation)
     (exact_slope,) = torch.autograd.grad(exact.sum(), leaf)
     zero = PROBES == 0
     assert torch.equal(value[zero], exact[zero].float())

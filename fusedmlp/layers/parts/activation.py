@@ -11,13 +11,14 @@ from ...reference.activations import ACTIVATIONS, MODULES
 
 def name_of(activation: nn.Module) -> str | None:
     """The name of the row of `fusedmlp.reference.activations.ACTIVATIONS` that `activation`
-    computes, or None.
+    computes, with the row's parameters as the module has them, or None.
 
     By its exact class: a subclass may compute something else.
     """
     for name in MODULES.get(type(activation), ()):
-        if ACTIVATIONS[name].is_set_in(activation):
-            return name
+        row = ACTIVATIONS[name]
+        if row.is_set_in(activation):
+            return row.spelled_of(activation) if row.parameters else name
     return None
 
 

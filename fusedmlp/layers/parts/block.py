@@ -20,7 +20,7 @@ from ...ops.gated_mlp import gated_mlp
 from ...ops.linear_act import linear_act
 from ...ops.mlp import mlp
 from ...packing import Packed
-from ...reference.activations import ACTIVATIONS
+from ...reference.activations import resolve
 from .around import bare
 
 # Exact types: a subclass may do something in eval, or at p = 0.
@@ -177,7 +177,7 @@ def plain_block(
     w_out, b_out = affine(owner, second)
     if not bare(first, second, dropout):
         check_x(type(owner).__name__, x, w_in.shape[-1], w_in.dtype)
-        h = ACTIVATIONS[activation].reference(first(x))
+        h = resolve(activation).phi(first(x))
         return second(h if dropout is None else dropout(h))
     if passes_through(dropout):
         return mlp(x, w_in, w_out, b_in, b_out, activation=activation)
