@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ..reference.activations import ACTIVATIONS
+from ..reference.activations import ACTIVATIONS, resolve
 from ..testing import CASES
 from . import process
 from .shapes import DENSE, HYPER, TOP1, Model
@@ -82,8 +82,8 @@ def add_selection(parser: argparse.ArgumentParser, of_op: str = "every case of t
     )  # fmt: skip
     parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=None)
     parser.add_argument(
-        "--activation", nargs="+", metavar="NAME", choices=(*ACTIVATIONS, "all"), default=None,
-        help="activations, or all; default: the function's own",
+        "--activation", nargs="+", metavar="NAME", type=activation, default=None,
+        help="activations such as 'clamped_swiglu(limit=10)', or all; default: the function's own",
     )  # fmt: skip
     add_model(parser)
     parser.add_argument(
@@ -100,6 +100,14 @@ def chosen_cases(args: argparse.Namespace) -> tuple[str, ...] | None:
     wanted = list(args.case or [])
     wanted += [c.name for c in CASES.values() if c.op in (args.op or []) and c.name not in wanted]
     return tuple(wanted)
+
+
+def activation(text: str) -> str:
+    """An argument `activation` of the functions, or "all"."""
+    try:
+        return text if text == "all" else resolve(text) and text
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be all, or {error}; got {text!r}") from None
 
 
 def chosen_activations(args: argparse.Namespace) -> tuple[str, ...] | None:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from ..backends.op import OPS
+from ..reference.activations import resolve
 from ..testing import CASES, Case, Shapes, hyper, moe
 from .shapes import TOP1
 
@@ -147,8 +148,11 @@ def default_activation(case: Case) -> str:
 
 
 def activations_of(case: Case, asked: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Those asked for, if the case takes any; its default if none were."""
-    return asked if asked and takes_activation(case) else (default_activation(case),)
+    """Those asked for that the case takes, a plain one no gate; its default if none were asked for,
+    or if it takes none at all."""
+    if not asked or not takes_activation(case):
+        return (default_activation(case),)
+    return tuple(name for name in asked if case.gated or resolve(name).row.up is None)
 
 
 def case_of(name: str) -> Case:

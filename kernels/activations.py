@@ -8,16 +8,27 @@ underscore is shared by several. A slope at a kink follows PyTorch: relu'(0) = 0
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from ..reference.activations import ACTIVATIONS, BSILU_ALPHA, Activation, resolve
+from ..reference.activations import (
+    ACTIVATIONS,
+    BSILU_ALPHA,
+    LAPLACE_DEVIATION,
+    LAPLACE_MEAN,
+    Activation,
+    resolve,
+)
 from .exponentials import exp2, reciprocal, sigmoids
 
 _BSILU_ALPHA = tl.constexpr(BSILU_ALPHA)
+_LAPLACE_MEAN = tl.constexpr(LAPLACE_MEAN)
+_LAPLACE_SCALE = tl.constexpr(1 / (LAPLACE_DEVIATION * math.sqrt(2)))
+_LAPLACE_PEAK = tl.constexpr(1 / (LAPLACE_DEVIATION * math.sqrt(2 * math.pi)))
 
 
 @triton.jit
@@ -114,6 +125,80 @@ def mish(x):
 
 
 @triton.jit
+def relu6(x):
+    value = tl.where(x > 6, 6.0, tl.where(x <= 0, 0.0, x))
+    return value, tl.where((x > 0) & (x < 6), 1.0, 0.0)
+
+
+@triton.jit
+def _hard(x):
+    """(x + 3) / 6 between 0 and 1."""
+    y = (x + 3) * 0.16666666666666666
+    return tl.where(x >= 3, 1.0, tl.where(x <= -3, 0.0, y))
+
+
+@triton.jit
+def hardswish(x):
+    slope = tl.where(x <= -3, 0.0, tl.where(x >= 3, 1.0, x * 0.3333333333333333 + 0.5))
+    return x * _hard(x), slope
+
+
+@triton.jit
+def hardsigmoid(x):
+    return _hard(x), tl.where((x > -3) & (x < 3), 0.16666666666666666, 0.0)
+
+
+@triton.jit
+def leaky_relu(x, negative_slope):
+    slope = tl.where(x > 0, 1.0, negative_slope)
+    return x * slope, slope
+
+
+@triton.jit
+def elu(x, alpha):
+    # e - 1 cancels near 0; tanh(z / 2) (e + 1) is the same and does not.
+    z = tl.where(x > 0, 0.0, x)
+    t, _ = tanh(0.5 * z)
+    e = exp2(1.4426950408889634 * z)
+    return tl.where(x > 0, x, alpha * t * (e + 1)), tl.where(x > 0, 1.0, alpha * e)
+
+
+@triton.jit
+def selu(x):
+    y, slope = elu(x, 1.6732632423543772)
+    return 1.0507009873554805 * y, 1.0507009873554805 * slope
+
+
+@triton.jit
+def softplus(x, beta, threshold):
+    # log(1 + e) = 2 artanh(s) with s = e / (2 + e), at most 1/3: a series good to 2e-9 of it,
+    # where a logarithm of 1 + e loses what e is small by.
+    z = beta * x
+    e = exp2(-1.4426950408889634 * tl.abs(z))
+    s = e * reciprocal(2 + e)
+    q = s * s
+    series = 1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13 + q * (1.0 / 15)))
+    series = 1 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * series)))
+    y = tl.where(z > 0, z, 0.0) + 2 * s * series
+    slope, _ = sigmoids(z)
+    return tl.where(z > threshold, x, y / beta), tl.where(z > threshold, 1.0, slope)
+
+
+@triton.jit
+def sqrtsoftplus(x):
+    y, slope = softplus(x, 1.0, 20.0)
+    root = tl.sqrt(y)
+    # Far below 0 both are 0.
+    return root, tl.where(y == 0, 0.0, 0.5 * slope / root)
+
+
+@triton.jit
+def laplace(x):
+    z = (x - _LAPLACE_MEAN) * _LAPLACE_SCALE
+    return 0.5 * (1 + tl.math.erf(z)), _LAPLACE_PEAK * exp2(-1.4426950408889634 * z * z)
+
+
+@triton.jit
 def _clip(u, limit):
     # Not minimum() and maximum(): on the GPU they turn a NaN into the limit.
     value = tl.where(u > limit, limit, tl.where(u < -limit, -limit, u))
@@ -131,6 +216,74 @@ def swiglu_oai(x, limit, alpha):
 def swiglu_oai_up(u, limit, alpha):
     value, slope = _clip(u, limit)
     return value + 1, slope
+
+
+@triton.jit
+def clipped_gelu(x, limit):
+    y, slope = gelu(x)
+    value, inside = _clip(y, limit)
+    return value, slope * inside
+
+
+@triton.jit
+def clamped_swiglu(x, limit):
+    y, slope = silu(tl.where(x > limit, limit, x))
+    return y, tl.where(x <= limit, slope, 0.0)
+
+
+@triton.jit
+def clamped_swiglu_up(u, limit):
+    return _clip(u, limit)
+
+
+@triton.jit
+def swiglu_step(x, limit):
+    y, slope = silu(x)
+    return tl.where(y > limit, limit, y), tl.where(y <= limit, slope, 0.0)
+
+
+@triton.jit
+def swiglu_step_up(u, limit):
+    return _clip(u, limit)
+
+
+@triton.jit
+def _softcap(x, cap):
+    t, slope = tanh(x / cap)
+    return cap * t, slope
+
+
+@triton.jit
+def situ(x, beta, beta_up):
+    y, slope = _softcap(x, beta)
+    s, complement = sigmoids(x)
+    return y * s, (slope + y * complement) * s
+
+
+@triton.jit
+def situ_up(u, beta, beta_up):
+    return _softcap(u, beta_up)
+
+
+@triton.jit
+def softcap_swiglu(x, gate_cap, up_cap):
+    return situ(x, gate_cap, up_cap)
+
+
+@triton.jit
+def softcap_swiglu_up(u, gate_cap, up_cap):
+    return situ_up(u, gate_cap, up_cap)
+
+
+@triton.jit
+def scaled_swiglu(x, gate_scale, up_scale):
+    y, slope = silu(gate_scale * x)
+    return y, gate_scale * slope
+
+
+@triton.jit
+def scaled_swiglu_up(u, gate_scale, up_scale):
+    return up_scale * u, tl.full(u.shape, 1.0, tl.float32) * up_scale
 
 
 def _own_functions() -> dict[str, Any]:

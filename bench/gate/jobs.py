@@ -15,6 +15,7 @@ from ...backends.op import KERNELS
 from ...kernels.arch import Arch
 from ...kernels.arch.tile import SKINNY_M, Tile
 from ...kernels.launches.launch import Extra, Launch, Size, empty
+from ...reference.activations import resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,8 @@ def _tile_jobs(arch: Arch, launch: Launch, size: int, activations: list[str]) ->
                 yield job("train", "silu", torch.float16, True)
         if tile == arch.tiles[key][0] and size == 2 and launch.activated:
             for name in activations:
-                yield job(name, name, dtype, True)
+                if launch.gated or resolve(name).row.up is None:
+                    yield job(name, name, dtype, True)
 
 
 def _launch_jobs(arch: Arch, launch: Launch, activations: list[str]) -> Iterator[Job]:

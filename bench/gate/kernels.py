@@ -29,7 +29,7 @@ import triton
 
 from ...kernels.arch import ARCHES, Arch
 from ...reference.activations import ACTIVATIONS
-from ..options import Refusal
+from ..options import Refusal, activation
 from .compiling import captured, unknown
 from .inspecting import Compiled, inspect
 from .jobs import Job, jobs_of
@@ -121,7 +121,7 @@ def chosen(names: Sequence[str] | None, brief: bool) -> list[Arch]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", choices=ARCHES, help="default: as said above")
     parser.add_argument(
-        "--activation", nargs="+", metavar="NAME", choices=(*ACTIVATIONS, "all"), default=("gelu",),
+        "--activation", nargs="+", metavar="NAME", type=activation, default=("gelu",),
         help="compile matrix kernels with these beside silu, or with all; default: gelu",
     )  # fmt: skip
     parser.add_argument("--brief", action="store_true", help="one job of each kind of launch")

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import reference
-from ...reference.activations import ACTIVATIONS
+from ...reference.activations import resolve
 from ...reference.binary import GROUP
 from ..work import Work
 from .dense import Arguments, Function, Rival
@@ -47,13 +47,13 @@ class Binary(Rival):
         return made
 
     def function(self, work: Work) -> Function:
-        act = ACTIVATIONS[work.activation].reference
+        gate = resolve(work.activation)
 
         def call(t: Any) -> Tensor:
             if work.case.op == "binary_linear":
                 out: Tensor = t["weight"](t["x"])
                 return out
-            h = act(t["gate"](t["x"])) * t["up"](t["x"])
+            h = gate.phi(t["gate"](t["x"])) * gate.psi(t["up"](t["x"]))
             return h if work.case.op == "binary_gated_linear" else t["down"](h)
 
         return call

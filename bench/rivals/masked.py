@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import reference
 from ...ops.gated_linear import gated_linear
-from ...reference.activations import ACTIVATIONS
+from ...reference.activations import resolve
 from ..work import Work
 from .dense import Arguments, Function, Rival
 from .kernels.flash_mglu import flash_mglu_sums
@@ -41,11 +41,13 @@ class NaiveMasked(FixedMasks):
         return {**inputs, "masks": _masks(inputs)}
 
     def function(self, work: Work) -> Function:
-        act = ACTIVATIONS[work.activation].reference
+        gate = resolve(work.activation)
 
         def call(t: Arguments) -> Tensor:
             x, w = t["x"], t["w"]
-            terms = [act(F.linear(x, w * m)) * F.linear(x, w * ~m) for m in t["masks"]]
+            terms = [
+                gate.phi(F.linear(x, w * m)) * gate.psi(F.linear(x, w * ~m)) for m in t["masks"]
+            ]
             return torch.stack(terms).sum(0)
 
         return call
@@ -70,12 +72,12 @@ class FlashMGLU(FixedMasks):
         return {**inputs, "masks": (masks * bit).sum(0).to(torch.uint8)}
 
     def function(self, work: Work) -> Function:
-        act = ACTIVATIONS[work.activation].reference
+        gate = resolve(work.activation)
         n_m = work.case.shapes(1, 8, 8)["masks"][2]
 
         def call(t: Arguments) -> Tensor:
             gates, values = flash_mglu_sums(t["x"], t["w"], t["masks"], n_m)
-            return (act(gates) * values).sum(0, keepdim=True).to(t["x"].dtype)
+            return (gate.phi(gates) * gate.psi(values)).sum(0, keepdim=True).to(t["x"].dtype)
 
         return call
 

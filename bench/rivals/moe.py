@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...reference.activations import ACTIVATIONS
+from ...reference.activations import resolve
 from ..work import Work
 from .dense import Arguments, Compiled, Function, Rival, in_turn, recomputes
 
@@ -77,7 +77,7 @@ class GroupedMM(Experts):
         return {**kept, "w_gate_up": gate_up, "numbers": numbers}
 
     def function(self, work: Work) -> Function:
-        gemm, act = _grouped_mm(), ACTIVATIONS[work.activation].reference
+        gemm, act = _grouped_mm(), resolve(work.activation)
         assert gemm is not None
 
         def call(t: Arguments) -> Tensor:
@@ -86,7 +86,7 @@ class GroupedMM(Experts):
             ends = torch.searchsorted(chosen, t["numbers"], right=True, out_int32=True)
             rows = t["x"].index_select(0, order)
             gate, up = gemm(rows, t["w_gate_up"].mT, offs=ends).chunk(2, -1)
-            y = gemm(act(gate) * up, t["w_down"].mT, offs=ends)
+            y = gemm(act.phi(gate) * act.psi(up), t["w_down"].mT, offs=ends)
             back = torch.empty_like(y).index_copy_(0, order, y)
             return (back * t["prob"].unsqueeze(1)).to(t["x"].dtype)
 

@@ -27,6 +27,7 @@ from . import gates
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
 BSILU_ALPHA = 1.67  # SUGAR's B-SiLU, arXiv 2505.22074: (x + a) sigmoid(x) - a / 2
+LAPLACE_MEAN, LAPLACE_DEVIATION = 0.707107, 0.282095  # sqrt(1 / 2), sqrt(1 / (4 pi))
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +98,12 @@ def bsilu(x: Tensor, alpha: float = BSILU_ALPHA) -> Tensor:
     return x * s + alpha * (s - 0.5)
 
 
+def laplace(x: Tensor) -> Tensor:
+    """The normal distribution's integral with MEGA's mean and deviation, arXiv 2209.10655."""
+    z = (x - LAPLACE_MEAN) / (LAPLACE_DEVIATION * math.sqrt(2))
+    return 0.5 * (1 + z.erf())
+
+
 ACTIVATIONS: dict[str, Activation] = {
     row.name: row
     for row in (
@@ -115,9 +122,49 @@ ACTIVATIONS: dict[str, Activation] = {
         Activation("gelu2", lambda x: F.gelu(x).square()),
         Activation("bsilu", bsilu, settings={"alpha": BSILU_ALPHA}),
         Activation("mish", F.mish, modules=(nn.Mish,)),
+        Activation("relu6", F.relu6, kinks=(0.0, 6.0), modules=(nn.ReLU6,)),
+        Activation("hardswish", F.hardswish, kinks=(3.0,), modules=(nn.Hardswish,)),
+        Activation("hardsigmoid", F.hardsigmoid, kinks=(3.0,), modules=(nn.Hardsigmoid,)),
+        Activation(
+            "leaky_relu", F.leaky_relu, kinks=(0.0,), modules=(nn.LeakyReLU,),
+            parameters={"negative_slope": 0.01},
+        ),
+        Activation("elu", F.elu, kinks=(0.0,), modules=(nn.ELU,), parameters={"alpha": 1.0}),
+        Activation("selu", F.selu, kinks=(0.0,), modules=(nn.SELU,)),
+        Activation(
+            "softplus", F.softplus, modules=(nn.Softplus,),
+            parameters={"beta": 1.0, "threshold": 20.0}, positive=("beta", "threshold"),
+        ),
+        Activation("sqrtsoftplus", lambda x: F.softplus(x).sqrt()),
+        Activation("laplace", laplace),
+        Activation(
+            "clipped_gelu", lambda x, limit: F.gelu(x).clamp(-limit, limit),
+            parameters={"limit": 10.0}, kinks=("limit",),
+        ),
+        # Gates, phi(g) psi(u). Which models have them: docs/gates.md.
         Activation(
             "swiglu_oai", gates.oai_gate, up=gates.oai_up,
             parameters={"limit": 7.0, "alpha": 1.702}, kinks=("limit",),
+        ),
+        Activation(
+            "clamped_swiglu", gates.clamped_gate, up=gates.clip,
+            parameters={"limit": 7.0}, kinks=("limit",),
+        ),
+        Activation(
+            "swiglu_step", gates.step_gate, up=gates.clip,
+            parameters={"limit": 7.0}, kinks=("limit",),
+        ),
+        Activation(
+            "softcap_swiglu", gates.softcap_gate, up=gates.softcap_up,
+            parameters={"gate_cap": 4.0, "up_cap": 25.0}, positive=("gate_cap", "up_cap"),
+        ),
+        Activation(
+            "situ", gates.softcap_gate, up=gates.softcap_up,
+            parameters={"beta": 4.0, "beta_up": 25.0}, positive=("beta", "beta_up"),
+        ),
+        Activation(
+            "scaled_swiglu", gates.scaled_gate, up=gates.scaled_up,
+            parameters={"gate_scale": 1.0, "up_scale": 1.0},
         ),
     )
 }  # fmt: skip

@@ -3,6 +3,7 @@ reference."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
@@ -55,6 +56,19 @@ class Case:
         """The stem of its files: ops/<op>.py, and kernels/<op>.py where it has kernels."""
         return self.fn.__name__
 
+    @property
+    def gated(self) -> bool:
+        """Whether it has an up projection, so that a gate with a factor for it can be asked for."""
+        return "packed" in self.options or not _UP.isdisjoint(self.shapes(1, 1, 1))
+
+    def with_activation(self, activation: str) -> Case:
+        """The same call with another activation, whose inputs are drawn for it."""
+        return dataclasses.replace(
+            self,
+            options={**self.options, "activation": activation},
+            reference_options=(*self.reference_options, "activation"),
+        )
+
     def inputs(
         self,
         M: int,
@@ -63,7 +77,7 @@ class Case:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         *,
-        activation: str = "silu",
+        activation: str | None = None,
         seed: int = 0,
     ) -> dict[str, Tensor]:
         """Random arguments, drawn on `device`.
@@ -73,7 +87,7 @@ class Case:
         sides, and none on a kink. Weights keep what comes after near that.
         """
         generator = torch.Generator(device).manual_seed(seed)
-        gate = resolve(activation)
+        gate = resolve(activation or self.options.get("activation", "silu"))
         draw, reach = _off_kink if gate.row.kinks else _uniform, _reach(gate)
         made = {}
         for name, shape in self.shapes(M, D, H).items():
@@ -122,6 +136,7 @@ class Case:
 
 
 # What pre-activations are made of, beside weights.
+_UP = {"u", "w_up", "q_up", "masks"}
 _FIRST = ("x", "g", "u", "b", "b_gate", "b_up", "b_in")
 
 

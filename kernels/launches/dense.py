@@ -118,11 +118,11 @@ GATED_BWD = Launch(
 )  # fmt: skip
 PLAIN_FWD = Launch(
     "linear_act_fwd", _plain_fwd, lambda M, D, H: {"x": (M, D), "w": (H, D), "b": (H,)},
-    SIZE, RAGGED, _plain_fwd_reference, activated=True, odd=sizes_of_one(*SIZE),
+    SIZE, RAGGED, _plain_fwd_reference, activated=True, gated=False, odd=sizes_of_one(*SIZE),
 )  # fmt: skip
 PLAIN_BWD = Launch(
     "linear_act_bwd", _plain_bwd, lambda M, D, H: {"dy": (M, D), "w_down": (D, H), "z": (M, H)},
-    SIZE, RAGGED, _plain_bwd_reference, activated=True, odd=sizes_of_one(*SIZE),
+    SIZE, RAGGED, _plain_bwd_reference, activated=True, gated=False, odd=sizes_of_one(*SIZE),
 )  # fmt: skip
 
 

@@ -44,7 +44,8 @@ class Launch:
 
     For the gate: size and ragged, real ones whose rows lie on 16 bytes and which do not; none where
     `everywhere` says all. dtypes: those to compile where the table of tiles has none of its name.
-    activated: whether every activation makes another kernel. odd: variant -> size of what few calls
+    activated: whether every activation makes another kernel; gated: with an up projection, which
+    gates ask for. odd: variant -> size of what few calls
     meet, and extras, calls that only one architecture is asked to compile; everywhere: extras for
     all of them.
 
@@ -61,6 +62,7 @@ class Launch:
     reference: Callable[[Mapping[str, Tensor]], Tensors] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)
     activated: bool = False
+    gated: bool = True
     odd: Mapping[str, Size] = field(default_factory=dict)
     extras: Callable[[], Iterator[Extra]] = no_extras
     everywhere: Callable[[], Iterator[Extra]] = no_extras

@@ -191,7 +191,7 @@ def test_logits_of_another_dtype(dtype, each_backend, device):
         torch.testing.assert_close(mixed[key].to(dtype), same[key].to(dtype))
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", op_checks.FEW)
 def test_activations(activation, on_triton, device):
     inputs = LINEAR.inputs(17, 24, 40, torch.float32, device, activation=activation)
     check(LINEAR, inputs, activation=activation)

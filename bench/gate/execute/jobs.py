@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from ....kernels.arch import ARCHES, Arch
 from ....kernels.arch.tile import Tile
 from ....kernels.launches.launch import Launch, draw
 from ....ops.tree_path import tree_path
+from ....reference.activations import ACTIVATIONS
 from ....testing import CASES, Case, doubled
 from ....testing.case import evaluate, with_rounding, yardsticks
 from ..kernels import distinct
@@ -215,6 +217,31 @@ def _case_jobs(arch: Arch) -> Iterator[Job]:
                 )  # fmt: skip
 
 
+# ---- activations
+
+
+# One with all that a row can have, for the first gated Case of each op, whose epilogues differ;
+# every row in gated_act, for a row's device function is one in all kernels.
+GATE = "swiglu_oai"
+
+
+def _activation_jobs(arch: Arch) -> Iterator[Job]:
+    firsts = {case.op: case for case in reversed(CASES.values()) if _takes_gate(case)}
+    asked = [(case, GATE) for case in firsts.values()]
+    asked += [(CASES["gated_act"], name) for name in ACTIVATIONS if name not in ("silu", GATE)]
+    for case, name in asked:
+        variant = SHAPES["ragged"]
+        prepare = functools.partial(
+            _prepared_case, case.with_activation(name), variant, torch.bfloat16
+        )
+        brief = name == GATE and arch.thorough
+        yield Job(((case.name, "chosen"),), arch, torch.bfloat16, name, prepare, brief)
+
+
+def _takes_gate(case: Case) -> bool:
+    return case.gated and "activation" in inspect.signature(case.fn).parameters
+
+
 # ---- what has neither: its result is no floating number
 
 
@@ -244,4 +271,5 @@ def jobs_of(arch: Arch) -> Iterator[Job]:
     """All that is executed for one row of kernels/arch, in an order that does not change."""
     yield from _tile_jobs(arch)
     yield from _case_jobs(arch)
+    yield from _activation_jobs(arch)
     yield from _path_jobs(arch)
