@@ -15,6 +15,7 @@ from .explaining import explain
 from .hyperglu import HyperGLU, HyperGLUConfig, HyperMLP
 from .layers import *  # noqa: F403
 from .ops.top1_route import jitter, load_balancing_loss, router_z_loss
+from .ops.topk_route import update_router_bias
 from .patching import patch, patched, register_patch, unpatch
 from .patching.quantize import quantize_model
 from .patching.report import QuantizationReport
@@ -52,6 +53,7 @@ __all__ = [
     "read_gguf",
     "router_z_loss",
     "unpatch",
+    "update_router_bias",
 ]
 __all__ += activations.__all__
 __all__ += layers.__all__

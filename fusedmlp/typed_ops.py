@@ -16,4 +16,5 @@ from .ops.mlp import mlp as mlp
 from .ops.moe_linear import moe_linear as moe_linear
 from .ops.moe_mlp import moe_mlp as moe_mlp
 from .ops.top1_route import route_to as route_to, top1_route as top1_route
+from .ops.topk_route import topk_route as topk_route
 from .weights.masks import pack_masks as pack_masks

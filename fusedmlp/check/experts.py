@@ -28,22 +28,37 @@ def check_kind(op: str, routing: Routing) -> None:
         raise TypeError(f"{op}: routing must be a Routing, got {type(routing).__name__}")
 
 
+def check_one_choice(op: str, routing: Routing) -> None:
+    """A token has one expert: (T,), or (T, 1)."""
+    check_kind(op, routing)
+    if isinstance(routing.expert, Tensor) and routing.k != 1:
+        raise ValueError(
+            f"{op}: routing must give each token one expert, k = 1, got k = {routing.k}; route_to "
+            "takes one column of its expert"
+        )
+
+
 def check_routing(op: str, x: Tensor, routing: Routing, E: int, uses_prob: bool = True) -> None:
     """Every field of `routing` is one of x's tokens to E experts, on x's device; prob if used.
+    expert and prob are (T,), or (T, k) of k experts a token.
 
     Raises TypeError (kind, dtype) or ValueError (shape, device).
     """
     check_kind(op, routing)
     T, device = math.prod(x.shape[:-1]), x.device
-    sizes = (T, T, T, T, E + 2, E)
+    choices, R = (T,), T
+    if isinstance(routing.expert, Tensor) and routing.expert.dim() == 2:
+        k = routing.expert.shape[1]
+        choices, R = (T, k), T * k  # type: ignore[assignment]
+    sizes = (choices, choices, (R,), (R,), (E + 2,), (E,))
     for (name, dtype), t, size in zip(_FIELDS, routing[:6], sizes, strict=True):
         if dtype is None and not uses_prob:
             continue
         if not isinstance(t, Tensor):
             raise TypeError(f"{op}: routing.{name} must be a Tensor, got {type(t).__name__}")
-        if t.shape != (size,):
+        if t.shape != size:
             raise ValueError(
-                f"{op}: routing.{name} must have shape {(size,)} for x's {T} tokens and the "
+                f"{op}: routing.{name} must have shape {size} for x's {T} tokens and the "
                 f"weights' {E} experts, got {tuple(t.shape)}"
             )
         if dtype is not None and t.dtype is not dtype:

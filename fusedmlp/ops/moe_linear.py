@@ -24,7 +24,7 @@ from ..backends import choice
 from ..backends.derivatives import differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
-from ..check.experts import check_routing
+from ..check.experts import check_one_choice, check_routing
 from ..packing import rows
 from ..reference import Routing
 from . import moe_mlp
@@ -64,13 +64,13 @@ def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) 
 
     Args:
         x: (..., K). Read in place where its leading dimensions merge by strides.
-        routing: of x's tokens to E maps, from `top1_route` or `route_to`.
+        routing: of x's tokens to one of E maps each, from `top1_route` or `route_to`.
         w, b: (E, N, K), any strides, and (E, N) or None.
 
     Returns y (..., N) in x's dtype (under autocast: the autocast dtype); a dropped token's row is
     0.
 
-    Raises ValueError (shape, device) or TypeError (dtype), naming the argument.
+    Raises ValueError (shape, device, a routing of k > 1) or TypeError (dtype), naming the argument.
 
     All tensors have one floating dtype; the kernels take bfloat16, float16 and float32 and sum
     products in float32.
@@ -92,6 +92,7 @@ def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) 
     check.columns(OP, "x", x, K, "K of w")
     if b is not None:
         check.shape(OP, "b", b, E, N)
+    check_one_choice(OP, routing)
     check_routing(OP, x, routing, E, uses_prob=False)
     flat = rows(x)
     if choice.pick(OP, x) == "reference":

@@ -346,6 +346,8 @@ def moe_mlp(
     if choice.pick(OP, x) == "reference":
         arguments = (flat, routing, *tensors, activation, packed)
         y = by_reference(reference.moe_mlp, *arguments, recompute=recompute and wants_grad)
+    elif routing.k > 1:
+        raise RuntimeError(f"{OP}: k > 1 by backend('reference') alone, got k = {routing.k}")
     elif wants_grad:
         y = MoEMLPFunction.apply(
             flat, routing.prob, *tensors, routing.tokens, routing.offsets, activation, packed,

@@ -111,13 +111,22 @@ class Top1RouteFunction(Function):
         return bwd(logits, expert, grads[1], grads[6], grads[7]), None
 
 
-def _check_capacity(op: str, capacity: int | None) -> None:
+def check_capacity(op: str, capacity: int | None) -> None:
     if capacity is None:
         return
     if not isinstance(capacity, int | torch.SymInt) or isinstance(capacity, bool):
         raise TypeError(f"{op}: capacity must be None or an int, got {capacity!r}")
     if capacity < 1:
         raise ValueError(f"{op}: capacity must be None or at least 1, got {capacity}")
+
+
+def check_logits(op: str, logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"{op}: logits must be a Tensor, got {type(logits).__name__}")
+    if not logits.dtype.is_floating_point:
+        raise TypeError(f"{op}: logits must have a floating dtype, got {logits.dtype}")
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(f"{op}: logits must be (..., E), E at least 1, got {tuple(logits.shape)}")
 
 
 def top1_route(logits: Tensor, *, capacity: int | None = None) -> Routing:
@@ -145,13 +154,8 @@ def top1_route(logits: Tensor, *, capacity: int | None = None) -> Routing:
         >>> routing.kept.tolist()  # expert 1 was full when the third token came
         [True, True, False]
     """
-    if not isinstance(logits, Tensor):
-        raise TypeError(f"{OP}: logits must be a Tensor, got {type(logits).__name__}")
-    if not logits.dtype.is_floating_point:
-        raise TypeError(f"{OP}: logits must have a floating dtype, got {logits.dtype}")
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(f"{OP}: logits must be (..., E), E at least 1, got {tuple(logits.shape)}")
-    _check_capacity(OP, capacity)
+    check_logits(OP, logits)
+    check_capacity(OP, capacity)
     flat = rows(logits)
     if choice.pick(OP, logits, "logits") == "reference":
         return reference.top1_route(flat, capacity)
@@ -163,12 +167,12 @@ def top1_route(logits: Tensor, *, capacity: int | None = None) -> Routing:
 def route_to(
     expert: Tensor, prob: Tensor, num_experts: int, *, capacity: int | None = None
 ) -> Routing:
-    """Each token to an expert that the caller chose, with a factor of the caller's.
+    """Each token to an expert, or to k, that the caller chose, with factors of the caller's.
 
     Args:
-        expert: (...,) int64. A token whose index is not in 0 .. num_experts - 1 is dropped, on
-            every backend: checking it here would wait for the GPU.
-        prob: (...,) floating, on the device of `expert`; carries gradients through moe_mlp.
+        expert: (T,) or, k choices a token, (T, k) int64. A choice whose index is not in 0 ..
+            num_experts - 1 is dropped, on every backend: checking it here would wait for the GPU.
+        prob: as expert, floating, on its device; carries gradients through moe_mlp.
         num_experts: E, at least 1.
         capacity: as in top1_route.
 
@@ -185,6 +189,8 @@ def route_to(
         [1, 0, 2, 0]
         >>> routing.tokens.tolist()  # rows in the order of experts
         [1, 0, 2]
+        >>> route_to(torch.tensor([[2, 0], [2, 1]]), torch.ones(2, 2), num_experts=4).k
+        2
     """
     op = "route_to"
     for name, t in (("expert", expert), ("prob", prob)):
@@ -194,6 +200,11 @@ def route_to(
         raise TypeError(f"{op}: expert must be int64, got {expert.dtype}")
     if not prob.dtype.is_floating_point:
         raise TypeError(f"{op}: prob must have a floating dtype, got {prob.dtype}")
+    if expert.dim() not in (1, 2) or not all(expert.shape[1:]):
+        raise ValueError(
+            f"{op}: expert must be (T,) or (T, k), k at least 1, got {tuple(expert.shape)}; "
+            "flatten leading dimensions"
+        )
     check.shape(op, "prob", prob, *expert.shape)
     if prob.device != expert.device:
         raise ValueError(f"{op}: prob must be on {expert.device}, as expert is, got {prob.device}")
@@ -201,21 +212,19 @@ def route_to(
         raise TypeError(f"{op}: num_experts must be an int, got {num_experts!r}")
     if num_experts < 1:
         raise ValueError(f"{op}: num_experts must be at least 1, got {num_experts}")
-    _check_capacity(op, capacity)
-    T = math.prod(expert.shape)
-    expert, prob = expert.reshape(T), prob.reshape(T)
+    check_capacity(op, capacity)
     if choice.pick(op, prob, "prob") == "reference":
         return reference.route_to(expert, prob, num_experts, capacity)
-    return Routing(expert, prob, *given(expert, num_experts, capacity))
+    return Routing(expert, prob, *given(expert.reshape(-1), num_experts, capacity))
 
 
 def load_balancing_loss(routing: Routing, *, kept_only: bool = False) -> Tensor:
-    """E sum_e f_e P_e, at least about 1 and 1 when balanced: Switch Transformer's auxiliary loss.
+    """E sum_e f_e P_e, at least about k and k when balanced: Switch Transformer's auxiliary loss.
 
     P_e is the mean router probability of expert e over all tokens; f_e is the fraction of tokens
-    that chose e, before any was dropped, or with `kept_only` of those that e took. f carries no
-    gradient. 0 for no tokens. Float32. Raises ValueError for a routing without mean_prob, TypeError
-    for what is no Routing.
+    that chose e, of k experts each, before any was dropped, or with `kept_only` of those that e
+    took. f carries no gradient. 0 for no tokens. Float32. Raises ValueError for a routing without
+    mean_prob, TypeError for what is no Routing.
 
     Source: Fedus, Zoph, Shazeer, Switch Transformers, arXiv 2101.03961.
 
@@ -229,7 +238,7 @@ def load_balancing_loss(routing: Routing, *, kept_only: bool = False) -> Tensor:
     op = "load_balancing_loss"
     check_kind(op, routing)
     if routing.mean_prob is None:
-        raise ValueError(f"{op}: routing must come from top1_route, got no mean_prob")
+        raise ValueError(f"{op}: routing must come from top1_route or topk_route, got no mean_prob")
     return reference.load_balancing_loss(routing, kept_only)
 
 
@@ -251,7 +260,9 @@ def router_z_loss(routing: Routing) -> Tensor:
     """
     check_kind("router_z_loss", routing)
     if routing.log_sum_exp is None:
-        raise ValueError("router_z_loss: routing must come from top1_route, got no log_sum_exp")
+        raise ValueError(
+            "router_z_loss: routing must come from top1_route or topk_route, got no log_sum_exp"
+        )
     return reference.router_z_loss(routing)
 
 

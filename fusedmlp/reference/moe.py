@@ -1,14 +1,14 @@
-"""Top-1 mixture of experts: routing, the experts' MLPs, and the router's losses.
+"""Mixture of experts: routing, the experts' MLPs, and the router's losses.
 
-T tokens, E experts. A token goes to one expert, or, past that expert's capacity, to none. Rows in
-expert order: first expert 0's tokens in the order of tokens, then expert 1's, ..., and last the
-dropped tokens.
+T tokens, E experts, k choices a token. A choice goes to one expert, or, past that expert's
+capacity, to none. Choice j of token t has the number t k + j. Rows in expert order: first expert
+0's choices in the order of their numbers, then expert 1's, ..., and last the dropped ones.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,21 +27,26 @@ __all__ = [
     "route_to",
     "router_z_loss",
     "top1_route",
+    "topk_route",
     "tree_path",
 ]
 
+Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+Compared = Literal["score", "logits"]
+GroupScore = Literal["top2", "max"]
+
 
 class Routing(NamedTuple):
-    """Which token goes to which expert; a tuple of tensors, hence a pytree.
+    """Which token goes to which experts; a tuple of tensors, hence a pytree.
 
     | field | shape | dtype | |
     |---|---|---|---|
-    | expert | (T,) | int64 | the chosen expert, of a dropped token too |
-    | prob | (T,) | floating | what the expert's result is multiplied by |
-    | tokens | (T,) | int32 | row in expert order -> token |
-    | rows | (T,) | int32 | token -> row in expert order |
-    | offsets | (E + 2,) | int32 | expert e has rows offsets[e] .. offsets[e + 1]; dropped tokens have the rows offsets[E] .. offsets[E + 1] = T |
-    | counts | (E,) | int32 | tokens that chose each expert, dropped ones included |
+    | expert | (T,) or (T, k) | int64 | the chosen experts, dropped choices too |
+    | prob | as expert | floating | what the expert's result is multiplied by |
+    | tokens | (T k,) | int32 | row in expert order -> t k + j, choice j of token t; t where k = 1 |
+    | rows | (T k,) | int32 | t k + j -> row in expert order |
+    | offsets | (E + 2,) | int32 | expert e has rows offsets[e] .. offsets[e + 1]; dropped choices have the rows offsets[E] .. offsets[E + 1] = T k |
+    | counts | (E,) | int32 | choices of each expert, dropped ones included |
     | mean_prob | (E,) | float32 | mean router probability of each expert, or None |
     | log_sum_exp | (T,) | float32 | of the router's logits, or None |
 
@@ -49,10 +54,14 @@ class Routing(NamedTuple):
 
     Examples:
         >>> import torch
-        >>> from fusedmlp import top1_route
-        >>> routing = top1_route(torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 3.0]]))
-        >>> routing.num_experts, routing.tokens.tolist(), routing.offsets.tolist()
-        (2, [1, 0, 2], [0, 1, 3, 3])
+        >>> from fusedmlp import top1_route, topk_route
+        >>> logits = torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 3.0]])
+        >>> routing = top1_route(logits)
+        >>> routing.num_experts, routing.k, routing.tokens.tolist(), routing.offsets.tolist()
+        (2, 1, [1, 0, 2], [0, 1, 3, 3])
+        >>> both = topk_route(logits, 2)  # row 0 is the second choice of token 0
+        >>> both.k, both.tokens.tolist()
+        (2, [1, 2, 5, 0, 3, 4])
     """  # noqa: E501
 
     expert: Tensor
@@ -69,9 +78,14 @@ class Routing(NamedTuple):
         return self.counts.shape[0]
 
     @property
+    def k(self) -> int:
+        """Choices of a token."""
+        return self.expert.shape[1] if self.expert.dim() == 2 else 1
+
+    @property
     def kept(self) -> Tensor:
-        """(T,) bool: whether an expert takes the token."""
-        return self.rows < self.offsets[-2]
+        """As expert, bool: whether the expert takes it."""
+        return (self.rows < self.offsets[-2]).view(self.expert.shape)
 
 
 def top1_route(logits: Tensor, capacity: int | None = None) -> Routing:
@@ -85,18 +99,84 @@ def top1_route(logits: Tensor, capacity: int | None = None) -> Routing:
     return routing._replace(mean_prob=p.sum(0) / max(T, 1), log_sum_exp=z.logsumexp(-1))
 
 
+def _sqrtsoftplus(z: Tensor) -> Tensor:
+    """Its slope at 0, where softplus has underflowed, is 0 and not NaN."""
+    t = F.softplus(z)
+    return torch.where(t > 0, torch.where(t > 0, t, 1).sqrt(), t)
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda z: z.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "sqrtsoftplus": _sqrtsoftplus,
+}
+
+
+def _sorted(t: Tensor) -> Tensor:
+    """Places by falling value, NaN first, the lower one of equals first."""
+    return t.sort(dim=-1, descending=True, stable=True).indices
+
+
+def _best_groups(compared: Tensor, groups: int, taken: int, score: GroupScore) -> Tensor:
+    """(T, E) int: 1 for the experts of the best groups."""
+    parts = compared.unflatten(1, (groups, -1))
+    if score == "max":
+        best = parts.amax(-1)
+    else:
+        best = parts.gather(-1, _sorted(parts)[..., :2]).sum(-1)
+    inside = torch.zeros_like(best, dtype=torch.int32).scatter(1, _sorted(best)[:, :taken], 1)
+    return inside.repeat_interleave(compared.shape[1] // groups, 1)
+
+
+def topk_route(
+    logits: Tensor,
+    k: int,
+    score: Score = "softmax",
+    norm: bool = True,
+    eps: float = 0.0,
+    least: float = 0.0,
+    scale: float = 1.0,
+    capacity: int | None = None,
+    bias: Tensor | None = None,
+    compared: Compared = "score",
+    groups: int | None = None,
+    topk_group: int | None = None,
+    group_score: GroupScore = "top2",
+) -> Routing:
+    """Each token to the k experts of its largest scores (plus bias), the lowest of equals first."""
+    T, E = logits.shape
+    z = logits if logits.dtype == torch.float64 else logits.float()
+    s = SCORES[score](z)
+    value = (s if compared == "score" else z).detach()
+    if bias is not None:
+        value = value + bias
+    # Scores rise with logits, which tell apart what a score rounds to the same number.
+    order = _sorted(z.detach() if bias is None else value)
+    if groups is not None:
+        assert topk_group is not None
+        inside = _best_groups(value, groups, topk_group, group_score)
+        order = order.gather(1, _sorted(inside.gather(1, order)))
+    expert = order[:, :k]
+    chosen = s.gather(1, expert)
+    if norm:
+        chosen = chosen / (chosen.sum(1, keepdim=True).clamp(min=least) + eps)
+    p = s if score == "softmax" else s / s.sum(1, keepdim=True)
+    routing = route_to(expert, (scale * chosen).to(logits.dtype), E, capacity)
+    return routing._replace(mean_prob=p.sum(0) / max(T, 1), log_sum_exp=z.logsumexp(-1))
+
+
 def route_to(
     expert: Tensor, prob: Tensor, num_experts: int, capacity: int | None = None
 ) -> Routing:
-    """Each token to a given expert; an index outside 0 .. E - 1 drops the token."""
-    T, E = expert.shape[0], num_experts
-    inside = (expert >= 0) & (expert < E)
-    chosen, order = torch.where(inside, expert, E).sort(stable=True)
+    """Each choice to a given expert; an index outside 0 .. E - 1 drops it."""
+    chosen_by, E = expert.reshape(-1), num_experts
+    inside = (chosen_by >= 0) & (chosen_by < E)
+    chosen, order = torch.where(inside, chosen_by, E).sort(stable=True)
     starts = torch.searchsorted(chosen, torch.arange(E + 1, device=expert.device))
     counts = starts.diff()
-    place = torch.arange(T, device=expert.device)
+    place = torch.arange(chosen_by.shape[0], device=expert.device)
     if capacity is not None:
-        # Dropped tokens move behind all others, in their own order.
+        # Dropped choices move behind all others, in their own order.
         late = place - starts[chosen] >= capacity
         bucket = torch.empty_like(chosen).scatter_(0, order, torch.where(late, E, chosen))
         chosen, order = bucket.sort(stable=True)
@@ -108,7 +188,8 @@ def route_to(
 
 
 def load_balancing_loss(routing: Routing, kept_only: bool = False) -> Tensor:
-    """E sum_e f_e P_e: f_e the fraction of tokens that chose e, P_e its mean probability."""
+    """E sum_e f_e P_e: f_e the fraction of tokens that chose e, P_e its mean probability; k when
+    balanced."""
     assert routing.mean_prob is not None
     T, E = routing.expert.shape[0], routing.num_experts
     counts = routing.offsets[: E + 1].diff() if kept_only else routing.counts
@@ -127,23 +208,26 @@ def _has_values(t: Tensor) -> bool:
 
 
 def by_expert(x: Tensor, routing: Routing, run: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """Row t is run(x[t], its expert), and 0 where the token is dropped."""
-    E = routing.num_experts
+    """Row t k + j is run(x[t], the expert of choice j), and 0 where that is dropped."""
+    E, k = routing.num_experts, routing.k
     if torch.compiler.is_compiling() or transformed() or not _has_values(routing.offsets):
         # Sizes that depend on the routing are not known, or cannot be batched by vmap: every expert
         # sees every row.
-        bucket = torch.where(routing.kept, routing.expert, E).unsqueeze(1)
-        chosen = lambda e: torch.where(bucket == e, x, 0)  # noqa: E731
-        y = torch.where(bucket == 0, run(chosen(0), 0), 0)
+        bucket = torch.where(routing.kept, routing.expert, E).view(-1, k)
+        mine = lambda e: bucket == e  # noqa: E731
+        chosen = lambda e: torch.where(mine(e).any(1, keepdim=True), x, 0)  # noqa: E731
+        made = run(chosen(0), 0).unsqueeze(1)
+        y = torch.where(mine(0).unsqueeze(2), made, 0)
         for e in range(1, E):
-            y = torch.where(bucket == e, run(chosen(e), e), y)
-        return y
+            y = torch.where(mine(e).unsqueeze(2), run(chosen(e), e).unsqueeze(1), y)
+        return y.flatten(0, 1)
     ends = routing.offsets.tolist()
+    tokens = routing.tokens if k == 1 else routing.tokens // k
     # Expert 0 always, so that without tokens too gradients are 0, not missing.
     busy = [e for e in range(E) if ends[e] < ends[e + 1] or e == 0]
-    parts = [run(x[routing.tokens[ends[e] : ends[e + 1]]], e) for e in busy]
+    parts = [run(x[tokens[ends[e] : ends[e + 1]]], e) for e in busy]
     # In what `run` returns, which under autocast may not be x's dtype.
-    dropped = parts[0].new_zeros(x.shape[0] - ends[E], parts[0].shape[1])
+    dropped = parts[0].new_zeros(x.shape[0] * k - ends[E], parts[0].shape[1])
     return torch.cat([*parts, dropped])[routing.rows]
 
 
@@ -159,7 +243,8 @@ def moe_mlp(
     activation: str = "silu",
     packed: Packed | None = None,
 ) -> Tensor:
-    """prob * the MLP of each token's expert: gated_mlp, or mlp where there is no up weight."""
+    """The sum over a token's choices of prob * the expert's MLP: gated_mlp, or mlp where there is
+    no up weight."""
     own = [None if t is None else t.unbind() for t in (w_gate, w_up, w_down, b_gate, b_up, b_down)]
 
     def run(rows: Tensor, e: int) -> Tensor:
@@ -170,9 +255,12 @@ def moe_mlp(
         return gated_mlp(rows, gate, up, down, bg, bu, bd, activation, packed)
 
     y = by_expert(x, routing, run)
-    # Not prob * y alone: a NaN probability must leave a dropped token's row 0.
-    scaled = (routing.prob.unsqueeze(1) * y).to(x.dtype)
-    return torch.where(routing.kept.unsqueeze(1), scaled, 0)
+    # Not prob * y alone: a NaN probability must leave a dropped choice's row 0.
+    scaled = routing.prob.reshape(-1, 1) * y
+    if routing.k == 1:
+        return torch.where(routing.kept.view(-1, 1), scaled.to(x.dtype), 0)
+    each = torch.where(routing.kept.view(-1, 1), scaled, 0).unflatten(0, routing.expert.shape)
+    return each.sum(1).to(x.dtype)
 
 
 def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._api import moe_linear, moe_mlp, top1_route
+from .._api import moe_linear, moe_mlp, top1_route, topk_route
 from .case import Case, Draw, Shapes
 
 EXPERTS = 3  # of the cases that tests run
@@ -56,6 +56,26 @@ def _adapt_linear(arguments: dict[str, Any], functions: Any) -> dict[str, Any]:
     return {**arguments, "routing": functions.route_to(expert, ones, arguments["w"].shape[0])}
 
 
+def _adapt_topk(arguments: dict[str, Any], functions: Any) -> dict[str, Any]:
+    """Four experts a token, or all there are."""
+    return {**arguments, "k": min(4, arguments["logits"].shape[-1])}
+
+
+def route_case(name: str, **options: Any) -> Case:
+    """A case of topk_route; options: those of the function."""
+    return Case(
+        name,
+        topk_route,  # type: ignore[arg-type]  # as top1_route
+        reference.topk_route,  # type: ignore[arg-type]
+        lambda M, D, H: {"logits": (M, min(H, 128))},
+        options,
+        reference_options=tuple(options),
+        adapt=_adapt_topk,
+        result=lambda routing: routing.prob,
+        out_shape=lambda M, D, H: (M, min(4, H)),
+    )
+
+
 def experts_case(
     name: str,
     experts: int = EXPERTS,
@@ -93,6 +113,9 @@ def cases() -> Iterator[Case]:
         result=lambda routing: routing.prob,
         out_shape=lambda M, D, H: (M,),
     )
+    yield route_case("topk_route", norm=False, scale=2.0)
+    yield route_case("topk_route-root", score="sqrtsoftplus", eps=1e-20)
+    yield route_case("topk_route-sigmoid", score="sigmoid", eps=1e-20, scale=2.5)
     yield experts_case("moe_mlp")
     yield experts_case("moe_mlp-bias", spread="skewed", bias=True)
     yield experts_case("moe_mlp-up_gate-bias", spread="sparse", bias=True, packed="up_gate")

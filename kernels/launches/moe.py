@@ -16,6 +16,7 @@ from ..arch.tile import Fit, Tile
 from ..moe.backward import moe_bias_grad, moe_dh, moe_wgrad
 from ..moe.moe_mlp import moe_down, moe_up
 from ..moe.top1_route import route_to_fwd, top1_route_bwd, top1_route_fwd
+from ..moe.topk_route import Choice, Form, topk_route_bwd, topk_route_fwd
 from ..moe.tree_path import tree_path_fwd
 from ..pick import pick_grouped_tile
 from .dense import calls, new
@@ -228,6 +229,40 @@ BIAS = Launch("moe_bias_grad", everywhere=_bias_extras)
 ROUTE = Launch("top1_route_fwd", everywhere=_by_experts(_route_call))
 GIVEN = Launch("route_to_fwd", everywhere=_by_experts(_given_call))
 ROUTE_BWD = Launch("top1_route_bwd", everywhere=_by_experts(_route_bwd_call))
+
+
+def _forms(experts: int) -> Iterator[tuple[int, Form, Choice]]:
+    """(k, ...): softmax, then sigmoid with groups where there are as many."""
+    yield min(8, experts), Form(), Choice()
+    if experts >= 16:
+        yield 8, Form("sigmoid", True, 1e-20, 0.0, 2.5), Choice("score", 8, 4, "top2")
+        yield 2, Form("sqrtsoftplus", False), Choice("logits", 4, 2, "max")
+
+
+def _topk_extras() -> Iterator[Extra]:
+    for dtype in (_BF16, _FLOAT32):
+        for experts in (1, 16, 160, 1024):
+            logits, bias = new(T, experts, dtype=dtype), new(experts, dtype=_FLOAT32)
+            for k, form, chosen in _forms(experts):
+                own = None if chosen.groups == 1 else bias
+                call = functools.partial(topk_route_fwd, logits, own, k, None, form, chosen)
+                yield f"{form.score} of {experts} experts", dtype, call
+
+
+def _topk_bwd_extras() -> Iterator[Extra]:
+    for dtype in (_BF16, _FLOAT32):
+        for experts in (1, 16, 160, 1024):
+            logits, mean = new(T, experts, dtype=dtype), new(experts, dtype=_FLOAT32)
+            for k, form, _ in _forms(experts):
+                expert, each = new(T, k, dtype=torch.int64), new(T, k, dtype=_FLOAT32)
+                call = functools.partial(
+                    topk_route_bwd, logits, expert, each, mean, each[:, 0], form
+                )
+                yield f"{form.score} of {experts} experts", dtype, call
+
+
+TOPK = Launch("topk_route_fwd", everywhere=_topk_extras)
+TOPK_BWD = Launch("topk_route_bwd", everywhere=_topk_bwd_extras)
 _DEPTH = 5
 TREE = Launch(
     "tree_path_fwd", lambda t, training: {"path": tree_path_fwd(t["logits"], _DEPTH)},

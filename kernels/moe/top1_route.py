@@ -36,7 +36,7 @@ def _load_logits(logits_ptr, offs_t, offs_e, T, E, stride_t, stride_e):
 
 
 @triton.jit
-def _softmax(z):
+def softmax(z):
     """(z with -inf for NaN, its row maxima, exp(z - maximum), their sums)."""
     number = tl.where(z != z, -float("inf"), z)
     top = tl.max(number, 1)
@@ -74,7 +74,7 @@ def _count_kernel(
             expert = tl.load(expert_ptr + offs_t, mask=mask_t, other=-1)
         else:
             z = _load_logits(logits_ptr, offs_t, offs_e, end, E, stride_t, stride_e)
-            number, top, weight, total = _softmax(z)
+            number, top, weight, total = softmax(z)
             # As torch.argmax: the first NaN wins, else the first of the largest.
             nan = tl.min(tl.where(z != z, offs_e[None, :], BLOCK_E), 1)
             expert = tl.where(nan < BLOCK_E, nan, tl.argmax(number, 1))
@@ -185,7 +185,7 @@ def _bwd_kernel(
     mask_e = offs_e < E
     z = _load_logits(logits_ptr, offs_t, offs_e, T, E, stride_t, stride_e)
     # Not exp(z - log-sum-exp): rounding that costs p the digits before its point.
-    _, _, weight, total = _softmax(z)
+    _, _, weight, total = softmax(z)
     p = weight / total[:, None]
     q = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if dprob_ptr is not None:
@@ -312,6 +312,14 @@ def _launch(call: RouteCall) -> None:
         T, call.E, call.chunk, *((0, 0) if call.logits is None else call.logits.stride()),
         **options,
     )  # fmt: skip
+    place(call)
+
+
+def place(call: RouteCall) -> None:
+    """The second launch: from ranks and histograms to groups. With k choices a token, of all their
+    numbers, by chunks of so many."""
+    T, chunks = call.rank.shape[0], call.histograms.shape[0]
+    options = _blocks(call.E)
     _place_kernel[chunks,](
         call.expert, call.rank, call.histograms, call.sums, call.tokens, call.rows, call.offsets,
         call.counts, call.mean, T, call.E, call.chunk, chunks, call.capacity,
