@@ -1,36 +1,39 @@
-"""y[t] = prob[t] * MLP_e(x[t]) with e = expert[t]: top-1 experts, forward and backward.
+"""y[t] = sum_j prob[t, j] * MLP_e(x[t]) with e = expert[t, j]: k experts a token, forward and
+backward.
 
 MLP_e is (act(x Wg[e]' + bg[e]) * (x Wu[e]' + bu[e])) Wd[e]' + bd[e], or without an up weight
-act(x Wg[e]' + bg[e]) Wd[e]' + bd[e]. A dropped token's row is 0.
+act(x Wg[e]' + bg[e]) Wd[e]' + bd[e]. A dropped choice adds nothing.
 
 | tensor | shape | |
 |---|---|---|
 | x | (..., D) | flattened to (T, D) |
-| routing | | of T tokens to E experts; prob in x's dtype or float32 |
+| routing | | of T tokens to E experts, k each; prob in x's dtype or float32 |
 | w_gate, w_up | (E, H, D) | or w_gate (E, 2H, D) packed and w_up None; plain: w_up None |
 | w_down | (E, D_out, H) | |
 | b_gate, b_up, b_down | (E, H), (E, H), (E, D_out) | or b_gate (E, 2H) packed |
 | y | (..., D_out) | |
 
-dtype: one floating dtype for all but prob, kept. Memory plan: saves x, the routing, the weights, g
-and u; with recompute=True not g and u. Rows of g, u, h lie in expert order.
+dtype: one floating dtype for all but prob, kept. Memory plan: saves x (once, whatever k), the
+routing, the weights, g and u (T k, H); with recompute=True not g and u. Rows of g, u, h lie in
+expert order.
 
 | step | computes | by |
 |---|---|---|
 | forward | h (and g, u) from gathered rows of x | moe_up |
-| | y = prob (h Wd' + bd), to token order | moe_down |
+| | y = prob (h Wd' + bd), to token order | moe_down; for k > 1 its rows stay in expert order and moe_combine sums a token's, times prob, in the order of its choices |
 | backward | c = dy Wd in registers -> dg, du, prob h, bias sums, dprob = c . h + dy . bd | moe_dh |
 | | dWd[e] = dy' (prob h), dWg[e] = dg' x, dWu[e] = du' x over the expert's rows | moe_wgrad |
-| | dx = dg Wg + du Wu, to token order | moe_down |
+| | dx = dg Wg + du Wu, to token order | moe_down; for k > 1 and moe_combine |
 
-Each is skipped unless its gradient is wanted. Source: Fedus, Zoph, Shazeer, Switch Transformers,
-arXiv 2101.03961.
-"""
+Each is skipped unless its gradient is wanted. x and dy are gathered by the kernels, never repeated.
+Source: Fedus, Zoph, Shazeer, Switch Transformers, arXiv 2101.03961.
+"""  # noqa: E501
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,7 +42,7 @@ from torch.autograd import Function
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.derivatives import by_reference, differentiable, save
-from ..backends.flops import Shape, no_products, rows_times
+from ..backends.flops import Shape, Shapes, no_products, rows_times
 from ..backends.op import Op, kernel, register
 from ..check.experts import autocast_prob, check_experts, check_routing
 from ..kernels.launches import moe as launches
@@ -62,12 +65,12 @@ def _up_fake(
     want_h: bool,
     want_gu: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _triton.moe_up_results(x, w_gate, w_up, want_h, want_gu)
+    return _triton.moe_up_results(x, tokens, w_gate, w_up, want_h, want_gu)
 
 
 def _down_fake(
     a: Tensor,
-    tokens: Tensor,
+    tokens: Tensor | None,
     offsets: Tensor,
     w: Tensor,
     a2: Tensor | None,
@@ -77,6 +80,10 @@ def _down_fake(
     gather: bool,
 ) -> Tensor:
     return _triton.moe_down_result(a, w)
+
+
+def _combine_fake(r: Tensor, rows: Tensor, offsets: Tensor, prob: Tensor | None, k: int) -> Tensor:
+    return _triton.moe_combine_result(r, rows, k)
 
 
 def _dh_fake(
@@ -111,8 +118,8 @@ def _bias_grad_fake(dy: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
 def _up_flops(
     x: Shape, tokens: Shape, offsets: Shape, w_gate: Shape, w_up: Shape | None, *rest: object
 ) -> int:
-    """Every row meets one expert; a dropped token's counts too."""
-    return 2 * x[0] * (prod(w_gate[1:]) + (0 if w_up is None else prod(w_up[1:])))
+    """Every row meets one expert; a dropped choice's counts too."""
+    return 2 * tokens[0] * (prod(w_gate[1:]) + (0 if w_up is None else prod(w_up[1:])))
 
 
 def _down_flops(
@@ -134,14 +141,22 @@ up = library.define(
 )
 # prob (a w' + a2 w2' + b) in token order.
 down = library.define(
-    "moe_down(Tensor a, Tensor tokens, Tensor offsets, Tensor w, Tensor? a2, Tensor? w2, Tensor? b,"
-    " Tensor? prob, bool gather) -> Tensor",
+    "moe_down(Tensor a, Tensor? tokens, Tensor offsets, Tensor w, Tensor? a2, Tensor? w2, "
+    "Tensor? b, Tensor? prob, bool gather) -> Tensor",
     _triton.moe_down,
     _down_fake,
     flops=_down_flops,
     result="MD",
     grouped=True,
     launches=(launches.DOWN,),
+)
+# r (T k, N) in expert order -> (T, N): prob times a token's k rows, summed.
+combine = library.define(
+    "moe_combine(Tensor r, Tensor rows, Tensor offsets, Tensor? prob, SymInt k) -> Tensor",
+    _triton.moe_combine,
+    _combine_fake,
+    flops=no_products,
+    launches=(launches.COMBINE,),
 )
 # -> dgu, prob h, dprob, db, db_down
 dh = library.define(
@@ -150,18 +165,18 @@ dh = library.define(
     "bool want_db_down) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _triton_bwd.moe_dh,
     _dh_fake,
-    flops=lambda dy, tokens, offsets, prob, w_down, *_: 2 * dy[0] * prod(w_down[1:]),
+    flops=lambda dy, tokens, offsets, prob, w_down, *_: 2 * tokens[0] * prod(w_down[1:]),
     result="MH",
     grouped=True,
     launches=(launches.DH,),
 )
-# a (T, N), b (T, K) -> a' b of each expert's rows, (E, N, K)
+# a (R, N), b (R, K), (T, ...) where gathered -> a' b of each expert's rows, (E, N, K)
 wgrad = library.define(
     "moe_wgrad(Tensor a, Tensor b, Tensor tokens, Tensor offsets, bool gather_a, bool gather_b) "
     "-> Tensor",
     _triton_bwd.moe_wgrad,
     _wgrad_fake,
-    flops=lambda a, b, *_: 2 * prod(a) * b[1],
+    flops=lambda a, b, tokens, *_: 2 * tokens[0] * a[1] * b[1],
     result="HD",
     grouped=True,
     launches=(launches.WGRAD,),
@@ -197,28 +212,48 @@ def _first(
     return up(x, tokens, offsets, w_gate, w_up, b_gate, b_up, activation, want_h, want_gu)
 
 
-def _dx(
-    dgu: Tensor, tokens: Tensor, offsets: Tensor, w_gate: Tensor, w_up: Tensor | None
-) -> Tensor:
+class Order(NamedTuple):
+    """What the kernels know of a routing. rows: None for k = 1, where they are not read."""
+
+    tokens: Tensor
+    offsets: Tensor
+    rows: Tensor | None
+    k: int
+
+
+def _second(
+    a: Tensor, order: Order, w: Tensor, a2: Tensor | None, w2: Tensor | None, b: Tensor | None,
+    prob: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """prob (a w' + a2 w2' + b) in token order, a token's choices summed."""
+    if order.rows is None:
+        return down(a, order.tokens, order.offsets, w, a2, w2, b, prob, False)
+    r = down(a, None, order.offsets, w, a2, w2, b, None, False)
+    return combine(r, order.rows, order.offsets, prob, order.k)
+
+
+def _dx(dgu: Tensor, order: Order, w_gate: Tensor, w_up: Tensor | None) -> Tensor:
     """dgu packed goes with a packed weight, by one product."""
     if dgu.dim() == 2:
-        return down(dgu, tokens, offsets, w_gate.mT, None, None, None, None, False)
+        return _second(dgu, order, w_gate.mT, None, None, None, None)
     du, up_t = (None, None) if w_up is None else (dgu[1], w_up.mT)
-    return down(dgu[0], tokens, offsets, w_gate.mT, du, up_t, None, None, False)
+    return _second(dgu[0], order, w_gate.mT, du, up_t, None, None)
 
 
-def routing_of(prob: Tensor, tokens: Tensor, offsets: Tensor) -> Routing:
-    """The routing that has these fields; a dropped token's expert is not known and reads E."""
-    T = tokens.shape[0]
-    place = torch.arange(T, dtype=offsets.dtype, device=offsets.device)
+def routing_of(prob: Tensor, tokens: Tensor, offsets: Tensor, k: int = 1) -> Routing:
+    """The routing that has these fields, prob (T k,); the expert of a dropped choice is not known
+    and reads E."""
+    place = torch.arange(tokens.shape[0], dtype=offsets.dtype, device=offsets.device)
     rows = torch.empty_like(tokens).scatter_(0, tokens.long(), place)
     expert = torch.searchsorted(offsets[1:-1], rows, right=True)
+    if k > 1:
+        expert, prob = expert.view(-1, k), prob.view(-1, k)
     return Routing(expert, prob, tokens, rows, offsets, offsets[:-1].diff())
 
 
 def _formula(x: Tensor, prob: Tensor, *rest: Any) -> Tensor:
-    *weights, tokens, offsets, activation, packed = rest
-    arguments = (routing_of(prob, tokens, offsets), *weights, activation, packed)
+    *weights, tokens, offsets, _, k, activation, packed = rest
+    arguments = (routing_of(prob, tokens, offsets, k), *weights, activation, packed)
     return reference.moe_mlp(x, *arguments)
 
 
@@ -236,6 +271,8 @@ class MoEMLPFunction(Function):
         b_down: Tensor | None,
         tokens: Tensor,
         offsets: Tensor,
+        rows: Tensor | None,
+        k: int,
         activation: str,
         packed: Packed | None,
         recompute: bool,
@@ -243,15 +280,18 @@ class MoEMLPFunction(Function):
         h, gu = _first(
             x, tokens, offsets, w_gate, w_up, b_gate, b_up, activation, packed, True, not recompute
         )
-        inputs = (x, prob, w_gate, w_up, w_down, b_gate, b_up, b_down, tokens, offsets)
-        save(ctx, inputs, (activation, packed), None if recompute else gu)
-        return down(h, tokens, offsets, w_down, None, None, b_down, prob, False)
+        inputs = (x, prob, w_gate, w_up, w_down, b_gate, b_up, b_down, tokens, offsets, rows)
+        save(ctx, inputs, (k, activation, packed), None if recompute else gu)
+        order = Order(tokens, offsets, rows, k)
+        return _second(h, order, w_down, None, None, b_down, prob)
 
     @staticmethod
     @differentiable(_formula)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, prob, w_gate, w_up, w_down, b_gate, b_up, b_down, tokens, offsets, gu = ctx.saved_tensors
-        activation, packed = ctx.options
+        (
+            x, prob, w_gate, w_up, w_down, b_gate, b_up, b_down, tokens, offsets, rows, gu
+        ) = ctx.saved_tensors  # fmt: skip
+        k, activation, packed = ctx.options
         need_x, need_p, need_wg, need_wu, need_wd, need_bg, need_bu, need_bd = ctx.needs_input_grad[
             :8
         ]
@@ -264,7 +304,7 @@ class MoEMLPFunction(Function):
             need_wd, need_p, need_bg or need_bu, need_bd,
         )  # fmt: skip
         dw = lambda a: wgrad(a, x, tokens, offsets, False, True)  # noqa: E731
-        dx = _dx(dgu, tokens, offsets, w_gate, w_up) if need_x else None
+        dx = _dx(dgu, Order(tokens, offsets, rows, k), w_gate, w_up) if need_x else None
         dw_gate = dw_up = db_gate = db_up = None
         if need_wg:
             dw_gate = dw(dgu if packed else dgu[0])
@@ -280,7 +320,7 @@ class MoEMLPFunction(Function):
             db_up = db[1].clone() if need_bu else None
         return (
             dx, dprob if need_p else None, dw_gate, dw_up, dw_down, db_gate, db_up,
-            db_down if need_bd else None, None, None, None, None, None,
+            db_down if need_bd else None, None, None, None, None, None, None, None,
         )  # fmt: skip
 
 
@@ -298,11 +338,12 @@ def moe_mlp(
     packed: Packed | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """prob * ((act(x w_gate[e]' + b_gate[e]) * (x w_up[e]' + b_up[e])) w_down[e]' + b_down[e]).
+    """prob * ((act(x w_gate[e]' + b_gate[e]) * (x w_up[e]' + b_up[e])) w_down[e]' + b_down[e]),
+    summed over the experts of each token.
 
     Args:
         x: (..., D). Read in place where its leading dimensions merge by strides.
-        routing: of x's tokens to E experts, from `top1_route` or `route_to`.
+        routing: of x's tokens to E experts, from `topk_route`, `top1_route` or `route_to`.
         w_gate, w_up: (E, H, D) each, any strides; with `packed`, w_gate (E, 2H, D) and w_up None;
             without, w_up None means plain experts: act(x w_gate[e]' + b_gate[e]) w_down[e]'.
         w_down: (E, D_out, H), any strides.
@@ -313,8 +354,8 @@ def moe_mlp(
         packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made.
         recompute: save neither g nor u for backward and run the first GEMM again there.
 
-    Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype); a dropped token's row
-    is 0.
+    Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype); a dropped choice adds
+    nothing to its token's row.
 
     Raises ValueError (shape, device, activation, packed) or TypeError (dtype), naming the argument.
 
@@ -346,20 +387,22 @@ def moe_mlp(
     if choice.pick(OP, x) == "reference":
         arguments = (flat, routing, *tensors, activation, packed)
         y = by_reference(reference.moe_mlp, *arguments, recompute=recompute and wants_grad)
-    elif routing.k > 1:
-        raise RuntimeError(f"{OP}: k > 1 by backend('reference') alone, got k = {routing.k}")
-    elif wants_grad:
-        y = MoEMLPFunction.apply(
-            flat, routing.prob, *tensors, routing.tokens, routing.offsets, activation, packed,
-            recompute,
-        )  # fmt: skip
+        return y.view(*x.shape[:-1], y.shape[-1])
+    k = routing.k
+    order = Order(routing.tokens, routing.offsets, None if k == 1 else routing.rows, k)
+    prob = routing.prob if routing.prob.dim() == 1 else routing.prob.reshape(-1)
+    if wants_grad:
+        y = MoEMLPFunction.apply(flat, prob, *tensors, *order, activation, packed, recompute)
     else:
-        tokens, offsets = routing.tokens, routing.offsets
-        h, _ = _first(
-            flat, tokens, offsets, w_gate, w_up, b_gate, b_up, activation, packed, True, False
-        )
-        y = down(h, tokens, offsets, w_down, None, None, b_down, routing.prob, False)
+        h, _ = _first(flat, *order[:2], w_gate, w_up, b_gate, b_up, activation, packed, True, False)
+        y = _second(h, order, w_down, None, None, b_down, prob)
     return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _choices_times(*weights: str) -> Callable[[Shapes], int]:
+    """Each of a token's choices times these weights of its expert."""
+    one = rows_times(*weights)
+    return lambda shapes: one(shapes) * prod(shapes["prob"][1:])
 
 
 register(
@@ -367,9 +410,9 @@ register(
         OP,
         moe_mlp,
         reference.moe_mlp,
-        forward=(kernel(up), kernel(down)),
+        forward=(kernel(up), kernel(down), kernel(combine)),
         backward=(kernel(dh), kernel(down), kernel(wgrad)),
-        flops=rows_times("w_gate", "w_up", "w_down"),
-        remade=rows_times("w_gate", "w_up"),
+        flops=_choices_times("w_gate", "w_up", "w_down"),
+        remade=_choices_times("w_gate", "w_up"),
     )
 )

@@ -28,10 +28,25 @@ def _random(below: int, shape: tuple[int, ...], generator: torch.Generator) -> T
     return torch.randint(below, shape, generator=generator, device=generator.device)
 
 
-def _shapes(E: int, bias: bool, packed: bool, gated: bool) -> Callable[[int, int, int], Shapes]:
+def _distinct(E: int, draw: Draw) -> Draw:
+    """k experts a token, each once: the first as `draw` has it, the others behind a gap that
+    differs from token to token."""
+
+    def draw_each(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        T, k = shape
+        first, gap = draw((T,), generator), _random(E - k + 1, (T,), generator)
+        later = torch.arange(k, device=first.device)
+        return (first.unsqueeze(1) + later + (later > 0) * gap.unsqueeze(1)) % E
+
+    return draw_each
+
+
+def _shapes(
+    E: int, k: int, bias: bool, packed: bool, gated: bool
+) -> Callable[[int, int, int], Shapes]:
     def shapes(M: int, D: int, H: int) -> Shapes:
-        N = 2 * H if packed else H
-        named: Shapes = {"x": (M, D), "expert": (M,), "prob": (M,), "w_gate": (E, N, D)}
+        N, choices = 2 * H if packed else H, (M,) if k == 1 else (M, k)
+        named: Shapes = {"x": (M, D), "expert": choices, "prob": choices, "w_gate": (E, N, D)}
         if gated and not packed:
             named["w_up"] = (E, H, D)
         named["w_down"] = (E, D, H)
@@ -80,18 +95,20 @@ def experts_case(
     name: str,
     experts: int = EXPERTS,
     spread: str = "uniform",
+    k: int = 1,
     bias: bool = False,
     gated: bool = True,
     **options: Any,
 ) -> Case:
-    """A case of moe_mlp; options: those of the function."""
+    """A case of moe_mlp with k experts a token; options: those of the function."""
+    draw = SPREADS[spread](experts)
     return Case(
         name,
         moe_mlp,
         reference.moe_mlp,
-        _shapes(experts, bias, "packed" in options, gated),
+        _shapes(experts, k, bias, "packed" in options, gated),
         options,
-        draws={"expert": SPREADS[spread](experts)},
+        draws={"expert": draw if k == 1 else _distinct(experts, draw)},
         adapt=_adapt,
         out_shape=lambda M, D, H: (M, D),
     )
@@ -120,6 +137,9 @@ def cases() -> Iterator[Case]:
     yield experts_case("moe_mlp-bias", spread="skewed", bias=True)
     yield experts_case("moe_mlp-up_gate-bias", spread="sparse", bias=True, packed="up_gate")
     yield experts_case("moe_mlp-plain-recompute-bias", bias=True, gated=False, recompute=True)
+    yield experts_case("moe_mlp-top2-bias", 4, "skewed", 2, bias=True)
+    yield experts_case("moe_mlp-top4-gate_up-recompute", 4, k=4, packed="gate_up", recompute=True)
+    yield experts_case("moe_mlp-top8-bias", 11, "sparse", 8, bias=True)
     yield Case(
         "moe_linear",
         moe_linear,

@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import reference
 from ..arch.tile import Fit, Tile
 from ..moe.backward import moe_bias_grad, moe_dh, moe_wgrad
-from ..moe.moe_mlp import moe_down, moe_up
+from ..moe.moe_mlp import moe_combine, moe_down, moe_up
 from ..moe.top1_route import route_to_fwd, top1_route_bwd, top1_route_fwd
 from ..moe.topk_route import Choice, Form, topk_route_bwd, topk_route_fwd
 from ..moe.tree_path import tree_path_fwd
@@ -199,6 +199,20 @@ def _bias_extras() -> Iterator[Extra]:
     return calls(moe_bias_grad, {"bias": (new(T, D), *_empty_route())})
 
 
+def _combine_extras() -> Iterator[Extra]:
+    """Of 8 choices: y, and dx; columns off 16 bytes; prob in float32."""
+    rows, offsets = new(8 * T, dtype=torch.int32), new(E + 2, dtype=torch.int32)
+    for dtype in (_BF16, _FLOAT32):
+        for name, columns, prob in (
+            ("y", D, new(8 * T, dtype=dtype)),
+            ("ragged y", D - 1, new(8 * T, dtype=_FLOAT32)),
+            ("dx", D, None),
+        ):
+            r = new(8 * T, columns, dtype=dtype)
+            call = functools.partial(moe_combine, r, rows, offsets, prob, 8)
+            yield name, dtype, call
+
+
 def _by_experts(call: Callable[[Tensor, int], Callable[[], Any]]) -> Callable[[], Iterator[Extra]]:
     """Few experts and many, logits in both dtypes."""
 
@@ -225,6 +239,7 @@ def _route_bwd_call(logits: Tensor, experts: int) -> Callable[[], Any]:
     return functools.partial(top1_route_bwd, logits, expert, each, mean, each)
 
 
+COMBINE = Launch("moe_combine", everywhere=_combine_extras)
 BIAS = Launch("moe_bias_grad", everywhere=_bias_extras)
 ROUTE = Launch("top1_route_fwd", everywhere=_by_experts(_route_call))
 GIVEN = Launch("route_to_fwd", everywhere=_by_experts(_given_call))

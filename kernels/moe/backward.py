@@ -1,4 +1,4 @@
-"""Backward of top-1 experts. dx is moe_mlp.py's down kernel on dg and du.
+"""Backward of experts. dx is moe_mlp.py's down kernel on dg and du, and its sums for k > 1.
 
 | kernel | reads | writes |
 |---|---|---|
@@ -8,7 +8,7 @@
 | _dprob_kernel | the parts | dprob in token order, 0 for dropped tokens |
 | _column_sums_kernel | the column sums of all row tiles | those of each expert |
 
-Partial sums are float32 and added in a fixed order: two runs give the same bits.
+What is gathered has T rows and is read once for each of a token's k choices; R = T k. Partial sums are float32 and added in a fixed order: two runs give the same bits.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ from .grouped import (
     block_e,
     experts_fit,
     experts_of,
+    gathered_at,
     group_at,
     grouped_grid,
     load_rows,
     most_tiles,
     rows_at,
     tile_ends,
+    token_of,
 )
 from .moe_mlp import grouped_options
 
@@ -42,9 +44,9 @@ BIAS_ROWS, BIAS_COLUMNS = 64, 128  # of a tile whose rows are only summed
 
 
 @triton.jit
-def _store_dots(dots_ptr, part, T, r0, mask_r, value, BLOCK_M: tl.constexpr):
+def _store_dots(dots_ptr, part, R, r0, mask_r, value, BLOCK_M: tl.constexpr):
     offs_r = r0 + tl.arange(0, BLOCK_M)
-    tl.store(dots_ptr + tl.cast(part, tl.int64) * T + offs_r, tl.sum(value, 1), mask=mask_r)
+    tl.store(dots_ptr + tl.cast(part, tl.int64) * R + offs_r, tl.sum(value, 1), mask=mask_r)
 
 
 @triton.jit
@@ -61,10 +63,11 @@ def _dh_kernel(
     sums_ptr,
     tokens_ptr,
     offsets_ptr,
-    T,
+    R,
     E,
     H,
     D,
+    k,
     most,
     stride_dym,
     stride_dyd,
@@ -98,14 +101,14 @@ def _dh_kernel(
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
         expert, r0, end = group_at(ends, offsets_ptr, tile_m, BLOCK_M)
-        tokens, mask_r = rows_at(tokens_ptr, r0, end, BLOCK_M)
+        number, mask_r = rows_at(tokens_ptr, r0, end, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc = accumulate(
-            acc, dy_ptr, tokens, mask_r, r0, stride_dym, stride_dyd,
+            acc, dy_ptr, token_of(number, k), mask_r, r0, stride_dym, stride_dyd,
             w_down, stride_down_e, stride_down_h, stride_down_d, expert, tile_n * BLOCK_N, D, H, D,
             BLOCK_M, BLOCK_N, BLOCK_K, False, TMA, K_MAJOR, MASK_K, PRECISION,
         )  # fmt: skip
-        prob = tl.load(prob_ptr + tokens * stride_p, mask=mask_r, other=0.0).to(tl.float32)[:, None]
+        prob = tl.load(prob_ptr + number * stride_p, mask=mask_r, other=0.0).to(tl.float32)[:, None]
         parts = column_parts(acc, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
             n0 = tile_n * BLOCK_N + i * PART
@@ -133,7 +136,7 @@ def _dh_kernel(
                 store_tile(h_ptr, H, r0, n0, end, H, prob * value, BLOCK_M, PART, False)
             if dots_ptr is not None:
                 _store_dots(
-                    dots_ptr, tile_n * SUBTILES + i, T, r0, mask_r, parts[i] * value, BLOCK_M
+                    dots_ptr, tile_n * SUBTILES + i, R, r0, mask_r, parts[i] * value, BLOCK_M
                 )
 
 
@@ -147,6 +150,7 @@ def _wgrad_kernel(
     offsets_ptr,
     N,
     K,
+    k,
     stride_am,
     stride_an,
     stride_bm,
@@ -171,8 +175,8 @@ def _wgrad_kernel(
     end = tl.load(offsets_ptr + expert + 1)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     # Tokens are loaded a step ahead: the loads that wait for them are then no deeper than others.
-    a_rows, a_mask = rows_at(a_tokens_ptr, begin, end, BLOCK_K)
-    b_rows, b_mask = rows_at(b_tokens_ptr, begin, end, BLOCK_K)
+    a_rows, a_mask = gathered_at(a_tokens_ptr, begin, end, k, BLOCK_K)
+    b_rows, b_mask = gathered_at(b_tokens_ptr, begin, end, k, BLOCK_K)
     for r in tl.range(begin, end, BLOCK_K):
         a = load_rows(
             a_ptr, a_rows, a_mask, r, n0, N, stride_am, stride_an, BLOCK_K, BLOCK_M, False, True
@@ -180,8 +184,8 @@ def _wgrad_kernel(
         b = load_rows(
             b_ptr, b_rows, b_mask, r, k0, K, stride_bm, stride_bk, BLOCK_K, BLOCK_N, False, True
         )
-        a_rows, a_mask = rows_at(a_tokens_ptr, r + BLOCK_K, end, BLOCK_K)
-        b_rows, b_mask = rows_at(b_tokens_ptr, r + BLOCK_K, end, BLOCK_K)
+        a_rows, a_mask = gathered_at(a_tokens_ptr, r + BLOCK_K, end, k, BLOCK_K)
+        b_rows, b_mask = gathered_at(b_tokens_ptr, r + BLOCK_K, end, k, BLOCK_K)
         acc = dot(a.T, b, acc, PRECISION)
     dw_ptr += tl.cast(expert, tl.int64) * stride_e
     PART: tl.constexpr = BLOCK_N // SUBTILES
@@ -199,9 +203,10 @@ def _down_bias_kernel(
     sums_ptr,
     tokens_ptr,
     offsets_ptr,
-    T,
+    R,
     E,
     D,
+    k,
     stride_dym,
     stride_dyd,
     stride_p,
@@ -215,7 +220,8 @@ def _down_bias_kernel(
     tile = tl.program_id(0)
     if tile < tl.max(ends, 0):
         expert, r0, end = group_at(ends, offsets_ptr, tile, BLOCK_M)
-        tokens, mask_r = rows_at(tokens_ptr, r0, end, BLOCK_M)
+        number, mask_r = rows_at(tokens_ptr, r0, end, BLOCK_M)
+        tokens = token_of(number, k)
         n0 = tl.program_id(1) * BLOCK_N
         dy = load_rows(
             dy_ptr, tokens, mask_r, r0, n0, D, stride_dym, stride_dyd, BLOCK_M, BLOCK_N, False, True
@@ -225,24 +231,24 @@ def _down_bias_kernel(
             own = b_ptr + tl.cast(expert, tl.int64) * stride_be
             bias = tl.load(own + offs_n.to(tl.int64) * stride_bd, mask=offs_n < D, other=0.0)
             value = dy * bias.to(tl.float32)[None, :]
-            _store_dots(dots_ptr, tl.program_id(1), T, r0, mask_r, value, BLOCK_M)
+            _store_dots(dots_ptr, tl.program_id(1), R, r0, mask_r, value, BLOCK_M)
         if sums_ptr is not None:
             if prob_ptr is not None:
-                prob = tl.load(prob_ptr + tokens * stride_p, mask=mask_r, other=0.0)
+                prob = tl.load(prob_ptr + number * stride_p, mask=mask_r, other=0.0)
                 dy = dy * prob.to(tl.float32)[:, None]
             store_column_sums(dy, sums_ptr, tile, n0, D, BLOCK_N)
 
 
 @triton.jit
-def _dprob_kernel(dots_ptr, dprob_ptr, tokens_ptr, offsets_ptr, T, E, parts, BLOCK_M: tl.constexpr):
+def _dprob_kernel(dots_ptr, dprob_ptr, tokens_ptr, offsets_ptr, R, E, parts, BLOCK_M: tl.constexpr):
     offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     kept = offs_r < tl.load(offsets_ptr + E)
     total = tl.zeros((BLOCK_M,), tl.float32)
     for part in tl.range(0, parts):
-        row = tl.cast(part, tl.int64) * T
+        row = tl.cast(part, tl.int64) * R
         total += tl.load(dots_ptr + row + offs_r, mask=kept, other=0.0)
-    tokens = tl.load(tokens_ptr + offs_r, mask=offs_r < T, other=0)
-    tl.store(dprob_ptr + tokens, rounded(total, dprob_ptr.dtype.element_ty), mask=offs_r < T)
+    number = tl.load(tokens_ptr + offs_r, mask=offs_r < R, other=0)
+    tl.store(dprob_ptr + number, rounded(total, dprob_ptr.dtype.element_ty), mask=offs_r < R)
 
 
 @triton.jit
@@ -283,9 +289,9 @@ def _column_sums(sums: Tensor, out: Tensor, offsets: Tensor, block_m: int) -> Te
 
 def _dprob(dots: Tensor, like: Tensor, tokens: Tensor, offsets: Tensor, E: int) -> Tensor:
     dprob = torch.empty_like(like)
-    parts, T = dots.shape
-    _dprob_kernel[cdiv(T, 128),](
-        dots, dprob, tokens, offsets, T, E, parts, BLOCK_M=128, num_warps=4, enable_fp_fusion=True
+    parts, R = dots.shape
+    _dprob_kernel[cdiv(R, 128),](
+        dots, dprob, tokens, offsets, R, E, parts, BLOCK_M=128, num_warps=4, enable_fp_fusion=True
     )
     return dprob
 
@@ -295,9 +301,9 @@ def moe_dh_results(
     want_h: bool, want_db: bool, want_db_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Memory for what moe_dh returns; dprob is made from it."""
-    (T, D), (E, _, H), parts = dy.shape, w_down.shape, gu.shape[0]
-    dgu = empty_pair(dy, T, H, packed) if parts == 2 else dy.new_empty((1, T, H))
-    h, db = dy.new_empty((T if want_h else 0, H)), dy.new_empty((parts, E if want_db else 0, H))
+    R, D, (E, _, H), parts = prob.shape[0], dy.shape[1], w_down.shape, gu.shape[0]
+    dgu = empty_pair(dy, R, H, packed) if parts == 2 else dy.new_empty((1, R, H))
+    h, db = dy.new_empty((R if want_h else 0, H)), dy.new_empty((parts, E if want_db else 0, H))
     return dgu, h, torch.empty_like(prob), db, dy.new_empty((E if want_db_down else 0, D))
 
 
@@ -316,10 +322,10 @@ def moe_dh(
     want_db: bool,
     want_db_down: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dgu (2, T, H), or (T, 2H) when packed, or (1, T, H) without up; prob h (T, H); dprob (T,);
-    db (1 or 2, E, H), gate first; db_down (E, D). In expert order but for dprob; a result that is
-    not wanted has no rows."""
-    T, D = dy.shape
+    """dgu (2, R, H), or (R, 2H) when packed, or (1, R, H) without up; prob h (R, H); dprob (R,);
+    db (1 or 2, E, H), gate first; db_down (E, D), of dy (T, D) and R = T k choices. In expert order
+    but for dprob; a result that is not wanted has no rows."""
+    (T, D), R = dy.shape, prob.shape[0]
     E, _, H = w_down.shape
     gated = gu.shape[0] == 2
     dgu, h, dprob, db, db_down = moe_dh_results(
@@ -330,15 +336,15 @@ def moe_dh(
     g, u = split_pair(gu, None) if gated else (gu[0], None)
     dg, du = split_pair(dgu, packed) if gated else (dgu[0], None)
     fit = min(fit_of(dy, g, u, dg, du, h if want_h else None), experts_fit(w_down))
-    tile = LAST["moe_dh"] = pick_grouped_tile("moe_dh", dy, T, E, fit)
-    most = most_tiles(T, E, tile.block_m)
+    tile = LAST["moe_dh"] = pick_grouped_tile("moe_dh", dy, R, E, fit)
+    most = most_tiles(R, E, tile.block_m)
     sums = dy.new_empty((len(gu), most, H), dtype=torch.float32) if want_db else None
-    dots = _new_dots(dy, tile, H, D, b_down) if want_dprob else None
+    dots = _new_dots(prob, tile, H, D, b_down) if want_dprob else None
     down, *strides, k_major = experts_of(w_down.mT, tile.block_n, tile.block_k, tile.tma)
     options = grouped_options(tile, E, D % tile.block_k != 0, precision(dy.dtype))
-    _dh_kernel[grouped_grid(tile, dy, T, E, H)](
+    _dh_kernel[grouped_grid(tile, dy, R, E, H)](
         dy, down, g, u, prob, dg, du, h if want_h else None, dots, sums, tokens, offsets,
-        T, E, H, D, most, *dy.stride(), *strides, g.stride(0), dg.stride(0), prob.stride(0),
+        R, E, H, D, R // T, most, *dy.stride(), *strides, g.stride(0), dg.stride(0), prob.stride(0),
         **act_of(activation), K_MAJOR=k_major, **options,
     )  # fmt: skip
     if sums is not None:
@@ -351,11 +357,11 @@ def moe_dh(
     return dgu, h, dprob, db, db_down
 
 
-def _new_dots(dy: Tensor, tile: Tile, H: int, D: int, b_down: Tensor | None) -> Tensor:
-    """(parts, T): one of each column part of dh's tiles, then one of each of dy's columns."""
+def _new_dots(prob: Tensor, tile: Tile, H: int, D: int, b_down: Tensor | None) -> Tensor:
+    """(parts, R): one of each column part of dh's tiles, then one of each of dy's columns."""
     parts = cdiv(H, tile.block_n) * tile.subtiles
     more = 0 if b_down is None else cdiv(D, BIAS_COLUMNS)
-    return dy.new_empty((parts + more, dy.shape[0]), dtype=torch.float32)
+    return prob.new_empty((parts + more, prob.shape[0]), dtype=torch.float32)
 
 
 def _down_bias(
@@ -370,15 +376,15 @@ def _down_bias(
 ) -> Tensor:
     """Fill db (E, D), unless it has no rows, with sums of prob dy; returns dprob, whose last parts
     in `dots` are made here."""
-    T, D = dy.shape
+    (T, D), R = dy.shape, tokens.shape[0]
     E = offsets.shape[0] - 2
-    columns, most = cdiv(D, BIAS_COLUMNS), most_tiles(T, E, BIAS_ROWS)
+    columns, most = cdiv(D, BIAS_COLUMNS), most_tiles(R, E, BIAS_ROWS)
     if want_dprob and dots is None:
-        dots = dy.new_empty((columns, T), dtype=torch.float32)
+        dots = dy.new_empty((columns, R), dtype=torch.float32)
     sums = dy.new_empty((most, D), dtype=torch.float32) if len(db) else None
     own = dots[len(dots) - columns :] if dots is not None else None
     _down_bias_kernel[most, columns](
-        dy, prob, b, own, sums, tokens, offsets, T, E, D, *dy.stride(),
+        dy, prob, b, own, sums, tokens, offsets, R, E, D, R // T, *dy.stride(),
         0 if prob is None else prob.stride(0), *((0, 0) if b is None else b.stride()),
         BLOCK_M=BIAS_ROWS, BLOCK_N=BIAS_COLUMNS, BLOCK_E=block_e(E),
         num_warps=4, enable_fp_fusion=True,
@@ -410,6 +416,11 @@ def _wgrad_options(tile: Tile, precision: str) -> dict[str, object]:
     return {k: v for k, v in options.items() if k not in ("BLOCK_E", "TMA", "MASK_K")}
 
 
+def _choices(t: Tensor, tokens: Tensor | None) -> int:
+    """How often each row of `t` is gathered."""
+    return 1 if tokens is None else max(1, tokens.shape[0] // max(1, t.shape[0]))
+
+
 def fill_wgrad(
     dw: Tensor,
     a: Tensor,
@@ -418,15 +429,16 @@ def fill_wgrad(
     b_tokens: Tensor | None,
     offsets: Tensor,
 ) -> None:
-    """dw (E, N, K), columns contiguous, = a' b over each expert's rows; a (T, N) and b (T, K) are
-    in expert order, or with their tokens in token order."""
+    """dw (E, N, K), columns contiguous, = a' b over each expert's rows; a (R, N) and b (R, K) are
+    in expert order, or with their tokens in token order, (T, ...)."""
     E, N, K = dw.shape
     if dw.numel() == 0:
         return
+    k = max(_choices(a, a_tokens), _choices(b, b_tokens))
     fit = min(fit_of(a, b), experts_fit(dw))
     tile = LAST["moe_wgrad"] = pick_grouped_tile("moe_wgrad", a, N, 1, fit)
     _wgrad_kernel[E * cdiv(N, tile.block_m) * cdiv(K, tile.block_n),](
-        a, b, dw, a_tokens, b_tokens, offsets, N, K,
+        a, b, dw, a_tokens, b_tokens, offsets, N, K, k,
         *a.stride(), *b.stride(), dw.stride(0), dw.stride(1),
         **_wgrad_options(tile, precision(a.dtype)),
     )  # fmt: skip

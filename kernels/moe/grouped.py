@@ -4,9 +4,9 @@ Row tiles are cut from each expert's own rows, so a tile has one expert; how man
 on the GPU alone. Launches take the most there can be, and each program counts for itself: the
 cumulative tiles of all experts stay in registers, and a tile's expert is one comparison and sum.
 
-Rows of a token-ordered matrix are gathered by pointers (GATHER); an expert-ordered one is read in
-place. A TMA box or tile that runs past an expert's last row reads rows of the next: those results
-are never stored.
+Rows of a token-ordered matrix are gathered by pointers (GATHER), each once for every one of a
+token's k choices; an expert-ordered one is read in place. A TMA box or tile that runs past an
+expert's last row reads rows of the next: those results are never stored.
 """
 
 from __future__ import annotations
@@ -44,13 +44,29 @@ def group_at(ends, offsets_ptr, tile, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def rows_at(tokens_ptr, r0, end, BLOCK_M: tl.constexpr):
-    """(token of each row, whether it is there) from row r0 on; without tokens_ptr the row."""
+    """(number of each row's choice, whether it is there) from row r0 on; without tokens_ptr the
+    row."""
     offs_r = r0 + tl.arange(0, BLOCK_M)
     mask_r = offs_r < end
     rows = offs_r
     if tokens_ptr is not None:
         rows = tl.load(tokens_ptr + offs_r, mask=mask_r, other=0)
     return rows.to(tl.int64), mask_r
+
+
+@triton.jit
+def token_of(number, k):
+    """The token of choice number t k + j; where k is 1 nothing is computed."""
+    return (number.to(tl.int32) // k).to(tl.int64)
+
+
+@triton.jit
+def gathered_at(tokens_ptr, r0, end, k, BLOCK_M: tl.constexpr):
+    """rows_at with the token of each row; without tokens_ptr the row."""
+    rows, mask_r = rows_at(tokens_ptr, r0, end, BLOCK_M)
+    if tokens_ptr is not None:
+        rows = token_of(rows, k)
+    return rows, mask_r
 
 
 @triton.jit

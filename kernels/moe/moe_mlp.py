@@ -1,12 +1,14 @@
-"""The two GEMMs of top-1 experts: up, from token order into expert order, and down, back again.
+"""The two GEMMs of experts: up, from token order into expert order, and down, back again.
 
 | kernel | reads | writes |
 |---|---|---|
 | _up_kernel | rows of x, gathered; w_gate, w_up, biases | h, g, u in expert order: whichever are wanted |
-| _down_kernel | rows in expert order (or gathered), one or two weights | y in token order, 0 for dropped tokens |
+| _down_kernel | rows in expert order (or gathered), one or two weights | y in token order, 0 for dropped tokens; in expert order for k > 1 |
+| _combine_kernel | a token's k rows in expert order, prob | their sum in token order; for k > 1 alone |
 
-_down_kernel also makes dx: with a = dg, du and the up weights transposed. A token has one expert,
-hence one row: plain stores, no atomics. Sizes: x (T, D), up weights (E, H, D), down (E, D, H).
+_down_kernel also makes dx: with a = dg, du and the up weights transposed. A choice has one row:
+plain stores, no atomics, and a token's k rows are added in the order of its choices. Sizes: x (T, D),
+up weights (E, H, D), down (E, D, H); R = T k rows.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from ...packing import split_pair
 from ..activations import act_of
-from ..arch.tile import Tile
+from ..arch.tile import Tile, cdiv
 from ..epilogues import store_fwd
 from ..pick import LAST, pick_grouped_tile
 from ..stacked import Stacked, run, stacked_of
@@ -30,12 +32,15 @@ from .grouped import (
     block_e,
     experts_fit,
     experts_of,
+    gathered_at,
     group_at,
     grouped_grid,
     multiply_both,
     rows_at,
     tile_ends,
 )
+
+COMBINED = 8, 512  # rows and columns of a tile of sums
 
 
 @triton.jit
@@ -53,6 +58,7 @@ def _up_kernel(
     E,
     H,
     D,
+    k,
     stride_xm,
     stride_xd,
     stride_gate_e,
@@ -92,7 +98,7 @@ def _up_kernel(
         tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
         n0 = tile_n * BLOCK_N
         expert, r0, end = group_at(ends, offsets_ptr, tile_m, BLOCK_M)
-        rows, mask_r = rows_at(tokens_ptr, r0, end, BLOCK_M)
+        rows, mask_r = gathered_at(tokens_ptr, r0, end, k, BLOCK_M)
         acc_g, acc_u = multiply_both(
             x_ptr, rows, mask_r, r0, stride_xm, stride_xd,
             w_gate, stride_gate_e, stride_gate_h, stride_gate_d,
@@ -158,7 +164,8 @@ def _down_kernel(
     MASK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """prob (a w' + a2 w2' + b); GATHER: a is in token order too. Group E are dropped tokens."""
+    """prob (a w' + a2 w2' + b); GATHER: a is in token order too. Group E are dropped tokens.
+    Without tokens_ptr the result stays in expert order."""
     A_TMA: tl.constexpr = TMA and not GATHER
     # One loop: the next tile's boxes arrive under this one's epilogue. Gathered rows gain nothing
     # from it, since their addresses come first, and a spill costs more (kernels/README.md).
@@ -208,6 +215,43 @@ def _down_kernel(
             tl.store(pointers, value, mask=mask_r[:, None] & mask_n[None, :])
 
 
+@triton.jit
+def _combine_kernel(
+    r_ptr,
+    prob_ptr,
+    y_ptr,
+    rows_ptr,
+    offsets_ptr,
+    T,
+    E,
+    N,
+    k,
+    stride_p,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """y[t] = sum of prob r over the choices of t, in their order; dropped ones are not read."""
+    offs_t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_t = offs_t < T
+    mask_n = offs_n < N
+    kept = tl.load(offsets_ptr + E)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for j in tl.range(0, k):
+        number = offs_t * k + j
+        row = tl.load(rows_ptr + number, mask=mask_t, other=0)
+        own = mask_t & (row < kept)
+        at = row.to(tl.int64)[:, None] * N + offs_n[None, :]
+        value = tl.load(r_ptr + at, mask=own[:, None] & mask_n[None, :], other=0.0).to(tl.float32)
+        if prob_ptr is not None:
+            prob = tl.load(prob_ptr + number.to(tl.int64) * stride_p, mask=own, other=0.0)
+            value = value * prob.to(tl.float32)[:, None]
+        acc += value
+    pointers = y_ptr + offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
+    value = rounded(acc, y_ptr.dtype.element_ty)
+    tl.store(pointers, value, mask=mask_t[:, None] & mask_n[None, :])
+
+
 @functools.lru_cache(1024)
 def grouped_options(tile: Tile, groups: int, masked: bool, precision: str) -> dict[str, Any]:
     """Constants of a grouped launch. masked: K does not end on a K step."""
@@ -228,12 +272,12 @@ def grouped_options(tile: Tile, groups: int, masked: bool, precision: str) -> di
 
 
 def moe_up_results(
-    x: Tensor, w_gate: Tensor, w_up: Tensor | None, want_h: bool, want_gu: bool
+    x: Tensor, tokens: Tensor, w_gate: Tensor, w_up: Tensor | None, want_h: bool, want_gu: bool
 ) -> tuple[Tensor, Tensor]:
-    """Memory for h (T, H) and gu (2, T, H), or g (1, T, H); each with T = 0 if not wanted."""
-    T, H = x.shape[0], w_gate.shape[1]
-    gu = x.new_empty((1 if w_up is None else 2, T if want_gu else 0, H))
-    return x.new_empty((T if want_h else 0, H)), gu
+    """Memory for h (R, H) and gu (2, R, H), or g (1, R, H); each with R = 0 if not wanted."""
+    R, H = tokens.shape[0], w_gate.shape[1]
+    gu = x.new_empty((1 if w_up is None else 2, R if want_gu else 0, H))
+    return x.new_empty((R if want_h else 0, H)), gu
 
 
 def moe_up(
@@ -248,25 +292,26 @@ def moe_up(
     want_h: bool,
     want_gu: bool,
 ) -> tuple[Tensor, Tensor]:
-    """h (T, H) and gu (2, T, H), or g (1, T, H) without w_up, in expert order; rows of dropped
-    tokens are not written."""
-    T, D = x.shape
+    """h (R, H) and gu (2, R, H), or g (1, R, H) without w_up, in expert order, of x (T, D) and
+    R = T k choices; rows of dropped ones are not written."""
+    (T, D), R = x.shape, tokens.shape[0]
     E, H, _ = w_gate.shape
-    h, gu = moe_up_results(x, w_gate, w_up, want_h, want_gu)
+    h, gu = moe_up_results(x, tokens, w_gate, w_up, want_h, want_gu)
     if T == 0:
         return h, gu
     g, u = (None, None) if not want_gu else (gu[0], None) if w_up is None else split_pair(gu, None)
     fit = min(fit_of(x, h if want_h else None, g, u), experts_fit(w_gate, w_up))
-    tile = LAST["moe_up"] = pick_grouped_tile("moe_up", x, T, E, fit)
+    tile = LAST["moe_up"] = pick_grouped_tile("moe_up", x, R, E, fit)
     gate, *gate_strides, gate_k_major = experts_of(w_gate, tile.block_n, tile.block_k, tile.tma)
     up, *up_strides, up_k_major = experts_of(w_up, tile.block_n, tile.block_k, tile.tma)
     options = grouped_options(tile, E, D % tile.block_k != 0, precision(x.dtype))
 
     def launch(both: Stacked | None) -> None:
         weights = (gate, up) if both is None else (both.descriptor, None)
-        _up_kernel[grouped_grid(tile, x, T, E, H)](
-            x, *weights, b_gate, b_up, h if want_h else None, g, u, tokens, offsets, E, H, D,
-            *x.stride(), *gate_strides, *up_strides, h.stride(0), 0 if g is None else g.stride(0),
+        _up_kernel[grouped_grid(tile, x, R, E, H)](
+            x, *weights, b_gate, b_up, h if want_h else None, g, u, tokens, offsets,
+            E, H, D, R // T, *x.stride(), *gate_strides, *up_strides, h.stride(0),
+            0 if g is None else g.stride(0),
             *((0, 0) if b_gate is None else b_gate.stride()),
             *((0, 0) if b_up is None else b_up.stride()),
             **act_of(activation), GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major,
@@ -287,7 +332,7 @@ def moe_down_result(a: Tensor, w: Tensor) -> Tensor:
 
 def moe_down(
     a: Tensor,
-    tokens: Tensor,
+    tokens: Tensor | None,
     offsets: Tensor,
     w: Tensor,
     a2: Tensor | None,
@@ -296,8 +341,9 @@ def moe_down(
     prob: Tensor | None,
     gather: bool,
 ) -> Tensor:
-    """prob (a w' + a2 w2' + b) in token order (T, N). a and a2 (T, K), laid out alike, are in
-    expert order, or with `gather` in token order; w and w2 are (E, N, K)."""
+    """prob (a w' + a2 w2' + b) in token order (T, N), or without tokens, and prob, in expert order.
+    a and a2 (T, K), laid out alike, are in expert order, or with `gather` in token order; w and w2
+    are (E, N, K)."""
     T, K = a.shape
     E, N, _ = w.shape
     y = moe_down_result(a, w)
@@ -315,5 +361,25 @@ def moe_down(
         *a.stride(), *strides, *strides2, *((0, 0) if b is None else b.stride()),
         0 if prob is None else prob.stride(0),
         GATHER=gather, K_MAJOR=k_major, K_MAJOR_2=k_major2, **options,
+    )  # fmt: skip
+    return y
+
+
+def moe_combine_result(r: Tensor, rows: Tensor, k: int) -> Tensor:
+    """Memory for (T, N)."""
+    return r.new_empty((rows.shape[0] // k, r.shape[1]))
+
+
+def moe_combine(r: Tensor, rows: Tensor, offsets: Tensor, prob: Tensor | None, k: int) -> Tensor:
+    """The sums of each token's k rows of r (T k, N) in expert order, times prob (T k,) if given;
+    rows (T k,) are those of its choices."""
+    y = moe_combine_result(r, rows, k)
+    T, N = y.shape
+    if y.numel() == 0:
+        return y
+    _combine_kernel[cdiv(T, COMBINED[0]), cdiv(N, COMBINED[1])](
+        r, prob, y, rows, offsets, T, offsets.shape[0] - 2, N, k,
+        0 if prob is None else prob.stride(0), BLOCK_M=COMBINED[0], BLOCK_N=COMBINED[1],
+        num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return y
