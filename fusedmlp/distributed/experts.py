@@ -4,16 +4,16 @@ tokens; tokens travel to their experts and back.
 | step | on each rank |
 |---|---|
 | route | its tokens to E experts; rows in expert order are in the order of ranks |
-| exchange | how many rows each expert gets (E integers); then the rows themselves |
+| exchange | how many rows each expert gets (E integers); then the rows themselves, one a choice |
 | compute | what arrived, by moe_mlp on the rank's own experts |
-| exchange | results back to the rows' ranks; there they are multiplied by prob |
+| exchange | results back to the rows' ranks; there they are multiplied by prob, and a token's k summed in the order of its choices |
 
 Both exchanges are all_to_all of variable sizes, which the host must know: it waits for the counts,
 once a call. In several `chunks`, one part's rows travel while the one before is multiplied.
 Gradients go the same ways back. Capacity is each rank's own: its routing drops.
 
-Patched models: `tensor_parallel_plan` and `expert_parallel_plan`, in `_tensor_parallel.py`.
-"""
+Patched models: `tensor_parallel_plan` and `expert_parallel_plan`, in `plans.py`.
+"""  # noqa: E501
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def parallel_moe_mlp(
 
     Args:
         x: (..., D), this rank's tokens; ranks may have different numbers, 0 too.
-        routing: of them to all E experts, E a multiple of the number of ranks.
+        routing: of them to all E experts, k a token, E a multiple of the number of ranks.
         w_gate, ..., b_down: as in moe_mlp, of this rank's E / R experts: rank r has those from
             r E / R on. Or DTensors of all E, sharded by `Shard(0)`.
         chunks: exchange the tokens in so many parts, the next while the experts compute this one,
@@ -186,6 +186,7 @@ def parallel_moe_mlp(
     check_experts(OP, x, local, activation, packed)
     check_routing(OP, x, routing, E)
     flat = x.reshape(-1, x.shape[-1])
+    k = routing.k
     rows, kept = _rows_of_chunks(routing, chunks)
     # (chunks, E) here, (ranks, chunks, E / R) on the way.
     there = kept.view(chunks, ranks, -1).transpose(0, 1).contiguous()
@@ -196,7 +197,7 @@ def parallel_moe_mlp(
     sizes = torch.stack([kept.view(chunks, ranks, -1).sum(2), counts.sum(2)]).tolist()
     exchanges = [_Exchange(sent, received, own) for sent, received in zip(*sizes, strict=True)]
     parts = rows[: sum(map(sum, sizes[0]))].split([sum(sent) for sent in sizes[0]])
-    leaving = [e.start(flat.index_select(0, t)) for e, t in zip(exchanges, parts, strict=True)]
+    leaving = [e.start(_taken(flat, t, k)) for e, t in zip(exchanges, parts, strict=True)]
     returning = []
     for exchange, count, link in zip(exchanges, counts, leaving, strict=True):
         arrived = exchange.finish(link)
@@ -210,10 +211,22 @@ def parallel_moe_mlp(
         back = _Exchange(exchange.received, exchange.sent, own)
         returning.append((back, back.start(y)))
     y = torch.cat([back.finish(link) for back, link in returning])
-    tokens = torch.cat(parts)
-    scaled = (y * routing.prob.index_select(0, tokens).unsqueeze(1)).to(y.dtype)
-    out = scaled.new_zeros(flat.shape[0], y.shape[1]).index_copy(0, tokens, scaled)
+    number = torch.cat(parts)
+    scaled = y * routing.prob.reshape(-1).index_select(0, number).unsqueeze(1)
+    if k == 1:
+        scaled = scaled.to(y.dtype)
+    out = scaled.new_zeros(k * flat.shape[0], y.shape[1]).index_copy(0, number, scaled)
+    if k > 1:
+        out = out.unflatten(0, routing.expert.shape).sum(1).to(y.dtype)
     return out.view(*x.shape[:-1], y.shape[1])
+
+
+def _taken(x: Tensor, number: Tensor, k: int) -> Tensor:
+    """The row of x of each choice. Its gradient adds k rows a token in the order of its choices,
+    not by index_add's atomics."""
+    if k == 1:
+        return x.index_select(0, number)
+    return x.unsqueeze(1).expand(-1, k, -1)[number // k, number % k]
 
 
 def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -232,19 +245,21 @@ def _group(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
 
 
 def _rows_of_chunks(routing: Routing, chunks: int) -> tuple[Tensor, Tensor]:
-    """(tokens in the order of chunk, then expert, dropped ones last; rows of each (chunk, expert)).
+    """(numbers of the choices in the order of chunk, then expert, dropped ones last; rows of each
+    (chunk, expert)).
 
     A chunk is so many neighbouring tokens."""
-    tokens, E = routing.tokens.long(), routing.num_experts
+    number, E, k = routing.tokens.long(), routing.num_experts, routing.k
     if chunks == 1:
-        return tokens, routing.offsets[: E + 1].diff()
-    T = tokens.shape[0]
-    key = tokens * chunks // max(T, 1) * E + routing.expert.index_select(0, tokens)
-    place = torch.arange(T, device=key.device)
+        return number, routing.offsets[: E + 1].diff()
+    R = number.shape[0]
+    key = number // k * chunks // max(R // k, 1) * E
+    key = key + routing.expert.reshape(-1).index_select(0, number)
+    place = torch.arange(R, device=key.device)
     key = torch.where(place < routing.offsets[E], key, chunks * E)
     kept = routing.offsets.new_zeros(chunks * E + 1)
     kept.scatter_add_(0, key, torch.ones_like(routing.tokens))
-    return tokens.index_select(0, key.argsort(stable=True)), kept[:-1]
+    return number.index_select(0, key.argsort(stable=True)), kept[:-1]
 
 
 def shard_experts(layer: nn.Module, mesh: DeviceMesh) -> nn.Module:

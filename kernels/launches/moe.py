@@ -86,19 +86,20 @@ def _up_reference(t: Mapping[str, Tensor]) -> Tensors:
 
 
 def _up_extras() -> Iterator[Extra]:
-    """Inference; plain experts; weights that cannot be stacked."""
+    """Inference; plain experts; weights that cannot be stacked; 8 choices a token."""
     x, gate, up, down = new(T, D), new(E, H, D), new(E, H, D), new(E, D, H)
     first = (x, *_empty_route())
     arguments = {
         "infer": (*first, gate, up, None, None, "silu", True, False),
         "two boxes": (*first, down.mT, up, None, None, "silu", True, True),
         "plain": (*first, gate, None, None, None, "gelu", True, True),
+        "top 8": (x, *_empty_route(8), gate, up, None, None, "silu", True, True),
     }
     return calls(moe_up, arguments)
 
 
-def _empty_route() -> tuple[Tensor, Tensor]:
-    return new(T, dtype=torch.int32), new(E + 2, dtype=torch.int32)
+def _empty_route(k: int = 1) -> tuple[Tensor, Tensor]:
+    return new(k * T, dtype=torch.int32), new(E + 2, dtype=torch.int32)
 
 
 def _down(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
@@ -116,11 +117,12 @@ def _down_reference(t: Mapping[str, Tensor]) -> Tensors:
 
 
 def _down_extras() -> Iterator[Extra]:
-    """dx, by two products; rows gathered."""
+    """dx, by two products; rows gathered; rows that stay in expert order."""
     x, gate, up, pair, route = new(T, D), new(E, H, D), new(E, H, D), new(2, T, H), _empty_route()
     arguments = {
         "dx": (pair[0], *route, gate.mT, pair[1], up.mT, None, None, False),
         "gathered": (x, *route, gate, None, None, new(E, H), None, True),
+        "unordered": (pair[0], None, route[1], gate.mT, pair[1], up.mT, None, None, False),
     }
     return calls(moe_down, arguments)
 
@@ -148,7 +150,11 @@ def _dh_reference(t: Mapping[str, Tensor]) -> Tensors:
 def _dh_extras() -> Iterator[Extra]:
     first = (new(T, D), *_empty_route(), new(T), new(E, D, H), new(2, T, H)[:1])
     plain = (*first, None, "gelu", None, True, True, False, False)
-    return calls(moe_dh, {"plain dh": plain})
+    many = (
+        new(T, D), *_empty_route(8), new(8 * T), new(E, D, H), new(2, 8 * T, H), new(E, D), "silu",
+        None, True, True, True, True,
+    )  # fmt: skip
+    return calls(moe_dh, {"plain dh": plain, "top 8": many})
 
 
 def _wgrad(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
@@ -165,6 +171,7 @@ def _wgrad_extras() -> Iterator[Extra]:
     arguments = {
         "dWd": (x, hidden, *route, True, False),
         "both gathered": (x, x, *route, True, True),
+        "top 8": (new(8 * T, H), x, *_empty_route(8), False, True),
     }
     return calls(moe_wgrad, arguments)
 
@@ -202,15 +209,13 @@ def _bias_extras() -> Iterator[Extra]:
 def _combine_extras() -> Iterator[Extra]:
     """Of 8 choices: y, and dx; columns off 16 bytes; prob in float32."""
     rows, offsets = new(8 * T, dtype=torch.int32), new(E + 2, dtype=torch.int32)
-    for dtype in (_BF16, _FLOAT32):
-        for name, columns, prob in (
-            ("y", D, new(8 * T, dtype=dtype)),
-            ("ragged y", D - 1, new(8 * T, dtype=_FLOAT32)),
-            ("dx", D, None),
-        ):
-            r = new(8 * T, columns, dtype=dtype)
-            call = functools.partial(moe_combine, r, rows, offsets, prob, 8)
-            yield name, dtype, call
+    for name, dtype, columns, prob in (
+        ("y", _BF16, D, new(8 * T, dtype=_BF16)),
+        ("ragged y", _BF16, D - 1, new(8 * T, dtype=_FLOAT32)),
+        ("dx", _FLOAT32, D, None),
+    ):
+        r = new(8 * T, columns, dtype=dtype)
+        yield name, dtype, functools.partial(moe_combine, r, rows, offsets, prob, 8)
 
 
 def _by_experts(call: Callable[[Tensor, int], Callable[[], Any]]) -> Callable[[], Iterator[Extra]]:
@@ -246,34 +251,33 @@ GIVEN = Launch("route_to_fwd", everywhere=_by_experts(_given_call))
 ROUTE_BWD = Launch("top1_route_bwd", everywhere=_by_experts(_route_bwd_call))
 
 
-def _forms(experts: int) -> Iterator[tuple[int, Form, Choice]]:
-    """(k, ...): softmax, then sigmoid with groups where there are as many."""
-    yield min(8, experts), Form(), Choice()
-    if experts >= 16:
-        yield 8, Form("sigmoid", True, 1e-20, 0.0, 2.5), Choice("score", 8, 4, "top2")
-        yield 2, Form("sqrtsoftplus", False), Choice("logits", 4, 2, "max")
+# dtype, experts, k, whether with a bias: each form, few experts and many, groups and none.
+_GROUPED = Form("sigmoid", True, 1e-20, 0.0, 2.5)
+_FORMS: tuple[tuple[torch.dtype, int, int, bool, Form, Choice], ...] = (
+    (_BF16, 1, 1, False, Form(norm=False), Choice()),
+    (_BF16, 16, 2, False, Form(), Choice()),
+    (_BF16, 128, 8, False, Form(), Choice()),
+    (_FLOAT32, 160, 6, True, _GROUPED, Choice("score", 8, 3, "max")),
+    (_FLOAT32, 256, 8, True, _GROUPED, Choice("score", 8, 4, "top2")),
+    (_FLOAT32, 1024, 2, True, Form("sqrtsoftplus", False), Choice("logits")),
+)
 
 
 def _topk_extras() -> Iterator[Extra]:
-    for dtype in (_BF16, _FLOAT32):
-        for experts in (1, 16, 160, 1024):
-            logits, bias = new(T, experts, dtype=dtype), new(experts, dtype=_FLOAT32)
-            for k, form, chosen in _forms(experts):
-                own = None if chosen.groups == 1 else bias
-                call = functools.partial(topk_route_fwd, logits, own, k, None, form, chosen)
-                yield f"{form.score} of {experts} experts", dtype, call
+    for dtype, experts, k, biased, form, chosen in _FORMS:
+        bias = new(experts, dtype=_FLOAT32) if biased else None
+        logits = new(T, experts, dtype=dtype)
+        call = functools.partial(topk_route_fwd, logits, bias, k, None, form, chosen)
+        yield f"{form.score} {k} of {experts}", dtype, call
 
 
 def _topk_bwd_extras() -> Iterator[Extra]:
-    for dtype in (_BF16, _FLOAT32):
-        for experts in (1, 16, 160, 1024):
-            logits, mean = new(T, experts, dtype=dtype), new(experts, dtype=_FLOAT32)
-            for k, form, _ in _forms(experts):
-                expert, each = new(T, k, dtype=torch.int64), new(T, k, dtype=_FLOAT32)
-                call = functools.partial(
-                    topk_route_bwd, logits, expert, each, mean, each[:, 0], form
-                )
-                yield f"{form.score} of {experts} experts", dtype, call
+    for dtype, experts, k, _, form, _ in _FORMS:
+        expert, each = new(T, k, dtype=torch.int64), new(T, k, dtype=dtype)
+        logits, mean = new(T, experts, dtype=dtype), new(experts, dtype=_FLOAT32)
+        lse = new(T, dtype=_FLOAT32)
+        call = functools.partial(topk_route_bwd, logits, expert, each, mean, lse, form)
+        yield f"{form.score} {k} of {experts}", dtype, call
 
 
 TOPK = Launch("topk_route_fwd", everywhere=_topk_extras)

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ranks import join, spawn
 from torch.distributed.device_mesh import init_device_mesh
 
-from fusedmlp import moe_mlp, top1_route
+from fusedmlp import moe_mlp, top1_route, topk_route
 from fusedmlp.distributed import experts, parallel_moe_mlp, shard_experts
 from fusedmlp.layers import Top1MoE
 
@@ -32,14 +32,20 @@ def tokens(rank):
     return draw(TOKENS[rank], D), draw(TOKENS[rank], E), draw(TOKENS[rank], D)
 
 
-def whole(ranks, capacity):
+def routed(logits, k, capacity):
+    if k == 1:
+        return top1_route(logits, capacity=capacity)
+    return topk_route(logits, k, score="sigmoid", capacity=capacity)
+
+
+def whole(ranks, k, capacity):
     """Each rank's y, dx, dlogits and the weights' gradients over all ranks, in one process."""
     parameters = {k: w.requires_grad_() for k, w in weights().items()}
     results, total = [], 0
     for rank in range(ranks):
         x, logits, dy = tokens(rank)
         x.requires_grad_(), logits.requires_grad_()
-        y = moe_mlp(x, top1_route(logits, capacity=capacity), **parameters)
+        y = moe_mlp(x, routed(logits, k, capacity), **parameters)
         total = total + (y * dy).sum()
         results.append((y.detach(), x, logits))
     total.backward()
@@ -47,17 +53,17 @@ def whole(ranks, capacity):
     return [(y, x.grad, z.grad) for y, x, z in results], grads
 
 
-def _compare(rank, ranks, capacity, chunks, device="cpu", dtype=torch.float64, **near):
+def _compare(rank, ranks, capacity, chunks, k=1, device="cpu", dtype=torch.float64, **near):
     """`near`: how near, of float64 in one process on a CPU."""
     if device == "cuda":
         torch.cuda.set_device(rank)
-    results, grads = whole(ranks, capacity)
+    results, grads = whole(ranks, k, capacity)
     part = slice(rank * E // ranks, (rank + 1) * E // ranks)
     leaf = lambda t: t.clone().to(device, dtype).requires_grad_()  # noqa: E731
     close = lambda ours, t: torch.testing.assert_close(ours.double().cpu(), t, **near)  # noqa: E731
-    local = {k: leaf(w[part]) for k, w in weights().items()}
+    local = {name: leaf(w[part]) for name, w in weights().items()}
     x, logits, dy = map(leaf, tokens(rank))
-    y = parallel_moe_mlp(x, top1_route(logits, capacity=capacity), **local, chunks=chunks)
+    y = parallel_moe_mlp(x, routed(logits, k, capacity), **local, chunks=chunks)
     (y * dy).sum().backward()
     for ours, expected in zip((y.detach(), x.grad, logits.grad), results[rank], strict=True):
         close(ours, expected)
@@ -70,12 +76,18 @@ def test_equal_to_one_process(ranks, capacity, chunks):
     spawn(ranks, functools.partial(_compare, capacity=capacity, chunks=chunks))
 
 
+@pytest.mark.parametrize("k, capacity, chunks", [(3, None, 1), (2, 4, 3)])
+def test_several_experts_a_token_equal_to_one_process(k, capacity, chunks):
+    spawn(2, functools.partial(_compare, k=k, capacity=capacity, chunks=chunks))
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("k", (1, 2))
 @pytest.mark.parametrize("capacity, chunks", [(None, 1), (3, 3)])
-def test_nccl(capacity, chunks):
+def test_nccl(capacity, chunks, k):
     """Through the kernels; on one GPU a rank exchanges with itself."""
     body = functools.partial(
-        _compare, capacity=capacity, chunks=chunks, device="cuda", dtype=torch.float32,
+        _compare, capacity=capacity, chunks=chunks, k=k, device="cuda", dtype=torch.float32,
         rtol=1e-4, atol=1e-5,
     )  # fmt: skip
     spawn(min(2, torch.cuda.device_count()), body, timeout=120, backend="nccl")
