@@ -39,11 +39,12 @@ def pytest_runtest_call(item):
         except AssertionError:  # what nobody computed is wrong
             return None
         except Exception as error:  # what would have been launched after it is not compiled
-            FAULTS.append(f"{item.path.name}::{item.name}: {type(error).__name__}: {str(error)[:160]}")
+            name = f"{item.path.name}::{item.name}"
+            FAULTS.append(f"{name}: {type(error).__name__}: {str(error)[:160]}")
             return None
         finally:
-            for name, hit in hits.items():
-                HITS.setdefault(name, hit)
+            for kernel, hit in hits.items():
+                HITS.setdefault(kernel, hit)
 
 
 def pytest_sessionfinish():
