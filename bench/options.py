@@ -15,7 +15,7 @@ import torch
 from ..reference.activations import ACTIVATIONS, resolve
 from ..testing import CASES
 from . import process
-from .shapes import DENSE, HYPER, TOP1, Model
+from .shapes import MODELS, Model
 from .work import ALL_CASES, DTYPES, ops
 
 PROG = "fusedmlp bench"
@@ -66,7 +66,7 @@ def check_device(device: str) -> None:
 def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", nargs="+", metavar="NAME", type=_model, default=[],
-        help=f"widths of these models: {', '.join(DENSE | TOP1 | HYPER)}",
+        help=f"widths of these models: {', '.join(MODELS)}",
     )  # fmt: skip
 
 
@@ -117,10 +117,9 @@ def chosen_activations(args: argparse.Namespace) -> tuple[str, ...] | None:
 
 
 def _model(name: str) -> Model:
-    known = DENSE | TOP1 | HYPER
-    if name not in known:
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(known)}; got {name!r}")
-    return known[name]
+    if name not in MODELS:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(MODELS)}; got {name!r}")
+    return MODELS[name]
 
 
 def shape_of(text: str) -> tuple[int, int, int]:

@@ -11,7 +11,7 @@ import fusedmlp
 
 from . import check, glance, machine, predict
 from .options import INTERRUPTED, PROG, Emit, Record, add_json, add_model, collecting, write_json
-from .shapes import DEFAULT_MODEL, DENSE, HYPER, TOP1, Model, cases_of
+from .shapes import DEFAULT_MODEL, DENSE, HYPER, MOE, Model, cases_of
 from .timing import command as timing
 from .timing.clock import clock_range
 from .timing.session import PLAIN_CASES, Options, plan
@@ -20,7 +20,7 @@ from .work import PHASES, Work, case_of
 TOKENS = 4096
 PROVIDERS = ("fusedmlp", "eager", "compile")
 # Whose widths a family's computed times have if nobody asks for another's.
-STANDARD = (DENSE[DEFAULT_MODEL], TOP1["llama4-scout"], HYPER["hyperglu-16"])
+STANDARD = (DENSE[DEFAULT_MODEL], MOE["llama4-scout"], HYPER["hyperglu-16"])
 
 
 def configure(parser: argparse.ArgumentParser) -> None:

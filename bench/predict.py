@@ -1,5 +1,5 @@
-"""`predict`: what can be computed without a GPU: FLOPs, bytes, the roofline time, and the tile that
-would run.
+"""`predict`: what can be computed without a GPU: FLOPs, bytes, what autograd keeps, the roofline
+time, and the tile that would run.
 
 Nothing here is measured. With --compile the ahead-of-time gate adds what the compiler says of each
 tile's kernel, hence how many blocks fit a multiprocessor at once.
@@ -34,6 +34,7 @@ from . import machine
 from .machine import ARCH_OF, ROOFS
 from .options import Record, Refusal, collecting, subparser, write_json
 from .render import number, say, size, table
+from .saved import saved_bytes
 from .timing.command import add_sizes, options_of
 from .timing.session import DEFAULT_WIDTHS, plan
 from .work import Work
@@ -101,15 +102,16 @@ def _grouped_launch(
 ) -> PlannedLaunch:
     """The launch for experts with as many tokens each: the most row tiles that there can be."""
     assert kernel.result is not None
-    shapes = work.case.shapes(work.M, work.D, work.H).values()
-    experts = next(shape[0] for shape in shapes if len(shape) == 3)
+    shapes = work.case.shapes(work.M, work.D, work.H)
+    experts = next(shape[0] for shape in shapes.values() if len(shape) == 3)
+    choices = math.prod(shapes.get("expert", (work.M,)))
     columns = getattr(work, kernel.result[1])
     if kernel.depth == "M":  # every expert has a result of its own
         tile = pick.pick_grouped_tile(kernel.name, x, work.H, 1, fit)
         rows = experts * math.ceil(work.H / tile.block_m)
     else:
-        tile = pick.pick_grouped_tile(kernel.name, x, work.M, experts, fit)
-        rows = most_tiles(work.M, experts, tile.block_m)
+        tile = pick.pick_grouped_tile(kernel.name, x, choices, experts, fit)
+        rows = most_tiles(choices, experts, tile.block_m)
     count = rows * math.ceil(columns / tile.block_n)
     return PlannedLaunch(kernel.name, tile, count, count / roof.multiprocessors, 1)
 
@@ -134,6 +136,7 @@ def predict(work: Work, phase: str) -> list[Record]:
         {
             "kind": "predict", **work.identity(), "phase": phase, "model": work.model,
             "gpu": roof.name, "flops": flops, "bytes": moved,
+            "saved_bytes": saved_bytes(work, phase, ARCH_OF[roof.name]),
             "roofline_ms": roof.milliseconds(flops, moved, work.dtype),
             "bound": roof.bound(flops, moved, work.dtype),
             "launches": [_launch_record(launch) for launch in launches(work, phase, roof)],
@@ -156,15 +159,21 @@ def show(records: Sequence[Record]) -> None:
     for r in records:
         shape = f"{r['M']}x{r['D']}x{r['H']}"
         key = (r["case"], r["activation"], r["dtype"], r["model"] or "-", shape, r["phase"])
-        row = rows.setdefault(key, [number(r["flops"] / 1e9), size(r["bytes"])])
+        cells = [number(r["flops"] / 1e9), size(r["bytes"]), _saved(r)]
+        row = rows.setdefault(key, cells)
         row.append(f"{number(r['roofline_ms'])} {r['bound']}")
-    header = ("case", "activation", "dtype", "model", "M x D x H", "phase", "GFLOP", "bytes")
+    named = ("case", "activation", "dtype", "model", "M x D x H", "phase")
+    header = (*named, "GFLOP", "bytes", "saved")
     gpus = [f"{name} ms, bound" for name in ROOFS]
     body = [[*key, *row] for key, row in rows.items()]
     table(
         f"Roofline times: {COMPUTED}", (*header, *gpus), body,
-        drop=("activation", "GFLOP", "bytes", "model", "dtype", *gpus[:0:-1]),
+        drop=("activation", "saved", "GFLOP", "bytes", "model", "dtype", *gpus[:0:-1]),
     )  # fmt: skip
+
+
+def _saved(record: Record) -> str:
+    return "-" if record["saved_bytes"] is None else size(record["saved_bytes"])
 
 
 TILE = "tile, warps, stages, loads"
@@ -277,7 +286,7 @@ def main(args: argparse.Namespace) -> int:
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparser(
-        subparsers, "predict", "FLOPs, bytes, roofline times and planned launches, without a GPU",
+        subparsers, "predict", "FLOPs, bytes, saved bytes, times and launches, without a GPU",
         (
             "predict",
             "predict --op gated_mlp --model llama3-8b gemma2-9b --m 1 2048 16384",

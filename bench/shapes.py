@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..testing.moe import SPREADS, sized_name
+
 # Tokens in a call: one sequence decoding, small batches, a prompt, training.
 TOKENS = (1, 16, 64, 256, 2048, 8192, 16384)
 # What runs when nobody asks for more: a decoding step and a prompt.
@@ -53,8 +55,10 @@ _MODELS = (
     Model("switch-2048", 2048, 2048, experts=64, top_k=1),
     Model("llama4-scout", 5120, 8192, experts=16, top_k=1),
     Model("fine-grained", 2048, 768, experts=128, top_k=1),
-    Model("qwen3-30b-a3b", 2048, 768, experts=128, top_k=8),
     Model("mixtral-8x7b", 4096, 14336, experts=8, top_k=2),
+    Model("qwen3-30b-a3b", 2048, 768, experts=128, top_k=8),
+    Model("gpt-oss-20b", 2880, 2880, "swiglu_oai", bias=True, experts=32, top_k=4),
+    Model("deepseek-v3", 7168, 2048, experts=256, top_k=8),
     # HyperGLU with its published defaults, in few heads and in many.
     Model("hyperglu-2", 1024, 2, hyper=True),
     Model("hyperglu-16", 1024, 16, hyper=True),
@@ -64,10 +68,8 @@ MODELS: dict[str, Model] = {model.name: model for model in _MODELS}
 DENSE: dict[str, Model] = {m.name: m for m in _MODELS if m.experts is None and not m.hyper}
 HYPER: dict[str, Model] = {m.name: m for m in _MODELS if m.hyper}
 MOE: dict[str, Model] = {m.name: m for m in _MODELS if m.experts is not None}
-# What moe_mlp serves of these.
-TOP1: dict[str, Model] = {name: m for name, m in MOE.items() if m.top_k == 1}
 # Tokens at which their baselines are measured.
-TOP1_TOKENS = (8192, 32768)
+MOE_TOKENS = (8192, 32768)
 # Four sequences of 1024 to 16384 tokens; in decoding, eight caches of half as many.
 HYPER_TOKENS = (4096, 8192, 16384, 32768, 65536)
 # Widths of the comparison with baselines: from where fusing pays most to where it hardly can.
@@ -79,8 +81,8 @@ def cases_of(model: Model) -> tuple[str, ...]:
     if model.hyper:
         return ("hyper_attention-layer", "hyper_attention_step-layer")
     if model.experts:
-        spreads = ("uniform", "skewed", "sparse")
-        return tuple(f"moe_mlp-{model.experts}-{spread}" for spread in spreads)
+        assert model.top_k is not None
+        return tuple(sized_name(model.experts, model.top_k, s, model.bias) for s in SPREADS)
     if model.gated:
         return ("gated_act", "gated_linear", "gated_mlp")
     suffix = "-bias" if model.bias else ""

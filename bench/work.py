@@ -26,7 +26,7 @@ import torch
 from ..backends.op import OPS
 from ..reference.activations import resolve
 from ..testing import CASES, Case, Shapes, hyper, moe
-from .shapes import TOP1
+from .shapes import MOE
 
 # The tests' cases, the experts' with as many experts as models have, and HyperGLU's at a layer's
 # sizes.
@@ -34,8 +34,8 @@ ALL_CASES: dict[str, Case] = (
     CASES
     | {
         case.name: case
-        for experts in dict.fromkeys(model.experts for model in TOP1.values())
-        for case in moe.sized(experts or 0)
+        for own in dict.fromkeys((m.experts or 0, m.top_k or 1, m.bias) for m in MOE.values())
+        for case in moe.sized(*own)
     }
     | {case.name: case for case in hyper.sized()}
 )
@@ -119,9 +119,11 @@ class Work:
             return self.M, self.H, self.D
         shapes = self.case.shapes(self.M, self.D, self.H)
         first = ("w", "w_in", "w_gate", "w_up", "q_weight", "q_gate", "q_up")
-        # Experts' weights have one dimension more; a row meets one expert.
+        # Experts' weights have one dimension more; a row meets one expert, a token as many as it
+        # has choices.
         rows = sum(s[-2] for name, s in shapes.items() if name in first and len(s) > 1)
-        return (self.M, rows, self.D) if rows else None
+        M = math.prod(shapes.get("expert", (self.M,)))
+        return (M, rows, self.D) if rows else None
 
     def identity(self) -> dict[str, object]:
         """The fields of a record that say what was run."""

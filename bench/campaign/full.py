@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from ..shapes import CAMPAIGN, HYPER, HYPER_TOKENS, TOP1, TOP1_TOKENS
+from ..shapes import CAMPAIGN, HYPER, HYPER_TOKENS, MOE, MOE_TOKENS
 from ..timing.tune import LAUNCHES
 from ..variants import TIMED
 from .steps import (
@@ -85,7 +85,7 @@ def _time_layer(op: str) -> Step:
 def plan() -> list[Step]:
     """All steps, by worth: what the time box cuts off is worth least."""
     fullest = cases()
-    tokens = tuple(map(str, TOP1_TOKENS))
+    tokens = tuple(map(str, MOE_TOKENS))
     steps = [python_step(f"check:{op}", 240, COMMAND, "check", "--op", op) for op in fullest]
     steps += _cuda_first()
     steps += [step for op in fullest for step in _time_op(op)]
@@ -104,7 +104,7 @@ def plan() -> list[Step]:
     ]  # fmt: skip
     steps += [
         python_step(f"time:moe_mlp:{model}", 600, COMMAND, "time", "--model", model, "--m", *tokens)
-        for model in TOP1
+        for model in MOE
     ]
     steps += [python_step(f"tune:{k}", 420, COMMAND, "tune", "--kernel", k) for k in LAUNCHES]
     steps += [

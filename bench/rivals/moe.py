@@ -2,11 +2,12 @@
 
 Its cases have these arguments, for M tokens, E experts, width D and hidden width H:
 
-    x (M, D), expert (M,) int64, each token's chosen expert, prob (M,), that expert's probability,
+    x (M, D), expert (M,) or (M, k) int64, each token's chosen experts, prob, their probabilities,
     w_gate (E, H, D), w_up (E, H, D), w_down (E, D, H),
 
 of which our own call makes a Routing and calls the op (fusedmlp/testing/moe.py); and one result,
-(M, D): rows of prob * (act(x w_gate[e]') * (x w_up[e]')) w_down[e]', e being the row's expert.
+(M, D): for each token the sum over its experts e of
+prob * (act(x w_gate[e]') * (x w_up[e]')) w_down[e]'.
 Weights are repacked, and indices brought to the type that a rival wants, in
 `arguments`; what depends on the routing, sorting above all, is part of the call.
 """
@@ -14,6 +15,7 @@ Weights are repacked, and indices brought to the type that a rival wants, in
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +33,7 @@ GATHERED_BYTES = 1 << 34
 
 class Experts(Rival):
     ops = ("moe_mlp",)
+    biased = False  # whether its experts may have biases
 
     def skip(self, work: Work, phase: str) -> str | None:
         reason = self.unfit(work) if work.case.op in self.ops else None
@@ -38,14 +41,22 @@ class Experts(Rival):
 
     def unfit(self, work: Work) -> str | None:
         """Why it cannot run this work of its own op; None if it can."""
-        if "w_up" not in work.case.shapes(1, 8, 8) and "packed" not in work.case.options:
+        shapes = work.case.shapes(1, 8, 8)
+        if "w_up" not in shapes and "packed" not in work.case.options:
             return "has gated experts only"
+        if "b_down" in shapes and not self.biased:
+            return "has no biases"
         return "does not recompute" if recomputes(work) else None
 
 
 def _gate_up(inputs: Arguments) -> Tensor:
     """(E, 2 H, D): each expert's gate rows, then its up rows."""
     return torch.cat((inputs["w_gate"], inputs["w_up"]), 1)
+
+
+def _choices(t: Tensor) -> Tensor:
+    """(M, k), of one choice too."""
+    return t.unsqueeze(1) if t.dim() == 1 else t
 
 
 def _unaligned(work: Work) -> str | None:
@@ -81,14 +92,17 @@ class GroupedMM(Experts):
         assert gemm is not None
 
         def call(t: Arguments) -> Tensor:
-            chosen, order = t["expert"].sort()
+            expert, prob = _choices(t["expert"]), _choices(t["prob"])
+            k = expert.shape[1]
+            chosen, order = expert.flatten().sort()
             # Where each expert's rows end. bincount would wait for the GPU.
             ends = torch.searchsorted(chosen, t["numbers"], right=True, out_int32=True)
-            rows = t["x"].index_select(0, order)
+            rows = t["x"].index_select(0, order if k == 1 else order // k)
             gate, up = gemm(rows, t["w_gate_up"].mT, offs=ends).chunk(2, -1)
             y = gemm(act.phi(gate) * act.psi(up), t["w_down"].mT, offs=ends)
             back = torch.empty_like(y).index_copy_(0, order, y)
-            return (back * t["prob"].unsqueeze(1)).to(t["x"].dtype)
+            scaled = back.view(-1, k, back.shape[1]) * prob.unsqueeze(2)
+            return (scaled.squeeze(1) if k == 1 else scaled.sum(1)).to(t["x"].dtype)
 
         return call
 
@@ -120,8 +134,8 @@ class HF(Experts):
     def arguments(self, work: Work, inputs: Arguments) -> dict[str, Tensor]:
         return {
             "x": inputs["x"],
-            "top_k_index": inputs["expert"].unsqueeze(1),
-            "top_k_weights": inputs["prob"].unsqueeze(1),
+            "top_k_index": _choices(inputs["expert"]),
+            "top_k_weights": _choices(inputs["prob"]),
             "gate_up_proj": _gate_up(inputs),
             "down_proj": inputs["w_down"],
         }
@@ -166,7 +180,8 @@ class HFBatchedMM(HF):
     name = "hf-batched-mm"
 
     def unfit(self, work: Work) -> str | None:
-        gathered = 3 * work.M * work.D * work.H * work.torch_dtype.itemsize
+        choices = math.prod(work.case.shapes(work.M, work.D, work.H)["expert"])
+        gathered = 3 * choices * work.D * work.H * work.torch_dtype.itemsize
         if gathered > GATHERED_BYTES:
             return f"would copy {gathered / 1e9:.0f} GB of weights, an expert's for every token"
         return super().unfit(work)
@@ -186,12 +201,13 @@ class SonicMoE(Experts):
         return super().unfit(work) or _unaligned(work)
 
     def arguments(self, work: Work, inputs: Arguments) -> dict[str, Tensor]:
-        x, expert = inputs["x"], inputs["expert"]
+        x, expert = inputs["x"], _choices(inputs["expert"])
+        token = torch.arange(len(x), dtype=torch.int32, device=x.device)
         return {
             "x": x,
-            "prob": inputs["prob"],
-            "token": torch.arange(len(x), dtype=torch.int32, device=x.device),
-            "expert": expert.to(torch.int32),
+            "prob": inputs["prob"].flatten(),
+            "token": token.repeat_interleave(expert.shape[1]),
+            "expert": expert.flatten().to(torch.int32),
             # Views: in memory experts stay outermost, as it wants them.
             "w1": in_turn(inputs["w_gate"], inputs["w_up"], 1).permute(1, 2, 0),
             "w2": inputs["w_down"].permute(1, 2, 0),
@@ -226,8 +242,8 @@ class LigerMoE(Experts):
             "x": inputs["x"],
             "gate_up": _gate_up(inputs),
             "down": inputs["w_down"],
-            "index": inputs["expert"].to(torch.int32).unsqueeze(1),
-            "weight": inputs["prob"].unsqueeze(1),
+            "index": _choices(inputs["expert"]).to(torch.int32),
+            "weight": _choices(inputs["prob"]),
         }
 
     def function(self, work: Work) -> Function:

@@ -1,10 +1,10 @@
-"""NaN-poisoned memory."""
+"""NaN-poisoned memory, and what autograd keeps."""
 
 from __future__ import annotations
 
 import importlib.abc
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,3 +57,22 @@ class _BeforeDynamo(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname: str, path: object, target: object = None) -> None:
         if fullname == "torch._dynamo":
             self.restore()
+
+
+def kept_bytes(call: Callable[[], Tensor], arguments: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps of `call` for its backward, beyond the memory of its arguments.
+    Fake tensors count too."""
+    own = {t.untyped_storage()._cdata for t in arguments}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = call()
+    if not out.requires_grad:
+        raise AssertionError("kept_bytes: the call must be differentiable, got no graph")
+    return sum(kept.values())

@@ -114,10 +114,15 @@ def experts_case(
     )
 
 
-def sized(experts: int) -> Iterator[Case]:
-    """moe_mlp with a model's number of experts, for benches; not among `cases`."""
+def sized_name(experts: int, k: int, spread: str, bias: bool) -> str:
+    parts = ("moe_mlp", str(experts), *([f"top{k}"] * (k > 1)), spread, *(["bias"] * bias))
+    return "-".join(parts)
+
+
+def sized(experts: int, k: int, bias: bool) -> Iterator[Case]:
+    """moe_mlp as a model has it, for benches; not among `cases`."""
     for spread in SPREADS:
-        yield experts_case(f"moe_mlp-{experts}-{spread}", experts, spread)
+        yield experts_case(sized_name(experts, k, spread, bias), experts, spread, k, bias)
 
 
 def cases() -> Iterator[Case]:

@@ -144,22 +144,28 @@ def test_a_models_cases_exist_and_fit_it(name):
         assert all(case.endswith("-bias") for case in cases)
 
 
-@pytest.mark.parametrize("name", shapes.TOP1)
+@pytest.mark.parametrize("name", shapes.MOE)
 def test_a_model_of_experts_is_timed_with_as_many(name):
     """Evenly, half of all tokens to one expert, and every other expert empty."""
-    model = shapes.TOP1[name]
+    model = shapes.MOE[name]
     cases = [case_of(case) for case in shapes.cases_of(model)]
     assert len(cases) == 3
     generator = torch.Generator().manual_seed(0)
-    counts = []
+    k, counts = model.top_k, []
     for case in cases:
-        assert case.shapes(8, 4, 2)["w_gate"] == (model.experts, 2, 4)
-        expert = case.draws["expert"]((8192,), generator)
-        counts.append(torch.bincount(expert, minlength=model.experts))
+        own = case.shapes(8192, 4, 2)
+        assert own["w_gate"] == (model.experts, 2, 4)
+        assert own["expert"] == own["prob"] == ((8192, k) if k > 1 else (8192,))
+        assert ("b_down" in own) == model.bias
+        expert = case.draws["expert"](own["expert"], generator).view(8192, k)
+        assert (expert.sort(1)[0].diff(dim=1) > 0).all()  # a token's experts differ
+        counts.append(torch.bincount(expert[:, 0], minlength=model.experts))
     even, skewed, sparse = counts
     assert even.min() > 0 and even.max() < 3 * 8192 / model.experts
     assert 0.45 < skewed.max() / 8192 < 0.6
     assert (sparse == 0).sum() == model.experts // 2
+    # A GEMM of as many rows is what its speed is compared with.
+    assert Work(cases[0], "silu", "bfloat16", 64, 8, 16).gemm() == (64 * k, 32, 8)
 
 
 def test_quantiles_by_hand():

@@ -8,6 +8,7 @@ import fusedmlp
 from fusedmlp import reference
 from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.testing import assert_close_to, compare, evaluate
+from fusedmlp.testing.memory import kept_bytes
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PLAIN = [name for name, row in ACTIVATIONS.items() if row.up is None]  # no gates
@@ -71,18 +72,8 @@ def assert_precise_near_zero(activation, value, slope):
 
 def saved_bytes(case, inputs):
     """Bytes that autograd keeps beyond the arguments themselves."""
-    arguments = {t.data_ptr() for t in inputs.values()}
-    kept = {}
-
-    def pack(t):
-        if t.data_ptr() not in arguments:
-            kept[t.data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = case.run({k: t.requires_grad_() for k, t in inputs.items()})
-    assert out.requires_grad
-    return sum(kept.values())
+    leaves = {k: t.requires_grad_() for k, t in inputs.items()}
+    return kept_bytes(lambda: case.run(leaves), leaves.values())
 
 
 def gradcheck(case):

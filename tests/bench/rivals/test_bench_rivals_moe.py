@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fusedmlp.bench.rivals import RIVALS
 from fusedmlp.bench.timing.calls import calls_of
 from fusedmlp.bench.work import Work
-from fusedmlp.reference.activations import ACTIVATIONS
+from fusedmlp.reference.activations import ACTIVATIONS, resolve
 from fusedmlp.testing import CASES, Case, assert_close_to
 
 E = 4
@@ -24,16 +24,17 @@ ROUTINGS = {
     "one expert has no token": lambda M: torch.tensor([3, 0, 2])[torch.arange(M) * 5 % 7 % 3],
     "first and last have none": lambda M: torch.arange(M) * 5 % 7 % 2 + 1,
     "one expert has every token": lambda M: torch.full((M,), 2),
+    "two experts a token": lambda M: (torch.arange(M)[:, None] * 5 % 7 + torch.arange(2)) % E,
 }
 FLOATS = ("x", "prob", "w_gate", "w_up", "w_down")
 
 
 def moe_mlp(x, expert, prob, w_gate, w_up, w_down, activation="silu"):
-    act, y = ACTIVATIONS[activation].reference, torch.zeros_like(x)
+    gate, y = resolve(activation), torch.zeros_like(x)
     for e in range(len(w_gate)):
-        own = act(x @ w_gate[e].T) * (x @ w_up[e].T) @ w_down[e].T
-        y = torch.where((expert == e).unsqueeze(1), own, y)
-    return prob.unsqueeze(1) * y
+        own = gate.phi(x @ w_gate[e].T) * gate.psi(x @ w_up[e].T) @ w_down[e].T
+        y = y + torch.where(expert == e, prob, 0).view(len(x), -1).sum(1, keepdim=True) * own
+    return y
 
 
 def shapes(M, D, H):
@@ -56,7 +57,9 @@ def draw(here, routing="spread"):
         t = 2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1
         scale = shape[-1] ** -0.5 if name.startswith("w_") else 1
         inputs[name] = (scale * t).to(here.torch_dtype)
-    return {**inputs, "expert": ROUTINGS[routing](here.M)}
+    expert = ROUTINGS[routing](here.M)
+    prob = torch.rand(expert.shape, generator=generator).to(here.torch_dtype)
+    return {**inputs, "expert": expert, "prob": prob}
 
 
 def in_dtype(inputs, dtype):
@@ -105,8 +108,11 @@ GLU = {
 def experts_first(x, scores, expert, gate, up, down, act):
     """The op with its weights by (E, ...), one token at a time."""
     out = torch.zeros_like(x)
+    k = len(expert) // len(x)
     for i, e in enumerate(expert.tolist()):
-        out[i] = scores[i] * (act(gate[e] @ x[i]) * (up[e] @ x[i]) @ down[e].T)
+        t = x[i // k]
+        own = scores[i] * (act(gate[e] @ t) * (up[e] @ t) @ down[e].T)
+        out = out.index_add(0, torch.tensor([i // k]), own.unsqueeze(0))
     return out
 
 
@@ -123,8 +129,9 @@ def install_sonic(monkeypatch, interleaved=True):
         assert w1.stride() == (width, 1, 2 * hidden * width)
         assert w2.stride() == (hidden, 1, width * hidden)
         assert token_indices.dtype == expert_indices.dtype == torch.int32
-        assert token_indices.tolist() == list(range(T))
-        assert router_scores.shape == (T,)
+        k = len(token_indices) // T
+        assert token_indices.tolist() == [row // k for row in range(T * k)]
+        assert router_scores.shape == expert_indices.shape == (T * k,)
         assert b1 is None and b2 is None and isinstance(stream_id, int)
         seen["inference"] = is_inference_mode_enabled
         gate, up = (w1[::2], w1[1::2]) if interleaved else w1.chunk(2)
@@ -144,7 +151,7 @@ def install_liger(monkeypatch):
         @staticmethod
         def apply(x, gate_up_proj, down_proj, top_k_index, top_k_weights):
             assert top_k_index.dtype == torch.int32
-            assert top_k_index.shape == top_k_weights.shape == (len(x), 1)
+            assert top_k_index.shape == top_k_weights.shape and len(top_k_index) == len(x)
             assert gate_up_proj.is_contiguous() and down_proj.is_contiguous()
             gate, up = gate_up_proj.chunk(2, 1)
             flat = top_k_weights.flatten(), top_k_index.flatten()
