@@ -100,18 +100,17 @@ def _launch(kernel: Kernel, work: Work, x: torch.Tensor, fit: Fit, roof: Roof) -
 def _grouped_launch(
     kernel: Kernel, work: Work, x: torch.Tensor, fit: Fit, roof: Roof
 ) -> PlannedLaunch:
-    """The launch for experts with as many tokens each: the most row tiles that there can be."""
+    """The launch for experts with as many rows each: the most row tiles that there can be."""
     assert kernel.result is not None
-    shapes = work.case.shapes(work.M, work.D, work.H)
-    experts = next(shape[0] for shape in shapes.values() if len(shape) == 3)
-    choices = math.prod(shapes.get("expert", (work.M,)))
+    shapes = work.case.shapes(work.M, work.D, work.H).values()
+    experts = next(shape[0] for shape in shapes if len(shape) == 3)
     columns = getattr(work, kernel.result[1])
     if kernel.depth == "M":  # every expert has a result of its own
         tile = pick.pick_grouped_tile(kernel.name, x, work.H, 1, fit)
         rows = experts * math.ceil(work.H / tile.block_m)
     else:
-        tile = pick.pick_grouped_tile(kernel.name, x, choices, experts, fit)
-        rows = most_tiles(choices, experts, tile.block_m)
+        tile = pick.pick_grouped_tile(kernel.name, x, work.rows, experts, fit)
+        rows = most_tiles(work.rows, experts, tile.block_m)
     count = rows * math.ceil(columns / tile.block_n)
     return PlannedLaunch(kernel.name, tile, count, count / roof.multiprocessors, 1)
 

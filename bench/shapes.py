@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..testing.moe import SPREADS, sized_name
+from ..testing.moe import sized
 
 # Tokens in a call: one sequence decoding, small batches, a prompt, training.
 TOKENS = (1, 16, 64, 256, 2048, 8192, 16384)
@@ -81,8 +81,7 @@ def cases_of(model: Model) -> tuple[str, ...]:
     if model.hyper:
         return ("hyper_attention-layer", "hyper_attention_step-layer")
     if model.experts:
-        assert model.top_k is not None
-        return tuple(sized_name(model.experts, model.top_k, s, model.bias) for s in SPREADS)
+        return tuple(sized(model.experts, model.top_k or 1, model.bias))
     if model.gated:
         return ("gated_act", "gated_linear", "gated_mlp")
     suffix = "-bias" if model.bias else ""

@@ -35,7 +35,7 @@ ALL_CASES: dict[str, Case] = (
     | {
         case.name: case
         for own in dict.fromkeys((m.experts or 0, m.top_k or 1, m.bias) for m in MOE.values())
-        for case in moe.sized(*own)
+        for case in moe.sized(*own).values()
     }
     | {case.name: case for case in hyper.sized()}
 )
@@ -119,11 +119,15 @@ class Work:
             return self.M, self.H, self.D
         shapes = self.case.shapes(self.M, self.D, self.H)
         first = ("w", "w_in", "w_gate", "w_up", "q_weight", "q_gate", "q_up")
-        # Experts' weights have one dimension more; a row meets one expert, a token as many as it
-        # has choices.
-        rows = sum(s[-2] for name, s in shapes.items() if name in first and len(s) > 1)
-        M = math.prod(shapes.get("expert", (self.M,)))
-        return (M, rows, self.D) if rows else None
+        # Experts' weights have one dimension more; a row meets one expert.
+        columns = sum(s[-2] for name, s in shapes.items() if name in first and len(s) > 1)
+        return (self.rows, columns, self.D) if columns else None
+
+    @property
+    def rows(self) -> int:
+        """Rows of the products: tokens, each as often as it has experts."""
+        shapes = self.case.shapes(self.M, self.D, self.H)
+        return math.prod(shapes["expert"]) if "expert" in shapes else self.M
 
     def identity(self) -> dict[str, object]:
         """The fields of a record that say what was run."""

@@ -15,7 +15,6 @@ Weights are repacked, and indices brought to the type that a rival wants, in
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -180,8 +179,7 @@ class HFBatchedMM(HF):
     name = "hf-batched-mm"
 
     def unfit(self, work: Work) -> str | None:
-        choices = math.prod(work.case.shapes(work.M, work.D, work.H)["expert"])
-        gathered = 3 * choices * work.D * work.H * work.torch_dtype.itemsize
+        gathered = 3 * work.rows * work.D * work.H * work.torch_dtype.itemsize
         if gathered > GATHERED_BYTES:
             return f"would copy {gathered / 1e9:.0f} GB of weights, an expert's for every token"
         return super().unfit(work)

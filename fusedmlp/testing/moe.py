@@ -114,15 +114,14 @@ def experts_case(
     )
 
 
-def sized_name(experts: int, k: int, spread: str, bias: bool) -> str:
-    parts = ("moe_mlp", str(experts), *([f"top{k}"] * (k > 1)), spread, *(["bias"] * bias))
-    return "-".join(parts)
-
-
-def sized(experts: int, k: int, bias: bool) -> Iterator[Case]:
-    """moe_mlp as a model has it, for benches; not among `cases`."""
-    for spread in SPREADS:
-        yield experts_case(sized_name(experts, k, spread, bias), experts, spread, k, bias)
+def sized(experts: int, k: int, bias: bool) -> dict[str, Case]:
+    """moe_mlp as a model has it, for benches; not among `cases`. The spread is that of a token's
+    first expert; its others leave no expert empty."""
+    own = f"moe_mlp-{experts}" if k == 1 else f"moe_mlp-{experts}-top{k}"
+    suffix = "-bias" if bias else ""
+    spreads = [spread for spread in SPREADS if k == 1 or spread != "sparse"]
+    cases = (experts_case(f"{own}-{s}{suffix}", experts, s, k, bias) for s in spreads)
+    return {case.name: case for case in cases}
 
 
 def cases() -> Iterator[Case]:

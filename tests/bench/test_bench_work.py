@@ -149,7 +149,7 @@ def test_a_model_of_experts_is_timed_with_as_many(name):
     """Evenly, half of all tokens to one expert, and every other expert empty."""
     model = shapes.MOE[name]
     cases = [case_of(case) for case in shapes.cases_of(model)]
-    assert len(cases) == 3
+    assert len(cases) == (3 if model.top_k == 1 else 2)
     generator = torch.Generator().manual_seed(0)
     k, counts = model.top_k, []
     for case in cases:
@@ -160,10 +160,10 @@ def test_a_model_of_experts_is_timed_with_as_many(name):
         expert = case.draws["expert"](own["expert"], generator).view(8192, k)
         assert (expert.sort(1)[0].diff(dim=1) > 0).all()  # a token's experts differ
         counts.append(torch.bincount(expert[:, 0], minlength=model.experts))
-    even, skewed, sparse = counts
+    even, skewed, *sparse = counts
     assert even.min() > 0 and even.max() < 3 * 8192 / model.experts
     assert 0.45 < skewed.max() / 8192 < 0.6
-    assert (sparse == 0).sum() == model.experts // 2
+    assert all((c == 0).sum() == model.experts // 2 for c in sparse)
     # A GEMM of as many rows is what its speed is compared with.
     assert Work(cases[0], "silu", "bfloat16", 64, 8, 16).gemm() == (64 * k, 32, 8)
 
