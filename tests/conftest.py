@@ -18,6 +18,7 @@ if DEVICE == "cpu":
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 import addresses  # noqa: E402
+import launch_names  # noqa: E402
 import pytest  # noqa: E402
 
 import fusedmlp  # noqa: E402
@@ -47,6 +48,13 @@ def on_triton():
     checked = addresses.checked() if DEVICE == "cpu" else contextlib.nullcontext()
     with fusedmlp.backend("triton"), poison(), checked:
         yield
+
+
+@pytest.fixture
+def launched():
+    """The names of the kernels that the test launches, as it launches them."""
+    with launch_names.launches() as names:
+        yield names
 
 
 def pytest_collection_modifyitems(config, items):

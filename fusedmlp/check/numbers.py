@@ -14,5 +14,6 @@ def number(owner: str, name: str, value: object) -> None:
 def finite(owner: str, name: str, value: float) -> None:
     """Raises TypeError unless it is a number, ValueError for NaN and infinities."""
     number(owner, name, value)
-    if not math.isfinite(value):
+    # Not math.isfinite: torch.compile with dynamic shapes cannot trace it.
+    if not abs(value) < math.inf:
         raise ValueError(f"{owner}: {name} must be finite, got {value}")

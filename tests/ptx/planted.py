@@ -6,12 +6,11 @@ import dataclasses
 import functools
 import importlib
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from triton.runtime.jit import JITFunction
+from rewriting import rewritten
 
 from fusedmlp import ops, reference  # noqa: F401
 from fusedmlp.backends.op import KERNELS
@@ -132,21 +131,3 @@ def in_python(launch: str, module: str, kernel: str, old: str, new: str) -> str:
     assert not made.run(ORDERS[0])
     with rewritten(fn, old, new):
         return made.run(ORDERS[0])
-
-
-@contextmanager
-def rewritten(fn: JITFunction, old: str, new: str) -> Iterator[None]:
-    """The kernel with other source, where `old` stands once."""
-    source = fn.src
-    assert source.count(old) == 1, (fn, old, source.count(old))
-
-    def put(text: str) -> None:
-        fn._unsafe_update_src(text)
-        fn.hash = None
-        fn.device_caches.clear()
-
-    put(source.replace(old, new))
-    try:
-        yield
-    finally:
-        put(source)
