@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..layers.parts.activation import name_of
 from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import route_to
 from .activation import name_by_values
@@ -20,13 +21,16 @@ from .activation import name_by_values
 NAME = "fusedmlp"
 
 
-# By class and, of nn.GELU, its option; of a plain function, by itself.
+# By class, the row with its parameters as the module has them and, of nn.GELU, its option; of a
+# plain function, by itself.
 _ACTIVATIONS: dict[Any, str | None] = {}
 
 
 def _activation(experts: Any) -> str | None:
     act = getattr(experts, "act_fn", None)
-    key = (type(act), getattr(act, "approximate", None)) if isinstance(act, nn.Module) else act
+    key = act
+    if isinstance(act, nn.Module):
+        key = (type(act), name_of(act), getattr(act, "approximate", None))
     if key not in _ACTIVATIONS:
         _ACTIVATIONS[key] = None if act is None else name_by_values(act)
     return _ACTIVATIONS[key]

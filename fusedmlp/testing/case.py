@@ -92,7 +92,9 @@ class Case:
         made = {}
         for name, shape in self.shapes(M, D, H).items():
             if name in self.draws:
-                made[name] = self.draws[name](shape, generator)
+                t = made[name] = self.draws[name](shape, generator)
+                if gate.row.kinks and t.is_floating_point():
+                    t.fill_(_off_kink_step(D))  # scales of one-bit weights, which are all odd
                 continue
             scale = self.scales.get(name, 1) * (reach if name in _FIRST else 1)
             t = draw(name, shape, D, generator).mul_(scale)

@@ -37,6 +37,31 @@ def _stranger(x):
     return x * r, (1 - x * x) * r * r
 
 
+@triton.jit
+def _clamped(x, limit, shift):
+    z = tl.where(x > limit, limit, x)
+    return z * z, tl.where(x <= limit, 2 * z, 0.0)
+
+
+@triton.jit
+def _clamped_up(u, limit, shift):
+    return u + shift, tl.full(u.shape, 1.0, tl.float32)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    """A clamped gate with a factor of its own for u and two parameters: a row, two functions."""
+    row = Activation(
+        "clamped", lambda g, limit, shift: g.clamp(max=limit).square(),
+        up=lambda u, limit, shift: u + shift,
+        parameters={"limit": 3.0, "shift": 0.5}, kinks=("limit",),
+    )  # fmt: skip
+    monkeypatch.setitem(ACTIVATIONS, row.name, row)
+    monkeypatch.setitem(DEVICE, "clamped", _clamped)
+    monkeypatch.setitem(DEVICE, "clamped_up", _clamped_up)
+    return row
+
+
 @pytest.fixture
 def row(monkeypatch):
     """The suite's activation without a kernel gets one: its row and its device function."""
@@ -60,6 +85,28 @@ def test_functions_take_a_new_row(op, row, each_backend, device):
     case = first_case_of_each_op()[op]
     inputs = case.inputs(5, 128, 24, torch.float32, device, activation=row.name)
     check(case, inputs, activation=row.name)
+
+
+@pytest.mark.parametrize("op", [o for o, c in first_case_of_each_op().items() if c.gated])
+def test_functions_take_a_new_gate_without_a_new_kernel(op, gate, each_backend, device):
+    case = first_case_of_each_op()[op]
+    for name in ("clamped", "clamped(limit=0.5, shift=-2)"):
+        inputs = case.inputs(5, 128, 24, torch.float32, device, activation=name)
+        check(case, inputs, activation=name)
+
+
+def test_a_new_gate_is_refused_where_it_has_no_sense(gate):
+    t = torch.ones(2, 2)
+    with pytest.raises(ValueError, match="mlp: .* no up projection; got 'clamped', a gate"):
+        fusedmlp.mlp(t, t, t, activation="clamped")
+    with pytest.raises(
+        ValueError, match="gated_act: activation must be 'clamped' with a limit of 0"
+    ):
+        fusedmlp.gated_act(t, t, activation="clamped(limit=-1)")
+    with pytest.raises(
+        ValueError, match="as 'clamped\\(limit=3.0, shift=0.5\\)'; got 'clamped\\(a=1\\)'"
+    ):
+        fusedmlp.gated_act(t, t, activation="clamped(a=1)")
 
 
 def test_errors_list_a_new_row(row):
@@ -129,6 +176,16 @@ def test_a_row_without_a_device_function(monkeypatch):
     )
     with pytest.raises(RuntimeError, match=f"^{re.escape(message)}"):
         load_again(monkeypatch, ACTIVATIONS | {"stranger": Activation("stranger", stranger)})
+
+
+def test_a_gate_without_a_device_function_of_u(monkeypatch):
+    row = Activation("silu", stranger, up=stranger, parameters={"limit": 1.0})
+    message = (
+        "kernels/activations.py: activation 'silu_up' of fusedmlp/reference/activations.py must "
+        "have a device function, got none: write `@triton.jit def silu_up(u, limit)` in kernels/"
+    )
+    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}"):
+        load_again(monkeypatch, ACTIVATIONS | {"silu": row})
 
 
 def test_a_device_function_without_a_row(monkeypatch):

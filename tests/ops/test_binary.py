@@ -166,7 +166,7 @@ def test_large_values(value, on_triton, device):
 @pytest.mark.parametrize("activation", op_checks.FEW)
 def test_activations(activation, on_triton, device):
     inputs = MLP.inputs(17, 128, 40, torch.float32, device, activation=activation)
-    check(MLP, inputs, activation=activation, backward=activation != "relu")
+    check(MLP, inputs, activation=activation)
 
 
 def test_sizes_of_one_and_none(device, on_triton):
