@@ -229,7 +229,8 @@ class BinaryGatedMLP(nn.Module):
     Args:
         dim: width of x, a multiple of 128, or any with `pad`.
         hidden: width between, likewise.
-        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
+            parameters, as "clamped_swiglu(limit=10)": docs/gates.md.
         bias, clip, detach_scale, pad: of each projection, as in BinaryLinear.
 
     The three are packed all or none. Raises ValueError or TypeError for a bad argument, and

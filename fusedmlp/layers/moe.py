@@ -43,7 +43,8 @@ class Top1MoE(nn.Module):
     Args:
         dim, hidden: width of x, and of each expert.
         num_experts: E.
-        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
+            parameters, as "clamped_swiglu(limit=10)": docs/gates.md.
         capacity_factor: an expert takes up to max(1, floor(T / E * capacity_factor)) of T tokens,
             later ones get 0; None, the default, drops none.
         shared_hidden: width of an expert that every token passes; None for none.

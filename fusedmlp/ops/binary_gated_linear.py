@@ -153,7 +153,8 @@ def binary_gated_linear(
         x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
         w_gate, w_up: (H, D) each. Signs are frozen, scales get a gradient if they require one.
         b_gate, b_up: (H,) or None each.
-        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
+            parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
 
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype).
 

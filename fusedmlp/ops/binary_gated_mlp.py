@@ -134,7 +134,8 @@ def binary_gated_mlp(
         w_down: (D_out, H), likewise.
         b_gate, b_up: (H,) or None each.
         b_down: (D_out,).
-        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
+            parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
         recompute: save x alone for backward and run the first product again there, instead of
             saving g and u: 2 M H values less, 4 M D H FLOPs more.
 

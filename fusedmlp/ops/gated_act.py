@@ -97,7 +97,8 @@ def gated_act(
     Args:
         g: gate pre-activation (..., H); or, with `packed`, both halves (..., 2H).
         u: up projection (..., H), or None with `packed`.
-        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
+            parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
         packed: order of the halves of a packed g: "gate_up" or "up_gate". Read in place.
 
     Returns h (..., H) in g's dtype (under autocast: the autocast dtype).

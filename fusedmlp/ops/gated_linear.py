@@ -212,7 +212,8 @@ def gated_linear(
         x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
         w_gate, w_up: (H, D) each, any strides; or, with `packed`, w_gate (2H, D) and w_up None.
         b_gate, b_up: (H,) or None each; or, with `packed`, b_gate (2H,) and b_up None.
-        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
+            parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
         packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made.
 
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype).

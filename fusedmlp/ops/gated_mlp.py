@@ -115,7 +115,8 @@ def gated_mlp(
         w_down: (D_out, H), any strides.
         b_gate, b_up: (H,) or None each; or, with `packed`, b_gate (2H,) and b_up None.
         b_down: (D_out,).
-        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
+            parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
         packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made, and
             its gradient comes from one GEMM.
         recompute: save x alone for backward and run the first GEMM again there, instead of saving g

@@ -131,7 +131,8 @@ def linear_act(
         x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
         w: (H, D), any strides.
         b: (H,) or None.
-        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
+            parameters, as "elu(alpha=0.5)", but no gate: docs/gates.md.
 
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype).
 

@@ -201,7 +201,8 @@ def masked_gated_linear(
         masks: logits (n_m, H, D), n_m from 1 to 16, of any floating dtype, which autocast leaves:
             mask i is 1 where masks[i] > 0, and its gradient is the logit's. Or PackedMasks, which
             have none and are read as they are; logits are packed in every call.
-        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
+            parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
 
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype). A logit that is NaN counts
     as 0 in the kernels and is NaN in the reference; `pack_masks` refuses it.

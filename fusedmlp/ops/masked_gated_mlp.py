@@ -104,7 +104,8 @@ def masked_gated_mlp(
             have none.
         w_down: (D_out, H), any strides.
         b_down: (D_out,).
-        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
+            parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
         recompute: save x alone for backward and run the first product again there: (1 + n_m) M H
             values less, 2 (1 + n_m) M D H FLOPs more.
 

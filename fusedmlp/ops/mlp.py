@@ -87,7 +87,8 @@ def mlp(
         x: (..., D). Read in place where its leading dimensions merge by strides, as in F.linear.
         w_in, b_in: (H, D), any strides, and (H,) or None.
         w_out, b_out: (D_out, H), any strides, and (D_out,) or None.
-        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
+            parameters, as "elu(alpha=0.5)", but no gate: docs/gates.md.
         recompute: save x alone for backward and run the first GEMM again there, instead of saving
             its result: M H values less, 2 M D H FLOPs more.
 

@@ -350,7 +350,9 @@ def moe_mlp(
         b_gate, b_up: (E, H) or None each; b_up None where w_up is, and b_gate (E, 2H) with
             `packed`.
         b_down: (E, D_out).
-        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`.
+        activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
+            parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
+            Without up weights no gate such as that.
         packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made.
         recompute: save neither g nor u for backward and run the first GEMM again there.
 

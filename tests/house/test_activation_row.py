@@ -210,6 +210,15 @@ def test_the_page_of_activations_lists_the_table():
     assert re.findall(r"`(\w+)`", listed[1]) == list(ACTIVATIONS)
 
 
+def test_the_page_of_gates_lists_every_row_with_parameters():
+    """With names and defaults as a call writes them."""
+    listed = re.findall(r"^\| `(\w+)\((.*?)\)` \|", (ROOT / "docs" / "gates.md").read_text(), re.M)
+    rows = {n: r for n, r in ACTIVATIONS.items() if r.parameters or r.up is not None}
+    spelled = {n: ", ".join(f"{k}={v}" for k, v in r.parameters.items()) for n, r in rows.items()}
+    assert dict(listed) == spelled
+    assert len(listed) == len(rows)
+
+
 # Calls into every file of fusedmlp.reference. What they import is test_imports.py's.
 ALONE = """
 import sys
