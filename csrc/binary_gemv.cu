@@ -12,7 +12,7 @@
 // summed by a second kernel in a fixed order.
 #include "binary_gemv.h"
 
-#include "activations.cuh"
+#include "epilogue.cuh"
 #include "mma.cuh"
 
 namespace fusedmlp {
@@ -213,10 +213,10 @@ template <class T, bool GATED>
 FUSEDMLP_DEVICE void finish(const BinaryGemv& p, int64_t m, int64_t row, float gate, float up) {
   if (p.b_gate != nullptr) gate += to_float(static_cast<const T*>(p.b_gate)[row]);
   if (GATED && p.b_up != nullptr) up += to_float(static_cast<const T*>(p.b_up)[row]);
-  with_activation(p.activation, [&](auto act) {
-    const float value = decltype(act)::of(gate).value;
-    store(static_cast<T*>(p.h) + m * p.H + row, GATED ? value * up : value);
-  });
+  float h = 0;
+  with_activation<GATED>(p.activation, p.scalars,
+                         [&](auto act) { h = forward_of<GATED>(act, gate, up); });
+  store(static_cast<T*>(p.h) + m * p.H + row, h);
 }
 
 template <class T, bool GATED, int NT>
@@ -250,21 +250,29 @@ __global__ void __launch_bounds__(kThreads, NT == 1 || GATED ? 0 : 2) gemv(Binar
     __syncthreads();
   }
   const int lane = threadIdx.x % 32;
+  // Through shared memory, so that the code of all activations is here once: registers have no index.
+  constexpr int kResults = 4 * NT;  // of a tile
+  using Results = float[kTiles][kResults][kThreads];
+  static_assert(sizeof(Results) <= sizeof(pairs));
+  Results& results = reinterpret_cast<Results&>(pairs);
 #pragma unroll
-  for (int n = 0; n < NT; ++n) {
+  for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
-      const int64_t m = n * kTokens + 2 * (lane % 4) + c % 2;
-#pragma unroll
-      for (int tile = 0; tile < kTiles; ++tile) {
-        const int64_t row = first_row<GATED>(tile) + lane / 4 + 8 * (c / 2);
-        if (m >= p.M || row >= p.H) continue;
-        if (p.splits > 1) {
-          const int64_t part = GATED ? 2 * blockIdx.y + tile : blockIdx.y;
-          p.parts[(part * p.M + m) * p.H + row] = sums[tile][n][c];
-        } else if (!GATED || tile == 0) {
-          finish<T, GATED>(p, m, row, sums[tile][n][c], sums[1][n][c]);
-        }
+    for (int i = 0; i < kResults; ++i) results[tile][i][threadIdx.x] = sums[tile][i / 4][i % 4];
+  }
+#pragma unroll 1
+  for (int i = 0; i < kResults; ++i) {
+    const int64_t m = i / 4 * kTokens + 2 * (lane % 4) + i % 2;
+#pragma unroll 1
+    for (int tile = 0; tile < kTiles; ++tile) {
+      const int64_t row = first_row<GATED>(tile) + lane / 4 + 8 * (i % 4 / 2);
+      if (m >= p.M || row >= p.H) continue;
+      const float sum = results[tile][i][threadIdx.x];
+      if (p.splits > 1) {
+        const int64_t part = GATED ? 2 * blockIdx.y + tile : blockIdx.y;
+        p.parts[(part * p.M + m) * p.H + row] = sum;
+      } else if (!GATED || tile == 0) {
+        finish<T, GATED>(p, m, row, sum, GATED ? results[1][i][threadIdx.x] : 0);
       }
     }
   }
@@ -298,7 +306,7 @@ cudaError_t enqueue(const BinaryGemv& p, cudaStream_t stream) {
 
 template <class T, bool GATED>
 cudaError_t pick_tokens(const BinaryGemv& p, cudaStream_t stream) {
-  if (p.M > 2 * kTokens) return cudaErrorInvalidValue;
+  if (p.M > 2 * kTokens || (!GATED && is_gate(p.activation))) return cudaErrorInvalidValue;
   return p.M > kTokens ? enqueue<T, GATED, 2>(p, stream) : enqueue<T, GATED, 1>(p, stream);
 }
 
@@ -326,10 +334,11 @@ extern "C" int run_binary_gemv(const void* x, const uint32_t* q_gate, const void
                                const uint32_t* q_up, const void* s_up, const void* b_gate,
                                const void* b_up, void* h, float* parts, int64_t M, int64_t H,
                                int64_t D, int64_t stride_x, int splits, int activation,
-                               int dtype) {
+                               const float* scalars, int dtype) {
   return fusedmlp::binary_gemv(
              {x, q_gate, s_gate, q_up, s_up, b_gate, b_up, h, parts, M, H, D, stride_x, splits,
-              activation, static_cast<fusedmlp::Dtype>(dtype), 0},
+              activation, {scalars[0], scalars[1], scalars[2]},
+              static_cast<fusedmlp::Dtype>(dtype), 0},
              nullptr) != nullptr;
 }
 #endif

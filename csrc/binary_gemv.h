@@ -8,7 +8,7 @@
 
 namespace fusedmlp {
 
-// h = act(x wg' + bg) * (x wu' + bu); with q_up null, h = act(x wg' + bg). x (M, D), h (M, H)
+// h = phi(x wg' + bg) * psi(x wu' + bu); with q_up null, h = act(x wg' + bg). x (M, D), h (M, H)
 // contiguous, biases (H,) or null. A weight (H, D) is +-scale: words (H, D / 32), bit k % 32 of word
 // k / 32 set for +, and float16 scales (H, D / 128). D is a multiple of 128, rows of x begin on 16
 // bytes, M is at most 16. D is cut into `splits` parts; with more than one, parts holds their
@@ -25,7 +25,8 @@ struct BinaryGemv {
   int64_t M, H, D;
   int64_t stride_x;
   int splits;
-  int activation;  // its number in activations.cuh
+  int activation;    // its number in activations.cuh
+  float scalars[3];  // its row's numbers, in the row's order
   Dtype dtype;
   int device;
 };

@@ -1,7 +1,9 @@
 // fusedmlp._C: integers into params structs, and nothing else. What they may be is checked once, in
-// Python (fusedmlp/backends/cuda/gated_linear.py, _cuda_masked.py, _cuda_route.py, _cuda_binary.py).
+// Python (fusedmlp/backends/cuda/).
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -18,6 +20,7 @@ namespace fusedmlp {
 namespace {
 
 using Address = uintptr_t;
+using Scalars = std::array<float, 3>;
 
 template <class T = void>
 T* at(Address address) {
@@ -38,13 +41,13 @@ template <const char* (*launch)(const GatedLinearFwd&, void*)>
 void gated_linear_fwd(Address x, Address w_gate, Address w_up, Address b_gate, Address b_up,
                       Address h, Address g, Address u, int64_t M, int64_t H, int64_t D,
                       int64_t stride_x, int64_t stride_gate, int64_t stride_up, int64_t stride_h,
-                      int64_t stride_gu, int activation, int dtype, int device,
+                      int64_t stride_gu, int activation, Scalars s, int dtype, int device,
                       int multiprocessors, int variant, Address stream) {
   enqueue(launch,
           {at(x),    at(w_gate), at(w_up), at(b_gate), at(b_up),    at(h),
            at(g),    at(u),      M,        H,          D,           stride_x,
-           stride_gate, stride_up, stride_h, stride_gu, activation, static_cast<Dtype>(dtype),
-           device,   multiprocessors, variant},
+           stride_gate, stride_up, stride_h, stride_gu, activation, {s[0], s[1], s[2]},
+           static_cast<Dtype>(dtype), device, multiprocessors, variant},
           stream);
 }
 
@@ -52,24 +55,24 @@ template <const char* (*launch)(const GatedLinearBwd&, void*)>
 void gated_linear_bwd(Address dy, Address w_down, Address g, Address u, Address dg, Address du,
                       Address h, Address sums, int64_t M, int64_t H, int64_t D, int64_t stride_dy,
                       int64_t stride_down, int64_t stride_gu, int64_t stride_dgu, int64_t stride_h,
-                      int activation, int dtype, int device, int multiprocessors, int variant,
-                      Address stream) {
+                      int activation, Scalars s, int dtype, int device, int multiprocessors,
+                      int variant, Address stream) {
   enqueue(launch,
           {at(dy),    at(w_down), at(g),     at(u),      at(dg),   at(du),
            at(h),     at<float>(sums), M,    H,          D,        stride_dy,
-           stride_down, stride_gu, stride_dgu, stride_h, activation, static_cast<Dtype>(dtype),
-           device,    multiprocessors, variant},
+           stride_down, stride_gu, stride_dgu, stride_h, activation, {s[0], s[1], s[2]},
+           static_cast<Dtype>(dtype), device, multiprocessors, variant},
           stream);
 }
 
 #ifdef FUSEDMLP_PORTABLE
 void masked_gated_linear_fwd(Address x, Address w, Address planes, Address h, Address parts,
                              int64_t M, int64_t H, int64_t D, int64_t stride_x, int64_t stride_w,
-                             int n_m, int splits, int activation, int dtype, int device,
-                             Address stream) {
+                             int n_m, int splits, int activation, Scalars s, int dtype,
+                             int device, Address stream) {
   enqueue(masked_gated_gemv,
           {at(x), at(w), at<uint8_t>(planes), at(h), at<float>(parts), M, H, D, stride_x, stride_w,
-           n_m, splits, activation, static_cast<Dtype>(dtype), device},
+           n_m, splits, activation, {s[0], s[1], s[2]}, static_cast<Dtype>(dtype), device},
           stream);
 }
 
@@ -92,12 +95,12 @@ void top1_route_fwd(Address logits, Address expert, Address prob, Address log_su
 
 void binary_linear_fwd(Address x, Address q_gate, Address s_gate, Address q_up, Address s_up,
                        Address b_gate, Address b_up, Address h, Address parts, int64_t M, int64_t H,
-                       int64_t D, int64_t stride_x, int splits, int activation, int dtype,
-                       int device, Address stream) {
+                       int64_t D, int64_t stride_x, int splits, int activation, Scalars s,
+                       int dtype, int device, Address stream) {
   enqueue(binary_gemv,
           {at(x), at<uint32_t>(q_gate), at(s_gate), at<uint32_t>(q_up), at(s_up), at(b_gate),
            at(b_up), at(h), at<float>(parts), M, H, D, stride_x, splits, activation,
-           static_cast<Dtype>(dtype), device},
+           {s[0], s[1], s[2]}, static_cast<Dtype>(dtype), device},
           stream);
 }
 #endif
@@ -171,6 +174,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("MAX_EXPERTS") = py::int_(static_cast<int>(MoeRoute::kMaxExperts));
   m.attr("MAX_CHUNK") = py::int_(static_cast<int>(MoeRoute::kMaxChunk));
   py::dict activations;
-  for (const char* name : kActivationNames) activations[name] = activations.size();
+  for (const Named& row : kActivations) activations[row.name] = static_cast<int>(row.number);
   m.attr("ACTIVATIONS") = activations;
 }

@@ -23,22 +23,23 @@ inline constexpr Variant kBwdSm90[] = {{"pingpong-cluster2", true, 2},
                                        {"pingpong-cluster1", true, 1}};
 inline constexpr Variant kSm100[] = {{"cluster2", false, 2}, {"cluster1", false, 1}};
 
-// h = act(x wg' + bg) * (x wu' + bu); with w_up null, h = act(x wg' + bg). x (M, D), weights (H, D),
-// h, g, u (M, H), biases (H,). Any of h, g, u may be null: not wanted. Strides are of rows, in
-// elements; the other dimension is contiguous.
+// h = phi(g) psi(u), g = x wg' + bg, u = x wu' + bu; with w_up null, h = act(g). psi(u) is u but for a
+// gate. x (M, D), weights (H, D), h, g, u (M, H), biases (H,). Any of h, g, u may be null: not wanted.
+// Strides are of rows, in elements; the other dimension is contiguous.
 struct GatedLinearFwd {
   const void *x, *w_gate, *w_up, *b_gate, *b_up;
   void *h, *g, *u;
   int64_t M, H, D;
   int64_t stride_x, stride_gate, stride_up, stride_h, stride_gu;
-  int activation;  // its number in activations.cuh
+  int activation;    // its number in activations.cuh
+  float scalars[3];  // its row's numbers, in the row's order
   Dtype dtype;
   int device, multiprocessors;
   int variant;  // a place in its table; -1: the kernel's choice
 };
 
-// With dh = dy w_down: dg = dh u act'(g), du = dh act(g), h = act(g) u; with u null, dg = dh
-// act'(g), h = act(g). dy (M, D), w_down (D, H), the others (M, H). h may be null, and so may sums
+// With dh = dy w_down: dg = dh psi(u) phi'(g), du = dh phi(g) psi'(u), h = phi(g) psi(u); with u null,
+// dg = dh act'(g), h = act(g). dy (M, D), w_down (D, H), the others (M, H). h may be null, and so may sums
 // (2, or 1 with u null; ceil(M / kSumRows); H): float32 column sums of dg and du over each kSumRows
 // rows.
 struct GatedLinearBwd {
@@ -50,6 +51,7 @@ struct GatedLinearBwd {
   int64_t M, H, D;
   int64_t stride_dy, stride_down, stride_gu, stride_dgu, stride_h;
   int activation;
+  float scalars[3];
   Dtype dtype;
   int device, multiprocessors;
   int variant;

@@ -199,13 +199,13 @@ FUSEDMLP_DEVICE void finish_forward(const Arguments& args, Row<C>& self, TileAt 
       if (C::GATED) store_box(self, &args.out[2], n0, m0, u);
     }
     if (args.store_h) {
-      with_activation(args.activation, [&](auto act) {
+      with_activation<C::GATED>(args.activation, args.scalars, [&](auto act) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
           for (int e = 0; e < kHalf; ++e) {
             g[half][e] =
-                forward_of<decltype(act), C::GATED>(g[half][e], C::GATED ? u[half][e] : 0);
+                forward_of<C::GATED>(act, g[half][e], C::GATED ? u[half][e] : 0);
           }
         }
       });
@@ -264,10 +264,10 @@ FUSEDMLP_DEVICE void finish_chunk(const Arguments& args, const Row<C>& self, Til
     self.load(dh, from, half * kHalf);
     take(self, at, half, g);
     if (C::GATED) take(self, at + kBoxBytes, half, u);
-    with_activation(args.activation, [&](auto act) {
+    with_activation<C::GATED>(args.activation, args.scalars, [&](auto act) {
 #pragma unroll
       for (int e = 0; e < kHalf; ++e) {
-        const Gradients d = backward_of<decltype(act), C::GATED>(dh[e], g[e], u[e]);
+        const Gradients d = backward_of<C::GATED>(act, dh[e], g[e], u[e]);
         g[e] = d.dg, u[e] = d.du, dh[e] = d.h;
       }
     });

@@ -189,9 +189,9 @@ FUSEDMLP_DEVICE void finish_forward(const Arguments& args, Consumer<C>& self, Ti
         if (C::GATED) store_box(self, &args.out[2], n0, m0, u);
       }
       if (args.store_h) {
-        with_activation(args.activation, [&](auto act) {
+        with_activation<C::GATED>(args.activation, args.scalars, [&](auto act) {
 #pragma unroll
-          for (int e = 0; e < 32; ++e) g[e] = forward_of<decltype(act), C::GATED>(g[e], u[e]);
+          for (int e = 0; e < 32; ++e) g[e] = forward_of<C::GATED>(act, g[e], u[e]);
         });
         store_box(self, &args.out[0], n0, m0, g);
       }
@@ -249,7 +249,7 @@ FUSEDMLP_DEVICE void finish_chunk(const Arguments& args, const Consumer<C>& self
                                   int set, const float* dh) {
   unsigned char* at = self.shared.boxes[self.group][3 * set];
   float2 sums_g[8] = {}, sums_u[8] = {};
-  with_activation(args.activation, [&](auto act) {
+  with_activation<C::GATED>(args.activation, args.scalars, [&](auto act) {
 #pragma unroll
     for (int column = 0; column < kBox / 16; ++column) {
       float g[8], u[8] = {}, h[8];
@@ -257,7 +257,7 @@ FUSEDMLP_DEVICE void finish_chunk(const Arguments& args, const Consumer<C>& self
       if (C::GATED) take(self, at + kBoxBytes, column, u);
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
-        const Gradients d = backward_of<decltype(act), C::GATED>(dh[8 * column + e], g[e], u[e]);
+        const Gradients d = backward_of<C::GATED>(act, dh[8 * column + e], g[e], u[e]);
         g[e] = d.dg, u[e] = d.du, h[e] = d.h;
         float2 &of_g = sums_g[2 * column + e / 4], &of_u = sums_u[2 * column + e / 4];
         (e % 2 ? of_g.y : of_g.x) += d.dg;

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <iterator>
 
 #include "device.cuh"
 #include "gated_linear.h"
@@ -46,6 +47,7 @@ struct Arguments {
   int64_t M, H;
   Schedule schedule;
   int k_steps, activation;
+  float scalars[3];
   bool store_h, store_pair;
 };
 
@@ -173,10 +175,13 @@ class Maps {
   int error_ = 0;
 };
 
+constexpr const char* kNoUp = "the activation is a gate, and there is no up";
+
 // What a kernel with B tiles of tile_n and staged boxes of box_rows needs for a call.
 inline const char* arguments_of(const GatedLinearFwd& p, int tile_n, int cluster, int box_rows,
                                 bool blackwell, Arguments* args) {
   const bool gated = p.w_up != nullptr;
+  if (!gated && is_gate(p.activation)) return kNoUp;
   Maps maps(blackwell);
   maps.add(&args->a, "x", p.x, p.M, p.D, p.stride_x, 128);
   maps.add(&args->b[0], "w_gate", p.w_gate, p.H, p.D, p.stride_gate, tile_n / 2);
@@ -190,12 +195,14 @@ inline const char* arguments_of(const GatedLinearFwd& p, int tile_n, int cluster
   args->schedule = Schedule(p.M, p.H, 128, gated ? tile_n / 2 : tile_n, cluster);
   args->k_steps = Schedule::ceil_div(p.D, 64);
   args->activation = p.activation;
+  std::copy(std::begin(p.scalars), std::end(p.scalars), args->scalars);
   args->store_h = p.h != nullptr, args->store_pair = p.g != nullptr;
   return maps.error();
 }
 
 inline const char* arguments_of(const GatedLinearBwd& p, int tile_n, int cluster, int box_rows,
                                 bool blackwell, Arguments* args) {
+  if (p.u == nullptr && is_gate(p.activation)) return kNoUp;
   Maps maps(blackwell);
   maps.add(&args->a, "dy", p.dy, p.M, p.D, p.stride_dy, 128);
   maps.add(&args->b[0], "w_down", p.w_down, p.D, p.H, p.stride_down, 64);
@@ -210,6 +217,7 @@ inline const char* arguments_of(const GatedLinearBwd& p, int tile_n, int cluster
   args->schedule = Schedule(p.M, p.H, 128, tile_n, cluster);
   args->k_steps = Schedule::ceil_div(p.D, 64);
   args->activation = p.activation;
+  std::copy(std::begin(p.scalars), std::end(p.scalars), args->scalars);
   args->store_h = p.h != nullptr, args->store_pair = true;
   return maps.error();
 }

@@ -5,8 +5,8 @@
 // of D are summed by a second kernel in a fixed order.
 #include "masked_gated_gemv.h"
 
-#include "activations.cuh"
 #include "device.cuh"
+#include "epilogue.cuh"
 
 namespace fusedmlp {
 namespace {
@@ -76,11 +76,11 @@ FUSEDMLP_DEVICE float warp_sum(float value) {
 
 // sums: total, g_1, ..
 template <int N_M>
-FUSEDMLP_DEVICE float combine(int activation, const float (&sums)[1 + N_M]) {
+FUSEDMLP_DEVICE float combine(const MaskedGatedGemv& p, const float (&sums)[1 + N_M]) {
   float h = 0;
-  with_activation(activation, [&](auto act) {
+  with_activation<true>(p.activation, p.scalars, [&](auto act) {
 #pragma unroll
-    for (int i = 1; i <= N_M; ++i) h += decltype(act)::of(sums[i]).value * (sums[0] - sums[i]);
+    for (int i = 1; i <= N_M; ++i) h += forward_of<true>(act, sums[i], sums[0] - sums[i]);
   });
   return h;
 }
@@ -94,7 +94,9 @@ FUSEDMLP_DEVICE W read(const W* at) {
 // ROWS rows of w from row `first` on, over XS rows of x from row m0 on. What lies past H or M is
 // computed for the last row again and not stored.
 template <class T, int N_M, int ROWS, int XS>
-__global__ void __launch_bounds__(kThreads) gemv(MaskedGatedGemv p) {
+// Without the bound nvcc 13.0 takes two to six registers more for one of them on sm_100f and sm_120f, and
+// six blocks fit where seven do.
+__global__ void __launch_bounds__(kThreads, N_M == 4 && XS == 2 ? 7 : 0) gemv(MaskedGatedGemv p) {
   const int lane = threadIdx.x % 32;
   // Blocks of the same weights follow one another, so that memory is read for the first alone.
   const bool once = XS < kRows;
@@ -161,22 +163,32 @@ __global__ void __launch_bounds__(kThreads) gemv(MaskedGatedGemv p) {
     }
   }
 
+  // Through shared memory, so that a lane has each of the warp's results, and the code of all
+  // activations is here once.
+  __shared__ float results[kWarps][ROWS * XS][1 + N_M];
+  auto& own = results[threadIdx.x / 32];
 #pragma unroll
   for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
     for (int m = 0; m < XS; ++m) {
 #pragma unroll
-      for (int i = 0; i <= N_M; ++i) sums[r][m][i] = warp_sum(sums[r][m][i]);
-      if (lane != r * XS + m || first + r >= p.H || m0 + m >= p.M) continue;
-      const int64_t at = (m0 + m) * p.H + first + r, size = p.M * p.H;
-      if (p.splits == 1) {
-        store(static_cast<T*>(p.h) + at, combine<N_M>(p.activation, sums[r][m]));
-      } else {
-        float* part = p.parts + blockIdx.y * (1 + N_M) * size + at;
-#pragma unroll
-        for (int i = 0; i <= N_M; ++i) part[i * size] = sums[r][m][i];
+      for (int i = 0; i <= N_M; ++i) {
+        const float sum = warp_sum(sums[r][m][i]);
+        if (lane == 0) own[r * XS + m][i] = sum;
       }
     }
+  }
+  __syncwarp();
+  const int64_t m = m0 + lane % XS, row = first + lane / XS;
+  if (lane >= ROWS * XS || row >= p.H || m >= p.M) return;
+  const auto& mine = own[lane];
+  const int64_t at = m * p.H + row, size = p.M * p.H;
+  if (p.splits == 1) {
+    store(static_cast<T*>(p.h) + at, combine<N_M>(p, mine));
+  } else {
+    float* part = p.parts + blockIdx.y * (1 + N_M) * size + at;
+#pragma unroll
+    for (int i = 0; i <= N_M; ++i) part[i * size] = mine[i];
   }
 }
 
@@ -189,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) add_parts(MaskedGatedGemv p) {
 #pragma unroll
     for (int i = 0; i <= N_M; ++i) sums[i] += p.parts[(part * int64_t(1 + N_M) + i) * size + at];
   }
-  store(static_cast<T*>(p.h) + at, combine<N_M>(p.activation, sums));
+  store(static_cast<T*>(p.h) + at, combine<N_M>(p, sums));
 }
 
 template <class T, int N_M, int XS>
@@ -247,10 +259,10 @@ const char* masked_gated_gemv(const MaskedGatedGemv& p, void* stream) {
 extern "C" int run_masked_gated_gemv(const void* x, const void* w, const uint8_t* planes, void* h,
                                      float* parts, int64_t M, int64_t H, int64_t D,
                                      int64_t stride_x, int64_t stride_w, int n_m, int splits,
-                                     int activation, int dtype) {
+                                     int activation, const float* scalars, int dtype) {
   return fusedmlp::masked_gated_gemv(
              {x, w, planes, h, parts, M, H, D, stride_x, stride_w, n_m, splits, activation,
-              static_cast<fusedmlp::Dtype>(dtype), 0},
+              {scalars[0], scalars[1], scalars[2]}, static_cast<fusedmlp::Dtype>(dtype), 0},
              nullptr) != nullptr;
 }
 #endif

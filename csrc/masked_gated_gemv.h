@@ -8,7 +8,7 @@
 
 namespace fusedmlp {
 
-// h = sum_i act(g_i) * (t - g_i), with t = x w' and g_i = x (m_i * w)'. x (M, D), w (H, D), h (M, H)
+// h = sum_i phi(g_i) * psi(t - g_i), with t = x w' and g_i = x (m_i * w)'. x (M, D), w (H, D), h (M, H)
 // contiguous; planes (H, D / 8, n_m) bytes, byte (h, j, i) holding mask i of the weights
 // (h, 8 j .. 8 j + 7), lowest bit first. D is a multiple of 8, rows of x and w begin on 16 bytes,
 // n_m is 1, 2, 4 or 8. D is cut into `splits` parts; with more than one, parts holds their t and
@@ -21,7 +21,8 @@ struct MaskedGatedGemv {
   int64_t M, H, D;
   int64_t stride_x, stride_w;
   int n_m, splits;
-  int activation;  // its number in activations.cuh
+  int activation;    // its number in activations.cuh
+  float scalars[3];  // its row's numbers, in the row's order
   Dtype dtype;
   int device;
 };

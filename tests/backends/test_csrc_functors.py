@@ -10,11 +10,12 @@ import simt_extension
 import torch
 import torch.nn.functional as F
 from op_checks import PROBES, assert_precise_near_zero, check
-from simt_build import FUNCTORS
+from simt_build import FUNCTORS, NUMBERS, chosen
 
 import fusedmlp
 from fusedmlp import reference
 from fusedmlp.backends import choice
+from fusedmlp.backends.cuda.gated_linear import activation_of
 from fusedmlp.backends.cuda.loader import Unfit
 from fusedmlp.kernels.activations import DEVICE
 from fusedmlp.ops import gated_linear, linear_act
@@ -44,17 +45,51 @@ def refusal(kernel):
 
 def test_the_extension_lists_the_table_of_the_header():
     assert FUNCTORS and set(FUNCTORS) <= ACTIVATIONS.keys()
+    for table, gates in ((simt_build.PLAIN, False), (simt_build.GATES, True)):
+        assert {ACTIVATIONS[name].up is not None for name in table} == {gates}
     for arch in simt_extension.SOURCES:
         numbers = simt_extension.extension(arch).ACTIVATIONS
-        assert numbers == {name: i for i, name in enumerate(FUNCTORS)}
+        assert numbers == NUMBERS and list(numbers) == FUNCTORS
 
 
-@pytest.mark.parametrize("activation", FUNCTORS)
+@pytest.mark.parametrize("activation", simt_build.PLAIN)
 def test_functor_and_slope_near_zero(activation):
     value, slope = (simt_build.empty(len(PROBES), dtype=torch.float32) for _ in range(2))
-    arguments = (simt_build.guarded(PROBES), value, slope, len(PROBES), FUNCTORS.index(activation))
-    simt_build.load("tests/simt/functors.cu").functor(*arguments)
+    arguments = (simt_build.guarded(PROBES), value, slope, len(PROBES))
+    simt_build.load("tests/simt/functors.cu").functor(*arguments, *chosen(activation))
     assert_precise_near_zero(activation, value.tensor, slope.tensor)
+
+
+@pytest.mark.parametrize("arch", ("sm_90a", "sm_100a"))
+def test_a_launcher_refuses_a_gate_without_up(arch):
+    """Python has refused it before; the kernel holds no such code and would write nothing."""
+    extension = simt_extension.extension(arch)
+    numbers = [*[0] * 8, *[8] * 8, *chosen("swiglu_oai"), 0, 0, 3, -1, 0]
+    for kernel in ("linear_act_fwd", "linear_act_bwd"):
+        with pytest.raises(RuntimeError, match="the activation is a gate, and there is no up"):
+            extension.OPS[kernel, arch](*numbers)
+
+
+def test_scalars_go_in_the_order_of_the_row(monkeypatch):
+    with simt_extension.installed(monkeypatch, "sm_80"):
+        for activation, scalars in {
+            "silu": (0, 0, 0),
+            "swiglu_oai": (7, 1.702, 0),
+            "swiglu_oai(alpha=1.5, limit=0.25)": (0.25, 1.5, 0),
+        }.items():
+            number = NUMBERS[activation.partition("(")[0]]
+            assert activation_of("gated_linear_fwd", activation) == (number, scalars)
+
+
+def test_a_refusal_quotes_the_parameters(stranger, monkeypatch):
+    asked = f"{stranger}(slope=0.5)"
+    row = Activation(stranger, lambda x, slope: slope * x, parameters={"slope": 1.0})
+    monkeypatch.setitem(ACTIVATIONS, stranger, row)
+    with (
+        simt_extension.installed(monkeypatch, "sm_80"),
+        pytest.raises(Unfit, match=re.escape(f"got {asked!r}; backend('triton') takes it")),
+    ):
+        activation_of("linear_act_fwd", asked)
 
 
 @pytest.mark.parametrize("arch", ("sm_90a", "sm_100a"))

@@ -7,6 +7,7 @@ import pytest
 import simt_build
 import simt_extension
 import torch
+from op_checks import unlike
 
 import fusedmlp
 from fusedmlp.backends.cuda.gated_linear import variant
@@ -61,11 +62,35 @@ def test_many_tiles(name, on_host):
     check(CASES[name], CASES[name].inputs(*SHAPES[2], torch.bfloat16))
 
 
-@pytest.mark.parametrize("activation", simt_build.FUNCTORS)
-@pytest.mark.parametrize("name", ("gated_mlp-bias", "mlp"))
+TAKE_ONE = {"gated_mlp-bias": map(unlike, simt_build.FUNCTORS),
+            "mlp": map(unlike, simt_build.PLAIN)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name, activation", [(n, a) for n, rows in TAKE_ONE.items() for a in rows])
 def test_every_activation(name, activation, on_host):
+    """Forward and backward; clamps bite, and no parameter has its default or another's value."""
     inputs = CASES[name].inputs(33, 48, 64, torch.bfloat16, activation=activation)
     check(CASES[name], inputs, activation=activation)
+
+
+@pytest.mark.parametrize("activation", ("swiglu_oai", "situ"))
+def test_a_gate_over_many_tiles(activation, on_host):
+    case = CASES["gated_mlp-up_gate-bias"]
+    inputs = case.inputs(*SHAPES[2], torch.float16, activation=activation)
+    check(case, inputs, activation=activation)
+
+
+def test_another_limit_builds_nothing(on_host, monkeypatch):
+    """The limit is a number of the call: in one build, each has its own results."""
+    case, found = CASES["gated_mlp"], []
+    inputs = case.inputs(33, 48, 64, torch.bfloat16, activation="swiglu_oai(limit=1.25)")
+    case.run(inputs, activation="swiglu_oai")
+    monkeypatch.setattr(simt_build.subprocess, "run", None)
+    for limit in (1.25, 0.5, 3.0):
+        activation = f"swiglu_oai(limit={limit})"
+        check(case, inputs, activation=activation, backward=False)
+        found.append(case.run(inputs, activation=activation))
+    assert not any(torch.equal(found[0], other) for other in found[1:])
 
 
 @pytest.mark.parametrize("chosen", variants.variants_of("gated_linear_fwd"))

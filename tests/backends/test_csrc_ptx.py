@@ -27,20 +27,33 @@ GEMMS = {
     "gated_mlp-up_gate-bias": (130, 72, 264),
     "mlp-bias": (150, 136, 136),
 }
+GATES = {  # a name of PORTABLE or GEMMS -> what it computes in a call more
+    "masked_gated_linear-1-bits": "swiglu_oai(limit=1.25, alpha=1.5)",
+    "binary_gated_linear": "situ(beta=1.25, beta_up=0.75)",
+    "gated_mlp-bias": "swiglu_oai(limit=1.25, alpha=1.5)",
+    "gated_mlp-up_gate-bias": "situ(beta=1.25, beta_up=0.75)",
+}
 CALLS = [("sm_80", name, shape) for name, shape in PORTABLE.items()] + [
     (arch, name, shape) for arch in ("sm_90a", "sm_100a") for name, shape in GEMMS.items()
+]
+CALLS = [(*call, None) for call in CALLS] + [
+    (*call, GATES[call[1]]) for call in CALLS if call[1] in GATES
 ]
 ORDERS = (Order("late"), Order("once"), Order("seed", 1), Order("seed", 2, "backwards", 1.0))
 
 
-@pytest.mark.parametrize(("arch", "name", "shape"), CALLS, ids=[f"{a}-{n}" for a, n, _ in CALLS])
-def test_what_nvcc_emits(arch, name, shape, monkeypatch):
-    case = CASES[name]
-    inputs = case.inputs(*shape, torch.bfloat16)
+@pytest.mark.parametrize(
+    ("arch", "name", "shape", "gate"),
+    CALLS,
+    ids=["-".join(filter(None, (a, n, g))) for a, n, _, g in CALLS],
+)
+def test_what_nvcc_emits(arch, name, shape, gate, monkeypatch):
+    case, options = CASES[name], {"activation": gate} if gate else {}
+    inputs = case.inputs(*shape, torch.bfloat16, **options)
     found = []
     for order in ORDERS:
         with ptx_csrc.installed(monkeypatch, arch, order) as launches, fusedmlp.backend("cuda"):
-            results = compare(case, inputs, backward=arch != "sm_80")
+            results = compare(case, inputs, backward=arch != "sm_80", **options)
         assert launches.ran
         for tensor, numbers in results.items():
             assert error_of(*numbers).passed, (order, tensor)
@@ -49,7 +62,7 @@ def test_what_nvcc_emits(arch, name, shape, monkeypatch):
         assert all(torch.equal(t, other[tensor]) for tensor, t in found[0].items())
 
     with simt_extension.installed(monkeypatch, arch), fusedmlp.backend("cuda"), poison():
-        host = compare(case, inputs, backward=arch != "sm_80")
+        host = compare(case, inputs, backward=arch != "sm_80", **options)
     for tensor, numbers in results.items():
         distance = (host[tensor][0].double() - found[0][tensor].double()).abs().max()
         assert distance <= error_of(*numbers).max_bound, tensor

@@ -11,12 +11,14 @@ import pytest
 import torch
 from cuda_fake import installed
 from layer_checks import assert_cheap
+from op_checks import PLAIN, unlike
 
 import fusedmlp
 from fusedmlp.backends import choice
 from fusedmlp.backends.cuda import loader
 from fusedmlp.bench.report import ledger
 from fusedmlp.ops import gated_linear, linear_act
+from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.testing import CASES, assert_close_to, compare, evaluate, poison
 
 pytestmark = pytest.mark.interpreter  # the fake stands for a GPU on CPU tensors
@@ -48,9 +50,11 @@ def test_numbers_through_the_fake(case, dtype, shape):
         assert (p["stream"], p["multiprocessors"], p["variant"]) == (77, 132, -1)
 
 
-@pytest.mark.parametrize("activation", cuda_fake.NAMES)
-@pytest.mark.parametrize("name", ("gated_mlp-up_gate-bias", "mlp-bias"))
-def test_every_activation_by_its_own_number(name, activation):
+TAKE_ONE = {"gated_mlp-up_gate-bias": map(unlike, ACTIVATIONS), "mlp-bias": map(unlike, PLAIN)}
+
+
+@pytest.mark.parametrize("name, activation", [(n, a) for n, rows in TAKE_ONE.items() for a in rows])
+def test_every_activation_by_its_own_number_and_scalars(name, activation):
     case = CASES[name]
     inputs = case.inputs(5, 16, 24, bf16, activation=activation)
     with installed(), fusedmlp.backend("cuda"):

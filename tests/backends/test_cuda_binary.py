@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from op_checks import check
-from simt_build import FUNCTORS, load
+from simt_build import NUMBERS, load
 
 import fusedmlp
 from fusedmlp import quantize_binary
@@ -34,8 +34,7 @@ def on_cuda(monkeypatch):
     ops = {
         (kernel, "sm_80"): enqueue for kernel in ("binary_linear_fwd", "binary_gated_linear_fwd")
     }
-    numbers = {name: i for i, name in enumerate(FUNCTORS)}
-    extension = SimpleNamespace(OPS=ops, ARCHS="sm_80", DTYPES=DTYPES, ACTIVATIONS=numbers)
+    extension = SimpleNamespace(OPS=ops, ARCHS="sm_80", DTYPES=DTYPES, ACTIVATIONS=NUMBERS)
     monkeypatch.setattr(loader, "load", lambda: (extension, ""))
     monkeypatch.setattr(driver, "version", lambda: 0)
     monkeypatch.setattr(cuda_binary, "stream", lambda device: 0)

@@ -15,19 +15,18 @@ from fusedmlp.backends import choice, driver as cuda_driver
 from fusedmlp.backends.cuda import gated_linear as cuda_gated_linear, loader
 from fusedmlp.kernels.arch import arch_for
 from fusedmlp.kernels.device import pretend
-from fusedmlp.reference.activations import ACTIVATIONS
+from fusedmlp.reference.activations import ACTIVATIONS, Resolved
 
 SUM_ROWS = 16
-# The extension's order is its own. It has no gates, nor what takes parameters.
-NAMES = [n for n in reversed(ACTIVATIONS) if not ACTIVATIONS[n].parameters]
+NAMES = list(reversed(ACTIVATIONS))  # the extension's order is its own
 DTYPES = {"float16": 0, "bfloat16": 1}
 _FWD = (
     "x w_gate w_up b_gate b_up h g u M H D stride_x stride_gate stride_up stride_h stride_gu "
-    "activation dtype device multiprocessors variant stream"
+    "activation scalars dtype device multiprocessors variant stream"
 )
 _BWD = (
     "dy w_down g u dg du h sums M H D stride_dy stride_down stride_gu stride_dgu stride_h "
-    "activation dtype device multiprocessors variant stream"
+    "activation scalars dtype device multiprocessors variant stream"
 )
 FWD, BWD = _FWD.split(), _BWD.split()
 
@@ -55,16 +54,17 @@ def _dtype(p):
     return {number: getattr(torch, name) for name, number in DTYPES.items()}[p.dtype]
 
 
-def _activation(p):
-    return ACTIVATIONS[NAMES[p.activation]].reference
+def _gate(p):
+    row = ACTIVATIONS[NAMES[p.activation]]
+    return Resolved(row, p.scalars[: len(row.parameters)])
 
 
-def _slope(p, g):
-    """act'(g). In a thread of its own: compiled code turns autograd off in the one that calls."""
+def _slope(f, t):
+    """f'(t). In a thread of its own: compiled code turns autograd off in the one that calls."""
 
     def slope():
-        leaf = g.float().requires_grad_()
-        return torch.autograd.grad(_activation(p)(leaf).sum(), leaf)[0]
+        leaf = t.float().requires_grad_()
+        return torch.autograd.grad(f(leaf).sum(), leaf)[0]
 
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(slope).result()
@@ -81,9 +81,9 @@ def gated_linear_fwd(*numbers):
 
     g = project(p.w_gate, p.b_gate, p.stride_gate)
     u = project(p.w_up, p.b_up, p.stride_up) if p.w_up else None
-    h = _activation(p)(g)
+    h = _gate(p).phi(g)
     for address, stride, value in (
-        (p.h, p.stride_h, h if u is None else h * u),
+        (p.h, p.stride_h, h if u is None else h * _gate(p).psi(u)),
         (p.g, p.stride_gu, g),
         (p.u, p.stride_gu, u),
     ):
@@ -97,15 +97,17 @@ def gated_linear_bwd(*numbers):
     dy = at(p.dy, p.M, p.D, p.stride_dy, dtype).float()
     dh = dy @ at(p.w_down, p.D, p.H, p.stride_down, dtype).float()
     g, u = (at(t, p.M, p.H, p.stride_gu, dtype) for t in (p.g, p.u))
-    a, slope = _activation(p)(g.float()), _slope(p, g)
-    grads = [dh * slope if u is None else dh * slope * u.float()]
+    gate = _gate(p)
+    h, slope = gate.phi(g.float()), _slope(gate.phi, g)
+    grads = [dh * slope]
     if u is not None:
-        grads.append(dh * a)
-        a = a * u.float()
+        up = gate.psi(u.float())
+        grads = [dh * slope * up, dh * h * _slope(gate.psi, u)]
+        h = h * up
     for address, value in zip((p.dg, p.du), grads, strict=False):
         at(address, p.M, p.H, p.stride_dgu, dtype).copy_(value)
     if p.h:
-        at(p.h, p.M, p.H, p.stride_h, dtype).copy_(a)
+        at(p.h, p.M, p.H, p.stride_h, dtype).copy_(h)
     if p.sums:
         tiles = -(-p.M // SUM_ROWS)
         sums = at(p.sums, len(grads) * tiles, p.H, p.H, torch.float32)

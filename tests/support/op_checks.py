@@ -18,6 +18,12 @@ FEW_PLAIN = ["silu", "gelu_tanh", "relu", "identity", "leaky_relu(negative_slope
 FEW = [*FEW_PLAIN, "swiglu_oai", "swiglu_step(limit=2.5)", "situ"]
 
 
+def unlike(name):
+    """The row with parameters that are not its defaults, and no two alike."""
+    row = ACTIVATIONS[name]
+    return row.spelled(**dict(zip(row.parameters, (1.25, 0.75, 1.5), strict=False)))
+
+
 def check(case, inputs, **options):
     for name, triple in compare(case, inputs, **options).items():
         assert_close_to(*triple, name=name)

@@ -6,7 +6,8 @@
     y.tensor
 
 A library has what the source exports as extern "C". Guarded tensors go in as pointers, Python's int
-as int64 (whose lower half an int parameter takes), float as float; the result is a cudaError_t.
+as int64 (whose lower half an int parameter takes), float as float, a tuple of floats as a pointer
+to them; the result is a cudaError_t.
 """
 
 import contextlib
@@ -25,6 +26,8 @@ from pathlib import Path
 import torch
 import triton
 
+from fusedmlp.reference.activations import resolve
+
 ROOT = Path(__file__).resolve().parents[2]
 RUNNER = ROOT / "tests" / "simt"
 FLAGS = (
@@ -34,8 +37,30 @@ FLAGS = (
     "-U_FORTIFY_SOURCE",  # it takes a jump out of a signal handler for an attack
     *("-fsanitize=bounds-strict", "-fsanitize-undefined-trap-on-error"),
 )
-# What csrc/activations.cuh has a functor for, in the order of its numbers.
-FUNCTORS = re.findall(r"\n  ROW\((\w+), ", (ROOT / "csrc" / "activations.cuh").read_text())
+
+
+def _rows(table: str) -> list[tuple[str, str]]:
+    """The rows of a table of csrc/activations.cuh, such as FUSEDMLP_GATES."""
+    text = (ROOT / "csrc" / "activations.cuh").read_text()
+    body = re.search(rf"#define {table}\(ROW\)((?:.*\\\n)*.*)", text)[1]
+    return re.findall(r"ROW\((\w+), +(\w+)\)", body)
+
+
+# What has a functor: the plain ones, and those that need a u; NUMBERS in a params struct.
+PLAIN = [name for name, _ in _rows("FUSEDMLP_ACTIVATIONS")]
+_OWN = [*PLAIN, *(name for name, _ in _rows("FUSEDMLP_GATES"))]
+NUMBERS = {name: i for i, name in enumerate(_OWN)}
+NUMBERS |= {name: NUMBERS[same] for name, same in _rows("FUSEDMLP_SAME")}
+GATES = [name for name in NUMBERS if name not in PLAIN]
+FUNCTORS = list(NUMBERS)
+
+
+def chosen(activation: str) -> tuple[int, tuple[float, ...]]:
+    """An argument `activation` as a kernel takes it: its number and three scalars."""
+    row, scalars = resolve(activation)
+    return NUMBERS[row.name], (*scalars, 0.0, 0.0, 0.0)[:3]
+
+
 SEEDS = (0, 1, 2, 3, 4)  # late, early, warp by warp, two at random: see tests/simt/scheduler.h
 UNWRITTEN = 0xFF  # a NaN in every floating-point format; the runner fills shared memory with it
 PAGE = mmap.PAGESIZE
@@ -254,6 +279,8 @@ def _as_c(argument):
         return ctypes.c_float(argument)
     if isinstance(argument, int):
         return ctypes.c_int64(argument)
+    if isinstance(argument, tuple):
+        return (ctypes.c_float * len(argument))(*argument)
     return argument
 
 

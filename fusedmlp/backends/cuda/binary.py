@@ -16,7 +16,7 @@ from ...kernels.device import multiprocessors
 from ...packing import empty_gated
 from ...reference.binary import GROUP
 from . import loader
-from .gated_linear import Enqueue, activation_number, matrix, stream, unfit
+from .gated_linear import Enqueue, activation_of, matrix, stream, unfit
 
 # Rows of the weight (or of gate and as many of up) that a block takes, and the groups it takes x of
 # at a time.
@@ -54,13 +54,13 @@ def _launch(
         if t is not None and not t.is_contiguous():
             raise unfit(op, "biases to be contiguous", f"strides {t.stride()}")
     at_x, stride_x = matrix(op, "x", x)
-    act = activation_number(op, activation)
+    act, scalars = activation_of(op, activation)
     gated = q_up is not None
     splits = splits_of(x, H, s_gate.shape[1], gated)
     parts = x.new_empty((splits, 1 + gated, M, H), dtype=torch.float32) if splits > 1 else None
     enqueue(
         at_x, *map(_at, weights), *map(_at, biases), h.data_ptr(), _at(parts),
-        M, H, D, stride_x, splits, act,
+        M, H, D, stride_x, splits, act, scalars,
         loader.load()[0].DTYPES[loader.DTYPES[x.dtype]], x.get_device(), stream(x.device),
     )  # fmt: skip
     return h

@@ -19,9 +19,11 @@ from ...kernels.dense.gated_linear import gated_linear_grads
 from ...kernels.dense.linear_act import linear_act_grads, linear_act_results
 from ...kernels.device import capability_of, multiprocessors
 from ...packing import Packed, empty_gated, split_pair
+from ...reference.activations import resolve
 from . import loader
 
 Enqueue = Callable[..., None]
+Scalars = tuple[float, float, float]
 
 _variant: str | None = None
 
@@ -133,20 +135,23 @@ def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def activation_number(op: str, activation: str) -> int:
-    """The number of an activation in a params struct. A row of reference/activations.py without a
-    functor in csrc/activations.cuh is Unfit."""
+def activation_of(op: str, activation: str) -> tuple[int, Scalars]:
+    """An activation in a params struct: its functor's number, and its parameters in the order of
+    its row, filled up with zeros. A row of reference/activations.py without a functor in
+    csrc/activations.cuh is Unfit."""
+    row, scalars = resolve(activation)
     functors = loader.load()[0].ACTIVATIONS
-    if activation not in functors:
+    if row.name not in functors:
         held = f"{', '.join(functors)} (those with a functor in csrc/activations.cuh)"
         raise unfit(op, f"activation to be one of {held}", repr(activation))
-    return functors[activation]
+    first, second, third = (*scalars, 0.0, 0.0, 0.0)[:3]
+    return functors[row.name], (first, second, third)
 
 
-def _tail(op: str, x: Tensor, activation: str) -> tuple[int, ...]:
+def _tail(op: str, x: Tensor, activation: str) -> tuple[int | Scalars, ...]:
     """What every params struct ends with, and the stream."""
     return (
-        activation_number(op, activation),
+        *activation_of(op, activation),
         loader.load()[0].DTYPES[loader.DTYPES[x.dtype]],
         x.get_device(),
         multiprocessors(x.device),

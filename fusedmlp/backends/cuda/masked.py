@@ -14,7 +14,7 @@ from ...kernels.arch.tile import SKINNY_M, cdiv
 from ...kernels.device import multiprocessors
 from ...kernels.masked.masked_gated_linear import masked_gated_linear_results
 from . import loader
-from .gated_linear import Enqueue, activation_number, matrix, stream, unfit
+from .gated_linear import Enqueue, activation_of, matrix, stream, unfit
 
 OP = "masked_gated_linear_fwd"
 N_M = (1, 2, 4, 8)
@@ -53,13 +53,13 @@ def masked_gated_linear_fwd(
         raise unfit(OP, "planes to be contiguous and to start on 8 bytes", "others")
     at_x, stride_x = matrix(OP, "x", x)
     at_w, stride_w = matrix(OP, "w", w)
-    act = activation_number(OP, activation)
+    act, scalars = activation_of(OP, activation)
     splits = splits_of(x, H, D)
     shape = (splits, 1 + n_m, M, H)
     parts = x.new_empty(shape, dtype=torch.float32) if splits > 1 else None
     enqueue(
         at_x, at_w, planes.data_ptr(), h.data_ptr(), 0 if parts is None else parts.data_ptr(),
-        M, H, D, stride_x, stride_w, n_m, splits, act,
+        M, H, D, stride_x, stride_w, n_m, splits, act, scalars,
         loader.load()[0].DTYPES[loader.DTYPES[x.dtype]], x.get_device(), stream(x.device),
     )  # fmt: skip
     return h, gt
