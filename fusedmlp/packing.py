@@ -1,21 +1,27 @@
 """Leading dimensions flattened, and gate and up of one block in one buffer.
 
 An op returns gate and up as one tensor. Apart (packed=None) it is (2, M, H), each half contiguous;
-packed it is (M, 2H) in the order of the packed weight, so that one GEMM takes it whole.
+packed it is (M, 2H) in the order of the packed weight, so that one GEMM takes it whole: one half
+behind the other, or interleaved, where gate and up take turns and gate is first.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-Packed = Literal["gate_up", "up_gate"]
+Packed = Literal["gate_up", "up_gate", "interleaved"]
+ORDERS: tuple[Packed, ...] = get_args(Packed)
 
 
 def halves(t: Tensor, packed: Packed, dim: int = -1) -> tuple[Tensor, Tensor]:
     """(gate half, up half) of `t` along `dim`, as views."""
+    if packed == "interleaved":
+        pairs = t.unflatten(dim, (t.shape[dim] // 2, 2))
+        gate, up = pairs.unbind(dim if dim < 0 else dim + 1)
+        return gate, up
     first, second = t.chunk(2, dim)
     return (first, second) if packed == "gate_up" else (second, first)
 
@@ -38,3 +44,22 @@ def empty_gated(like: Tensor, M: int, H: int, want_h: bool, want_gu: bool) -> tu
 def split_pair(buffer: Tensor, packed: Packed | None) -> tuple[Tensor, Tensor]:
     """(gate, up) as (M, H) views."""
     return halves(buffer, packed) if packed else (buffer[0], buffer[1])
+
+
+def join_pair(pair: Tensor, packed: Packed) -> Tensor:
+    """(2, ..., H), gate first, as (..., 2H) in the packed order."""
+    if packed == "interleaved":
+        return pair.movedim(0, -1).flatten(-2)
+    return (pair.flip(0) if packed == "up_gate" else pair).movedim(0, -2).flatten(-2)
+
+
+def interleaved(gate: Tensor, up: Tensor | None, dim: int = -1) -> Tensor | None:
+    """The tensor of which these are the even and the odd places along `dim`, if each even one lies
+    just before its odd one in memory."""
+    if up is None or gate.stride(dim) != 2 or up.stride() != gate.stride():
+        return None
+    if up.data_ptr() - gate.data_ptr() != gate.element_size():
+        return None
+    shape, strides = list(gate.shape), list(gate.stride())
+    shape[dim], strides[dim] = 2 * shape[dim], 1
+    return gate.as_strided(shape, strides)

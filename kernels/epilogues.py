@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import load_tile, store_tile
+from .tiles import half_vector, load_tile, store_tile, weave
 
 
 @triton.jit
@@ -97,24 +97,33 @@ def store_bwd(
 ):
     """dg = dh psi(u) act'(g), du = dh act(g) psi'(u), h = act(g) psi(u) of one (part of a) tile,
     and their column sums; psi(u) = u where UP is None. Rows past M have dh = 0, so they add nothing
-    to a sum."""
-    gate = load_tile(g, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
+    to a sum. With du = None dg holds both, (M, 2H), interleaved."""
+    TURNS: tl.constexpr = GATED and du is None
+    MOST: tl.constexpr = half_vector(dg.dtype.element_ty) if TURNS and not TMA else None
+    gate = load_tile(g, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA, True, MOST)
+    gate = gate.to(tl.float32)
     value, slope = ACT(gate, *scalars)
     grad = dh * slope
     if GATED:
-        up = load_tile(u, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA).to(tl.float32)
+        up = load_tile(u, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA, True, MOST)
+        up = up.to(tl.float32)
         grad_up = dh * value
         if UP is not None:
             up, up_slope = UP(up, *scalars)
             grad_up = grad_up * up_slope
-        store_tile(du, stride_dgm, m0, n0, M, H, grad_up, BLOCK_M, BLOCK_N, TMA)
+        if du is not None:
+            store_tile(du, stride_dgm, m0, n0, M, H, grad_up, BLOCK_M, BLOCK_N, TMA)
         if sums_ptr is not None:
             up_sums_ptr = sums_ptr + tl.cast(tiles_m, tl.int64) * H
             store_column_sums(grad_up, up_sums_ptr, tile_m, n0, H, BLOCK_N)
         grad = grad * up
         value = value * up
-    store_tile(dg, stride_dgm, m0, n0, M, H, grad, BLOCK_M, BLOCK_N, TMA)
+    if TURNS:
+        both = weave(grad, grad_up, BLOCK_M, BLOCK_N)
+        store_tile(dg, stride_dgm, m0, 2 * n0, M, 2 * H, both, BLOCK_M, 2 * BLOCK_N, TMA)
+    else:
+        store_tile(dg, stride_dgm, m0, n0, M, H, grad, BLOCK_M, BLOCK_N, TMA)
     if sums_ptr is not None:
         store_column_sums(grad, sums_ptr, tile_m, n0, H, BLOCK_N)
     if h is not None:
-        store_tile(h, stride_hm, m0, n0, M, H, value, BLOCK_M, BLOCK_N, TMA)
+        store_tile(h, stride_hm, m0, n0, M, H, value, BLOCK_M, BLOCK_N, TMA, MOST)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .activations import act_of
 from .arch.tile import Tile, cdiv
 from .epilogues import store_fwd
-from .tiles import compiler_options, load_tile, multiply, precision, store_tile
+from .tiles import compiler_options, load_tile, multiply, precision, store_tile, unweave
 
 
 @triton.jit
@@ -34,12 +34,14 @@ def _partial_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     MASK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Products over `depth` of K for few rows (M <= BLOCK_M): parts (splits, 1 or 2, M, H) in
     float32."""
-    GATED: tl.constexpr = w_up is not None
+    GATED: tl.constexpr = INTERLEAVED or w_up is not None
+    TURNS: tl.constexpr = 2 if INTERLEAVED else 1
     n0 = tl.program_id(0) * BLOCK_N
     part = tl.program_id(1)
     k_begin = part * depth
@@ -47,9 +49,11 @@ def _partial_kernel(
         x, stride_xm, stride_xd,
         w_gate, stride_gate_h, stride_gate_d,
         w_up, stride_up_h, stride_up_d,
-        0, n0, k_begin, min(k_begin + depth, D), M, H, D,
-        BLOCK_M, BLOCK_N, BLOCK_K, False, True, True, MASK_K, PRECISION,
+        0, TURNS * n0, k_begin, min(k_begin + depth, D), M, TURNS * H, D,
+        BLOCK_M, TURNS * BLOCK_N, BLOCK_K, False, True, True, MASK_K, PRECISION,
     )  # fmt: skip
+    if INTERLEAVED:
+        acc_g, acc_u = unweave(acc_g, BLOCK_M, BLOCK_N)
     size = tl.cast(M, tl.int64) * H
     parts_ptr += part * size * (2 if GATED else 1)
     store_tile(parts_ptr, H, 0, n0, M, H, acc_g, BLOCK_M, BLOCK_N, False)
@@ -70,8 +74,8 @@ def reduce_kernel(
     splits,
     stride_hm,
     stride_gm,
-    stride_bg,
-    stride_bu,
+    stride_bg: tl.constexpr,
+    stride_bu: tl.constexpr,
     scalars,
     ACT: tl.constexpr,
     UP: tl.constexpr,
@@ -103,6 +107,7 @@ def launch_split(
     x: Tensor,
     w_gate: Tensor,
     w_up: Tensor | None,
+    interleaved: bool,
     b_gate: Tensor | None,
     b_up: Tensor | None,
     h: Tensor | None,
@@ -111,10 +116,11 @@ def launch_split(
     strides: tuple[int, ...],
     activation: str,
 ) -> None:
-    """What gated_linear.launch_fwd does, in `splits` parts of K. strides: of h, g, b_gate, b_up."""
+    """What gated_linear.launch_fwd does, in `splits` parts of K. interleaved: w_gate (2H, D) holds
+    both. strides: of h, g, b_gate, b_up."""
     M, D = x.shape
-    H = w_gate.shape[0]
-    gated = w_up is not None
+    H = w_gate.shape[0] // 2 if interleaved else w_gate.shape[0]
+    gated = interleaved or w_up is not None
     depth = cdiv(cdiv(D, splits), tile.block_k) * tile.block_k
     splits = cdiv(D, depth)
     parts = x.new_empty((splits, 2 if gated else 1, M, H), dtype=torch.float32)
@@ -123,7 +129,8 @@ def launch_split(
     _partial_kernel[columns, splits](
         x, w_gate, w_up, parts, M, H, D, depth,
         *x.stride(), *w_gate.stride(), *(w_up.stride() if w_up is not None else (0, 0)),
-        BLOCK_K=tile.block_k, MASK_K=D % tile.block_k != 0, PRECISION=precision(x.dtype),
+        BLOCK_K=tile.block_k, INTERLEAVED=interleaved, MASK_K=D % tile.block_k != 0,
+        PRECISION=precision(x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
     )  # fmt: skip
     reduce_kernel[columns,](

@@ -24,6 +24,13 @@ from .maps import doubtful
 INTERPRETED = tl.constexpr(_interpreted)
 
 
+@triton.constexpr_function
+def half_vector(dtype):
+    """Elements of 8 bytes: beside 16 bytes of interleaved pairs a thread takes as many of either
+    half, so that nothing passes through shared memory."""
+    return 64 // dtype.primitive_bitwidth
+
+
 @triton.jit
 def load_tile(
     t,
@@ -37,13 +44,17 @@ def load_tile(
     BLOCK_C: tl.constexpr,
     TMA: tl.constexpr,
     MASK_C: tl.constexpr = True,
+    MOST: tl.constexpr = None,
 ):
-    """Rows r0.. and columns c0.. of an (R, C) matrix; MASK_C=False promises whole column tiles."""
+    """Rows r0.. and columns c0.. of an (R, C) matrix; MASK_C=False promises whole column tiles.
+    MOST: neighbours that a thread takes at most; None is 16 bytes."""
     if TMA:
         tile = t.load([r0, c0])
     else:
         offs_r = r0 + tl.arange(0, BLOCK_R)
         offs_c = c0 + tl.arange(0, BLOCK_C)
+        if MOST is not None:
+            offs_c = tl.max_contiguous(offs_c, MOST)
         mask = offs_r[:, None] < R
         if MASK_C:
             mask = mask & (offs_c[None, :] < C)
@@ -74,14 +85,17 @@ def store_tile(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
     TMA: tl.constexpr,
+    MOST: tl.constexpr = None,
 ):
     """Write `value` to an (R, C) matrix whose columns are contiguous, in its dtype; cut at the
-    edges."""
+    edges. MOST: as for load_tile."""
     if TMA:
         t.store([r0, c0], rounded(value, t.dtype))
     else:
         offs_r = r0 + tl.arange(0, BLOCK_R)
         offs_c = c0 + tl.arange(0, BLOCK_C)
+        if MOST is not None:
+            offs_c = tl.max_contiguous(offs_c, MOST)
         mask = (offs_r[:, None] < R) & (offs_c[None, :] < C)
         pointers = t + offs_r.to(tl.int64)[:, None] * stride_r + offs_c[None, :]
         tl.store(pointers, rounded(value, t.dtype.element_ty), mask=mask)
@@ -236,6 +250,20 @@ def tile_at(index, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 def halve(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     left, right = tl.split(tl.permute(tl.reshape(t, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
     return left, right
+
+
+@triton.jit
+def unweave(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The even and the odd columns of a (BLOCK_M, 2 BLOCK_N) tile. An accumulator's neighbours are
+    one thread's: nothing moves."""
+    even, odd = tl.split(tl.reshape(t, (BLOCK_M, BLOCK_N, 2)))
+    return even, odd
+
+
+@triton.jit
+def weave(even, odd, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The (BLOCK_M, 2 BLOCK_N) tile of which these are the even and the odd columns."""
+    return tl.reshape(tl.join(even, odd), (BLOCK_M, 2 * BLOCK_N))
 
 
 @triton.jit

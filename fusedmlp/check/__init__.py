@@ -11,7 +11,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..packing import Packed
+from ..packing import ORDERS, Packed
 from ..reference.activations import ACTIVATIONS, resolve
 
 
@@ -89,14 +89,27 @@ def activation(op: str, name: str, *, gated: bool = True) -> None:
         )
 
 
-def packed(op: str, first: str, second: str, is_packed: bool, order: Packed | None) -> None:
-    """`second` is None exactly when `first` holds both halves and `packed` says in which order."""
-    if order not in (None, "gate_up", "up_gate"):
-        raise ValueError(f"{op}: packed must be None, 'gate_up' or 'up_gate', got {order!r}")
-    if is_packed != (order is not None):
+_ORDERS = ", ".join(map(repr, ORDERS[:-1])) + f" or {ORDERS[-1]!r}"
+
+
+def order(op: str, packed: Packed | None) -> None:
+    if packed is not None and packed not in ORDERS:
+        raise ValueError(f"{op}: packed must be None, {_ORDERS}, got {packed!r}")
+
+
+def apart(op: str, packed: object, remedy: str) -> None:
+    """An op whose gate and up share no tensor."""
+    if packed is not None:
+        raise ValueError(f"{op}: packed must be None, got {packed!r}; {remedy}")
+
+
+def packed(op: str, first: str, second: str, is_packed: bool, named: Packed | None) -> None:
+    """`second` is None exactly when `first` holds both halves and `packed` names their order."""
+    order(op, named)
+    if is_packed != (named is not None):
         raise ValueError(
-            f"{op}: packed must be 'gate_up' or 'up_gate' with {second}=None and both halves in "
-            f"{first}, or None with {first} and {second} apart; got packed={order!r} and "
+            f"{op}: packed must be {_ORDERS} with {second}=None and both halves in "
+            f"{first}, or None with {first} and {second} apart; got packed={named!r} and "
             f"{second}={'None' if is_packed else 'a tensor'}"
         )
 

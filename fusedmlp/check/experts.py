@@ -92,8 +92,7 @@ def check_experts(
         b_gate=b_gate, b_up=b_up, b_down=b_down,
     )  # fmt: skip
     check.activation(op, activation, gated=w_up is not None or packed is not None)
-    if packed not in (None, "gate_up", "up_gate"):
-        raise ValueError(f"{op}: packed must be None, 'gate_up' or 'up_gate', got {packed!r}")
+    check.order(op, packed)
     for name, w in (("w_gate", w_gate), ("w_down", w_down)):
         if w.dim() != 3:
             raise ValueError(f"{op}: {name} must be (E, rows, columns), got {tuple(w.shape)}")

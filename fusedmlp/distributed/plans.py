@@ -22,19 +22,22 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
+from ..packing import Packed
 from ..patching.dense import Dense, transposed
 from ..patching.moe import Llama4, Switch
 from ..patching.plan import Plan, child
 from ..patching.swap import Patched
 
 
-def _put(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -> None:
-    """The parameter `name` of `module` as a DTensor."""
+def _put(
+    module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement, unit: int = 1
+) -> None:
+    """The parameter `name` of `module` as a DTensor; `unit` neighbours stay together."""
     p = getattr(module, name)
     if p is None:
         return
     if isinstance(placement, Shard | _StridedShard):
-        parts = mesh.size() * getattr(placement, "split_factor", 1)
+        parts = mesh.size() * getattr(placement, "split_factor", unit)
         if p.shape[placement.dim] % parts:
             raise ValueError(
                 f"tensor_parallel_plan: dimension {placement.dim} of {name} {tuple(p.shape)} must "
@@ -44,16 +47,18 @@ def _put(module: nn.Module, name: str, mesh: DeviceMesh, placement: Placement) -
     setattr(module, name, nn.Parameter(sharded, p.requires_grad))
 
 
-def _rows(dim: int, packed: bool) -> Placement:
-    return _StridedShard(dim, split_factor=2) if packed else Shard(dim)
+def _rows(dim: int, packed: Packed | None) -> Placement:
+    """Rows of both halves where one lies behind the other; interleaved rows are pairs."""
+    behind = packed in ("gate_up", "up_gate")
+    return _StridedShard(dim, split_factor=2) if behind else Shard(dim)
 
 
 def _shard_dense(module: nn.Module, plan: Dense, mesh: DeviceMesh) -> None:
     for path in plan.first:
         linear = child(module, path)
-        both = plan.packed is not None
-        _put(linear, "weight", mesh, _rows(1 if transposed(linear) else 0, both))
-        _put(linear, "bias", mesh, _rows(0, both))
+        packed, unit = plan.packed, 2 if plan.packed == "interleaved" else 1
+        _put(linear, "weight", mesh, _rows(1 if transposed(linear) else 0, packed), unit)
+        _put(linear, "bias", mesh, _rows(0, packed), unit)
     down = child(module, plan.down)
     _put(down, "weight", mesh, Shard(0 if transposed(down) else 1))
     _put(down, "bias", mesh, Replicate())
@@ -61,7 +66,7 @@ def _shard_dense(module: nn.Module, plan: Dense, mesh: DeviceMesh) -> None:
 
 def _shard_experts(module: Any, plan: Plan, mesh: DeviceMesh) -> None:
     if isinstance(plan, Llama4):
-        _put(module.experts, "gate_up_proj", mesh, _rows(2, True))
+        _put(module.experts, "gate_up_proj", mesh, _rows(2, "gate_up"))
         _put(module.experts, "down_proj", mesh, Shard(1))
     else:
         for expert in module.experts.values():

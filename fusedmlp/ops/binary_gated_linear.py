@@ -46,9 +46,11 @@ def check_projection(
     b_gate: Tensor | None,
     b_up: Tensor | None,
     activation: str,
+    packed: None,
 ) -> int:
     """The shape rule of gate and up, for this op and for whole blocks. Returns H."""
     check.activation(op, activation)
+    check.apart(op, packed, "quantize gate and up apart: w_gate and w_up are (H, D) each")
     H, D = binary_linear.check_weight(op, "w_gate", w_gate, x.device)
     check.columns(op, "x", x, D, "D of w_gate")
     if binary_linear.check_weight(op, "w_up", w_up, x.device) != (H, D):
@@ -146,6 +148,7 @@ def binary_gated_linear(
     b_up: Tensor | None = None,
     *,
     activation: str = "silu",
+    packed: None = None,
 ) -> Tensor:
     """act(x w_gate' + b_gate) * (x w_up' + b_up) over one-bit weights.
 
@@ -155,10 +158,12 @@ def binary_gated_linear(
         b_gate, b_up: (H,) or None each.
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
             parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
+        packed: None. One-bit gate and up are two weights, so that a packed order is refused.
 
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype).
 
-    Raises ValueError (shape, device, activation) or TypeError (dtype, type), naming the argument.
+    Raises ValueError (shape, device, activation, packed) or TypeError (dtype, type), naming the
+    argument.
 
     x and the biases have one floating dtype, scales their own; the kernels take bfloat16, float16
     and float32 and sum products in float32. Source: Q1_0 of llama.cpp and Bonsai.
@@ -173,7 +178,7 @@ def binary_gated_linear(
     if dtype := check.autocast_dtype(OP, x):
         x, b_gate, b_up = check.cast(dtype, x, b_gate, b_up)  # type: ignore[assignment]
     check.like_x(OP, x, b_gate=b_gate, b_up=b_up)
-    H = check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation)
+    H = check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
     tensors = (*planes(w_gate, w_up), b_gate, b_up)
     if choice.pick(OP, x) == "reference":
         arguments: tuple[Any, ...] = (x, *tensors, activation)

@@ -124,6 +124,7 @@ def binary_gated_mlp(
     b_down: Tensor | None = None,
     *,
     activation: str = "silu",
+    packed: None = None,
     recompute: bool = False,
 ) -> Tensor:
     """(act(x w_gate' + b_gate) * (x w_up' + b_up)) w_down' + b_down over one-bit weights.
@@ -136,12 +137,14 @@ def binary_gated_mlp(
         b_down: (D_out,).
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
             parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
+        packed: None. One-bit gate and up are two weights, so that a packed order is refused.
         recompute: save x alone for backward and run the first product again there, instead of
             saving g and u: 2 M H values less, 4 M D H FLOPs more.
 
     Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype).
 
-    Raises ValueError (shape, device, activation) or TypeError (dtype, type), naming the argument.
+    Raises ValueError (shape, device, activation, packed) or TypeError (dtype, type), naming the
+    argument.
 
     x and the biases have one floating dtype, scales their own; the kernels take bfloat16, float16
     and float32 and sum products in float32. Source: Q1_0 of llama.cpp and Bonsai.
@@ -159,7 +162,7 @@ def binary_gated_mlp(
             dtype, x, b_gate, b_up, b_down
         )
     check.like_x(OP, x, b_gate=b_gate, b_up=b_up, b_down=b_down)
-    H = binary_gated_linear.check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation)
+    H = binary_gated_linear.check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
     D_out, width = binary_linear.check_weight(OP, "w_down", w_down, x.device)
     if width != H:
         raise ValueError(f"{OP}: w_down must have shape {(D_out, H)}, got {w_down.shape}")

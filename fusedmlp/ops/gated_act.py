@@ -2,7 +2,7 @@
 
 | tensor | shape | |
 |---|---|---|
-| g, u | (..., H) | any strides; or g (..., 2H) with both halves, u = None |
+| g, u | (..., H) | any strides; or g (..., 2H) with both halves, which may take turns, u = None |
 | h | (..., H) | |
 
 dtype: one floating dtype for all, kept; Triton computes in float32. Backward: du = dh * act(g), dg
@@ -99,7 +99,8 @@ def gated_act(
         u: up projection (..., H), or None with `packed`.
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
             parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
-        packed: order of the halves of a packed g: "gate_up" or "up_gate". Read in place.
+        packed: order of the halves of a packed g: "gate_up" or "up_gate", one behind the other, or
+            "interleaved", where its columns are gate, up, gate, up, ... Read in place.
 
     Returns h (..., H) in g's dtype (under autocast: the autocast dtype).
 

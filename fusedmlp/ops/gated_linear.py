@@ -104,8 +104,8 @@ fwd = library.define(
     cuda=Cuda(cuda_gated_linear.gated_linear_fwd, HOPPER_AND_NEWER, few_rows=False),
     launches=(launches.GATED_FWD,),
 )
-# dy (M, D), w_down (D, H) -> with dh = dy w_down: dgu, h, and the column sums of dg, du (2, H) in
-# the order of `packed`.
+# dy (M, D), w_down (D, H) -> with dh = dy w_down: dgu, h, and the column sums of dg and of du,
+# (2, H).
 bwd = library.define(
     "gated_linear_bwd(Tensor dy, Tensor w_down, Tensor gu, str activation, str? packed, "
     "bool want_h, bool want_db) -> (Tensor, Tensor, Tensor)",
@@ -138,6 +138,16 @@ def project(
     return fwd(x, w_gate, w_up, b_gate, b_up, activation, want_h, want_gu)
 
 
+def transposed(w: Tensor) -> bool:
+    """Whether the rows of each matrix are contiguous in its columns' stead."""
+    return w.stride(-2) == 1 and w.stride(-1) != 1
+
+
+def weight_grad(w: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+    """dy' x, laid out as w is: autograd copies another layout into a parameter's own."""
+    return (x.t() @ dy).t() if transposed(w) else dy.t() @ x
+
+
 def projection_grads(
     x: Tensor,
     w_gate: Tensor,
@@ -151,14 +161,15 @@ def projection_grads(
     need_x, need_gate, need_up = needed
     if packed:
         dx = dgu @ w_gate if need_x else None
-        return dx, dgu.t() @ x if need_gate else None, None
+        return dx, weight_grad(w_gate, dgu, x) if need_gate else None, None
     assert w_up is not None
     dg, du = split_pair(dgu, None)
     dx = dg @ w_gate if need_x else None
     if dx is not None:
         # In place as addmm_ is, whose FLOPs PyTorch's counter leaves out.
         torch.addmm(dx, du, w_up, out=dx)
-    return dx, dg.t() @ x if need_gate else None, du.t() @ x if need_up else None
+    dw_gate = weight_grad(w_gate, dg, x) if need_gate else None
+    return dx, dw_gate, weight_grad(w_up, du, x) if need_up else None
 
 
 class GatedLinearFunction(Function):
@@ -214,7 +225,9 @@ def gated_linear(
         b_gate, b_up: (H,) or None each; or, with `packed`, b_gate (2H,) and b_up None.
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
             parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
-        packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made.
+        packed: order of the halves of a packed weight: "gate_up" or "up_gate", one behind the
+            other, or "interleaved", where rows 0, 2, 4, ... of w_gate and b_gate are gate and rows
+            1, 3, 5, ... are up. No copy is made, be the weight contiguous along D or along 2H.
 
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype).
 

@@ -34,7 +34,7 @@ from ..backends import choice
 from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
-from ..packing import Packed, rows, split_pair
+from ..packing import Packed, join_pair, rows, split_pair
 from . import gated_act, gated_linear
 
 OP = "gated_mlp"
@@ -81,7 +81,7 @@ class GatedMLPFunction(Function):
                 x, w_gate, w_up, dgu, packed, (need_x, need_wg, need_wu)
             )
             if packed:
-                db_gate = db.view(-1) if need_bg else None
+                db_gate = join_pair(db, packed) if need_bg else None
             else:
                 # Clones: a view would keep both halves alive for one.
                 db_gate = db[0].clone() if need_bg else None
@@ -89,7 +89,7 @@ class GatedMLPFunction(Function):
         elif need_wd:
             h = gated_act.fwd(*split_pair(gu, None), activation)
         if need_wd:
-            dw_down = dy.t() @ h
+            dw_down = gated_linear.weight_grad(w_down, dy, h)
         db_down = dy.sum(0) if need_bd else None
         return dx, dw_gate, dw_up, dw_down, db_gate, db_up, db_down, None, None, None
 
@@ -117,7 +117,9 @@ def gated_mlp(
         b_down: (D_out,).
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
             parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
-        packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made, and
+        packed: order of the halves of a packed weight: "gate_up" or "up_gate", one behind the
+            other, or "interleaved", where rows 0, 2, 4, ... of w_gate and b_gate are gate and rows
+            1, 3, 5, ... are up. No copy is made, be the weight contiguous along D or along 2H, and
             its gradient comes from one GEMM.
         recompute: save x alone for backward and run the first GEMM again there, instead of saving g
             and u: 2 M H values less, 4 M D H FLOPs more.

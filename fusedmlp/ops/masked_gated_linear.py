@@ -47,10 +47,11 @@ OP = "masked_gated_linear"
 
 
 def check_projection(
-    op: str, x: Tensor, w: Tensor, masks: Tensor | PackedMasks, activation: str
+    op: str, x: Tensor, w: Tensor, masks: Tensor | PackedMasks, activation: str, packed: None
 ) -> int:
     """The shape rule of x, w and masks, for this op and for whole blocks. Returns H."""
     check.activation(op, activation)
+    check.apart(op, packed, "one weight w (H, D) is gate and up, and masks tell them apart")
     H, D = check.matrix(op, "w", w, "(H, D)")
     check.columns(op, "x", x, D, "D of w")
     if not isinstance(masks, PackedMasks):
@@ -191,7 +192,12 @@ class MaskedGatedLinearFunction(Function):
 
 
 def masked_gated_linear(
-    x: Tensor, w: Tensor, masks: Tensor | PackedMasks, *, activation: str = "silu"
+    x: Tensor,
+    w: Tensor,
+    masks: Tensor | PackedMasks,
+    *,
+    activation: str = "silu",
+    packed: None = None,
 ) -> Tensor:
     """sum_i act(x (m_i * w)') * (x ((1 - m_i) * w)').
 
@@ -203,11 +209,12 @@ def masked_gated_linear(
             have none and are read as they are; logits are packed in every call.
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
             parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
+        packed: None. One weight is gate and up, so that a packed order is refused.
 
     Returns h (..., H) in x's dtype (under autocast: the autocast dtype). A logit that is NaN counts
     as 0 in the kernels and is NaN in the reference; `pack_masks` refuses it.
 
-    Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
+    Raises ValueError (shape, device, activation, packed) or TypeError (dtype), naming the argument.
 
     x and w have one floating dtype; the kernels take bfloat16, float16 and float32 and sum products
     in float32. Source: Tajima et al., Masked Gated Linear Unit, arXiv 2506.23225.
@@ -224,7 +231,7 @@ def masked_gated_linear(
     if dtype := check.autocast_dtype(OP, x):
         x, w = check.cast(dtype, x, w)  # type: ignore[assignment]
     check.like_x(OP, x, ("w",), w=w)
-    check_projection(OP, x, w, masks, activation)
+    check_projection(OP, x, w, masks, activation, packed)
     if choice.pick(OP, x) == "reference":
         return reference.masked_gated_linear(x, w, unpacked(masks), activation)
     tensor = tensor_of(masks)

@@ -92,6 +92,7 @@ def masked_gated_mlp(
     b_down: Tensor | None = None,
     *,
     activation: str = "silu",
+    packed: None = None,
     recompute: bool = False,
 ) -> Tensor:
     """(sum_i act(x (m_i * w)') * (x ((1 - m_i) * w)')) w_down' + b_down.
@@ -106,12 +107,13 @@ def masked_gated_mlp(
         b_down: (D_out,).
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
             parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
+        packed: None. One weight is gate and up, so that a packed order is refused.
         recompute: save x alone for backward and run the first product again there: (1 + n_m) M H
             values less, 2 (1 + n_m) M D H FLOPs more.
 
     Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype).
 
-    Raises ValueError (shape, device, activation) or TypeError (dtype), naming the argument.
+    Raises ValueError (shape, device, activation, packed) or TypeError (dtype), naming the argument.
 
     x and the weights have one floating dtype; the kernels take bfloat16, float16 and float32 and
     sum products in float32. Source: Tajima et al., Masked Gated Linear Unit, arXiv 2506.23225.
@@ -128,7 +130,7 @@ def masked_gated_mlp(
     if dtype := check.autocast_dtype(OP, x):
         x, w, w_down, b_down = check.cast(dtype, x, w, w_down, b_down)  # type: ignore[assignment]
     check.like_x(OP, x, ("w", "w_down"), w=w, w_down=w_down, b_down=b_down)
-    H = masked_gated_linear.check_projection(OP, x, w, masks, activation)
+    H = masked_gated_linear.check_projection(OP, x, w, masks, activation, packed)
     check.down(OP, "w_down", w_down, H, "b_down", b_down)
     if choice.pick(OP, x) == "reference":
         plain = (x, w, masked_gated_linear.unpacked(masks), w_down, b_down)

@@ -47,8 +47,9 @@ from ..backends.op import Op, kernel, register
 from ..check.experts import autocast_prob, check_experts, check_routing
 from ..kernels.launches import moe as launches
 from ..kernels.moe import backward as _triton_bwd, moe_mlp as _triton
-from ..packing import Packed, halves, rows
+from ..packing import Packed, halves, join_pair, rows
 from ..reference import Routing
+from .gated_linear import transposed
 
 OP = "moe_mlp"
 
@@ -232,6 +233,16 @@ def _second(
     return combine(r, order.rows, order.offsets, prob, order.k)
 
 
+def _weight_grad(
+    w: Tensor, a: Tensor, b: Tensor, tokens: Tensor, offsets: Tensor, gather_a: bool, gather_b: bool
+) -> Tensor:
+    """a' b of each expert's rows, laid out as w is: autograd copies another layout into a
+    parameter's own."""
+    if transposed(w):
+        return wgrad(b, a, tokens, offsets, gather_b, gather_a).mT
+    return wgrad(a, b, tokens, offsets, gather_a, gather_b)
+
+
 def _dx(dgu: Tensor, order: Order, w_gate: Tensor, w_up: Tensor | None) -> Tensor:
     """dgu packed goes with a packed weight, by one product."""
     if dgu.dim() == 2:
@@ -303,17 +314,17 @@ class MoEMLPFunction(Function):
             dy, tokens, offsets, prob, w_down, gu, b_down, activation, packed,
             need_wd, need_p, need_bg or need_bu, need_bd,
         )  # fmt: skip
-        dw = lambda a: wgrad(a, x, tokens, offsets, False, True)  # noqa: E731
+        dw = lambda w, a: _weight_grad(w, a, x, tokens, offsets, False, True)  # noqa: E731
         dx = _dx(dgu, Order(tokens, offsets, rows, k), w_gate, w_up) if need_x else None
-        dw_gate = dw_up = db_gate = db_up = None
+        dw_gate = dw_up = dw_down = db_gate = db_up = None
         if need_wg:
-            dw_gate = dw(dgu if packed else dgu[0])
+            dw_gate = dw(w_gate, dgu if packed else dgu[0])
         if need_wu:
-            dw_up = dw(dgu[1])
-        dw_down = wgrad(dy, h, tokens, offsets, True, False) if need_wd else None
+            dw_up = dw(w_up, dgu[1])
+        if need_wd:
+            dw_down = _weight_grad(w_down, dy, h, tokens, offsets, True, False)
         if packed and need_bg:
-            pair = db.flip(0) if packed == "up_gate" else db
-            db_gate = pair.transpose(0, 1).flatten(1)
+            db_gate = join_pair(db, packed)
         elif need_bg or need_bu:
             # Clones: a view would keep both halves alive for one.
             db_gate = db[0].clone() if need_bg else None
@@ -353,7 +364,10 @@ def moe_mlp(
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
             parameters, as "clamped_swiglu(limit=10)": docs/gates.md has equations and defaults.
             Without up weights no gate such as that.
-        packed: order of the halves of a packed weight: "gate_up" or "up_gate". No copy is made.
+        packed: order of the halves of a packed weight: "gate_up" or "up_gate", one behind the
+            other, or "interleaved", where rows 0, 2, 4, ... of an expert's w_gate and b_gate are
+            gate and rows 1, 3, 5, ... are up. No copy is made; experts stored (E, D, 2H) and
+            (E, H, D_out) are given as `w.mT`, and their gradients are laid out as they are.
         recompute: save neither g nor u for backward and run the first GEMM again there.
 
     Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype); a dropped choice adds

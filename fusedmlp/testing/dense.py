@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from .._api import gated_act, gated_linear, gated_mlp, linear_act, mlp
+from ..packing import ORDERS
 from .case import Case, Shapes
 
 
@@ -45,7 +46,7 @@ def _plain_shapes(bias: bool, down: bool) -> Callable[[int, int, int], Shapes]:
 
 
 def cases() -> Iterator[Case]:
-    orders = ("gate_up", "up_gate")
+    orders = ORDERS
     fn: Callable[..., Tensor] = gated_act
     ref: Callable[..., Tensor] = reference.gated_act
     yield Case("gated_act", fn, ref, _act_shapes(False))

@@ -140,6 +140,7 @@ def cases() -> Iterator[Case]:
     yield experts_case("moe_mlp")
     yield experts_case("moe_mlp-bias", spread="skewed", bias=True)
     yield experts_case("moe_mlp-up_gate-bias", spread="sparse", bias=True, packed="up_gate")
+    yield experts_case("moe_mlp-interleaved-bias", bias=True, packed="interleaved")
     yield experts_case("moe_mlp-plain-recompute-bias", bias=True, gated=False, recompute=True)
     yield experts_case("moe_mlp-top2-bias", 4, "skewed", 2, bias=True)
     yield experts_case("moe_mlp-top4-gate_up-recompute", 4, k=4, packed="gate_up", recompute=True)

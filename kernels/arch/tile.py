@@ -6,8 +6,9 @@ The tables are the files beside this one. Their sizes were chosen from the compi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Literal
 
@@ -63,6 +64,12 @@ class Tile:
             f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, "
             f"{self.num_stages} stages, {self.loads} loads"
         )
+
+
+@functools.lru_cache(1024)
+def finer(tile: Tile) -> Tile:
+    """`tile` with twice as many column parts: for an epilogue that holds gate and up at once."""
+    return replace(tile, subtiles=2 * tile.subtiles)
 
 
 # (kernel, bytes of an element) -> tiles, the preferred first. A kernel is a launcher's name:

@@ -9,9 +9,10 @@ after it.
 
 Without w_up and u the same kernels are those of a plain linear with activation (linear_act.py).
 Gate and up share each x tile and need no repacking: one TMA box takes rows of both weights into one
-product twice as wide; where TMA cannot (stacked.py), two accumulators do. Names of
-sizes: x (M, D), weights (H, D), h (M, H); in the backward dy (M, D) and w_down (D, H), read as its
-(H, D) transpose.
+product twice as wide; where TMA cannot (stacked.py), two accumulators do. Where their rows take
+turns and lie along contiguous memory, as of a transposed interleaved weight, they are one operand,
+and a thread splits the columns of its product. Names of sizes: x (M, D), weights (H, D), h (M, H);
+in the backward dy (M, D) and w_down (D, H), read as its (H, D) transpose.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...packing import Packed, empty_gated, empty_pair, split_pair
+from ...packing import Packed, empty_gated, empty_pair, interleaved, split_pair
 from ..activations import act_of
-from ..arch.tile import cdiv
+from ..arch.tile import cdiv, finer
 from ..epilogues import store_bwd, store_fwd
 from ..pick import LAST, pick_splits, pick_tile
 from ..skinny import launch_split
@@ -38,6 +39,7 @@ from ..tiles import (
     precision,
     rows_of,
     tile_at,
+    unweave,
     weight_of,
 )
 
@@ -63,8 +65,8 @@ def _fwd_kernel(
     stride_up_d,
     stride_hm,
     stride_gm,
-    stride_bg,
-    stride_bu,
+    stride_bg: tl.constexpr,
+    stride_bu: tl.constexpr,
     scalars,
     ACT: tl.constexpr,
     UP: tl.constexpr,
@@ -78,13 +80,16 @@ def _fwd_kernel(
     UP_K_MAJOR: tl.constexpr,
     STACKED: tl.constexpr,
     UP_FIRST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     MASK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    GATED: tl.constexpr = STACKED or w_up is not None
+    GATED: tl.constexpr = STACKED or INTERLEAVED or w_up is not None
+    # INTERLEAVED: w_gate holds both, and the accumulator the columns of g and u in turn.
+    TURNS: tl.constexpr = 2 if INTERLEAVED else 1
     # Flattened into one loop, the next tile's loads run under this one's epilogue. With two
     # accumulators ptxas then waits after every wgmma (kernels/README.md).
-    FLATTEN: tl.constexpr = TMA and (STACKED or not GATED)
+    FLATTEN: tl.constexpr = TMA and w_up is None
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(H, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
@@ -102,15 +107,18 @@ def _fwd_kernel(
                 x, stride_xm, stride_xd,
                 w_gate, stride_gate_h, stride_gate_d,
                 w_up, stride_up_h, stride_up_d,
-                m0, n0, 0, D, M, H, D,
-                BLOCK_M, BLOCK_N, BLOCK_K, TMA, GATE_K_MAJOR, UP_K_MAJOR, MASK_K, PRECISION,
+                m0, TURNS * n0, 0, D, M, TURNS * H, D, BLOCK_M, TURNS * BLOCK_N, BLOCK_K,
+                TMA, GATE_K_MAJOR, UP_K_MAJOR, MASK_K, PRECISION,
             )  # fmt: skip
         PART: tl.constexpr = BLOCK_N // SUBTILES
-        parts_g = column_parts(acc_g, BLOCK_M, BLOCK_N, SUBTILES)
-        parts_u = column_parts(acc_u, BLOCK_M, BLOCK_N, SUBTILES)
+        parts_g = column_parts(acc_g, BLOCK_M, TURNS * BLOCK_N, SUBTILES)
+        parts_u = column_parts(acc_u, BLOCK_M, TURNS * BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
+            part_g, part_u = parts_g[i], parts_u[i]
+            if INTERLEAVED:
+                part_g, part_u = unweave(part_g, BLOCK_M, PART)
             store_fwd(
-                parts_g[i], parts_u[i], b_gate_ptr, b_up_ptr, h, g, u, m0, n0 + i * PART, M, H,
+                part_g, part_u, b_gate_ptr, b_up_ptr, h, g, u, m0, n0 + i * PART, M, H,
                 stride_hm, stride_gm, stride_bg, stride_bu, scalars, ACT, UP,
                 BLOCK_M, PART, TMA, GATED,
             )  # fmt: skip
@@ -191,14 +199,23 @@ def launch_fwd(
     H = w_gate.shape[0]
     if M == 0 or H == 0:
         return
+    turns = interleaved(w_gate, w_up, 0)
+    if turns is not None:
+        w_gate, w_up = turns, None
     fit = fit_of(x, h, g, u, weights=(w_gate, w_up))
     tile = LAST[kernel] = pick_tile(kernel, x, M, H, fit)
     # Strides of whatever is there; u is laid out as g is.
     strides = tuple(0 if t is None else t.stride(0) for t in (h, g, b_gate, b_up))
     if tile.skinny and (splits := pick_splits(tile, x, H, D)) > 1:
-        launch_split(tile, splits, x, w_gate, w_up, b_gate, b_up, h, g, u, strides, activation)
+        launch_split(
+            tile, splits, x, w_gate, w_up, turns is not None, b_gate, b_up, h, g, u, strides,
+            activation,
+        )  # fmt: skip
         return
-    gate, *gate_strides, gate_k_major = weight_of(w_gate, tile.block_n, tile.block_k, tile.tma)
+    block_n = tile.block_n
+    if turns is not None:
+        tile, block_n = finer(tile), 2 * block_n
+    gate, *gate_strides, gate_k_major = weight_of(w_gate, block_n, tile.block_k, tile.tma)
     up, *up_strides, up_k_major = weight_of(w_up, tile.block_n, tile.block_k, tile.tma)
     block_out = tile.block_n // tile.subtiles
     options = gemm_options(tile, D % tile.block_k != 0, precision(x.dtype))
@@ -211,7 +228,7 @@ def launch_fwd(
             M, H, D, *x.stride(), *gate_strides, *up_strides, *strides,
             **act_of(activation), GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major,
             STACKED=both is not None, UP_FIRST=both is not None and both.second_first,
-            **options,
+            INTERLEAVED=turns is not None, **options,
         )  # fmt: skip
 
     both = None
@@ -232,8 +249,8 @@ def launch_bwd(
     want_db: bool,
     activation: str,
 ) -> Tensor:
-    """Fill dg, du and, if given, h (M, H); returns the column sums of dg and du (1 or 2 or 0,
-    H)."""
+    """Fill dg, du and, if given, h (M, H); returns the column sums of dg and du (1 or 2 or 0, H).
+    With u, but du None, dg (M, 2H) takes both, interleaved."""
     M, D = dy.shape
     H = w_down.shape[1]
     halves = 1 if u is None else 2
@@ -241,14 +258,20 @@ def launch_bwd(
         return dy.new_zeros((halves if want_db else 0, H))
     fit = fit_of(dy, g, u, dg, du, h, weights=(w_down,))
     tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fit)
+    if dg.shape[1] != H and not tile.tma:
+        tile = finer(tile)
     tiles_m = cdiv(M, tile.block_m)
     sums = dy.new_empty((halves, tiles_m, H), dtype=torch.float32) if want_db else None
     down, *down_strides, k_major = weight_of(w_down.t(), tile.block_n, tile.block_k, tile.tma)
     block_out = tile.block_n // tile.subtiles
+    g_out, u_out, du_out, h_out = (
+        rows_of(t, tile.block_m, block_out, tile.tma) for t in (g, u, du, h)
+    )
+    dg_out = rows_of(dg, tile.block_m, block_out * dg.shape[1] // H, tile.tma)
     options = gemm_options(tile, D % tile.block_k != 0, precision(dy.dtype))
     _bwd_kernel[grid_of(tile, dy, M, H)](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), down,
-        *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (g, u, dg, du, h)), sums,
+        g_out, u_out, dg_out, du_out, h_out, sums,
         M, H, D, *dy.stride(), *down_strides, *g.stride(), dg.stride(0), H,
         **act_of(activation), DOWN_K_MAJOR=k_major, **options,
     )  # fmt: skip
@@ -292,8 +315,7 @@ def gated_linear_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     g, u = split_pair(gu, None)
     dgu, h = gated_linear_grads(dy, w_down, packed, want_h)
-    dg, du = split_pair(dgu, packed)
+    dg, du = (dgu, None) if packed == "interleaved" else split_pair(dgu, packed)
     rows = (g, u, dg, du, h if want_h else None)
     db = launch_bwd("gated_linear_bwd", dy, w_down, *rows, want_db, activation)
-    # Sums come gate first; a packed bias wants them in its own order.
-    return dgu, h, db.flip(0) if packed == "up_gate" else db
+    return dgu, h, db

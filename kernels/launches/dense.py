@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import reference
+from ...packing import Packed, halves
 from ...reference.activations import ACTIVATIONS
 from ..dense.gated_act import gated_act_bwd, gated_act_fwd
 from ..dense.gated_linear import gated_linear_bwd, gated_linear_fwd
@@ -56,6 +57,29 @@ def _gated_fwd_extras() -> Iterator[Extra]:
         "g and u": (x, *halves, None, None, "silu", False, True),
     }
     return calls(gated_linear_fwd, arguments)
+
+
+# Sizes that take each kind of tile: large, small, skinny, and one that loads elements.
+_KINDS = {"": SIZE, " small": (128, D, 1024), " few": (16, D, H), " ragged": RAGGED}
+
+
+def _interleaved_fwd() -> Iterator[Extra]:
+    """Rows of gate and up in turn, along either dimension contiguous."""
+
+    def arguments(w: Tensor, m: int, b: Tensor) -> tuple[Any, ...]:
+        pairs = halves(w, "interleaved", 0), halves(b, "interleaved")
+        return new(m, w.shape[1]), *pairs[0], *pairs[1], "silu", True, True
+
+    yield from calls(gated_linear_fwd, {"interleaved": arguments(new(2 * H, D), M, new(2 * H))})
+    for kind, (m, d, h) in _KINDS.items():
+        turned = arguments(new(d, 2 * h).t(), m, new(2 * h))
+        yield from calls(gated_linear_fwd, {f"interleaved transposed{kind}": turned})
+
+
+def _interleaved_bwd() -> Iterator[Extra]:
+    for kind, (m, d, h) in _KINDS.items():
+        arguments = (new(m, d), new(d, h), new(2, m, h), "silu", "interleaved", True, True)
+        yield from calls(gated_linear_bwd, {f"interleaved{kind}": arguments})
 
 
 def _gated_bwd(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
@@ -108,13 +132,13 @@ GATED_FWD = Launch(
     "gated_linear_fwd", _gated_fwd,
     lambda M, D, H: {"x": (M, D), "w_gate+w_up": (2 * H, D), "b_gate": (H,), "b_up": (H,)},
     SIZE, RAGGED, _gated_fwd_reference, activated=True, odd=sizes_of_one(*SIZE),
-    extras=_gated_fwd_extras,
+    extras=_gated_fwd_extras, everywhere=_interleaved_fwd,
 )  # fmt: skip
 GATED_BWD = Launch(
     "gated_linear_bwd", _gated_bwd,
     lambda M, D, H: {"dy": (M, D), "w_down": (D, H), "gu": (2, M, H)},
     SIZE, RAGGED, _gated_bwd_reference, activated=True, odd=sizes_of_one(*SIZE),
-    extras=_gated_bwd_extras,
+    extras=_gated_bwd_extras, everywhere=_interleaved_bwd,
 )  # fmt: skip
 PLAIN_FWD = Launch(
     "linear_act_fwd", _plain_fwd, lambda M, D, H: {"x": (M, D), "w": (H, D), "b": (H,)},
@@ -140,23 +164,33 @@ def _every_activation() -> Iterator[Extra]:
     return calls(gated_act_bwd, arguments)
 
 
-def _packed() -> Iterator[Extra]:
+def _packed_fwd() -> Iterator[Extra]:
     for dtype in (_BF16, torch.float32):
-        gate, up = new(M, 2 * H, dtype=dtype).chunk(2, 1)
-        yield (
-            "packed", dtype,
-            functools.partial(gated_act_bwd, gate, gate, up, "silu", "up_gate"),
-        )  # fmt: skip
+        pair = halves(new(M, 2 * H, dtype=dtype), "interleaved")
+        yield "interleaved", dtype, functools.partial(gated_act_fwd, *pair, "silu")
+
+
+def _packed_bwd() -> Iterator[Extra]:
+    """Both halves in one tensor; and apart, as they are saved, with one gradient for both."""
+    for dtype in (_BF16, torch.float32):
+        dh, both = new(M, H, dtype=dtype), new(M, 2 * H, dtype=dtype)
+        ways: tuple[tuple[str, tuple[Tensor, Tensor], Packed], ...] = (
+            ("packed", halves(both, "up_gate"), "up_gate"),
+            ("interleaved", halves(both, "interleaved"), "interleaved"),
+            ("saved apart", (dh, dh), "interleaved"),
+        )
+        for name, pair, packed in ways:
+            yield name, dtype, functools.partial(gated_act_bwd, dh, *pair, "silu", packed)
 
 
 ACT_FWD = Launch(
     "gated_act_fwd", lambda t, training: {"h": gated_act_fwd(t["g"], t["u"], "silu")},
-    _act_shapes("g", "u"), SIZE,
+    _act_shapes("g", "u"), SIZE, everywhere=_packed_fwd,
 )  # fmt: skip
 ACT_BWD = Launch(
     "gated_act_bwd",
     lambda t, training: {"dgu": gated_act_bwd(t["dh"], t["g"], t["u"], "silu", None)},
-    _act_shapes("dh", "g", "u"), SIZE, extras=_every_activation, everywhere=_packed,
+    _act_shapes("dh", "g", "u"), SIZE, extras=_every_activation, everywhere=_packed_bwd,
 )  # fmt: skip
 PLAIN_H = Launch(
     "linear_act_h", lambda t, training: {"h": linear_act_h(t["z"], "silu")}, _act_shapes("z"), SIZE

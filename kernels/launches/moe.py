@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ... import reference
+from ...packing import halves
 from ..arch.tile import Fit, Tile
 from ..moe.backward import moe_bias_grad, moe_dh, moe_wgrad
 from ..moe.moe_mlp import moe_combine, moe_down, moe_up
@@ -20,7 +21,7 @@ from ..moe.topk_route import Choice, Form, topk_route_bwd, topk_route_fwd
 from ..moe.tree_path import tree_path_fwd
 from ..pick import pick_grouped_tile
 from .dense import calls, new
-from .launch import Extra, Launch, Shapes, Size, Tensors
+from .launch import Extra, Launch, Shapes, Size, Tensors, no_extras
 
 EXPERTS = 8
 T, D, H, E = SIZE = 8192, 5120, 8192, 16
@@ -98,8 +99,38 @@ def _up_extras() -> Iterator[Extra]:
     return calls(moe_up, arguments)
 
 
+# Tokens of so many experts that take each tile: 512 of one, 64, 16; and sizes not on 16 bytes.
+_KINDS = {"": SIZE, " small": (64 * E, D, H, E), " few": (16 * E, D, H, E), " ragged": RAGGED}
+
+
+def _interleaved_up() -> Iterator[Extra]:
+    """Rows of gate and up in turn, along either dimension contiguous."""
+
+    def arguments(w: Tensor, rows: int) -> tuple[Any, ...]:
+        own, n, d = w.shape
+        pairs = halves(w, "interleaved", 1), halves(new(own, n), "interleaved")
+        return new(rows, d), *_route_of(rows), *pairs[0], *pairs[1], "silu", True, True
+
+    yield from calls(moe_up, {"interleaved": arguments(new(E, 2 * H, D), T)})
+    for kind, (t, d, h, e) in _KINDS.items():
+        yield from calls(
+            moe_up, {f"interleaved transposed{kind}": arguments(new(e, d, 2 * h).mT, t)}
+        )
+
+
+def _interleaved_dh() -> Iterator[Extra]:
+    for kind, (t, d, h, e) in _KINDS.items():
+        first = (new(t, d), *_route_of(t), new(t), new(e, d, h), new(2, t, h), new(e, d))
+        arguments = (*first, "silu", "interleaved", True, True, True, True)
+        yield from calls(moe_dh, {f"interleaved{kind}": arguments})
+
+
 def _empty_route(k: int = 1) -> tuple[Tensor, Tensor]:
-    return new(k * T, dtype=torch.int32), new(E + 2, dtype=torch.int32)
+    return _route_of(k * T)
+
+
+def _route_of(rows: int) -> tuple[Tensor, Tensor]:
+    return new(rows, dtype=torch.int32), new(E + 2, dtype=torch.int32)
 
 
 def _down(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
@@ -179,22 +210,24 @@ def _wgrad_extras() -> Iterator[Extra]:
 def _launch(
     name: str, call: Call, expected: Reference, extras: Callable[[], Iterator[Extra]],
     *operands: str, activated: bool = False,
+    everywhere: Callable[[], Iterator[Extra]] = no_extras,
 ) -> Launch:  # fmt: skip
     odd = ((1, D, H, E), (T, 1, H, E), (T, D, 1, E), (T, D, H, 1), (T, 64, 64, 1024))
     return Launch(
         name, call, _shapes(*operands), SIZE, RAGGED, expected, activated=activated,
         odd={"x".join(map(str, size)): size for size in odd}, extras=extras, values=routing,
-        tile_of=functools.partial(tile_of, name),
+        tile_of=functools.partial(tile_of, name), everywhere=everywhere,
     )  # fmt: skip
 
 
 UP = _launch(
-    "moe_up", _up, _up_reference, _up_extras, "x", "w_gate+w_up", "b_gate", "b_up", activated=True
-)
+    "moe_up", _up, _up_reference, _up_extras, "x", "w_gate+w_up", "b_gate", "b_up",
+    activated=True, everywhere=_interleaved_up,
+)  # fmt: skip
 DOWN = _launch("moe_down", _down, _down_reference, _down_extras, "h", "w_down", "b_down", "prob")
 DH = _launch(
     "moe_dh", _dh, _dh_reference, _dh_extras, "dy", "prob", "w_down", "gu", "b_down",
-    activated=True,
+    activated=True, everywhere=_interleaved_dh,
 )  # fmt: skip
 WGRAD = _launch("moe_wgrad", _wgrad, _wgrad_reference, _wgrad_extras, "dg", "x")
 

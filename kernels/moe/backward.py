@@ -20,10 +20,21 @@ from torch import Tensor
 
 from ...packing import Packed, empty_pair, split_pair
 from ..activations import act_of
-from ..arch.tile import Tile, cdiv
+from ..arch.tile import Tile, cdiv, finer
 from ..epilogues import store_column_sums
 from ..pick import LAST, pick_grouped_tile
-from ..tiles import column_parts, dot, fit_of, load_tile, precision, rounded, store_tile, tile_at
+from ..tiles import (
+    column_parts,
+    dot,
+    fit_of,
+    half_vector,
+    load_tile,
+    precision,
+    rounded,
+    store_tile,
+    tile_at,
+    weave,
+)
 from .grouped import (
     accumulate,
     block_e,
@@ -92,8 +103,11 @@ def _dh_kernel(
     PRECISION: tl.constexpr,
 ):
     """With c = dy w_down: dprob = sum c h, dh = prob c, then as store_bwd. h is stored times prob,
-    as the gradient of w_down wants it. most: row tiles that sums_ptr has room for."""
+    as the gradient of w_down wants it. most: row tiles that sums_ptr has room for. With u_ptr, but
+    du_ptr None, dg_ptr takes both, interleaved."""
     GATED: tl.constexpr = u_ptr is not None
+    TURNS: tl.constexpr = GATED and du_ptr is None
+    MOST: tl.constexpr = half_vector(dg_ptr.dtype.element_ty) if TURNS else None
     PART: tl.constexpr = BLOCK_N // SUBTILES
     ends = tile_ends(offsets_ptr, E, BLOCK_M, BLOCK_E)
     tiles_m = tl.max(ends, 0)
@@ -112,28 +126,37 @@ def _dh_kernel(
         parts = column_parts(acc, BLOCK_M, BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
             n0 = tile_n * BLOCK_N + i * PART
-            gate = load_tile(g_ptr, stride_gm, 1, r0, n0, end, H, BLOCK_M, PART, False)
+            gate = load_tile(g_ptr, stride_gm, 1, r0, n0, end, H, BLOCK_M, PART, False, True, MOST)
             value, slope = ACT(gate.to(tl.float32), *scalars)
             dh = parts[i] * prob
             grad = dh * slope
             if GATED:
-                up = load_tile(u_ptr, stride_gm, 1, r0, n0, end, H, BLOCK_M, PART, False)
+                up = load_tile(
+                    u_ptr, stride_gm, 1, r0, n0, end, H, BLOCK_M, PART, False, True, MOST
+                )
                 up = up.to(tl.float32)
                 grad_up = dh * value
                 if UP is not None:
                     up, up_slope = UP(up, *scalars)
                     grad_up = grad_up * up_slope
-                store_tile(du_ptr, stride_dgm, r0, n0, end, H, grad_up, BLOCK_M, PART, False)
+                if du_ptr is not None:
+                    store_tile(du_ptr, stride_dgm, r0, n0, end, H, grad_up, BLOCK_M, PART, False)
                 if sums_ptr is not None:
                     up_sums_ptr = sums_ptr + tl.cast(most, tl.int64) * H
                     store_column_sums(grad_up, up_sums_ptr, tile_m, n0, H, PART)
                 grad = grad * up
                 value = value * up
-            store_tile(dg_ptr, stride_dgm, r0, n0, end, H, grad, BLOCK_M, PART, False)
+            if TURNS:
+                both = weave(grad, grad_up, BLOCK_M, PART)
+                store_tile(
+                    dg_ptr, stride_dgm, r0, 2 * n0, end, 2 * H, both, BLOCK_M, 2 * PART, False
+                )
+            else:
+                store_tile(dg_ptr, stride_dgm, r0, n0, end, H, grad, BLOCK_M, PART, False)
             if sums_ptr is not None:
                 store_column_sums(grad, sums_ptr, tile_m, n0, H, PART)
             if h_ptr is not None:
-                store_tile(h_ptr, H, r0, n0, end, H, prob * value, BLOCK_M, PART, False)
+                store_tile(h_ptr, H, r0, n0, end, H, prob * value, BLOCK_M, PART, False, MOST)
             if dots_ptr is not None:
                 _store_dots(
                     dots_ptr, tile_n * SUBTILES + i, R, r0, mask_r, parts[i] * value, BLOCK_M
@@ -334,9 +357,14 @@ def moe_dh(
     if T == 0:
         return dgu, h, dprob, db.zero_(), db_down.zero_()
     g, u = split_pair(gu, None) if gated else (gu[0], None)
-    dg, du = split_pair(dgu, packed) if gated else (dgu[0], None)
+    if packed == "interleaved":
+        dg, du = dgu, None
+    else:
+        dg, du = split_pair(dgu, packed) if gated else (dgu[0], None)
     fit = min(fit_of(dy, g, u, dg, du, h if want_h else None), experts_fit(w_down))
     tile = LAST["moe_dh"] = pick_grouped_tile("moe_dh", dy, R, E, fit)
+    if packed == "interleaved" and not tile.tma:
+        tile = finer(tile)
     most = most_tiles(R, E, tile.block_m)
     sums = dy.new_empty((len(gu), most, H), dtype=torch.float32) if want_db else None
     dots = _new_dots(prob, tile, H, D, b_down) if want_dprob else None

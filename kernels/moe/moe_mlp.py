@@ -20,13 +20,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...packing import split_pair
+from ...packing import interleaved, split_pair
 from ..activations import act_of
 from ..arch.tile import Tile, cdiv
 from ..epilogues import store_fwd
 from ..pick import LAST, pick_grouped_tile
 from ..stacked import Stacked, run, stacked_of
-from ..tiles import column_parts, compiler_options, fit_of, precision, rounded, rows_of, tile_at
+from ..tiles import (
+    column_parts,
+    compiler_options,
+    fit_of,
+    precision,
+    rounded,
+    rows_of,
+    tile_at,
+    unweave,
+)
 from .grouped import (
     accumulate,
     block_e,
@@ -70,9 +79,9 @@ def _up_kernel(
     stride_hm,
     stride_gm,
     stride_bg_e,
-    stride_bg,
+    stride_bg: tl.constexpr,
     stride_bu_e,
-    stride_bu,
+    stride_bu: tl.constexpr,
     scalars,
     ACT: tl.constexpr,
     UP: tl.constexpr,
@@ -87,10 +96,13 @@ def _up_kernel(
     UP_K_MAJOR: tl.constexpr,
     STACKED: tl.constexpr,
     UP_FIRST: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
     MASK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    GATED: tl.constexpr = STACKED or w_up is not None
+    GATED: tl.constexpr = STACKED or INTERLEAVED or w_up is not None
+    # INTERLEAVED: w_gate holds both, and the accumulator the columns of g and u in turn.
+    TURNS: tl.constexpr = 2 if INTERLEAVED else 1
     ends = tile_ends(offsets_ptr, E, BLOCK_M, BLOCK_E)
     tiles_m = tl.max(ends, 0)
     tiles_n = tl.cdiv(H, BLOCK_N)
@@ -103,7 +115,7 @@ def _up_kernel(
             x_ptr, rows, mask_r, r0, stride_xm, stride_xd,
             w_gate, stride_gate_e, stride_gate_h, stride_gate_d,
             w_up, stride_up_e, stride_up_h, stride_up_d,
-            expert, n0, H, D, BLOCK_M, BLOCK_N, BLOCK_K,
+            expert, TURNS * n0, TURNS * H, D, BLOCK_M, TURNS * BLOCK_N, BLOCK_K,
             TMA, GATE_K_MAJOR, UP_K_MAJOR, STACKED, MASK_K, PRECISION,
         )  # fmt: skip
         if UP_FIRST:
@@ -115,11 +127,14 @@ def _up_kernel(
         if b_up_ptr is not None:
             bias_u = b_up_ptr + tl.cast(expert, tl.int64) * stride_bu_e
         PART: tl.constexpr = BLOCK_N // SUBTILES
-        parts_g = column_parts(acc_g, BLOCK_M, BLOCK_N, SUBTILES)
-        parts_u = column_parts(acc_u, BLOCK_M, BLOCK_N, SUBTILES)
+        parts_g = column_parts(acc_g, BLOCK_M, TURNS * BLOCK_N, SUBTILES)
+        parts_u = column_parts(acc_u, BLOCK_M, TURNS * BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
+            part_g, part_u = parts_g[i], parts_u[i]
+            if INTERLEAVED:
+                part_g, part_u = unweave(part_g, BLOCK_M, PART)
             store_fwd(
-                parts_g[i], parts_u[i], bias_g, bias_u, h_ptr, g_ptr, u_ptr,
+                part_g, part_u, bias_g, bias_u, h_ptr, g_ptr, u_ptr,
                 r0, n0 + i * PART, end, H,
                 stride_hm, stride_gm, stride_bg, stride_bu, scalars, ACT, UP,
                 BLOCK_M, PART, False, GATED,
@@ -300,9 +315,13 @@ def moe_up(
     if T == 0:
         return h, gu
     g, u = (None, None) if not want_gu else (gu[0], None) if w_up is None else split_pair(gu, None)
+    turns = interleaved(w_gate, w_up, 1)
+    if turns is not None:
+        w_gate, w_up = turns, None
     fit = min(fit_of(x, h if want_h else None, g, u), experts_fit(w_gate, w_up))
     tile = LAST["moe_up"] = pick_grouped_tile("moe_up", x, R, E, fit)
-    gate, *gate_strides, gate_k_major = experts_of(w_gate, tile.block_n, tile.block_k, tile.tma)
+    block_n = tile.block_n if turns is None else 2 * tile.block_n
+    gate, *gate_strides, gate_k_major = experts_of(w_gate, block_n, tile.block_k, tile.tma)
     up, *up_strides, up_k_major = experts_of(w_up, tile.block_n, tile.block_k, tile.tma)
     options = grouped_options(tile, E, D % tile.block_k != 0, precision(x.dtype))
 
@@ -315,7 +334,8 @@ def moe_up(
             *((0, 0) if b_gate is None else b_gate.stride()),
             *((0, 0) if b_up is None else b_up.stride()),
             **act_of(activation), GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major,
-            STACKED=both is not None, UP_FIRST=both is not None and both.second_first, **options,
+            STACKED=both is not None, UP_FIRST=both is not None and both.second_first,
+            INTERLEAVED=turns is not None, **options,
         )  # fmt: skip
 
     both = None

@@ -7,6 +7,7 @@ import torch
 from op_checks import PLAIN
 
 import fusedmlp
+from fusedmlp.packing import ORDERS
 from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.testing import CASES
 
@@ -29,6 +30,10 @@ BAD = [
     ("gated_linear-bias", "b_gate", torch.ones(3), ValueError, r"b_gate must have shape \(24,\), got \(3,\)"),
     ("gated_linear-bias", "b_up", torch.ones(3), ValueError, r"b_up must have shape \(24,\), got \(3,\)"),
     ("gated_linear-gate_up-bias", "w_gate", torch.ones(7, D), ValueError, r"w_gate must be \(2H, D\) when packed, got \(7, 16\)"),
+    ("gated_act-interleaved", "g", torch.ones(4, 5), ValueError, r"g must be \(\.\.\., 2H\) when packed, got \(4, 5\)"),
+    ("gated_linear-interleaved-bias", "w_gate", torch.ones(7, D), ValueError, r"w_gate must be \(2H, D\) when packed, got \(7, 16\)"),
+    ("gated_mlp-interleaved-bias", "w_gate", torch.ones(7, D), ValueError, r"w_gate must be \(2H, D\) when packed, got \(7, 16\)"),
+    ("gated_mlp-interleaved-bias", "b_up", torch.ones(H), ValueError, r"b_up must be None when packed"),
     ("gated_linear-gate_up-bias", "b_gate", torch.ones(H), ValueError, r"b_gate must have shape \(48,\), got \(24,\)"),
     ("gated_linear-gate_up-bias", "b_up", torch.ones(H), ValueError, r"b_up must be None when packed"),
     ("gated_mlp", "w_down", torch.ones(D, 3), ValueError, r"w_down must have shape \(16, 24\), got \(16, 3\)"),
@@ -73,7 +78,8 @@ def test_activation_names(name, each_backend):
 def test_packed_and_apart_are_told_apart(name, each_backend):
     case = CASES[name]
     with pytest.raises(
-        ValueError, match=f"{name}: packed must be None, 'gate_up' or 'up_gate', got 'gu'"
+        ValueError,
+        match=f"{name}: packed must be None, 'gate_up', 'up_gate' or 'interleaved', got 'gu'",
     ):
         case.run(good(name), packed="gu")
     with pytest.raises(
@@ -83,6 +89,23 @@ def test_packed_and_apart_are_told_apart(name, each_backend):
     second = "u" if name == "gated_act" else "w_up"
     with pytest.raises(ValueError, match=f"got packed=None and {second}=None"):
         case.run({**good(name), second: None})
+
+
+@pytest.mark.parametrize("packed", ORDERS)
+@pytest.mark.parametrize(
+    ("op", "remedy"),
+    (
+        ("masked_gated_linear", "one weight w (H, D) is gate and up, and masks tell them apart"),
+        ("masked_gated_mlp", "one weight w (H, D) is gate and up, and masks tell them apart"),
+        ("binary_gated_linear", "quantize gate and up apart: w_gate and w_up are (H, D) each"),
+        ("binary_gated_mlp", "quantize gate and up apart: w_gate and w_up are (H, D) each"),
+    ),
+)
+def test_gate_and_up_that_share_no_tensor_refuse_an_order(op, remedy, packed, each_backend):
+    case = next(case for case in CASES.values() if case.op == op)
+    message = f"{op}: packed must be None, got {packed!r}; {remedy}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        case.run(case.inputs(4, 128, 128, torch.float32), packed=packed)
 
 
 def test_triton_refuses_what_it_cannot_run(on_triton, device):

@@ -330,6 +330,7 @@ def test_opcheck(device):
     for packed, g, how in (
         (None, gu, tests),
         ("up_gate", gu, tests[:2]),
+        ("interleaved", gu, tests[:2]),
         (None, gu[:1], tests[:2]),
     ):
         opcheck(ops.dh, (*dh, g, bd, "silu", packed, True, True, True, True), test_utils=how)
@@ -389,8 +390,9 @@ BAD = [
     ({"b_down": torch.ones(4, 3)}, ValueError, r"b_down must have shape \(3, 16\), got \(4, 3\)"),
     ({"w_up": None}, ValueError, "b_up must be None where w_up is None, got a tensor"),
     ({"packed": "gate_up"}, ValueError, "w_up must be None when packed, got a tensor"),
-    ({"packed": "gu"}, ValueError, "packed must be None, 'gate_up' or 'up_gate', got 'gu'"),
+    ({"packed": "gu"}, ValueError, "packed must be None, 'gate_up', 'up_gate' or 'interleaved', got 'gu'"),
     ({"packed": "gate_up", "w_up": None, "w_gate": torch.ones(4, 7, 16)}, ValueError, r"w_gate must be \(E, 2H, D\) when packed"),
+    ({"packed": "interleaved", "w_up": None, "w_gate": torch.ones(4, 7, 16)}, ValueError, r"w_gate must be \(E, 2H, D\) when packed, got \(4, 7, 16\)"),
     ({"routing": (1, 2)}, TypeError, "routing must be a Routing, got tuple"),
     ({"routing": route_to(torch.zeros(4, dtype=torch.int64), torch.ones(4), 2)}, ValueError, r"routing.offsets must have shape \(5,\) for x's 4 tokens and the weights' 3 experts, got \(4,\)"),
     ({"routing": ROUTING._replace(prob=torch.ones(4).double())}, TypeError, "routing.prob must have x's dtype torch.float32 or torch.float32"),

@@ -259,13 +259,14 @@ def gated_linear_bwd(
     want_h: bool,
     want_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if packed == "interleaved":
+        raise unfit("gated_linear_bwd", "packed to be None, 'gate_up' or 'up_gate'", repr(packed))
     g, u = split_pair(gu, None)
     dgu, h = gated_linear_grads(dy, w_down, packed, want_h)
     dg, du = split_pair(dgu, packed)
     rows = (g, u, dg, du, h if want_h else None)
     db = _bwd(enqueue, _GATED_BWD, dy, w_down, *rows, want_db, activation)
-    # Sums come gate first; a packed bias wants them in its own order.
-    return dgu, h, db.flip(0) if packed == "up_gate" else db
+    return dgu, h, db
 
 
 def linear_act_fwd(
