@@ -15,7 +15,9 @@ too, and cannot be pickled.
 | `routed.py` | which of a router's tensors a block of experts uses for what |
 | `kept.py` | what a fused call passes by, and whether it is still there |
 | `dense.py`, `moe.py` | the fused forward of a dense MLP, of a mixture of experts |
-| `experts.py` | transformers' table of experts implementations |
+| `experts.py` | experts of transformers, by its table of implementations and by patch() |
+| `form.py` | how experts lie and what they compute |
+| `gate.py` | which gate a function of gate and up is, by its values |
 | `report.py` | what was patched, and what was left and why |
 """
 

@@ -1,69 +1,27 @@
-"""transformers' table of experts implementations: "fusedmlp" in it is moe_mlp.
+"""Experts of transformers as moe_mlp: the entry "fusedmlp" of its table of experts implementations,
+and the plan by which patch() runs them.
 
     model.set_experts_implementation("fusedmlp")
+    fusedmlp.patch(model)
 
-Each of a token's k experts is a row of its own there, so for k > 1 its x is repeated k times, as
-the library's own implementations do; for k = 1 nothing is copied.
+Both leave the model's router and the block around it as they are. `form.py` says which experts.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..layers.parts.activation import name_of
 from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import route_to
-from .activation import name_by_values
+from .dense import local
+from .form import form_of
+from .plan import Plan
 
 NAME = "fusedmlp"
-
-
-# By class, the row with its parameters as the module has them and, of nn.GELU, its option; of a
-# plain function, by itself.
-_ACTIVATIONS: dict[Any, str | None] = {}
-
-
-def _activation(experts: Any) -> str | None:
-    act = getattr(experts, "act_fn", None)
-    key = act
-    if isinstance(act, nn.Module):
-        key = (type(act), name_of(act), getattr(act, "approximate", None))
-    if key not in _ACTIVATIONS:
-        _ACTIVATIONS[key] = None if act is None else name_by_values(act)
-    return _ACTIVATIONS[key]
-
-
-def decorated(module: Any) -> bool:
-    """Whether transformers' use_experts_implementation has been at its class, in any release."""
-    return hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
-
-
-def misfit(experts: Any) -> str | None:
-    """Why `experts_forward` cannot run `experts`."""
-    for name, wanted in (("is_concatenated", True), ("has_post_expert_norm", False)):
-        if getattr(experts, name, wanted) is not wanted:
-            return f"{name} of {type(experts).__name__} must be {wanted}, got {not wanted}"
-    table = sys.modules["transformers.integrations.moe"]
-    own_gate = experts.has_gate and type(experts)._apply_gate is not table._default_apply_gate
-    if own_gate or _activation(experts) is None:
-        act = type(getattr(experts, "act_fn", None)).__name__
-        what = "a gate of its own" if own_gate else f"activation {act}"
-        return (
-            f"{type(experts).__name__} must multiply up by an activation of gate that has a "
-            f"kernel, got {what}"
-        )
-    return None
-
-
-def advice(experts: Any) -> str:
-    """For the report: what to do with experts of transformers' table, or why nothing."""
-    reason = misfit(experts)
-    if reason is not None:
-        return f"experts implementation {NAME!r} does not take it: {reason}"
-    return f"experts by transformers' table: model.set_experts_implementation({NAME!r})"
 
 
 def experts_forward(
@@ -72,34 +30,60 @@ def experts_forward(
     """sum_k weight[t, k] MLP_{index[t, k]}(x[t]), in transformers' experts interface.
 
     Args:
-        experts: a module that transformers' `use_experts_implementation` decorates.
+        experts: a module that transformers' `use_experts_implementation` decorates, or one that is
+            alike (`form.py`).
         hidden_states: (T, D). top_k_index, top_k_weights: (T, k); an index of E or more (an expert
             of another rank) adds nothing.
 
-    Raises ValueError for experts that interleave gate and up, have a norm after each expert, or
-    whose gate or activation has no kernel.
+    Raises ValueError for experts that have a norm after each expert, or whose gate, activation or
+    forward is none that has a kernel.
     """
-    if (reason := misfit(experts)) is not None:
-        raise ValueError(f"experts implementation {NAME!r}: {reason}")
-    first = "gate_up_proj" if experts.has_gate else "up_proj"
-    w, w_down = getattr(experts, first), experts.down_proj
-    b, b_down = (
-        (getattr(experts, f"{first}_bias"), experts.down_proj_bias)
-        if experts.has_bias
-        else (None, None)
-    )
-    if experts.is_transposed:
-        w, w_down = w.mT, w_down.mT
-    T, k = top_k_index.shape
-    x = hidden_states if k == 1 else hidden_states.repeat_interleave(k, 0)
-    prob = top_k_weights.reshape(-1)
-    routing = route_to(top_k_index.reshape(-1), prob, w.shape[0])
-    y = moe_mlp(
-        x, routing, w, None, w_down, b, None, b_down,
-        activation=_activation(experts),  # type: ignore[arg-type]
-        packed="gate_up" if experts.has_gate else None,
+    form = form_of(experts)
+    if isinstance(form, str):
+        raise ValueError(f"experts implementation {NAME!r}: {form}")
+    w, w_down, b, b_down = map(local, form.tensors(experts))
+    return moe_mlp(
+        hidden_states, route_to(top_k_index, top_k_weights, w.shape[0]),
+        w, None, w_down, b, None, b_down, activation=form.activation, packed=form.packed,
     )  # fmt: skip
-    return y if k == 1 else y.view(T, k, -1).sum(1)
+
+
+@dataclass(frozen=True)
+class Experts(Plan):
+    """Experts alone, behind the model's own router."""
+
+    activation: str = "silu"
+    packed: str | None = None
+    around: tuple[str, ...] = ()
+
+    @property
+    def op(self) -> str:
+        return "moe_mlp"
+
+    def detail(self) -> str:
+        packed = f", packed {self.packed!r}" if self.packed else ""
+        return f"activation {self.activation!r}{packed}"
+
+    def bypassed(self) -> tuple[str, ...]:
+        return self.around
+
+    def passes_by(self) -> tuple[str, ...]:
+        return self.around
+
+    def own_parameters(self, module: nn.Module) -> tuple[str, ...]:
+        return tuple(name for name, p in module._parameters.items() if p is not None)
+
+    def run(self, module: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return experts_forward(module, *args, **kwargs)
+
+
+def plan_of(experts: nn.Module) -> Experts | str:
+    """For patch(): the plan, or why there is none."""
+    form = form_of(experts)
+    if isinstance(form, str):
+        return form
+    around = tuple(name for name, _ in experts.named_modules() if name)
+    return Experts(activation=form.activation, packed=form.packed, around=around)
 
 
 def register_experts() -> bool:

@@ -18,7 +18,8 @@ from torch import fx, nn
 from ..layers.parts.block import DROPOUTS
 from .activation import name_by_values
 from .dense import RESIDUAL, Dense, is_projection
-from .experts import advice, decorated
+from .experts import plan_of
+from .form import is_experts
 from .plan import Plan, child, with_parents
 from .trace import NoMatch, trace
 
@@ -42,8 +43,8 @@ def _like_a_projection(module: nn.Module) -> bool:
 
 def find(module: nn.Module) -> Plan | str | None:
     """A plan, or why there is none, or None for what is like no MLP."""
-    if decorated(module):
-        return advice(module)
+    if is_experts(module):
+        return plan_of(module)
     method = next(m for m in METHODS if hasattr(module, m))
     depth = 2 if method.endswith("_chunk") else 1
     inner = [m for name, m in module.named_modules() if name and name.count(".") < depth]

@@ -54,8 +54,9 @@ def patch(
     """Run the MLPs of `model` through fusedmlp, in place: gated_mlp, mlp, moe_mlp.
 
     An MLP is found by what its forward computes, whatever the names: Llama, Mistral, Qwen, Gemma,
-    Phi-3, OLMo, GPT-NeoX, GPT-2, BERT, ViT and many others of transformers, and your own. Top-1
-    mixtures of experts (Switch, Llama 4) are known by their classes.
+    Phi-3, OLMo, GPT-NeoX, GPT-2, BERT, ViT and many others of transformers, and your own. So are
+    the experts of transformers' table (Mixtral, Qwen3, DeepSeek, gpt-oss and about sixty families
+    more), with their clamps; Switch and Llama 4 are known by their classes.
 
     Args:
         model: any nn.Module, on any device, meta too. Patch before parallelize_module, fully_shard

@@ -40,6 +40,11 @@ class Plan:
         parents first. Replacing one after patch() makes the next call raise."""
         return ()
 
+    def own_parameters(self, module: nn.Module) -> tuple[str, ...]:
+        """Names of the parameters of the module's own, in none of its submodules, that `run`
+        reads."""
+        return ()
+
     def obstacle(self, module: nn.Module) -> str | None:
         """Why `run` would not compute what the module's own method computes now."""
         return None

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 LOOKED_FOR = (
     "modules that compute down(act(gate(x)) * up(x)) or down(act(first(x))) with nn.Linear or "
-    "Conv1D projections, gate and up apart or in one, whatever their names; top-1 mixtures of "
-    "experts of transformers (Switch, Llama 4); and classes given to register_patch()"
+    "Conv1D projections, gate and up apart or in one, whatever their names; experts of "
+    "transformers (its table, Switch, Llama 4); and classes given to register_patch()"
 )
 
 

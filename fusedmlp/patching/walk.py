@@ -160,20 +160,20 @@ class Walk:
             return f"its {plan.method} is set on the instance"
         if len(self.names[id(module)]) > 1:
             return f"tied: it also is {self.others(module)}"
-        parameters: list[nn.Parameter] = []
+        read: list[tuple[str, Any]] = [(n, getattr(module, n)) for n in plan.own_parameters(module)]
         for path in plan.bypassed():
             inner = child(module, path)
             if around := hooked(inner):
                 return f"{path} {around}, which a fused call would pass by"
             if len(self.names[id(inner)]) > 1 and any(True for _ in inner.parameters()):
                 return f"tied: {path} also is {self.others(inner)}"
-            for key, p in inner.named_parameters():
-                if type(p) is not nn.Parameter or not p.is_floating_point():
-                    return f"{path}.{key} is a {type(p).__name__} of {p.dtype}: quantised"
-                if len(self.names[id(p)]) > 1:
-                    return f"tied: {path}.{key} also is {self.others(p)}"
-                parameters.append(p)
-        return plan.obstacle(module) or self.dtypes(plan, parameters)
+            read += ((f"{path}.{key}", p) for key, p in inner.named_parameters())
+        for name, p in read:
+            if type(p) is not nn.Parameter or not p.is_floating_point():
+                return f"{name} is a {type(p).__name__} of {p.dtype}: quantised"
+            if len(self.names[id(p)]) > 1:
+                return f"tied: {name} also is {self.others(p)}"
+        return plan.obstacle(module) or self.dtypes(plan, [p for _, p in read])
 
     def others(self, shared: object) -> str:
         return " and ".join(self.names[id(shared)][:2])

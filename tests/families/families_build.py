@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {
 ARGUMENTS: dict[str, Any] = {"intermediate_size": H, "swiglu_limit": 3.0}
 
 
-def _kinds(family: str) -> list[type[PretrainedConfig]]:
+def kinds(family: str) -> list[type[PretrainedConfig]]:
     module = importlib.import_module(f"transformers.models.{family}.configuration_{family}")
     own = (c for c in vars(module).values() if inspect.isclass(c))
     return [c for c in own if issubclass(c, PretrainedConfig) and c.__module__ == module.__name__]
@@ -49,7 +49,7 @@ def _made(family: str, kind: type[nn.Module]) -> nn.Module:
     taken = inspect.signature(kind.__init__).parameters
     arguments = {k: v for k, v in ARGUMENTS.items() if k in taken}
     reasons = []
-    for configuration in _kinds(family):
+    for configuration in kinds(family):
         try:
             return kind(_tiny(configuration), **arguments)
         except Exception as error:  # of another part of the model: it lacks what experts need

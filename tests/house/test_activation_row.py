@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from fusedmlp import layers
 from fusedmlp.bench import options
 from fusedmlp.kernels.activations import DEVICE
 from fusedmlp.layers.glu import GLUBase
-from fusedmlp.patching import experts
+from fusedmlp.patching.gate import Gate, gate_of
 from fusedmlp.reference import activations
 from fusedmlp.reference.activations import ACTIVATIONS, MODULES, Activation
 from fusedmlp.testing import CASES
@@ -148,9 +147,18 @@ def test_patch_finds_a_new_row_by_value(row):
         def forward(self, x):
             return x * (1 + x * x).reciprocal()
 
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act_fn = Lookalike()
+
+        def _apply_gate(self, gate_up):
+            gate, up = gate_up.chunk(2, -1)
+            return self.act_fn(gate) * up
+
     (entry,) = fusedmlp.patch(Model(GatedMLP(Lookalike()))).patched
     assert entry.detail == "activation 'stranger'"
-    assert experts._activation(SimpleNamespace(act_fn=Lookalike())) == "stranger"
+    assert gate_of(Experts(), "_apply_gate") == Gate("stranger", "gate_up")
 
 
 def test_the_bench_takes_a_new_row(row):

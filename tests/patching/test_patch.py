@@ -5,7 +5,6 @@ import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from transformers.activations import ACT2FN
 
 import fusedmlp
 from fusedmlp.layers import BinaryGatedMLP
-from fusedmlp.patching import Plan, experts
+from fusedmlp.patching import Plan
 from fusedmlp.patching.activation import name_by_values
 from fusedmlp.patching.walk import REGISTERED
 
@@ -546,18 +545,21 @@ def test_experts_of_transformers(k, where, device):
     torch.manual_seed(0)
     model = MixtralForCausalLM(config).to(device)
     ids = torch.arange(4, device=device).view(1, 4)
-    report = fusedmlp.patch(model)
-    assert "model.set_experts_implementation('fusedmlp')" in str(report.left[0])
     results = []
-    for implementation in ("eager", "fusedmlp"):
-        model.set_experts_implementation(implementation)
+    for implementation in ("eager", "fusedmlp", "patched"):
+        if implementation == "patched":
+            (entry,) = fusedmlp.patch(model).patched
+            assert entry.op == "moe_mlp" and entry.detail == "activation 'silu', packed 'gate_up'"
+        else:
+            model.set_experts_implementation(implementation)
         model.zero_grad()
         with fusedmlp.backend(where):
             out = model(ids, labels=ids)
             out.loss.backward()
         results.append((out.logits, *(p.grad.clone() for p in model.parameters())))
-    for eager, ours in zip(*results, strict=True):
+    for eager, ours, patched in zip(*results, strict=True):
         torch.testing.assert_close(ours, eager)
+        torch.testing.assert_close(patched, eager)
 
 
 def test_experts_are_entered_on_import():
@@ -575,12 +577,6 @@ def test_experts_are_entered_on_import():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_activations_of_one_class_are_told_apart():
-    acts = (nn.GELU(), nn.GELU("tanh"), torch.relu, torch.sigmoid)
-    named = [experts._activation(SimpleNamespace(act_fn=act)) for act in acts]
-    assert named == ["gelu", "gelu_tanh", "relu", "sigmoid"]
-
-
 def test_experts_that_do_not_fit():
     experts = MixtralForCausalLM(
         MixtralConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
@@ -589,18 +585,12 @@ def test_experts_that_do_not_fit():
     call = lambda: fusedmlp.patching.experts_forward(  # noqa: E731
         experts, X, torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)
     )
-    experts.is_concatenated = False
-    with pytest.raises(
-        ValueError, match="is_concatenated of MixtralExperts must be True, got False"
-    ):
+    experts.is_transposed = True
+    reason = "MixtralExperts: its forward is not that of experts so laid"
+    with pytest.raises(ValueError, match=f"experts implementation 'fusedmlp': {reason}"):
         call()
     (left,) = fusedmlp.patch(nn.ModuleDict({"experts": experts})).left
-    assert left.detail == (
-        "experts implementation 'fusedmlp' does not take it: is_concatenated of MixtralExperts must "
-        "be True, got False"
-    )
-    experts.is_concatenated, experts.act_fn = True, Stranger()
-    with pytest.raises(
-        ValueError, match="must multiply up by an activation .* got activation Stranger"
-    ):
+    assert left.detail == reason
+    experts.is_transposed, experts.act_fn = False, Stranger()
+    with pytest.raises(ValueError, match="its _apply_gate computes no gate that has a kernel"):
         call()

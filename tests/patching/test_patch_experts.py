@@ -34,7 +34,7 @@ class Plain(nn.Module):
 
     def forward(self, x, index, weights):
         y = torch.zeros_like(x)
-        for t, k in torch.cartesian_prod(torch.arange(T), torch.arange(K)).tolist():
+        for t, k in torch.cartesian_prod(*map(torch.arange, index.shape)).tolist():
             h = self.linear(self.first, index[t, k], x[t])
             h = self._apply_gate(h) if self.own.gated else self.act_fn(h)
             y[t] += weights[t, k] * self.linear("down_proj", index[t, k], h)
@@ -101,26 +101,48 @@ def compare(turned, bias, gated):
 
 
 @pytest.mark.parametrize("cls", (WithGate, Alike))
-def test_a_gate_of_their_own_is_refused_and_reported(cls):
+def test_a_gate_of_their_own_is_told_by_what_it_computes(cls):
     experts = made(cls)
-    why = rf"{cls.__name__} must multiply up by .* that has a kernel, got a gate of its own"
+    expected = experts(*routed())
+    torch.testing.assert_close(experts_forward(experts, *routed()), expected)
+    (entry,) = fusedmlp.patch(nn.ModuleDict({"experts": experts})).patched
+    order = "up_gate" if cls is WithGate else "gate_up"
+    assert entry.op == "moe_mlp" and entry.detail == f"activation 'silu', packed '{order}'"
+    torch.testing.assert_close(experts(*routed()), expected)
+
+
+def test_a_norm_after_each_expert_is_refused_and_reported():
+    experts = made(Plain, has_post_expert_norm=True)
+    why = "Plain has a norm after each expert, which no kernel has"
     with pytest.raises(ValueError, match=why):
         experts_forward(experts, *routed())
     (left,) = fusedmlp.patch(nn.ModuleDict({"experts": experts})).left
-    assert left.detail.endswith("got a gate of its own")
-    # Without a gate there is nothing that it could change.
-    plain = made(cls, gated=False)
-    torch.testing.assert_close(experts_forward(plain, *routed()), plain(*routed()))
+    assert left.detail == why
 
 
-@pytest.mark.parametrize(
-    "options", ({"is_concatenated": False}, {"has_post_expert_norm": True}), ids=str
-)
-def test_what_no_kernel_has_is_refused_and_reported(options):
-    experts = made(Plain, **options)
-    ((name, got),) = options.items()
-    why = f"{name} of Plain must be {not got}, got {got}"
+class Scales(Plain):
+    def forward(self, x, index, weights):
+        return 2 * super().forward(x, index, weights)
+
+
+def test_another_forward_is_refused():
+    """What `_apply_gate` and the flags say is not what the class does."""
+    why = "Scales: its forward is not that of experts so laid"
     with pytest.raises(ValueError, match=why):
-        experts_forward(experts, *routed())
-    (left,) = fusedmlp.patch(nn.ModuleDict({"experts": experts})).left
-    assert left.detail.endswith(why)
+        experts_forward(made(Scales), *routed())
+
+
+@pytest.mark.parametrize("k", (1, 2))
+def test_x_is_saved_once_for_any_number_of_experts_a_token(k):
+    experts, (x, index, weights) = made(Plain), routed()
+    x.requires_grad_()
+    kept = {}
+    keep = lambda t: kept.setdefault((t.data_ptr(), t.shape), t)  # noqa: E731
+    with fusedmlp.backend("triton"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        experts_forward(experts, x, index[:, :k], weights[:, :k].contiguous())
+    own = {p.data_ptr() for p in experts.parameters()}
+    saved = [t for (address, _), t in kept.items() if address not in own]
+    routing = 4 * (2 * T * k + (E + 2) + E) + 8 * T * k + 4 * T * k  # integers, expert and prob
+    gu = 4 * 2 * T * k * H
+    assert any(t.data_ptr() == x.data_ptr() for t in saved)
+    assert sum(t.nbytes for t in saved) <= x.nbytes + gu + routing
