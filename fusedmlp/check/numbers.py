@@ -14,6 +14,5 @@ def number(owner: str, name: str, value: object) -> None:
 def finite(owner: str, name: str, value: float) -> None:
     """Raises TypeError unless it is a number, ValueError for NaN and infinities."""
     number(owner, name, value)
-    # Not math.isfinite: torch.compile with dynamic shapes cannot trace it.
-    if not abs(value) < math.inf:
+    if not abs(value) < math.inf:  # math.isfinite is not traced by torch.compile(dynamic=True)
         raise ValueError(f"{owner}: {name} must be finite, got {value}")

@@ -267,6 +267,7 @@ calls = {
     "route_to": lambda: r.route_to(torch.zeros(3, dtype=torch.int64), torch.ones(3), 2).prob,
     "router_z_loss": lambda: r.router_z_loss(routing),
     "top1_route": lambda: r.top1_route(torch.randn(3, 2)).prob,
+    "topk_route": lambda: r.topk_route(torch.randn(3, 2), 2, groups=1, topk_group=1).prob,
     "tree_path": lambda: r.tree_path(torch.randn(3, 3), 2),
     "unpack_masks": lambda: r.unpack_masks(r.pack_masks(masks), 8),
     "unpack_signs": lambda: r.unpack_signs(bits[0], 8),

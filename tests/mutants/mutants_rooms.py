@@ -34,7 +34,10 @@ ROUTED = (
     "tests/ops/test_dropped.py",
     STRIDES,
     "tests/ops/test_top1_route.py",
+    "tests/ops/test_topk_route.py",
+    "tests/ops/test_topk_errors.py",
     "tests/ops/test_moe_mlp.py",
+    "tests/ops/test_moe_topk.py",
 )
 HYPER = (
     EACH_OP,
@@ -132,7 +135,7 @@ ROWS: tuple[Row, ...] = (
     Row("ops", ("fusedmlp/ops/masked_*.py",), (*PLACES, *MASKED, *ROW)),
     Row(
         "ops",
-        ("fusedmlp/ops/moe_*.py", "fusedmlp/ops/top1_route.py", "fusedmlp/ops/tree_path.py"),
+        ("fusedmlp/ops/moe_*.py", "fusedmlp/ops/top*_route.py", "fusedmlp/ops/tree_path.py"),
         (*PLACES, *ROUTED, *ROW),
     ),
     Row("ops", ("fusedmlp/ops/hyper_*.py",), (*PLACES, *HYPER, *ROW)),

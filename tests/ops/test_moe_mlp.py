@@ -166,7 +166,7 @@ def _strided(t, how):
 
 
 @pytest.mark.parametrize("how", ("wide rows", "every other", "transposed"))
-@pytest.mark.parametrize("name", ("moe_mlp-bias", "moe_mlp-up_gate-bias"))
+@pytest.mark.parametrize("name", ("moe_mlp-bias", "moe_mlp-up_gate-bias", "moe_mlp-top2-bias"))
 def test_strides_are_read_in_place(name, how, device, on_triton):
     case = MOE[name]
     inputs = case.inputs(13, 24, 24, torch.float32, device)
@@ -178,7 +178,7 @@ def test_zero_stride_upstream_gradient(device, on_triton):
     check(FULL, inputs, dy=torch.ones((), device=device).expand(9, 24))
 
 
-@pytest.mark.parametrize("name", ("moe_mlp-bias", "moe_mlp-up_gate-bias"))
+@pytest.mark.parametrize("name", ("moe_mlp-bias", "moe_mlp-up_gate-bias", "moe_mlp-top2-bias"))
 def test_each_gradient_alone(name, device, on_triton):
     """And all but that of x: between them they take every branch."""
     case = MOE[name]
@@ -236,7 +236,9 @@ def test_a_dropped_token_is_0_whatever_it_holds(device, each_backend):
     assert all(t.isfinite().all() for t in results.values())
 
 
-@pytest.mark.parametrize("name", ("moe_mlp-bias", "moe_mlp-plain-recompute-bias"))
+@pytest.mark.parametrize(
+    "name", ("moe_mlp-bias", "moe_mlp-plain-recompute-bias", "moe_mlp-top2-bias")
+)
 def test_autocast(name, device, each_backend):
     case = MOE[name]
     inputs = case.inputs(6, 16, 24, torch.float32, device)
@@ -269,7 +271,9 @@ def test_a_prob_of_any_dtype_under_autocast(dtype, device, each_backend):
     assert torch.equal(y, PLAIN.run(half)) and y.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("name", ("moe_mlp-up_gate-bias", "moe_mlp-plain-recompute-bias"))
+@pytest.mark.parametrize(
+    "name", ("moe_mlp-up_gate-bias", "moe_mlp-plain-recompute-bias", "moe_mlp-top2-bias")
+)
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))
 def test_compiles_to_one_graph(name, dynamic, device, each_backend):
     torch._dynamo.reset()
@@ -356,7 +360,7 @@ def test_every_way_of_cutting_gives_the_same_numbers(
     for module in (kernels, moe_mlp_bwd):
         monkeypatch.setattr(module, "fit_of", lambda *rows: Fit[loads.upper()])
         monkeypatch.setattr(module, "experts_fit", lambda *weights: Fit.TMA)
-    for name in ("moe_mlp-bias", "moe_mlp-plain-recompute-bias"):
+    for name in ("moe_mlp-bias", "moe_mlp-plain-recompute-bias", "moe_mlp-top2-bias"):
         check(MOE[name], MOE[name].inputs(45, 24, 72, torch.float16))
 
 

@@ -166,7 +166,7 @@ SUMS = ["_column_sums_kernel"] * 2
 
 @pytest.mark.parametrize("k", (1, 2))
 def test_launches(k, device, on_triton, launched):
-    """Of k = 1 those that it had before there was any other k, for (T,) and (T, 1) alike."""
+    """Where k is 1 those that it had before there was any other k, for (T,) and (T, 1) alike."""
     case, inputs = given(4, k, device=device)
     more = ONE if k > 1 else []
     for shape in ((T,), (T, 1)) if k == 1 else ((T, k),):
