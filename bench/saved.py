@@ -16,7 +16,7 @@ from .work import Work
 
 
 def saved_bytes(work: Work, phase: str, arch: Arch) -> int | None:
-    """Of one call by the kernels on a GPU of `arch`; None in a phase that saves nothing."""
+    """Bytes of one call by the kernels on a GPU of `arch`; None in a phase that saves nothing."""
     if phase not in ("backward", "both"):
         return None
     serve_cpu()

@@ -123,7 +123,7 @@ ROWS: tuple[Row, ...] = (
     # ---- the reference
     Row(
         "reference",
-        ("fusedmlp/reference/activations.py",),
+        ("fusedmlp/reference/activations.py", "fusedmlp/reference/gates.py"),
         (EACH_OP, "tests/layers/test_activations.py", "tests/ops/test_ops.py"),
     ),
     Row("reference", ("fusedmlp/reference/dense.py", "fusedmlp/reference/__init__.py"), DENSE),
