@@ -21,6 +21,16 @@ def exp2(x):
 
 
 @triton.jit
+def exp(x):
+    """e^x for x <= 0, to 2 ulp, where `tl.exp` loses |x| / 2 ulp more to the rounding of x log2(e).
+    That is found by a fused product, with the rest of log2(e), and put back by the slope."""
+    z = 1.4426950408889634 * x
+    lost = tl.fma(x, 1.4426950408889634, -z) + 1.925963033500115e-08 * x
+    y = exp2(z)
+    return tl.where(y == 0, 0.0, y + y * (0.6931471805599453 * lost))
+
+
+@triton.jit
 def reciprocal(x):
     """1 / x, to 1 ulp, for x far from float32's ends. A division takes 6 instructions more."""
     if INTERPRETED:

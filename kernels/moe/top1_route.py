@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..arch.tile import cdiv
 from ..device import multiprocessors
+from ..exponentials import exp
 from ..tiles import rounded
 
 ELEMENTS = 4096  # of a (tokens, experts) tile: 32 a thread
@@ -40,7 +41,7 @@ def softmax(z):
     """(z with -inf for NaN, its row maxima, exp(z - maximum), their sums)."""
     number = tl.where(z != z, -float("inf"), z)
     top = tl.max(number, 1)
-    weight = tl.exp(z - top[:, None])
+    weight = exp(z - top[:, None])
     return number, top, weight, tl.sum(weight, 1)
 
 
@@ -79,10 +80,12 @@ def _count_kernel(
             nan = tl.min(tl.where(z != z, offs_e[None, :], BLOCK_E), 1)
             expert = tl.where(nan < BLOCK_E, nan, tl.argmax(number, 1))
             tl.store(expert_ptr + offs_t, expert.to(tl.int64), mask=mask_t)
-            prob = rounded(1 / total, prob_ptr.dtype.element_ty)
+            prob = rounded(tl.div_rn(1.0, total), prob_ptr.dtype.element_ty)
             tl.store(prob_ptr + offs_t, prob, mask=mask_t)
             tl.store(lse_ptr + offs_t, top + tl.log(total), mask=mask_t)
-            sums += tl.sum(tl.where(mask_t[:, None], weight / total[:, None], 0.0), 0)
+            sums += tl.sum(
+                tl.where(mask_t[:, None], weight * tl.div_rn(1.0, total)[:, None], 0.0), 0
+            )
         hot = (offs_e[None, :] == expert[:, None]) & mask_t[:, None] & (offs_e[None, :] < E)
         ones = hot.to(tl.int32)
         before = running[None, :] + tl.cumsum(ones, 0) - 1
@@ -186,7 +189,7 @@ def _bwd_kernel(
     z = _load_logits(logits_ptr, offs_t, offs_e, T, E, stride_t, stride_e)
     # Not exp(z - log-sum-exp): rounding that costs p the digits before its point.
     _, _, weight, total = softmax(z)
-    p = weight / total[:, None]
+    p = weight * tl.div_rn(1.0, total)[:, None]
     q = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
     if dprob_ptr is not None:
         expert = tl.load(expert_ptr + offs_t, mask=mask_t, other=-1)

@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arch.tile import cdiv
+from ..exponentials import exp
 from ..tiles import rounded
 from .top1_route import RouteCall, chunk_of, empty_groups, place, softmax
 
@@ -66,13 +67,13 @@ def _value(key):
 def _log1p(y):
     """log(1 + y) without losing a small y."""
     u = 1 + y
-    return tl.where(u == 1, y, tl.log(u) * (y / tl.where(u == 1, 1.0, u - 1)))
+    return tl.where(u == 1, y, tl.log(u) * tl.div_rn(y, tl.where(u == 1, 1.0, u - 1)))
 
 
 @triton.jit
 def _sigmoid(z):
-    e = tl.exp(-tl.abs(z))
-    return tl.where(z < 0, e, 1.0) / (1 + e)
+    e = exp(-tl.abs(z))
+    return tl.div_rn(tl.where(z < 0, e, 1.0), 1 + e)
 
 
 @triton.jit
@@ -80,11 +81,11 @@ def _scores(z, SCORE: tl.constexpr):
     """What each expert scores; 0 where z is -inf."""
     if SCORE == "softmax":
         _, _, weight, total = softmax(z)
-        s = weight / total[:, None]
+        s = weight * tl.div_rn(1.0, total)[:, None]
     elif SCORE == "sigmoid":
         s = _sigmoid(z)
     else:
-        s = tl.sqrt_rn(tl.where(z > 0, z, 0.0) + _log1p(tl.exp(-tl.abs(z))))
+        s = tl.sqrt_rn(tl.where(z > 0, z, 0.0) + _log1p(exp(-tl.abs(z))))
         s = tl.where(z != z, z, s)
     return s
 
@@ -202,7 +203,7 @@ def _choose_kernel(
             key = tl.where(hot, _LEAST, key)
         if NORM:
             whole = tl.sum(weight, 1)
-            weight = weight / (tl.where(whole < least, least, whole) + eps)[:, None]
+            weight = tl.div_rn(weight, (tl.where(whole < least, least, whole) + eps)[:, None])
         number = offs_t[:, None] * k + offs_k[None, :]
         mask = mask_t[:, None] & (offs_k[None, :] < k)
         expert = column // BLOCK_M * size + column % BLOCK_M
@@ -219,7 +220,7 @@ def _choose_kernel(
             rank = tl.where(own, mine[:, None], rank)
         tl.store(rank_ptr + number, rank, mask=mask)
         running += tl.sum(ones, 0)
-        p = s if SCORE == "softmax" else s / tl.sum(s, 1)[:, None]
+        p = s if SCORE == "softmax" else s * tl.div_rn(1.0, tl.sum(s, 1))[:, None]
         sums += tl.sum(tl.where(mask_t[:, None], p, 0.0), 0)
     row = tl.cast(tl.program_id(0), tl.int64) * E
     tl.store(counts_ptr + row + offs_e, running, mask=mask_e)
@@ -273,30 +274,30 @@ def _bwd_kernel(
             chosen = tl.where(hot, 1, chosen)
         if NORM:
             whole = tl.sum(tl.where(chosen != 0, s, 0.0), 1)
-            below = tl.where(whole < least, least, whole) + eps
-            inner = tl.sum(tl.where(chosen != 0, s * ds, 0.0), 1) / below
+            below = tl.div_rn(1.0, tl.where(whole < least, least, whole) + eps)
+            inner = tl.sum(tl.where(chosen != 0, s * ds, 0.0), 1) * below
             inner = tl.where(whole < least, 0.0, inner)
-            ds = tl.where(chosen != 0, (ds - inner[:, None]) / below[:, None], 0.0)
+            ds = tl.where(chosen != 0, (ds - inner[:, None]) * below[:, None], 0.0)
         ds *= scale
     if dmean_ptr is not None:
         dmean = tl.load(dmean_ptr + offs_e * stride_dmean, mask=mask_e, other=0.0) / T
         if SCORE == "softmax":
             ds += dmean[None, :]
         else:
-            total = tl.sum(s, 1)
-            inner = tl.sum(s * dmean[None, :], 1) / total
-            ds += (dmean[None, :] - inner[:, None]) / total[:, None]
+            below = tl.div_rn(1.0, tl.sum(s, 1))
+            inner = tl.sum(s * dmean[None, :], 1) * below
+            ds += (dmean[None, :] - inner[:, None]) * below[:, None]
     if SCORE == "softmax":
         dz = s * (ds - tl.sum(s * ds, 1)[:, None])
     elif SCORE == "sigmoid":
         dz = ds * s * _sigmoid(-z)
     else:
         # Where softplus has underflowed its root has no slope.
-        dz = tl.where(s == 0, 0.0, ds * _sigmoid(z) / (2 * tl.where(s == 0, 1.0, s)))
+        dz = tl.where(s == 0, 0.0, tl.div_rn(ds * _sigmoid(z), 2 * tl.where(s == 0, 1.0, s)))
     if dlse_ptr is not None:
         _, _, weight, total = softmax(z)
         dlse = tl.load(dlse_ptr + offs_t * stride_dlse, mask=mask_t, other=0.0)
-        dz += weight / total[:, None] * dlse[:, None]
+        dz += weight * (tl.div_rn(1.0, total) * dlse)[:, None]
     out = dlogits_ptr + offs_t.to(tl.int64)[:, None] * E + offs_e[None, :]
     tl.store(out, rounded(dz, dlogits_ptr.dtype.element_ty), mask=mask)
 
