@@ -19,6 +19,7 @@ NAMES = [
     name
     for name, case in CASES.items()
     if case.op in ("gated_linear", "gated_mlp", "linear_act", "mlp")
+    and case.options.get("packed") != "interleaved"  # refused
 ]
 # One row; a second row of tiles that is ragged, with ragged K and N; three rows of tiles, which
 # leave a cluster of two half empty, and several tiles for each block.

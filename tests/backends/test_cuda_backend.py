@@ -24,7 +24,12 @@ from fusedmlp.testing import CASES, assert_close_to, compare, evaluate, poison
 pytestmark = pytest.mark.interpreter  # the fake stands for a GPU on CPU tensors
 
 OWN = loader.ops_with_kernels(portable=False)
-GEMMS = {name: case for name, case in CASES.items() if case.op in OWN}
+# Interleaved halves are refused, which a test of its own shows.
+GEMMS = {
+    name: case
+    for name, case in CASES.items()
+    if case.op in OWN and case.options.get("packed") != "interleaved"
+}
 bf16 = torch.bfloat16
 
 
@@ -59,6 +64,27 @@ def test_every_activation_by_its_own_number_and_scalars(name, activation):
     inputs = case.inputs(5, 16, 24, bf16, activation=activation)
     with installed(), fusedmlp.backend("cuda"):
         check(case, inputs, activation=activation)
+
+
+def test_interleaved_halves_are_refused_with_the_reason():
+    """Forward takes rows of gate and up apart, as any strided pair, but no biases that take turns;
+    backward, which would write dg and du in turn, refuses, and auto takes Triton."""
+    case = CASES["gated_mlp-interleaved-bias"]
+    inputs = case.inputs(6, 16, 24, bf16)
+    with installed(), fusedmlp.backend("cuda"):
+        with pytest.raises(loader.Unfit, match="needs b_gate to be contiguous .* got stride 2"):
+            case.run(inputs)
+        inputs["b_gate"] = None
+        dy = torch.ones(6, 16, dtype=bf16)
+        inputs["w_gate"].requires_grad_()
+        out = case.run(inputs)
+        with pytest.raises(
+            loader.Unfit, match="'gate_up' or 'up_gate', got 'interleaved'; backend.'triton'."
+        ):
+            out.backward(dy)
+        inputs["w_gate"] = inputs["w_gate"].detach().t().contiguous().t()
+        with pytest.raises(loader.Unfit, match="w_gate .* got strides"):
+            case.run(inputs)
 
 
 def test_strides_that_tma_takes():
