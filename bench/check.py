@@ -76,8 +76,11 @@ def plan(options: CheckOptions, sizes: Sequence[Class] = ()) -> list[Work]:
     """Every (case, activation, size, dtype) that `run` will judge. sizes: those of a device that is
     not there."""
     classes: Sequence[Class] = sizes or (ON_GPU if _device() == "cuda" else SMALL)
+    cases = list(map(case_of, options.cases))
     if options.backend == "cuda":
-        classes = ON_CUDA
+        classes, cases = ON_CUDA, [case for case in cases if case.fits_cuda]
+        if not cases:
+            raise Refusal("the CUDA kernels take no interleaved halves; --backend triton does")
     if options.shapes:
         classes = [("given", shape, "bfloat16") for shape in options.shapes]
     if options.dtypes is not None:
@@ -86,7 +89,7 @@ def plan(options: CheckOptions, sizes: Sequence[Class] = ()) -> list[Work]:
     return [
         Work(case, activation, dtype, *shape, label=label)
         for i, (label, shape, dtype) in enumerate(classes)
-        for j, case in enumerate(map(case_of, options.cases))
+        for j, case in enumerate(cases)
         if not options.brief or case.name in _FIRST or (i - j) % len(classes) == 0
         for activation in activations_of(case, options.activations)
     ]

@@ -69,6 +69,12 @@ class Case:
             reference_options=(*self.reference_options, "activation"),
         )
 
+    @property
+    def fits_cuda(self) -> bool:
+        """Whether the CUDA kernels of its op, if there are any, take it: they write gate and up
+        apart, never in turn."""
+        return self.options.get("packed") != "interleaved"
+
     def inputs(
         self,
         M: int,

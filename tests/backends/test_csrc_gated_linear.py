@@ -18,8 +18,7 @@ ARCHS = ("sm_90a", "sm_100a")
 NAMES = [
     name
     for name, case in CASES.items()
-    if case.op in ("gated_linear", "gated_mlp", "linear_act", "mlp")
-    and case.options.get("packed") != "interleaved"  # refused
+    if case.op in ("gated_linear", "gated_mlp", "linear_act", "mlp") and case.fits_cuda
 ]
 # One row; a second row of tiles that is ragged, with ragged K and N; three rows of tiles, which
 # leave a cluster of two half empty, and several tiles for each block.

@@ -25,11 +25,7 @@ pytestmark = pytest.mark.interpreter  # the fake stands for a GPU on CPU tensors
 
 OWN = loader.ops_with_kernels(portable=False)
 # Interleaved halves are refused, which a test of its own shows.
-GEMMS = {
-    name: case
-    for name, case in CASES.items()
-    if case.op in OWN and case.options.get("packed") != "interleaved"
-}
+GEMMS = {name: case for name, case in CASES.items() if case.op in OWN and case.fits_cuda}
 bf16 = torch.bfloat16
 
 

@@ -16,6 +16,7 @@ from fusedmlp.backends.cuda import gated_linear as cuda_gated_linear, loader
 from fusedmlp.backends.cuda.gated_linear import variant
 from fusedmlp.bench import check, variants
 from fusedmlp.bench.campaign import worker
+from fusedmlp.bench.options import Refusal
 from fusedmlp.bench.report import ledger, plots, summary, tables, targets
 from fusedmlp.bench.rivals import RIVALS
 from fusedmlp.bench.timing import calls, command as timing, session
@@ -250,7 +251,12 @@ def test_the_command_line_takes_it():
 
 
 def test_check_on_cuda_visits_what_its_kernels_take():
-    works = check.plan(check.CheckOptions(backend="cuda", cases=("gated_linear",)))
+    works = check.plan(
+        check.CheckOptions(backend="cuda", cases=("gated_linear", "gated_linear-interleaved-bias"))
+    )
+    assert {work.case.name for work in works} == {"gated_linear"}
+    with pytest.raises(Refusal, match="the CUDA kernels take no interleaved halves"):
+        check.plan(check.CheckOptions(backend="cuda", cases=("gated_mlp-interleaved-bias",)))
     assert {w.dtype for w in works} == {"bfloat16", "float16"}
     assert all(w.D % 8 == w.H % 8 == 0 for w in works)
     # Some size gives every multiprocessor several tiles, some has tails on every side.
