@@ -75,6 +75,9 @@ def _raise_unlike_x(op: str, called: str, x: Tensor, name: str, t: object) -> No
 def activation(op: str, name: str, *, gated: bool = True) -> None:
     """`name` is a row of the table, perhaps with parameters. Without an up projection (not `gated`)
     a gate, whose row has a factor of its own for it, is refused."""
+    row = ACTIVATIONS.get(name) if isinstance(name, str) else None
+    if row is not None and (gated or row.up is None):
+        return
     if not isinstance(name, str) or name.partition("(")[0] not in ACTIVATIONS:
         names = (n for n, row in ACTIVATIONS.items() if gated or row.up is None)
         raise ValueError(f"{op}: activation must be one of {', '.join(names)}; got {name!r}")

@@ -53,6 +53,10 @@ class Activation:
     up: Callable[..., Tensor] | None = None
     parameters: Mapping[str, float] = field(default_factory=dict)
     positive: tuple[str, ...] = ()
+    alone: Resolved = field(init=False, repr=False)  # what its name alone resolves to
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "alone", Resolved(self, tuple(self.parameters.values())))
 
     def is_set_in(self, module: nn.Module) -> bool:
         """Whether `module` has the attributes `settings`."""
@@ -200,23 +204,23 @@ def resolve(activation: str) -> Resolved:
     """
     row = ACTIVATIONS.get(activation)
     if row is not None:
-        return Resolved(row, tuple(row.parameters.values()))
+        return row.alone
     row = ACTIVATIONS.get(activation.partition("(")[0])
     if row is None:
         raise ValueError(f"one of {', '.join(ACTIVATIONS)}")
-    call = _CALL.fullmatch(activation)
     # torch.compile traces the function itself, which it cannot do quietly through a cache.
     parse = _parsed if torch.compiler.is_compiling() else _cached
-    return Resolved(row, parse(row, call[1] if call else ""))
+    return parse(row, activation)
 
 
-def _parsed(row: Activation, text: str) -> tuple[float, ...]:
-    """The row's scalars, of which `text` sets some."""
+def _parsed(row: Activation, activation: str) -> Resolved:
+    """The row with those scalars that the call `activation` sets."""
     if not row.parameters:
         raise ValueError(f"{row.name!r} alone, which has no parameters")
     values = dict(row.parameters)
     left = set(values)
-    for item in text.split(","):
+    call = _CALL.fullmatch(activation)
+    for item in call[1].split(",") if call else ("",):
         setting = _SET.fullmatch(item.strip())
         if setting is None or setting[1] not in left:
             example = ", ".join(f"{name}={value}" for name, value in row.parameters.items())
@@ -233,7 +237,7 @@ def _parsed(row: Activation, text: str) -> tuple[float, ...]:
             raise ValueError(f"{row.name!r} with a {name} of 0 or more")
         left.remove(name)
         values[name] = value
-    return tuple(values.values())
+    return Resolved(row, tuple(values.values()))
 
 
 _cached = functools.lru_cache(1024)(_parsed)
