@@ -4,7 +4,6 @@ their bounds, and that a number changes no kernel."""
 import dataclasses
 import inspect
 import re
-from types import SimpleNamespace
 
 import launched
 import op_checks
@@ -16,7 +15,6 @@ from torch import nn
 import fusedmlp
 from fusedmlp import reference
 from fusedmlp.layers.parts.activation import name_of
-from fusedmlp.patching import experts
 from fusedmlp.patching.activation import name_by_values
 from fusedmlp.reference.activations import ACTIVATIONS, resolve
 from fusedmlp.testing import CASES, assert_close_to, evaluate
@@ -333,16 +331,6 @@ def test_modules_whose_numbers_no_row_takes():
     layer = fusedmlp.layers.FeedForward(8, activation=lambda: nn.Softplus(-1))
     assert "Softplus in PyTorch" in fusedmlp.explain(layer)
     assert name_by_values(nn.Hardtanh(-2, 2)) is None
-
-
-def test_two_modules_of_one_class_are_told_apart():
-    slopes = (0.1, 0.2, 0.01)
-    names = [experts._activation(SimpleNamespace(act_fn=nn.LeakyReLU(s))) for s in slopes]
-    assert names == [
-        "leaky_relu(negative_slope=0.1)",
-        "leaky_relu(negative_slope=0.2)",
-        "leaky_relu",
-    ]
 
 
 def test_parameters_are_given_in_order():
