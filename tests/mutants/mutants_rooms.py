@@ -95,7 +95,12 @@ ROWS: tuple[Row, ...] = (
     Row(
         "kernels",
         ("kernels/activations.py", "kernels/exponentials.py"),
-        (EACH_OP, "tests/layers/test_activations.py", "tests/ops/test_ops.py"),
+        (
+            EACH_OP,
+            "tests/layers/test_activations.py",
+            "tests/ops/test_gates.py",
+            "tests/ops/test_ops.py",
+        ),
     ),
     Row(
         "kernels",
@@ -124,7 +129,12 @@ ROWS: tuple[Row, ...] = (
     Row(
         "reference",
         ("fusedmlp/reference/activations.py", "fusedmlp/reference/gates.py"),
-        (EACH_OP, "tests/layers/test_activations.py", "tests/ops/test_ops.py"),
+        (
+            EACH_OP,
+            "tests/layers/test_activations.py",
+            "tests/ops/test_gates.py",
+            "tests/ops/test_ops.py",
+        ),
     ),
     Row("reference", ("fusedmlp/reference/dense.py", "fusedmlp/reference/__init__.py"), DENSE),
     Row("reference", ("fusedmlp/reference/masked.py",), MASKED),
