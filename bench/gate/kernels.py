@@ -63,7 +63,7 @@ def brief_of(jobs: Iterable[Job]) -> Iterator[Job]:
 
 def gate(
     arches: Iterable[Arch],
-    activations: Sequence[str] = ("gelu",),
+    activations: Sequence[str] = ("gelu", "situ"),
     kernels: Sequence[str] = (),
     dtypes: Sequence[str] = (),
     brief: bool = False,
@@ -121,8 +121,8 @@ def chosen(names: Sequence[str] | None, brief: bool) -> list[Arch]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", choices=ARCHES, help="default: as said above")
     parser.add_argument(
-        "--activation", nargs="+", metavar="NAME", type=activation, default=("gelu",),
-        help="compile matrix kernels with these beside silu, or with all; default: gelu",
+        "--activation", nargs="+", metavar="NAME", type=activation, default=("gelu", "situ"),
+        help="compile matrix kernels with these beside silu, or with all; default: gelu and situ",
     )  # fmt: skip
     parser.add_argument("--brief", action="store_true", help="one job of each kind of launch")
     parser.add_argument(

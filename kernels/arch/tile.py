@@ -72,6 +72,12 @@ def finer(tile: Tile) -> Tile:
     return replace(tile, subtiles=2 * tile.subtiles)
 
 
+@functools.lru_cache(1024)
+def narrower(tile: Tile) -> Tile:
+    """`tile` with half the columns, 16 at least, in parts as wide as before if it has several."""
+    return replace(tile, block_n=max(16, tile.block_n // 2), subtiles=max(1, tile.subtiles // 2))
+
+
 # (kernel, bytes of an element) -> tiles, the preferred first. A kernel is a launcher's name:
 # gated_linear_fwd and so on.
 Tiles = Mapping[tuple[str, int], tuple[Tile, ...]]

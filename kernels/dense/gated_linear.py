@@ -258,7 +258,8 @@ def launch_bwd(
         return dy.new_zeros((halves if want_db else 0, H))
     fit = fit_of(dy, g, u, dg, du, h, weights=(w_down,))
     tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fit)
-    if dg.shape[1] != H and not tile.tma:
+    act = act_of(activation)
+    if not tile.tma and (dg.shape[1] != H or act["UP"] is not None):
         tile = finer(tile)
     tiles_m = cdiv(M, tile.block_m)
     sums = dy.new_empty((halves, tiles_m, H), dtype=torch.float32) if want_db else None
@@ -273,7 +274,7 @@ def launch_bwd(
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), down,
         g_out, u_out, dg_out, du_out, h_out, sums,
         M, H, D, *dy.stride(), *down_strides, *g.stride(), dg.stride(0), H,
-        **act_of(activation), DOWN_K_MAJOR=k_major, **options,
+        **act, DOWN_K_MAJOR=k_major, **options,
     )  # fmt: skip
     return dy.new_empty((0, H)) if sums is None else sums.sum(1).to(dy.dtype)
 

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import act_of
-from ..arch.tile import Tile
+from ..arch.tile import Tile, narrower
 from ..pick import LAST, pick_splits, pick_tile
 from ..tiles import (
     column_parts,
@@ -206,6 +206,9 @@ def masked_gated_linear_fwd(
     if tile.skinny:
         launch_split(tile, pick_splits(tile, x, H, D), x, w, planes, *outputs, activation)
         return h, gt
+    act = act_of(activation)
+    if act["UP"] is not None:
+        tile = narrower(tile)  # or the largest spill: psi needs g, t - g and h at once
     weight, *w_strides, k_major = weight_of(w, tile.block_n, tile.block_k, tile.tma)
     block_out = tile.block_n // tile.subtiles
     _fwd_kernel[grid_of(tile, x, M, H)](
@@ -213,7 +216,7 @@ def masked_gated_linear_fwd(
         rows_of(outputs[0], tile.block_m, block_out, tile.tma),
         slices_of(outputs[1], tile.block_m, block_out, tile.tma),
         M, H, D, *x.stride(), *w_strides,
-        **act_of(activation), MASKS=_masks_of_a_pass(n_m),
+        **act, MASKS=_masks_of_a_pass(n_m),
         K_MAJOR=k_major, MASK_K=D % tile.block_k != 0, **masked_options(tile, x, n_m),
     )  # fmt: skip
     return h, gt

@@ -363,7 +363,8 @@ def moe_dh(
         dg, du = split_pair(dgu, packed) if gated else (dgu[0], None)
     fit = min(fit_of(dy, g, u, dg, du, h if want_h else None), experts_fit(w_down))
     tile = LAST["moe_dh"] = pick_grouped_tile("moe_dh", dy, R, E, fit)
-    if packed == "interleaved" and not tile.tma:
+    act = act_of(activation)
+    if not tile.tma and (packed == "interleaved" or act["UP"] is not None):
         tile = finer(tile)
     most = most_tiles(R, E, tile.block_m)
     sums = dy.new_empty((len(gu), most, H), dtype=torch.float32) if want_db else None
@@ -373,7 +374,7 @@ def moe_dh(
     _dh_kernel[grouped_grid(tile, dy, R, E, H)](
         dy, down, g, u, prob, dg, du, h if want_h else None, dots, sums, tokens, offsets,
         R, E, H, D, R // T, most, *dy.stride(), *strides, g.stride(0), dg.stride(0), prob.stride(0),
-        **act_of(activation), K_MAJOR=k_major, **options,
+        **act, K_MAJOR=k_major, **options,
     )  # fmt: skip
     if sums is not None:
         for part, out in zip(sums, db, strict=True):
