@@ -72,22 +72,23 @@ def _raise_unlike_x(op: str, called: str, x: Tensor, name: str, t: object) -> No
     raise ValueError(f"{op}: {name} must be on {called}'s device {x.device}, got {t.device}")
 
 
-def activation(op: str, name: str, *, gated: bool = True) -> None:
+def activation(op: str, name: str, *, gated: bool = True, called: str = "activation") -> None:
     """`name` is a row of the table, perhaps with parameters. Without an up projection (not `gated`)
-    a gate, whose row has a factor of its own for it, is refused."""
+    a gate, whose row has a factor of its own for it, is refused. `called` is what the op calls
+    it."""
     row = ACTIVATIONS.get(name) if isinstance(name, str) else None
     if row is not None and (gated or row.up is None):
         return
     if not isinstance(name, str) or name.partition("(")[0] not in ACTIVATIONS:
         names = (n for n, row in ACTIVATIONS.items() if gated or row.up is None)
-        raise ValueError(f"{op}: activation must be one of {', '.join(names)}; got {name!r}")
+        raise ValueError(f"{op}: {called} must be one of {', '.join(names)}; got {name!r}")
     try:
         row = resolve(name).row
     except ValueError as error:
-        raise ValueError(f"{op}: activation must be {error}; got {name!r}") from None
+        raise ValueError(f"{op}: {called} must be {error}; got {name!r}") from None
     if row.up is not None and not gated:
         raise ValueError(
-            f"{op}: activation must be a function of one tensor here, where there is no up "
+            f"{op}: {called} must be a function of one tensor here, where there is no up "
             f"projection; got {name!r}, a gate: give w_up, or take another activation"
         )
 

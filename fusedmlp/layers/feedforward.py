@@ -4,6 +4,7 @@
 |---|---|
 | none | act(x W1' + b1) W2' + b2 |
 | glu, geglu, swiglu, reglu, bilinear | (v * act(g)) W2' + b2, where [v | g] = x W1' + b1 |
+| a name of ACTIVATIONS | the same, or of a gate phi(g) psi(v) in the place of v * act(g) |
 | mglu, mgeglu, mswiglu, mreglu, mbilinear | MGLU(x) W2' + b2 and so on: see masked_glu.py |
 
 | tensor | shape | |
@@ -27,7 +28,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .. import check
 from ..check.numbers import number
+from ..reference.activations import ACTIVATIONS
 from .glu import GLU, Bilinear, GeGLU, GLUBase, ReGLU, SwiGLU
 from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
 from .parts.activation import build, describe, name_of
@@ -68,13 +71,15 @@ class FeedForward(nn.Module):
             third matrix: it has 1.5 times the parameters.
         dropout: probability of zeroing a hidden value in training, in [0, 1].
         activation: a class, or another callable without arguments, that makes the activation module
-            of glu_variant="none". Fused if `fusedmlp` has a kernel for what it makes: one of the
+            of glu_variant="none", or a name of `fusedmlp.reference.activations.ACTIVATIONS` that
+            is no gate. Fused if `fusedmlp` has a kernel for what it makes: one of the
             `modules` in `fusedmlp.reference.activations.ACTIVATIONS`, such as nn.GELU with either
             `approximate`, or a class of `fusedmlp.activations` that has a row there. Any other
             module runs in PyTorch between nn.Linear calls. The layer's repr says which. A gated
             variant brings its own; another one given is not used, and says so in a UserWarning.
         glu_variant: "none", "glu", "geglu", "swiglu", "reglu", "bilinear", or the masked "mglu",
-            "mgeglu", "mswiglu", "mreglu", "mbilinear", in any case.
+            "mgeglu", "mswiglu", "mreglu", "mbilinear"; or a name of ACTIVATIONS, a gate with
+            parameters among them: "swiglu_oai(limit=5.0)". In any case.
         pre_norm: normalise x first.
         norm_layer: a callable that makes the norm from dim alone.
         mask_mode, num_masks: of a masked variant, as in MaskedGLU.
@@ -103,7 +108,7 @@ class FeedForward(nn.Module):
         dim: int,
         mult: float = 4,
         dropout: float = 0.0,
-        activation: Callable[[], nn.Module] = nn.GELU,
+        activation: Callable[[], nn.Module] | str = nn.GELU,
         glu_variant: str = "none",
         pre_norm: bool = False,
         norm_layer: Callable[[int], nn.Module] = nn.RMSNorm,
@@ -219,13 +224,18 @@ def _variant(glu_variant: str) -> str:
     name = glu_variant.lower()
     if name in VARIANTS:
         return name
+    if name.partition("(")[0] in ACTIVATIONS:
+        check.activation("FeedForward", name, called="glu_variant")
+        return name
     raise ValueError(
         f"FeedForward: Unknown GLU variant: {name}; glu_variant must be one of "
-        f"{', '.join(VARIANTS)}"
+        f"{', '.join(VARIANTS)}, or the name of an activation or a gate: {', '.join(ACTIVATIONS)}"
     )
 
 
 def _gated(variant: str, dim: int, hidden: int, mask_mode: str, num_masks: int) -> nn.Module:
     if variant in MASKED_VARIANTS:
         return MASKED_VARIANTS[variant](dim, hidden, mask_mode=mask_mode, num_masks=num_masks)
-    return GLU_VARIANTS[variant](dim, hidden)
+    if variant in GLU_VARIANTS:
+        return GLU_VARIANTS[variant](dim, hidden)
+    return GLUBase(dim, hidden, variant)

@@ -134,7 +134,7 @@ class FastFeedForward(nn.Module):
         expert_dim: int | None = None,
         mult: float = 4,
         dropout: float = 0.0,
-        activation: Callable[[], nn.Module] = nn.GELU,
+        activation: Callable[[], nn.Module] | str = nn.GELU,
         glu_variant: str = "none",
         pre_norm: bool = False,
         norm_layer: Callable[[int], nn.Module] = nn.RMSNorm,

@@ -43,7 +43,8 @@ class GatingMechanism(nn.Module):
             input_dim or itself; exactly one of them.
         dropout: probability of zeroing a bottleneck value in training, in [0, 1); at 0 there is no
             dropout module.
-        act_fn: an activation module, or a class or other callable that makes it without arguments.
+        act_fn: an activation module, or a class or other callable that makes it without arguments,
+            or a name of `fusedmlp.reference.activations.ACTIVATIONS` that is no gate.
         use_norm: normalise the bottleneck, before act_fn, or x with pre_norm.
         norm_layer: a callable that makes the norm from its width alone.
         sigmoid_output: without it the gate is the second linear's output.
@@ -72,7 +73,7 @@ class GatingMechanism(nn.Module):
         bottleneck_factor: float | None = None,
         bottleneck_dim: int | None = None,
         dropout: float = 0.1,
-        act_fn: nn.Module | Callable[[], nn.Module] = nn.GELU,
+        act_fn: nn.Module | Callable[[], nn.Module] | str = nn.GELU,
         use_norm: bool = True,
         norm_layer: Callable[[int], nn.Module] = nn.RMSNorm,
         sigmoid_output: bool = True,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..check.layer import check_x
 from ..ops.gated_linear import gated_linear
 from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
-from .parts.activation import describe, name_of
+from .parts.activation import describe, gate, gate_module, name_of
 from .parts.around import bare
 from .parts.block import affine, positive_int, reset_others
 
@@ -48,7 +48,8 @@ __all__ = [
 
 
 class GLUBase(nn.Module):
-    """v * activation(g), where [v | g] = proj(x): value half first, gate half second.
+    """v * activation(g), where [v | g] = proj(x): value half first, gate half second. Of a gate of
+    two factors, such as "swiglu_oai", phi(g) psi(v).
 
     An activation that `fusedmlp` has a kernel for is fused with the projection; any other module
     runs in PyTorch behind `proj`. The fused path reads the parameters of `proj` without calling it;
@@ -57,23 +58,32 @@ class GLUBase(nn.Module):
     Args:
         dim_in: width of x.
         dim_out: width of the result.
-        activation: an elementwise module, kept as the attribute `activation`.
+        activation: an elementwise module, kept as the attribute `activation`; or a name of
+            `fusedmlp.reference.activations.ACTIVATIONS`, with parameters where its row has some:
+            "swiglu_oai(limit=5.0)".
         bias: give `proj` a bias.
 
     `proj` starts with nn.Linear's own initialisation. Raises ValueError or TypeError for a width
-    that is no positive int, and TypeError in forward if `proj` was replaced by something else than
-    an nn.Linear.
+    that is no positive int or an activation that is none, and TypeError in forward if `proj` was
+    replaced by something else than an nn.Linear.
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp.layers.glu import GLUBase
+        >>> GLUBase(64, 128, "clamped_swiglu(limit=5.0)")(torch.randn(2, 8, 64)).shape
+        torch.Size([2, 8, 128])
     """
 
-    def __init__(self, dim_in: int, dim_out: int, activation: nn.Module, bias: bool = True) -> None:
+    def __init__(
+        self, dim_in: int, dim_out: int, activation: nn.Module | str, bias: bool = True
+    ) -> None:
         super().__init__()
         owner = type(self).__name__
         positive_int(owner, "dim_in", dim_in)
         positive_int(owner, "dim_out", dim_out)
-        if not isinstance(activation, nn.Module):
-            raise TypeError(f"{owner}: activation must be an nn.Module, got {activation!r}")
+        made = gate_module(owner, activation)
         self.proj = nn.Linear(dim_in, 2 * dim_out, bias)
-        self.activation = activation
+        self.activation = made
 
     def init_weights_(self) -> None:
         """Give every parameter its initial value again, or at last on a layer built on meta.
@@ -90,8 +100,8 @@ class GLUBase(nn.Module):
         w, b = affine(self, self.proj)
         check_x(type(self).__name__, x, w.shape[1], w.dtype)
         if activation is None or not bare(self.proj, self.activation):
-            value, gate = self.proj(x).chunk(2, -1)
-            return value * self.activation(gate)
+            value, g = self.proj(x).chunk(2, -1)
+            return gate(self.activation, g, value)
         return gated_linear(x, w, None, b, activation=activation, packed="up_gate")
 
     def path(self) -> str:

@@ -156,7 +156,8 @@ class GMLP(nn.Module):
         depth: number of blocks.
         norm_layer: a callable that makes a norm from its width alone.
         canonical_gate: the paper's gate, without the factor v.
-        gate_activation: a callable that makes a module on the gate of each block; None: none.
+        gate_activation: a callable that makes a module on the gate of each block, or an
+            activation's name; None: none.
         drop_path: probability of leaving a block out for one sequence in training, in [0, 1); a
             block that stays is divided by the probability of staying.
 
@@ -182,7 +183,7 @@ class GMLP(nn.Module):
         depth: int | None = None,
         norm_layer: NormLayer = nn.LayerNorm,
         canonical_gate: bool = False,
-        gate_activation: Callable[[], nn.Module] | None = None,
+        gate_activation: Callable[[], nn.Module] | str | None = None,
         drop_path: float = 0.0,
     ) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ from ..check.layer import check_x
 from ..ops.masked_gated_linear import masked_gated_linear
 from ..ops.masked_gated_mlp import masked_gated_mlp
 from ..weights.masks import MAX_MASKS, PackedMasks, pack_masks
-from .parts.activation import describe, name_of
+from .parts.activation import describe, gate, gate_module, name_of
 from .parts.around import hooked
 from .parts.block import affine, passes_through, positive_int, reset_others
 
@@ -55,8 +55,9 @@ class MaskedGLU(nn.Module):
     Args:
         dim_in: width of x.
         dim_out: width of the result.
-        activation: an elementwise module, kept as the attribute `activation`. In element mode one
-            that `fusedmlp` has a kernel for.
+        activation: an elementwise module, kept as the attribute `activation`, or a name of
+            `fusedmlp.reference.activations.ACTIVATIONS`. In element mode one that `fusedmlp` has a
+            kernel for.
         bias: give `proj` a bias. None: in channel mode only; element mode has none.
         mask_mode: "channel" or "element".
         num_masks: masks of element mode, from 1 to 16. n masks cost (n + 1) / 2 times the FLOPs of
@@ -85,7 +86,7 @@ class MaskedGLU(nn.Module):
         self,
         dim_in: int,
         dim_out: int,
-        activation: nn.Module,
+        activation: nn.Module | str,
         bias: bool | None = None,
         *,
         mask_mode: str = "channel",
@@ -96,8 +97,7 @@ class MaskedGLU(nn.Module):
         positive_int(owner, "dim_in", dim_in)
         positive_int(owner, "dim_out", dim_out)
         positive_int(owner, "num_masks", num_masks)
-        if not isinstance(activation, nn.Module):
-            raise TypeError(f"{owner}: activation must be an nn.Module, got {activation!r}")
+        made = gate_module(owner, activation)
         if mask_mode not in MASK_MODES:
             raise ValueError(
                 f"{owner}: mask_mode must be one of {', '.join(MASK_MODES)}, got {mask_mode!r}"
@@ -108,7 +108,7 @@ class MaskedGLU(nn.Module):
             raise ValueError(f"{owner}: num_masks must be {most}, got {num_masks}")
         if element and bias:
             raise ValueError(f"{owner}: bias must be False or None in element mode, got {bias}")
-        if element and name_of(activation) is None:
+        if element and name_of(made) is None:
             raise TypeError(
                 f"{owner}: activation must be one with a kernel in element mode, got {activation!r}"
             )
@@ -117,7 +117,7 @@ class MaskedGLU(nn.Module):
         shape = (num_masks, dim_out, dim_in) if element else (dim_out,)
         self.mask = nn.Parameter(self.proj.weight.new_empty(shape))
         self.packed = None
-        self.activation = activation
+        self.activation = made
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -176,7 +176,7 @@ class MaskedGLU(nn.Module):
         soft = self.mask.sigmoid()
         # The difference is 0, and its gradient sigmoid's.
         m = ((self.mask >= 0).to(soft.dtype) + (soft - soft.detach())).to(v.dtype)
-        return m * (v * self.activation(v)) + (1 - m) * v
+        return m * gate(self.activation, v, v) + (1 - m) * v
 
     def block(self, x: Tensor, dropout: nn.Module, down: nn.Module) -> Tensor:
         """down(dropout(self(x))), in one call where nothing stands between the projections."""

@@ -53,6 +53,7 @@ class MLP(nn.Module):
         dropout: probability of zeroing a hidden value in training, in [0, 1); at 0 there is no
             dropout module.
         act_fn: an activation module, or a class or other callable that makes it without arguments.
+            Or a name of `fusedmlp.reference.activations.ACTIVATIONS` that is no gate.
             Fused with the first linear if `fusedmlp` has a kernel for it and no norm stands between
             them (norm_mode "pre" or "none"); the repr of `model` says what runs as one call.
         use_norm: False is norm_mode="none".
@@ -84,7 +85,7 @@ class MLP(nn.Module):
         output_dim: int | None = None,
         hidden_factor: float = 4,
         dropout: float = 0.1,
-        act_fn: nn.Module | Callable[[], nn.Module] = nn.GELU,
+        act_fn: nn.Module | Callable[[], nn.Module] | str = nn.GELU,
         use_norm: bool = True,
         norm_layer: Callable[[int], nn.Module] = nn.RMSNorm,
         residual: bool = False,

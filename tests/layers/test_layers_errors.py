@@ -141,6 +141,7 @@ def test_ngpt_takes_a_module_and_its_own_width():
 
 
 NUMBER = "must be a number, got "
+MAKES = "an activation's name or a callable that makes an nn.Module from no arguments, got "
 NORM = "norm_layer must be a callable that makes an nn.Module from its width, got "
 FN = "must be an elementwise module or function, got "
 NAN = float("nan")
@@ -150,21 +151,20 @@ CONSTRUCTIONS = [
     (lambda: layers.MLP(D, norm_layer=nn.RMSNorm(D)), TypeError, f"MLP: {NORM}RMSNorm("),
     (lambda: layers.MLP(D, norm_layer=lambda width: None), TypeError, f"MLP: {NORM}"),
     (lambda: layers.MLP(D, act_fn=torch.relu), TypeError,
-     "MLP: act_fn must be an nn.Module or a callable that makes an nn.Module from no arguments, got "
-     "<built-in method relu"),
+     f"MLP: act_fn must be an nn.Module, {MAKES}<built-in method relu"),
     (lambda: layers.GatingMechanism(D, bottleneck_dim=4, norm_layer=None), TypeError,
      f"GatingMechanism: {NORM}None"),
     (lambda: layers.GatingMechanism(D, bottleneck_dim=4, dropout=None), TypeError,
      f"GatingMechanism: dropout {NUMBER}None"),
     (lambda: layers.FeedForward(D, dropout="a"), TypeError, f"FeedForward: dropout {NUMBER}'a'"),
     (lambda: layers.FeedForward(D, activation=torch.relu), TypeError,
-     "FeedForward: activation must be a callable that makes an nn.Module from no arguments, got <bu"),
+     f"FeedForward: activation must be {MAKES}<bu"),
     (lambda: layers.FeedForward(D, pre_norm=True, norm_layer=None), TypeError,
      f"FeedForward: {NORM}None"),
     (lambda: layers.GMLP(D, D, 4, 1, norm_layer=None), TypeError, f"GMLP: {NORM}None"),
     (lambda: layers.GMLP(D, D, 4, 1, drop_path="a"), TypeError, f"GMLP: drop_path {NUMBER}'a'"),
     (lambda: layers.GMLP(D, D, 4, 1, gate_activation=nn.Tanh()), TypeError,
-     "GMLP: gate_activation must be a callable that makes an nn.Module from no arguments, got Tanh("),
+     f"GMLP: gate_activation must be {MAKES}Tanh("),
     (lambda: SpatialGatingUnit(D, 4, None), TypeError, f"SpatialGatingUnit: {NORM}None"),
     (lambda: SpatialGatingUnit(D, 4, gate_activation=nn.Tanh), TypeError,
      "SpatialGatingUnit: gate_activation must be an nn.Module or None, got <class"),

@@ -181,7 +181,11 @@ def test_mlp_residual():
         ({"norm_mode": "mid"}, ValueError, "MLP: norm_mode must be None or one of pre, post, both"),
         ({"norm_mode": "pre", "use_norm": False}, ValueError, "MLP: norm_mode must agree .*False"),
         ({"norm_mode": "post", "pre_norm": True}, ValueError, "MLP: norm_mode must agree"),
-        ({"act_fn": "gelu"}, TypeError, "MLP: act_fn must be an nn.Module or a callable .*'gelu'"),
+        (
+            {"act_fn": "no"},
+            ValueError,
+            "MLP: act_fn must be one of silu, .*, clipped_gelu; got 'no'",
+        ),
         ({"act_fn": lambda: 3}, TypeError, "MLP: act_fn .* which made 3"),
     ],
 )

@@ -1,12 +1,33 @@
-"""From an activation module to the name of its kernel."""
+"""From an activation module to the name of its kernel, and from a name to a module."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import nn
+from torch import Tensor, nn
 
-from ...reference.activations import ACTIVATIONS, MODULES
+from ... import check
+from ...ops.gated_act import gated_act
+from ...reference.activations import ACTIVATIONS, MODULES, resolve
+
+
+class NamedActivation(nn.Module):
+    """What an argument `activation` of the functions names, as a module: phi(g), and of g and u
+    phi(g) psi(u), by gated_act."""
+
+    def __init__(self, activation: str) -> None:
+        super().__init__()
+        row, scalars = resolve(activation)
+        self.activation = row.spelled(**dict(zip(row.parameters, scalars, strict=True)))
+
+    def forward(self, g: Tensor, u: Tensor | None = None) -> Tensor:
+        if u is not None:
+            return gated_act(g, u, activation=self.activation)
+        check.activation("NamedActivation", self.activation, gated=False)
+        return resolve(self.activation).phi(g)
+
+    def extra_repr(self) -> str:
+        return repr(self.activation)
 
 
 def name_of(activation: nn.Module) -> str | None:
@@ -19,7 +40,25 @@ def name_of(activation: nn.Module) -> str | None:
         row = ACTIVATIONS[name]
         if row.is_set_in(activation):
             return row.spelled_of(activation) if row.parameters else name
-    return None
+    return activation.activation if type(activation) is NamedActivation else None
+
+
+def gate(activation: nn.Module, g: Tensor, u: Tensor) -> Tensor:
+    """u * activation(g), or what a gate's name makes of both, by calling the module."""
+    both = isinstance(activation, NamedActivation)
+    return activation(g, u) if both else u * activation(g)
+
+
+def gate_module(owner: str, activation: nn.Module | str) -> nn.Module:
+    """The module of a gated layer's argument `activation`."""
+    if isinstance(activation, str):
+        check.activation(owner, activation)
+        return NamedActivation(activation)
+    if not isinstance(activation, nn.Module):
+        raise TypeError(
+            f"{owner}: activation must be an nn.Module or an activation's name, got {activation!r}"
+        )
+    return activation
 
 
 def describe(activation: nn.Module) -> str:
@@ -30,16 +69,25 @@ def describe(activation: nn.Module) -> str:
 
 
 def build(
-    where: str, activation: nn.Module | Callable[[], nn.Module], instances: bool = True
+    where: str, activation: nn.Module | Callable[[], nn.Module] | str, instances: bool = True
 ) -> nn.Module:
-    """The module that `activation` is or makes. `where` opens every error: "<Class>: <argument>".
+    """The module of one tensor that `activation` is, makes or names. `where` opens every error:
+    "<Class>: <argument>".
 
-    Raises TypeError for anything else, and for a module unless `instances` are accepted.
+    Raises TypeError for anything else, and for a module unless `instances` are accepted; ValueError
+    for a name that there is not, and for that of a gate.
     """
+    if isinstance(activation, str):
+        owner, _, called = where.partition(": ")
+        check.activation(owner, activation, gated=False, called=called)
+        return NamedActivation(activation)
     if instances and isinstance(activation, nn.Module):
         return activation
-    also = "an nn.Module or " if instances else ""
-    expected = f"{where} must be {also}a callable that makes an nn.Module from no arguments"
+    also = "an nn.Module, " if instances else ""
+    expected = (
+        f"{where} must be {also}an activation's name or a callable that makes an nn.Module from no "
+        "arguments"
+    )
     if isinstance(activation, nn.Module) or not callable(activation):
         raise TypeError(f"{expected}, got {activation!r}")
     try:
