@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .. import check
 from ..check.experts import autocast_prob, check_experts, check_kind, check_routing
-from ..layers.moe import Top1MoE
+from ..layers.moe import EXPERTS, TopKMoE
 from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import route_to
 from ..packing import Packed
@@ -263,13 +263,14 @@ def _rows_of_chunks(routing: Routing, chunks: int) -> tuple[Tensor, Tensor]:
 
 
 def shard_experts(layer: nn.Module, mesh: DeviceMesh) -> nn.Module:
-    """Put the stacked expert weights of every `Top1MoE` in `layer` on `mesh`, a one-dimensional
-    device mesh, as DTensors sharded by experts; each then exchanges tokens over the mesh's group.
+    """Put the stacked expert parameters of every `TopKMoE` and `Top1MoE` in `layer` on `mesh`, a
+    one-dimensional device mesh, as DTensors sharded by experts; each then exchanges tokens over the
+    mesh's group.
 
     Every other parameter stays as it is: the same on every rank, whose gradients are the caller's
     to average. Returns `layer`. Raises TypeError for a layer or a mesh of another kind, ValueError
     where the mesh has more dimensions, the number of experts is no multiple of its size, or nothing
-    in `layer` is a Top1MoE.
+    in `layer` is a TopKMoE.
 
     Examples:
         >>> import torch, torch.distributed as dist
@@ -289,17 +290,18 @@ def shard_experts(layer: nn.Module, mesh: DeviceMesh) -> nn.Module:
             )
     if mesh.ndim != 1:
         raise ValueError(f"shard_experts: mesh must have one dimension, got {mesh.ndim}")
-    found = [module for module in layer.modules() if isinstance(module, Top1MoE)]
+    found = [module for module in layer.modules() if isinstance(module, TopKMoE)]
     if not found:
-        raise ValueError("shard_experts: layer must hold a Top1MoE, got none")
+        raise ValueError("shard_experts: layer must hold a TopKMoE or Top1MoE, got none")
     for moe in found:
         E = moe.w_gate.shape[0]
         if E % mesh.size():
             raise ValueError(
                 f"shard_experts: {E} experts must be a multiple of the mesh's {mesh.size()} ranks"
             )
-        for name in ("w_gate", "w_up", "w_down"):
-            sharded = distribute_tensor(getattr(moe, name).detach(), mesh, [Shard(0)])
-            setattr(moe, name, nn.Parameter(sharded))
+        for name in EXPERTS:
+            if (whole := getattr(moe, name)) is not None:
+                sharded = distribute_tensor(whole.detach(), mesh, [Shard(0)])
+                setattr(moe, name, nn.Parameter(sharded))
         moe.parallel_mlp = functools.partial(parallel_moe_mlp, group=mesh.get_group())
     return layer

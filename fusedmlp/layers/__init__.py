@@ -12,7 +12,7 @@ from .glu import GLU, Bilinear, GeGLU, ReGLU, SwiGLU
 from .gmlp import GMLP
 from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
 from .mlp import MLP
-from .moe import Top1MoE
+from .moe import Top1MoE, TopKMoE
 from .ngpt import NGPT, L2Norm
 from .pointwise import PointwiseMLP
 from .residual import ResidualWrapper
@@ -49,4 +49,5 @@ __all__ = [
     "SwiMGLU",
     "SwitchFFN",
     "Top1MoE",
+    "TopKMoE",
 ]

@@ -143,14 +143,14 @@ class TopKRouteFunction(Function):
         return dlogits, None, None, None, None, None
 
 
-def _check_count(name: str, value: object, most: int, of: str) -> None:
+def _check_count(op: str, name: str, value: object, most: int, of: str) -> None:
     if not isinstance(value, int | torch.SymInt) or isinstance(value, bool):
-        raise TypeError(f"{OP}: {name} must be an int, got {value!r}")
+        raise TypeError(f"{op}: {name} must be an int, got {value!r}")
     if not 1 <= value <= most:
-        raise ValueError(f"{OP}: {name} must be from 1 to {most}, {of}, got {value}")
+        raise ValueError(f"{op}: {name} must be from 1 to {most}, {of}, got {value}")
 
 
-def _check_form(form: Form, chosen: Choice) -> None:
+def _check_form(op: str, form: Form, chosen: Choice) -> None:
     named = (
         ("score", form.score, Score),
         ("compared", chosen.compared, Compared),
@@ -159,14 +159,14 @@ def _check_form(form: Form, chosen: Choice) -> None:
     for name, value, known in named:
         if value not in get_args(known):
             names = ", ".join(map(repr, get_args(known)))
-            raise ValueError(f"{OP}: {name} must be one of {names}, got {value!r}")
+            raise ValueError(f"{op}: {name} must be one of {names}, got {value!r}")
     if not isinstance(form.norm, bool):
-        raise TypeError(f"{OP}: norm must be True or False, got {form.norm!r}")
+        raise TypeError(f"{op}: norm must be True or False, got {form.norm!r}")
     for name in ("eps", "least", "scale"):
-        finite(OP, name, getattr(form, name))
+        finite(op, name, getattr(form, name))
     for name in ("eps", "least"):
         if getattr(form, name) < 0:
-            raise ValueError(f"{OP}: {name} must be at least 0, got {getattr(form, name)}")
+            raise ValueError(f"{op}: {name} must be at least 0, got {getattr(form, name)}")
 
 
 def _check_bias(bias: Tensor | None, logits: Tensor) -> None:
@@ -186,30 +186,55 @@ def _check_bias(bias: Tensor | None, logits: Tensor) -> None:
         )
 
 
-def _check_groups(E: int, k: int, groups: int | None, topk_group: int | None, how: str) -> None:
+def _check_groups(
+    op: str, E: int, k: int, groups: int | None, topk_group: int | None, how: str
+) -> None:
     if (groups is None) != (topk_group is None):
         raise ValueError(
-            f"{OP}: groups and topk_group must both be given or both be None, got groups={groups} "
+            f"{op}: groups and topk_group must be both given or both None, got groups={groups} "
             f"and topk_group={topk_group}"
         )
     if groups is None:
         return
-    _check_count("groups", groups, E, "the number of experts")
-    _check_count("topk_group", topk_group, groups, "the number of groups")
+    _check_count(op, "groups", groups, E, "the number of experts")
+    _check_count(op, "topk_group", topk_group, groups, "the number of groups")
     assert topk_group is not None
     if E % groups:
-        raise ValueError(f"{OP}: groups must divide the {E} experts, got {groups}")
+        raise ValueError(f"{op}: groups must divide the {E} experts, got {groups}")
     size = E // groups
     if size == 1 and how == "top2":
         raise ValueError(
-            f"{OP}: groups must hold at least 2 experts each for group_score 'top2', got {groups} "
+            f"{op}: groups must hold at least 2 experts each for group_score 'top2', got {groups} "
             f"groups of {E} experts"
         )
     if topk_group * size < k:
         raise ValueError(
-            f"{OP}: topk_group must leave at least k = {k} experts, got {topk_group} groups of "
+            f"{op}: topk_group must leave at least k = {k} experts, got {topk_group} groups of "
             f"{size}"
         )
+
+
+def check_options(
+    op: str,
+    E: int,
+    k: int,
+    *,
+    score: Score,
+    norm: bool,
+    eps: float,
+    least: float,
+    scale: float,
+    compared: Compared,
+    groups: int | None,
+    topk_group: int | None,
+    group_score: GroupScore,
+) -> tuple[Form, Choice]:
+    """The options of topk_route for E experts. A layer asks when it is made."""
+    _check_count(op, "k", k, E, "the number of experts")
+    form = Form(score, norm, eps, least, scale)
+    _check_form(op, form, Choice(compared, group_score=group_score))
+    _check_groups(op, E, k, groups, topk_group, group_score)
+    return form, Choice(compared, groups or 1, topk_group or 1, group_score)
 
 
 def topk_route(
@@ -269,15 +294,13 @@ def topk_route(
         [[0, 1], [0, 2]]
     """
     check_logits(OP, logits)
-    E = logits.shape[-1]
-    _check_count("k", k, E, "the number of experts")
-    form = Form(score, norm, eps, least, scale)
-    _check_form(form, Choice(compared, group_score=group_score))
+    form, chosen = check_options(
+        OP, logits.shape[-1], k, score=score, norm=norm, eps=eps, least=least, scale=scale,
+        compared=compared, groups=groups, topk_group=topk_group, group_score=group_score,
+    )  # fmt: skip
     _check_bias(bias, logits)
-    _check_groups(E, k, groups, topk_group, group_score)
     check_capacity(OP, capacity)
     flat = rows(logits)
-    chosen = Choice(compared, groups or 1, topk_group or 1, group_score)
     if choice.pick(OP, logits, "logits") == "reference":
         return _formula(flat, bias, k, capacity, form, chosen)
     if check.wants_grad(logits):

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from fusedmlp import moe_mlp, top1_route, topk_route
 from fusedmlp.distributed import experts, parallel_moe_mlp, shard_experts
-from fusedmlp.layers import Top1MoE
+from fusedmlp.layers import Top1MoE, TopKMoE
 
 D, H, E = 8, 12, 4
 TOKENS = (13, 0, 5, 8)  # of each rank
@@ -161,26 +161,34 @@ def test_without_a_group():
         parallel_moe_mlp(x, top1_route(logits), **weights())
 
 
-def _layer(rank, ranks):
+def _same_sharded(rank, ranks, mesh, make):
     torch.manual_seed(1)
-    layer = Top1MoE(D, H, E, shared_hidden=6).double()
-    plain = Top1MoE(D, H, E, shared_hidden=6).double()
+    layer, plain = make().double(), make().double()
     plain.load_state_dict(layer.state_dict())
-    mesh = init_device_mesh("cpu", (ranks,))
     assert shard_experts(layer, mesh) is layer
-    assert layer.w_gate.to_local().shape == (E // ranks, H, D)
+    assert layer.w_gate.to_local().shape == (E // ranks, *plain.w_gate.shape[1:])
     x, _, dy = tokens(rank)
     total = sum((plain(tokens(r)[0]) * tokens(r)[2]).sum() for r in range(ranks))
     total.backward()
     y = layer(x)
     torch.testing.assert_close(y, plain(x))
     (y * dy).sum().backward()
-    for name in ("w_gate", "w_up", "w_down"):
-        grad = getattr(layer, name).grad.full_tensor()
-        torch.testing.assert_close(grad, getattr(plain, name).grad)
+    for name, p in plain.named_parameters():
+        if name.startswith(("w_", "b_")):
+            grad = layer.get_parameter(name).grad.full_tensor()
+            torch.testing.assert_close(grad, p.grad)
+
+
+def _layer(rank, ranks):
+    mesh = init_device_mesh("cpu", (ranks,))
+    _same_sharded(rank, ranks, mesh, lambda: Top1MoE(D, H, E, shared_hidden=6))
+    options = {"activation": "situ", "shared_hidden": 6, "score": "sigmoid", "correction": True}
+    _same_sharded(rank, ranks, mesh, lambda: TopKMoE(D, H, E, 2, packed="interleaved", bias=True))
+    _same_sharded(rank, ranks, mesh, lambda: TopKMoE(D, H, E, 3, **options))
+    x = tokens(rank)[0]
     with pytest.raises(ValueError, match="3 experts must be a multiple of the mesh's 2 ranks"):
         shard_experts(Top1MoE(D, H, 3), mesh)
-    with pytest.raises(ValueError, match="layer must hold a Top1MoE, got none"):
+    with pytest.raises(ValueError, match="layer must hold a TopKMoE or Top1MoE, got none"):
         shard_experts(torch.nn.Linear(2, 2), mesh)
     routing = top1_route(tokens(rank)[1])
     with pytest.raises(

@@ -15,6 +15,7 @@ WALK = {
     **MAKERS,
     "Top1MoE sigmoid": lambda: layers.Top1MoE(D, 16, 2, score="sigmoid", scaled="input"),
     "Top1MoE capacity": lambda: layers.Top1MoE(D, 16, 2, capacity_factor=0.5),
+    "TopKMoE capacity": lambda: layers.TopKMoE(D, 16, 4, 2, capacity_factor=0.5),
     "FastFeedForward hard": lambda: layers.FastFeedForward(
         D, 2, mult=1, soft_routing_during_train=False
     ),

@@ -154,6 +154,7 @@ def packed():
         (lambda: layers.SwiGLUMLP(8), "one gated_mlp, 'silu'"),
         (lambda: layers.ReluSquaredMLP(8), "one mlp, 'relu_sq'"),
         (lambda: layers.Top1MoE(8, 8, 2), "top1_route, one moe_mlp, 'silu'"),
+        (lambda: layers.TopKMoE(8, 8, 4, 2), "topk_route, one moe_mlp, 'silu'"),
         (lambda: layers.BinaryGatedMLP(128, 128), "the layer (BinaryGatedMLP): one gated_mlp, "),
         (packed, "the layer (BinaryGatedMLP): one binary_gated_mlp, 'silu'"),
         (packed, "gate_proj (BinaryLinear): packed weight"),
@@ -182,7 +183,8 @@ def test_explain_passes_over_another_packages_path():
 def test_explain_lists_every_op():
     ops = {name for name in fusedmlp.__all__ if _is_op(getattr(fusedmlp, name))} | {"pack_masks"}
     (line,) = [s for s in fusedmlp.explain().splitlines() if s.startswith("ops: ")]
-    assert ops - {"jitter", "load_balancing_loss", "router_z_loss"} == set(line[5:].split(", "))
+    beside = {"jitter", "load_balancing_loss", "router_z_loss", "update_router_bias"}
+    assert ops - beside == set(line[5:].split(", "))
 
 
 def _is_op(found):

@@ -14,6 +14,7 @@ WALK = {
     **{name: make for name, make in MAKERS.items() if name.split()[0] != "GMLP"},
     "Top1MoE capacity": lambda: layers.Top1MoE(D, 16, 2, capacity_factor=0.75),
     "Top1MoE sigmoid": lambda: layers.Top1MoE(D, 16, 2, score="sigmoid", scaled="input"),
+    "TopKMoE capacity": lambda: layers.TopKMoE(D, 16, 4, 2, capacity_factor=0.75),
     "SwitchFFN no limit": lambda: layers.SwitchFFN(D, 2, None, ff_kwargs={"mult": 1}),
     "SwitchFFN masked no limit": lambda: layers.SwitchFFN(
         D, 2, None, ff_kwargs={"mult": 1, "glu_variant": "mglu"}

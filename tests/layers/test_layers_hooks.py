@@ -85,7 +85,9 @@ def _runs(name, layer, path, x, y, seen):
 
 GATED = (lambda: layers.FeedForward(D, 2, glu_variant="swiglu"), lambda: layers.FeedForward(D, 2),
          lambda: layers.MLP(D, norm_mode="none", dropout=0.0), lambda: layers.SwiGLUMLP(D),
-         lambda: layers.Top1MoE(D, 8, 2, shared_hidden=8))  # fmt: skip
+         lambda: layers.Top1MoE(D, 8, 2, shared_hidden=8),
+         lambda: layers.TopKMoE(D, 8, 4, 2, gated=False, shared_hidden=8),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("make", GATED)

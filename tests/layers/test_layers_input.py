@@ -7,7 +7,7 @@ import torch
 from layer_checks import Stranger
 
 from fusedmlp.check.layer import check_x
-from fusedmlp.layers import FastFeedForward, PathWeightedFFF, SwiMGLU, SwitchFFN, Top1MoE
+from fusedmlp.layers import FastFeedForward, PathWeightedFFF, SwiMGLU, SwitchFFN, Top1MoE, TopKMoE
 from fusedmlp.layers.glu import GLUBase
 
 BAD = [
@@ -39,6 +39,7 @@ LAYERS = {
     "SwiMGLU": lambda: SwiMGLU(8, 4),
     "SwitchFFN": lambda: SwitchFFN(8, 2),
     "Top1MoE": lambda: Top1MoE(8, 8, 2),
+    "TopKMoE": lambda: TopKMoE(8, 8, 2, 2),
 }
 
 

@@ -26,6 +26,7 @@ from fusedmlp.layers import (
     PathWeightedFFF,
     SwitchFFN,
     Top1MoE,
+    TopKMoE,
     fff,
     moe,
 )
@@ -399,7 +400,7 @@ def test_options_of_top1_moe_reach_the_op(monkeypatch):
     layer(draw(4, DIM))
     layer.parallel_mlp = record
     layer(draw(4, DIM))
-    assert seen == [options, options]
+    assert seen == [{**options, "packed": None}] * 2
 
 
 def test_top1_moe_gives_its_routing():
@@ -423,11 +424,12 @@ ALL = {
     ),
     "path": lambda: settle(PathWeightedFFF(DIM, 2, DIM)),
     "top1": lambda: settle(Top1MoE(DIM, 20, 3, capacity_factor=1.0, shared_hidden=8)),
+    "topk": lambda: settle(TopKMoE(DIM, 20, 3, 2, capacity_factor=1.0, correction=True, bias=True)),
 }  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("switch", "all of a tree", "top1"))
+@pytest.mark.parametrize("name", ("switch", "all of a tree", "top1", "topk"))
 def test_compiles_to_one_graph_on_the_kernels(name, on_triton):
     assert_compiles(ALL[name](), draw(2, 4, DIM))
 
@@ -464,6 +466,7 @@ def test_initialises_from_meta(name):
         "all of a tree": lambda: FastFeedForward(32, 2, 16, has_master_leaf=True),
         "path": lambda: PathWeightedFFF(32, 2, 32),
         "top1": lambda: Top1MoE(32, 32, 3, shared_hidden=32),
+        "topk": lambda: TopKMoE(32, 32, 3, 2, shared_hidden=32, packed="gate_up", bias=True),
     }
     assert_initialises_from_meta(makes[name])
 

@@ -142,6 +142,7 @@ CAPACITIES = [(7, 2, 1.0, 3), (5, 2, 1.0, 2), (10, 3, 1.25, 4), (11, 4, 0.7, 1),
               (8, 2, 0.999, 3), (8, 2, 1.0, 4), (3, 2, 100.0, 150)]  # fmt: skip
 LIMITED = {
     "Top1MoE": lambda E, factor: layers.Top1MoE(D, 8, E, capacity_factor=factor),
+    "TopKMoE": lambda E, factor: layers.TopKMoE(D, 8, E, 1, capacity_factor=factor),
     "SwitchFFN": lambda E, factor: layers.SwitchFFN(
         D, E, factor, ff_kwargs={"mult": 1}, dropped="zero"
     ),
@@ -175,6 +176,9 @@ SATURATED = {
     **{f"Top1MoE {score} {scaled}": lambda score=score, scaled=scaled: layers.Top1MoE(
            D, 8, 3, score=score, scaled=scaled)
        for score, scaled in itertools.product(("softmax", "sigmoid"), ("output", "input"))},
+    **{f"TopKMoE {score} {norm}": lambda score=score, norm=norm: layers.TopKMoE(
+           D, 8, 3, 2, score=score, norm=norm, eps=0.0 if score == "softmax" else 1e-20)
+       for score, norm in itertools.product(("softmax", "sigmoid", "sqrtsoftplus"), (True, False))},
     **{f"FastFeedForward {soft}": lambda soft=soft: layers.FastFeedForward(
            D, 2, mult=1, hardening_coef=1.0, load_balancing_alpha=1.0, return_aux=True,
            has_master_leaf=True, soft_routing_during_train=soft) for soft in (True, False)},
@@ -204,7 +208,7 @@ def test_saturated_and_undecided_routers(name, scale, dtype):
 
 # Weights are uniform within factor / sqrt(columns) where a layer says so; others have other rules.
 LINEAR = ("GLU", "Bilinear", "ReGLU", "SwiGLU", "GeGLU", "MGLU", "BilinearMGLU", "ReMGLU", "GeMGLU",
-          "MaskedGLU", "PathWeightedFFF", "PointwiseMLP", "Top1MoE")  # fmt: skip
+          "MaskedGLU", "PathWeightedFFF", "PointwiseMLP", "Top1MoE", "TopKMoE")  # fmt: skip
 SCRIPT = ("SwiGLUMLP", "ReluSquaredMLP", "GELUMLP", "SiLUMLP")
 UNIFORM = {**dict.fromkeys(LINEAR, 1), **dict.fromkeys(SCRIPT, 3**0.5)}
 

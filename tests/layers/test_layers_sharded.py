@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.fsdp import fully_shard
 
-SHARDED = ("SwitchFFN", "FastFeedForward all", "PathWeightedFFF", "Top1MoE", "FeedForward gated")
+SHARDED = ("SwitchFFN", "FastFeedForward all", "PathWeightedFFF", "Top1MoE", "TopKMoE all",
+           "FeedForward gated")  # fmt: skip
 FULL = StateDictOptions(full_state_dict=True)
 
 

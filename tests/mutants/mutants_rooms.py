@@ -63,11 +63,16 @@ LAYERS = (
     "tests/layers/test_layers_options.py",
     "tests/layers/test_layers_every.py",
 )
-GLU = ("tests/layers/test_layers_glu.py", "tests/layers/test_layers_masked_glu.py")
+GLU = (
+    "tests/layers/test_layers_glu.py",
+    "tests/layers/test_layers_masked_glu.py",
+    "tests/layers/test_layers_gates.py",
+)
 FEEDFORWARD = ("tests/layers/test_layers_feedforward.py", *GLU)
 EXPERTS = (
     "tests/layers/test_layers_experts.py",
     "tests/layers/test_layers_moe.py",
+    "tests/layers/test_layers_topk.py",
     "tests/layers/test_layers_state.py",
 )
 HYPERGLU = (

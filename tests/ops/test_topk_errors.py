@@ -34,7 +34,7 @@ BAD = [
     (lambda: topk_route(Z, 2, bias=BIAS.long()), TypeError, "topk_route: bias must have a floating dtype, got torch.int64"),
     (lambda: topk_route(Z, 2, bias=BIAS.to("meta")), ValueError, "topk_route: bias must be on logits' device cpu, got meta"),
     (lambda: topk_route(Z, 2, bias=BIAS.clone().requires_grad_()), ValueError, r"topk_route: bias must not require a gradient.*; pass bias.detach\(\)"),
-    (lambda: topk_route(Z, 2, groups=4), ValueError, "topk_route: groups and topk_group must both be given or both be None, got groups=4 and topk_group=None"),
+    (lambda: topk_route(Z, 2, groups=4), ValueError, "topk_route: groups and topk_group must be both given or both None, got groups=4 and topk_group=None"),
     (lambda: topk_route(Z, 2, groups=3, topk_group=1), ValueError, "topk_route: groups must divide the 8 experts, got 3"),
     (lambda: topk_route(Z, 2, groups=9, topk_group=1), ValueError, f"topk_route: groups must be from {EIGHT}, got 9"),
     (lambda: topk_route(Z, 2, groups=4, topk_group=5), ValueError, "topk_route: topk_group must be from 1 to 4, the number of groups, got 5"),

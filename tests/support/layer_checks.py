@@ -43,11 +43,12 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -
 
 
 def randomise_(layer: nn.Module) -> nn.Module:
-    """Every parameter from N(0, 1), a matrix over the root of its columns: none stays zero."""
+    """Every parameter from N(0, 1), matrices and stacks of them over the root of their columns:
+    none stays zero."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for p in layer.parameters():
-            scale = p.shape[-1] ** -0.5 if p.dim() == 2 else 1.0
+            scale = p.shape[-1] ** -0.5 if p.dim() in (2, 3) else 1.0
             p.copy_(scale * torch.randn(p.shape, generator=generator))
     return layer
 

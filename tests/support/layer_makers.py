@@ -23,6 +23,12 @@ def all_of_a_tree():
                                   load_balancing_alpha=1.0, return_aux=True, **GATED)  # fmt: skip
 
 
+def all_of_topk():
+    return layers.TopKMoE(D, 16, 4, 2, activation="swiglu_oai(limit=1.0)", packed="interleaved",
+                          bias=True, shared_hidden=8, shared_score=True, score="sigmoid",
+                          groups=2, topk_group=1, correction=True)  # fmt: skip
+
+
 # The name up to a space is that of the layer.
 MAKERS = {
     "GLU": lambda: layers.GLU(D, D),
@@ -64,6 +70,8 @@ MAKERS = {
     "FastFeedForward all": all_of_a_tree,
     "PathWeightedFFF": lambda: layers.PathWeightedFFF(D, 1, D),
     "Top1MoE": lambda: layers.Top1MoE(D, 16, 2, shared_hidden=8),
+    "TopKMoE": lambda: layers.TopKMoE(D, 16, 4, 2),
+    "TopKMoE all": all_of_topk,
     "BinaryLinear": lambda: layers.BinaryLinear(D, D, True, pad=True),
     "BinaryGatedMLP": lambda: layers.BinaryGatedMLP(D, 128, clip=0.2, pad=True),
 }
