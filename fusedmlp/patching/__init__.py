@@ -17,6 +17,7 @@ too, and cannot be pickled.
 | `dense.py`, `moe.py` | the fused forward of a dense MLP, of a mixture of experts |
 | `experts.py` | experts of transformers, by its table of implementations and by patch() |
 | `form.py` | how experts lie and what they compute |
+| `router.py`, `route.py` | a router beside experts as topk_route, and by which arguments |
 | `gate.py` | which gate a function of gate and up is, by its values |
 | `report.py` | what was patched, and what was left and why |
 """

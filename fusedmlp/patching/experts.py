@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import route_to
+from ..reference import Routing
 from .dense import local
 from .form import form_of
 from .plan import Plan
@@ -38,19 +39,28 @@ def experts_forward(
     Raises ValueError for experts that have a norm after each expert, or whose gate, activation or
     forward is none that has a kernel.
     """
+    return _run(experts, hidden_states, top_k_index, top_k_weights, None)
+
+
+def _run(experts: Any, x: Tensor, index: Tensor, weights: Tensor, routed: Routing | None) -> Tensor:
     form = form_of(experts)
     if isinstance(form, str):
         raise ValueError(f"experts implementation {NAME!r}: {form}")
     w, w_down, b, b_down = map(local, form.tensors(experts))
-    return moe_mlp(
-        hidden_states, route_to(top_k_index, top_k_weights, w.shape[0]),
-        w, None, w_down, b, None, b_down, activation=form.activation, packed=form.packed,
+    own = routed is not None and routed.expert is index and routed.prob is weights
+    if routed is None or not own or routed.num_experts != w.shape[0]:
+        routed = route_to(index, weights, w.shape[0])
+    y = moe_mlp(
+        x, routed, w, None, w_down, b, None, b_down,
+        activation=form.activation, packed=form.packed,
     )  # fmt: skip
+    return y.to(x.dtype)  # under autocast too, as the library's implementations do
 
 
 @dataclass(frozen=True)
 class Experts(Plan):
-    """Experts alone, behind the model's own router."""
+    """Experts behind the model's router, or one that patch() patched with them (router.py), whose
+    Routing they take."""
 
     activation: str = "silu"
     packed: str | None = None
@@ -70,11 +80,22 @@ class Experts(Plan):
     def passes_by(self) -> tuple[str, ...]:
         return self.around
 
+    def prepare(self, module: nn.Module) -> None:
+        vars(module)["_router"] = None
+
     def own_parameters(self, module: nn.Module) -> tuple[str, ...]:
         return tuple(name for name, p in module._parameters.items() if p is not None)
 
-    def run(self, module: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return experts_forward(module, *args, **kwargs)
+    def restore(self, module: nn.Module) -> None:
+        vars(module).pop("_router", None)
+
+    def run(
+        self, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+    ) -> Tensor:
+        router, routed = module._router, None
+        if router is not None:
+            routed, router._routed = router._routed, None
+        return _run(module, hidden_states, top_k_index, top_k_weights, routed)
 
 
 def plan_of(experts: nn.Module) -> Experts | str:

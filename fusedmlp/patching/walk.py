@@ -20,6 +20,7 @@ from .match import find
 from .moe import ADAPTERS
 from .plan import Plan, child, hooked
 from .report import Entry
+from .router import experts_among, plan_of_router, routes
 from .swap import Patched, swap
 
 Only = str | Sequence[str] | Callable[[str, nn.Module], bool] | None
@@ -122,6 +123,28 @@ class Walk:
         for key, submodule in module.named_children():
             if id(submodule) not in inside:
                 self.visit(f"{name}.{key}".lstrip("."), submodule)
+        if (experts := experts_among(module.children())) is not None:
+            self.visit_router(name, module, experts)
+
+    def visit_router(self, name: str, block: nn.Module, experts: Any) -> None:
+        """The router beside `experts`, if it is patched or can be."""
+        E = experts.down_proj.shape[0]
+        for key, module in block.named_children():
+            path = f"{name}.{key}".lstrip(".")
+            if isinstance(module, Patched) or not routes(module, E):
+                continue
+            if not self.wanted(path, module):
+                continue
+            plan = plan_of_router(module)
+            reason = plan if isinstance(plan, str) else self.obstacle(module, plan)
+            if isinstance(plan, Plan) and reason is None:
+                plan.prepare(module)
+                swap(module, plan)
+                self.swapped.append(module)
+                vars(experts)["_router"] = module
+                self.entry(path, module, plan)
+            else:
+                self.entries.append(Entry(path, type(module).__name__, None, None, str(reason)))
 
     def attempt(self, name: str, module: nn.Module) -> Plan | None:
         kind = type(module)

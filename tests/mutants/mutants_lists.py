@@ -81,6 +81,18 @@ FAULTS: tuple[Fault, ...] = (
         "experts with another forward are run as the table's",
     ),
     Fault(
+        "fusedmlp/patching/experts.py",
+        "routed.expert is index and routed.prob is weights",
+        "routed.expert is index",
+        "weights that the block has scaled are not the experts'",
+    ),
+    Fault(
+        "fusedmlp/patching/route.py",
+        "alike = torch.allclose(mine, theirs, rtol=1e-6, atol=1e-12)",
+        "alike = True",
+        "a router whose weights are detached gets their gradient",
+    ),
+    Fault(
         "fusedmlp/patching/form.py",
         "if self.transposed:",
         "if False:",

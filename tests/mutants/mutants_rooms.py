@@ -52,6 +52,7 @@ PATCHING = (
     "tests/patching/test_patch.py",
     "tests/patching/test_patch_experts.py",
     "tests/patching/test_patch_gates.py",
+    "tests/patching/test_patch_topk.py",
     "tests/patching/test_patch_later.py",
     "tests/patching/test_patch_routers.py",
     "tests/patching/test_patch_state.py",
