@@ -113,6 +113,7 @@ def gate_by_values(fn: Callable[[Tensor, Tensor], Any], numbers: Iterable[float]
 JOINED: dict[Packed, Callable[[Tensor, Tensor], Tensor]] = {
     "gate_up": lambda g, u: torch.cat((g, u), -1),
     "up_gate": lambda g, u: torch.cat((u, g), -1),
+    "interleaved": lambda g, u: torch.stack((g, u), -1).flatten(-2),
 }
 
 

@@ -24,7 +24,7 @@ SIZES = {
 }  # fmt: skip
 # One of each kind of gate, layout, router and block.
 WHOLE = (
-    "afmoe", "aria", "cohere2_moe", "deepseek_v3", "deepseek_v4", "glm4_moe",
+    "afmoe", "aria", "cohere2_moe", "deepseek_v3", "deepseek_v4", "glm4_moe", "gpt_oss",
     "granitemoe", "hy_v3", "hy_v4", "minimax_m3_vl", "mixtral", "phimoe", "qwen2_moe", "qwen3_moe",
 )  # fmt: skip
 

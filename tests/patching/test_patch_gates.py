@@ -44,6 +44,11 @@ class Oai(Experts):
         return (u + 1) * (g * torch.sigmoid(self.alpha * g))
 
 
+class Interleaved(Oai):
+    def _apply_gate(self, h):
+        return super()._apply_gate(torch.cat((h[..., ::2], h[..., 1::2]), -1))
+
+
 class Literal(Experts):
     def _apply_gate(self, h):
         up, gate = h.chunk(2, -1)
@@ -71,6 +76,7 @@ class InFloat32(Experts):
         (lambda: Oai(limit=7.5), Gate("swiglu_oai(limit=7.5)", "gate_up")),
         (lambda: Oai(limit=7.0000001), Gate("swiglu_oai(limit=7.0000001)", "gate_up")),
         (lambda: Oai(limit=0.01, alpha=3), Gate("swiglu_oai(limit=0.01, alpha=3.0)", "gate_up")),
+        (lambda: Interleaved(limit=900), Gate("swiglu_oai(limit=900.0)", "interleaved")),
         (lambda: Literal(), Gate("clamped_swiglu(limit=5.5)", "up_gate")),
         (lambda: InFloat32(), Gate("silu", "gate_up")),
     ],
