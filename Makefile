@@ -31,7 +31,7 @@ KERNEL ?=
 LIMIT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test quick lint execute gate gate-triton gate-csrc docs floors mutants prove bench
+.PHONY: help test quick lint execute gate gate-triton gate-csrc docs floors mutants prove families bench
 
 # $(call needs,MODULE,EXTRA): one error where a Python module is not there.
 needs = @$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("$(1)") or \
@@ -95,6 +95,10 @@ mutants: ## single faults put into the code: which of them the tests miss, by ro
 prove: ## two provers that others wrote look at the kernels of sm_80; installs them, no GPU
 	$(call needs,triton,test)
 	$(PYTHON) tests/prove $(TOOL) $(if $(LIMIT),--limit $(LIMIT)) $(if $(KERNEL),--kernel $(KERNEL))
+
+families: ## docs/models.md: the experts of each family of transformers, their gates and routers
+	$(call needs,transformers,test)
+	$(PYTHON) tests/families
 
 bench: ## errors against float64, and times or, without a GPU, computed times
 	$(call needs,torch,bench)

@@ -106,8 +106,7 @@ def route_of(router: nn.Module) -> Route | str:
     key = tuple(_settings(router))
     if key not in _FOUND:
         try:
-            found = [_route_of(router) for _ in in_both_modes(router)]
-            _FOUND[key] = found[0] if found[0] == found[1] else "it is another in training"
+            _FOUND[key] = _route_of(router)
         except Exception as error:  # it takes or gives something else than a router does
             what = str(error).partition("\n")[0]
             _FOUND[key] = f"it is called otherwise: {type(error).__name__}: {what}"
@@ -176,10 +175,13 @@ def is_matrix(t: Tensor) -> bool:
 def _route_of(router: nn.Module) -> Route | str:
     with torch.enable_grad(), torch.device("cpu"):
         with InFloat64():
-            exact = _run(router, torch.float64, torch.float64)
+            modes = [_run(router, torch.float64, torch.float64) for _ in in_both_modes(router)]
         narrow = [_run(router, torch.bfloat16, w) for w in (torch.bfloat16, torch.float32)]
-    if exact.out is None or not any(run.out for run in narrow):
+    exact, other = modes
+    if exact.out is None or other.out is None or not any(run.out for run in narrow):
         return "it gives no logits, weights and indices"
+    if not all(map(torch.equal, exact.out, other.out)):
+        return "it is another in training"
     logits = _logits(exact, narrow)
     if logits is None:
         return "its logits are not one linear map of x"

@@ -8,24 +8,28 @@ import inspect
 from typing import Any
 
 import torch
-from families_scan import classes, families
+from families_scan import families, modeling
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 T, D, H, E, K = 13, 16, 24, 4, 2
-# What the configurations of all families call these sizes, and the parameters of their gates: no
-# default of a family or of a row, so that a parameter that was not read shows.
-SETTINGS: dict[str, Any] = {
+# What the configurations of all families call these sizes.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+SIZES: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "moe_hidden_size"), D),
     **dict.fromkeys(("intermediate_size", "moe_intermediate_size"), H),
-    **dict.fromkeys(
-        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), E
-    ),
+    **dict.fromkeys(EXPERTS, E),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "top_k_experts"), K),
+}
+# Their gates' parameters: no default of a family or of a row, so that one that was not read shows.
+GATES: dict[str, Any] = {
     "swiglu_limit": 3.0, "swiglu_alpha": 1.5, "mlp_gate_softcap": 3.0, "mlp_up_softcap": 5.0,
 }  # fmt: skip
-# Arguments beside the configuration.
-ARGUMENTS: dict[str, Any] = {"intermediate_size": H, "swiglu_limit": 3.0}
+SETTINGS = SIZES | GATES
+# A router of so many experts has room for every family's groups.
+ROUTED = SIZES | dict.fromkeys(EXPERTS, 16)
+# Arguments beside the configuration; the limit is that of Step 3's last layers.
+ARGUMENTS: dict[str, Any] = {"intermediate_size": H, "swiglu_limit": 7.0, "layer_idx": 0}
 
 
 def kinds(family: str) -> list[type[PretrainedConfig]]:
@@ -34,9 +38,9 @@ def kinds(family: str) -> list[type[PretrainedConfig]]:
     return [c for c in own if issubclass(c, PretrainedConfig) and c.__module__ == module.__name__]
 
 
-def _tiny(kind: type[PretrainedConfig]) -> PretrainedConfig:
+def _configured(kind: type[PretrainedConfig], settings: dict[str, Any]) -> PretrainedConfig:
     config = kind()
-    for name, value in SETTINGS.items():
+    for name, value in settings.items():
         # A list holds the sizes of several parts; ARGUMENTS give the one that is built.
         if hasattr(config, name) and not isinstance(getattr(config, name), list):
             setattr(config, name, value)
@@ -44,24 +48,25 @@ def _tiny(kind: type[PretrainedConfig]) -> PretrainedConfig:
     return config
 
 
-def _made(family: str, kind: type[nn.Module]) -> nn.Module:
-    """By the first configuration of the family that is one of experts."""
+def _made(family: str, name: str, settings: dict[str, Any]) -> nn.Module:
+    """By the first configuration of the family that is one of such modules."""
+    kind: Any = getattr(modeling(family), name)
     taken = inspect.signature(kind.__init__).parameters
-    arguments = {k: v for k, v in ARGUMENTS.items() if k in taken}
+    arguments = {k: v for k, v in (ARGUMENTS | settings).items() if k in taken and k in ARGUMENTS}
     reasons = []
     for configuration in kinds(family):
         try:
-            return kind(_tiny(configuration), **arguments)
-        except Exception as error:  # of another part of the model: it lacks what experts need
+            return kind(_configured(configuration, settings), **arguments)
+        except Exception as error:  # of another part of the model: it lacks what this one needs
             reasons.append(f"{configuration.__name__}: {error}")
-    raise AssertionError(f"no configuration makes {kind.__name__}: {reasons}")
+    raise AssertionError(f"no configuration makes {name}: {reasons}")
 
 
 @functools.cache
-def experts(family: str, name: str) -> nn.Module:
-    """Tiny experts of the class `name`, whose gate and up have a standard deviation of 4."""
-    kind = next(c for c in classes(family) if c.__name__ == name)
-    module = _made(family, kind)
+def experts(family: str, name: str, own_gate: bool = False) -> nn.Module:
+    """Tiny experts of the class `name`, whose gate and up have a standard deviation of 4; with
+    `own_gate` the gate is that of the family's defaults."""
+    module = _made(family, name, SIZES if own_gate else SETTINGS)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, p in module.named_parameters():
@@ -70,6 +75,10 @@ def experts(family: str, name: str) -> nn.Module:
                 draw *= H**-0.5 if key.startswith("down") else 4 * D**-0.5
             p.copy_(draw)
     return module
+
+
+def router(family: str, name: str) -> nn.Module:
+    return _made(family, name, ROUTED)
 
 
 def every() -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import re
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -45,5 +46,8 @@ def modeling(family: str) -> object:
     return importlib.import_module(f"transformers.models.{family}.modeling_{family}")
 
 
-def classes(family: str) -> tuple[type[nn.Module], ...]:
-    return tuple(getattr(modeling(family), name) for name in families()[family])
+def router_classes(family: str) -> list[str]:
+    """Those of its modules that are called routers or gates and choose."""
+    found = [c for c in vars(modeling(family)).values() if inspect.isclass(c)]
+    own = [c for c in found if issubclass(c, nn.Module) and re.search(r"Router$|Gate$", c.__name__)]
+    return [c.__name__ for c in own if "topk(" in inspect.getsource(c)]

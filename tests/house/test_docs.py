@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {str(page.relative_to(DOCS)): page for page in sorted(DOCS.rglob("*.md"))}
 # Not about one family: they have sections of their own.
-GENERAL = {"README.md", "device.md", "faq.md", "limits.md"}
+GENERAL = {"README.md", "device.md", "faq.md", "limits.md", "models.md"}
 FAMILIES = [name for name in PAGES if "/" not in name and name not in GENERAL]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)]*))?\)")
