@@ -24,8 +24,10 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from ..packing import Packed
 from ..patching.dense import Dense, transposed
+from ..patching.experts import Experts
 from ..patching.moe import Llama4, Switch
 from ..patching.plan import Plan, child
+from ..patching.router import Router
 from ..patching.swap import Patched
 
 
@@ -68,6 +70,17 @@ def _shard_experts(module: Any, plan: Plan, mesh: DeviceMesh) -> None:
     if isinstance(plan, Llama4):
         _put(module.experts, "gate_up_proj", mesh, _rows(2, "gate_up"))
         _put(module.experts, "down_proj", mesh, Shard(1))
+    elif isinstance(plan, Experts):
+        assert plan.form is not None
+        first, packed, turned = plan.form.first, plan.form.packed, plan.form.transposed
+        if plan.form.bias:
+            raise ValueError(
+                f"tensor_parallel_plan: {type(module).__name__} must have no biases, which every "
+                "rank would add; expert_parallel_plan(model) takes them"
+            )
+        unit = 2 if packed == "interleaved" else 1
+        _put(module, first, mesh, _rows(2 if turned else 1, packed), unit)
+        _put(module, "down_proj", mesh, Shard(1 if turned else 2))
     else:
         for expert in module.experts.values():
             _put(expert.wi, "weight", mesh, Shard(0))
@@ -143,8 +156,11 @@ class ExpertParallelMLP(ParallelStyle):
 
         from .experts import parallel_moe_mlp
 
-        for name in ("gate_up_proj", "down_proj"):
-            _put(module.experts, name, device_mesh, Shard(0))  # type: ignore[arg-type]
+        form = getattr(_plan_of(module), "form", None)  # of experts that are patched themselves
+        inside = module.experts if form is None else module
+        names = ("gate_up_proj", "down_proj") if form is None else form.names()
+        for name in names:
+            _put(inside, name, device_mesh, Shard(0))  # type: ignore[arg-type]
         module._split = functools.partial(  # type: ignore[assignment]
             parallel_moe_mlp, group=device_mesh.get_group()
         )
@@ -152,7 +168,8 @@ class ExpertParallelMLP(ParallelStyle):
 
 
 def _plan_of(module: nn.Module) -> Plan:
-    if not isinstance(module, Patched) or not isinstance(module._plan, Dense | Llama4 | Switch):
+    kinds = (Dense, Experts, Llama4, Switch)
+    if not isinstance(module, Patched) or not isinstance(module._plan, kinds):
         raise ValueError(
             f"tensor_parallel_plan: {type(module).__name__} must be a block that patch() patched"
         )
@@ -161,6 +178,8 @@ def _plan_of(module: nn.Module) -> Plan:
 
 def _patched(op: str, model: nn.Module) -> dict[str, Plan]:
     found = {n: m._plan for n, m in model.named_modules() if isinstance(m, Patched)}
+    # A router stays whole on every rank.
+    found = {name: plan for name, plan in found.items() if not isinstance(plan, Router)}
     if not found:
         raise ValueError(f"{op}: model must hold patched blocks, got none; patch(model) first")
     return found
@@ -211,9 +230,9 @@ def expert_parallel_plan(model: nn.Module) -> dict[str, ParallelStyle]:
     """
     found = _patched("expert_parallel_plan", model)
     plans = {name: plan for name, plan in found.items() if not isinstance(plan, Dense)}
-    if not plans or any(not isinstance(plan, Llama4) for plan in plans.values()):
+    if not plans or any(not isinstance(plan, Experts | Llama4) for plan in plans.values()):
         raise ValueError(
-            "expert_parallel_plan: model must hold experts with stacked weights (Llama 4), got "
+            "expert_parallel_plan: model must hold experts with stacked weights, got "
             f"{', '.join(type(p).__name__ for p in plans.values()) or 'none'}"
         )
     return {name: ExpertParallelMLP() for name in plans}

@@ -4,12 +4,14 @@ and the plan by which patch() runs them.
     model.set_experts_implementation("fusedmlp")
     fusedmlp.patch(model)
 
-Both leave the model's router and the block around it as they are. `form.py` says which experts.
+Both leave the block around them as it is; patch() looks at the router too (router.py). `form.py`
+says which experts.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +20,7 @@ from torch import Tensor, nn
 from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import route_to
 from ..reference import Routing
-from .dense import local
-from .form import form_of
+from .form import Form, form_of
 from .plan import Plan
 
 NAME = "fusedmlp"
@@ -39,18 +40,27 @@ def experts_forward(
     Raises ValueError for experts that have a norm after each expert, or whose gate, activation or
     forward is none that has a kernel.
     """
-    return _run(experts, hidden_states, top_k_index, top_k_weights, None)
+    return _run(experts, hidden_states, top_k_index, top_k_weights)
 
 
-def _run(experts: Any, x: Tensor, index: Tensor, weights: Tensor, routed: Routing | None) -> Tensor:
+def _run(
+    experts: Any,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    routed: Routing | None = None,
+    call: Callable[..., Tensor] = moe_mlp,
+) -> Tensor:
+    """routed: perhaps of a router that gave `index` and `weights`; else they are grouped here."""
     form = form_of(experts)
     if isinstance(form, str):
         raise ValueError(f"experts implementation {NAME!r}: {form}")
-    w, w_down, b, b_down = map(local, form.tensors(experts))
+    w, w_down, b, b_down = form.tensors(experts)
+    E = getattr(experts, form.first).shape[0]  # of all ranks
     own = routed is not None and routed.expert is index and routed.prob is weights
-    if routed is None or not own or routed.num_experts != w.shape[0]:
-        routed = route_to(index, weights, w.shape[0])
-    y = moe_mlp(
+    if routed is None or not own or routed.num_experts != E:
+        routed = route_to(index, weights, E)
+    y = call(
         x, routed, w, None, w_down, b, None, b_down,
         activation=form.activation, packed=form.packed,
     )  # fmt: skip
@@ -62,8 +72,7 @@ class Experts(Plan):
     """Experts behind the model's router, or one that patch() patched with them (router.py), whose
     Routing they take."""
 
-    activation: str = "silu"
-    packed: str | None = None
+    form: Form | None = None
     around: tuple[str, ...] = ()
 
     @property
@@ -71,8 +80,9 @@ class Experts(Plan):
         return "moe_mlp"
 
     def detail(self) -> str:
-        packed = f", packed {self.packed!r}" if self.packed else ""
-        return f"activation {self.activation!r}{packed}"
+        assert self.form is not None
+        packed = f", packed {self.form.packed!r}" if self.form.packed else ""
+        return f"activation {self.form.activation!r}{packed}"
 
     def bypassed(self) -> tuple[str, ...]:
         return self.around
@@ -95,7 +105,8 @@ class Experts(Plan):
         router, routed = module._router, None
         if router is not None:
             routed, router._routed = router._routed, None
-        return _run(module, hidden_states, top_k_index, top_k_weights, routed)
+        call = moe_mlp if module._split is None else module._split
+        return _run(module, hidden_states, top_k_index, top_k_weights, routed, call)
 
 
 def plan_of(experts: nn.Module) -> Experts | str:
@@ -104,7 +115,7 @@ def plan_of(experts: nn.Module) -> Experts | str:
     if isinstance(form, str):
         return form
     around = tuple(name for name, _ in experts.named_modules() if name)
-    return Experts(activation=form.activation, packed=form.packed, around=around)
+    return Experts(form=form, around=around)
 
 
 def register_experts() -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .. import reference
 from ..packing import Packed
 from .activation import name_by_values
+from .dense import local
 from .gate import Gate, InFloat64, gate_of
 
 _SETTINGS = {bool, int, float, str, FunctionType, BuiltinFunctionType, MethodType}
@@ -37,13 +38,16 @@ class Form(NamedTuple):
     bias: bool
 
     def tensors(self, experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        """(first weight, down weight, first bias, down bias), the weights as (E, out, in)."""
-        w, w_down = getattr(experts, self.first), experts.down_proj
+        """(first weight, down weight, first bias, down bias), the weights as (E, out, in); this
+        rank's part of them."""
+        w, w_down, *biases = (local(getattr(experts, name)) for name in self.names())
         if self.transposed:
             w, w_down = w.mT, w_down.mT
-        if not self.bias:
-            return w, w_down, None, None
-        return w, w_down, getattr(experts, f"{self.first}_bias"), experts.down_proj_bias
+        return (w, w_down, *biases) if self.bias else (w, w_down, None, None)
+
+    def names(self) -> tuple[str, ...]:
+        weights = (self.first, "down_proj")
+        return (*weights, *(f"{name}_bias" for name in weights)) if self.bias else weights
 
 
 def decorated(module: Any) -> bool:
