@@ -57,9 +57,11 @@ def decorated(module: Any) -> bool:
 
 def is_experts(module: Any) -> bool:
     """Whether it holds experts as those of transformers' table do, in the table or not."""
-    own = vars(module)["_parameters"]
-    stacked = all(n in own and own[n] is not None and own[n].dim() == 3 for n in _BOTH)
-    return decorated(module) or (stacked and hasattr(module, "_apply_gate"))
+    if decorated(module):
+        return True
+    w = [getattr(module, name, None) for name in _BOTH]
+    stacked = all(isinstance(t, nn.Parameter) and t.dim() == 3 for t in w)
+    return stacked and hasattr(module, "_apply_gate")
 
 
 _BOTH = ("gate_up_proj", "down_proj")

@@ -38,7 +38,7 @@ def kinds(family: str) -> list[type[PretrainedConfig]]:
     return [c for c in own if issubclass(c, PretrainedConfig) and c.__module__ == module.__name__]
 
 
-def _configured(kind: type[PretrainedConfig], settings: dict[str, Any]) -> PretrainedConfig:
+def configured(kind: type[PretrainedConfig], settings: dict[str, Any]) -> PretrainedConfig:
     config = kind()
     for name, value in settings.items():
         # A list holds the sizes of several parts; ARGUMENTS give the one that is built.
@@ -56,7 +56,7 @@ def _made(family: str, name: str, settings: dict[str, Any]) -> nn.Module:
     reasons = []
     for configuration in kinds(family):
         try:
-            return kind(_configured(configuration, settings), **arguments)
+            return kind(configured(configuration, settings), **arguments)
         except Exception as error:  # of another part of the model: it lacks what this one needs
             reasons.append(f"{configuration.__name__}: {error}")
     raise AssertionError(f"no configuration makes {name}: {reasons}")

@@ -146,3 +146,15 @@ def test_x_is_saved_once_for_any_number_of_experts_a_token(k):
     gu = 4 * 2 * T * k * H
     assert any(t.data_ptr() == x.data_ptr() for t in saved)
     assert sum(t.nbytes for t in saved) <= x.nbytes + gu + routing
+
+
+@pytest.mark.parametrize("where", ("reference", "triton"))
+def test_an_expert_of_another_rank_adds_nothing(where):
+    experts, (x, index, weights) = made(Plain), routed()
+    away = index == 0
+    with fusedmlp.backend(where):
+        y = experts_forward(experts, x, index.where(~away, E), weights)
+        none = experts_forward(experts, x, torch.full_like(index, E), weights)
+        empty = experts_forward(experts, x[:0], index[:0], weights[:0])
+    torch.testing.assert_close(y, experts(x, index, weights.where(~away, 0)))
+    assert not none.any() and empty.shape == (0, D)
