@@ -72,7 +72,7 @@ _FORMS: WeakKeyDictionary[nn.Module, tuple[list[Any], Form | str]] = WeakKeyDict
 def form_of(experts: nn.Module) -> Form | str:
     """The form of `experts`, or why it has none. Looked for once, and again when a number, a flag,
     a function or the class of a module in it is another."""
-    settings = _settings(experts)
+    settings = settings_of(experts)
     known = _FORMS.get(experts)
     if known is None or known[0] != settings:
         known = _FORMS[experts] = (settings, _form_of(experts))
@@ -83,14 +83,15 @@ def form_of(experts: nn.Module) -> Form | str:
 form_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _settings(module: nn.Module) -> list[Any]:
+def settings_of(module: nn.Module) -> list[Any]:
+    """What tells one module of a class from another, but for its tensors and its mode."""
     # Asked on every call.
     own = vars(module)
     kept = [v for name, v in own.items() if type(v) in _SETTINGS and name != "training"]
     found = [type(module), *kept]
     for inner in own["_modules"].values():
         if inner is not None:
-            found += _settings(inner)
+            found += settings_of(inner)
     return found
 
 
@@ -115,11 +116,8 @@ def _form_of(experts: Any) -> Form | str:
 def _plain(experts: Any) -> Gate | str:
     act = getattr(experts, "act_fn", None)
     name = None if act is None else name_by_values(act)
-    return (
-        f"{type(act).__name__} is no activation that has a kernel"
-        if name is None
-        else Gate(name, None)
-    )
+    what = f"{type(act).__name__} is no activation that has a kernel"
+    return what if name is None else Gate(name, None)
 
 
 def _agrees(experts: Any, form: Form) -> bool:

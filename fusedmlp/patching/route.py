@@ -121,7 +121,7 @@ def _settings(router: nn.Module) -> Iterator[Any]:
             if name == "training":
                 continue
             own = vars(value) if hasattr(value, "to_dict") else {name: value}
-            yield from ((k, v) for k, v in own.items() if type(v) in _PLAIN or callable(v))
+            yield from ((k, v) for k, v in own.items() if type(v) in _PLAIN or inspect.isroutine(v))
     yield from ((name, tuple(t.shape)) for name, t in _tensors(router))
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..layers.parts.around import hooked
 from .dense import local
 from .experts import Experts
-from .plan import Plan, child
+from .form import settings_of
+from .plan import Plan, child, passed_by
 from .route import ARGUMENT, Route, is_matrix, route_of
 from .swap import Patched
 
@@ -47,13 +48,17 @@ class Router(Plan):
         return tuple(name for name, p in module._parameters.items() if p is not None)
 
     def prepare(self, module: nn.Module) -> None:
-        vars(module)["_routed"] = None
+        vars(module).update(_routed=None, _settings=settings_of(module)[1:])
 
     def restore(self, module: nn.Module) -> None:
         vars(module).pop("_routed", None)
+        vars(module).pop("_settings", None)
 
     def run(self, module: Any, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, ...]:
         assert self.route is not None
+        compiling = torch.compiler.is_compiling()  # which takes them for constants
+        if not compiling and settings_of(module)[1:] != module._settings:
+            raise passed_by(module, "a number or function in it is another than at patch()")
         if torch.is_autocast_enabled(x.device.type):  # which some routers switch off
             more = () if added is None else (added,)
             return module._own_class.forward(module, x, *more)

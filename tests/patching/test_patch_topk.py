@@ -64,7 +64,7 @@ def test_router_and_experts_share_one_routing(where, grouped):
     assert {e.name for e in fusedmlp.patch(made).entries} == {e.name for e in report.entries}
     fusedmlp.unpatch(made)
     assert not any(isinstance(m, Patched) for m in made.modules())
-    assert not {"_router", "_routed"} & {*vars(made.experts), *vars(made.gate)}
+    assert not {"_router", "_routed", "_settings"} & {*vars(made.experts), *vars(made.gate)}
 
 
 class Scaled(MixtralSparseMoeBlock):
@@ -106,6 +106,15 @@ def test_copies_have_routers_of_their_own(copied, grouped):
     assert again.experts._router is again.gate is not made.gate
     torch.testing.assert_close(again(x), made(x))
     assert not grouped
+
+
+def test_another_number_of_experts_later_makes_the_next_call_raise():
+    made, x = block(), torch.randn(2, 5, D)
+    fusedmlp.patch(made)
+    made.eval()(x)  # the mode is no setting
+    made.gate.top_k = 1
+    with pytest.raises(TypeError, match="a number or function in it is another than at patch"):
+        made(x)
 
 
 def test_one_graph():
