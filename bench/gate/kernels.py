@@ -70,7 +70,8 @@ def gate(
 ) -> Iterator[Compiled]:
     """Compile and inspect kernels for `arches`, one result at a time: all, `brief_of` all, or the
     training launches of some GEMM `kernels` in some `dtypes`. activations: what the first tiles are
-    compiled with beside silu, which is in every job; gelu's erf needs the most registers."""
+    compiled with beside silu, which is in every job: gelu's erf and situ's two tanh need the most
+    registers."""
     for arch in arches:
         jobs = tuple(jobs_of(arch, list(activations)))
         if brief:
