@@ -23,10 +23,11 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from ..packing import Packed
-from ..patching.dense import Dense, transposed
+from ..patching.dense import Dense
 from ..patching.experts import Experts
 from ..patching.moe import Llama4, Switch
 from ..patching.plan import Plan, child
+from ..patching.projection import transposed
 from ..patching.router import Router
 from ..patching.swap import Patched
 

@@ -10,9 +10,14 @@ too, and cannot be pickled.
 | file | says |
 |---|---|
 | `patch.py` | patch, unpatch, patched, register_patch: which module, and why not |
-| `match.py` | a dense MLP by the data flow of its forward, whatever its names are |
-| `trace.py` | that forward as a graph, the module left as it was |
+| `find.py` | a dense MLP in a module's forward: all of it, or a run of its statements |
+| `match.py`, `flow.py` | one by the data flow of a traced method, whatever its names are |
+| `spelling.py`, `activation.py` | what stands between its projections, by its values |
+| `trace.py` | a method as a graph, the module left as it was |
+| `names.py`, `compiled.py` | runs of statements, and a method with one cut out |
+| `projection.py`, `around.py` | which projections are read, and which are called |
 | `routed.py` | which of a router's tensors a block of experts uses for what |
+| `steps.py` | dropout, norms and sums that a plan takes before, in and behind the fused call |
 | `kept.py` | what a fused call passes by, and whether it is still there |
 | `dense.py`, `moe.py` | the fused forward of a dense MLP, of a mixture of experts |
 | `experts.py` | experts of transformers, by its table of implementations and by patch() |

@@ -1,69 +1,50 @@
-"""The plan of a dense MLP: tail(down(dropout(act(gate(x)) * up(x)))), or with one projection before
-the activation, as one call of gated_mlp or mlp.
+"""The plan of a dense MLP: tail(down(between(act(gate(x)) * up(x)))), or with one projection before
+the activation.
+
+| projections | gated | plain |
+|---|---|---|
+| all are read | gated_mlp | mlp |
+| something stands between | gated_linear, that, linear | linear_act, that, linear |
+| `down` is called | gated_linear, that, down | linear_act, that, down |
+| one before the activation is called | gate, up, gated_act, that, down | all as they are |
+
+Which row it is, every call asks: a projection may be replaced, adapted or hooked after patch().
 
 | field | |
 |---|---|
 | first | paths of gate and up, or of the one projection that holds both or is the only one |
 | packed | order of the halves where one projection holds both |
 | gated | whether act(g) is multiplied by u |
-| dropout | path of a dropout before `down`; at work, it splits the call in two |
-| tail | what follows: paths of modules that are called, "+" for adding x |
-| around | paths of the activation and of modules that hold any of these |
+| head, between, tail | steps on x, on act(g) u, and on what `down` gives (steps.py) |
+| around | paths of activations and of modules that hold any of these |
+| reads | numbers and functions of the module that the plan takes as they were |
+| cut, argument | the run of statements that it stands for (find.py), and which of its names is x |
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..layers.parts.block import passes_through
+from ..ops.gated_act import gated_act
 from ..ops.gated_linear import gated_linear
 from ..ops.gated_mlp import gated_mlp
 from ..ops.linear_act import linear_act
 from ..ops.mlp import mlp
 from ..packing import Packed
-from .plan import Plan, child, hooked, passed_by, unhooked
+from ..reference.activations import resolve
+from .compiled import RUN, around_run, run_of
+from .names import Cut
+from .plan import Plan, child, passed_by
+from .projection import called, is_projection, local, read
+from .steps import Step, describe, idle, take
+from .trace import Attribute
 
-RESIDUAL = "+"
-
-
-def transposed(module: nn.Module) -> bool:
-    """Whether it is a Conv1D of transformers, whose weight is (in, out)."""
-    kind = type(module)
-    return kind.__name__ == "Conv1D" and kind.__module__ == "transformers.pytorch_utils"
-
-
-def _plain(module: nn.Module) -> bool:
-    # The class of scripted modules has no forward.
-    return getattr(type(module), "forward", None) is nn.Linear.forward
-
-
-def is_projection(module: nn.Module) -> bool:
-    """x W' + b and nothing else: what is added to it by a subclass would be lost."""
-    return _plain(module) or transposed(module)
-
-
-def affine(owner: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
-    """(weight (out, in), bias) of a projection, which is not called; this rank's part of them."""
-    linear = unhooked(owner, path)
-    plain = _plain(linear)
-    if not plain and not transposed(linear):
-        raise passed_by(owner, f"{path} is now a {type(linear).__name__}")
-    weight, bias = local(linear.weight), local(linear.bias)
-    return weight if plain else weight.t(), bias
-
-
-def idle(dropout: nn.Module | None) -> bool:
-    """Whether nothing is lost where `dropout` is not called."""
-    return passes_through(dropout) and (dropout is None or hooked(dropout) is None)
-
-
-def local(t: Any) -> Any:
-    """A DTensor's part on this rank; anything else as it is."""
-    return t.to_local() if hasattr(t, "to_local") else t
+__all__ = ["Dense", "idle", "is_projection", "local"]
 
 
 @dataclass(frozen=True)
@@ -73,9 +54,13 @@ class Dense(Plan):
     activation: str = "silu"
     gated: bool = True
     packed: Packed | None = None
-    dropout: str | None = None
-    tail: tuple[str, ...] = ()
+    head: tuple[Step, ...] = ()
+    between: tuple[Step, ...] = ()
+    tail: tuple[Step, ...] = ()
     around: tuple[str, ...] = ()
+    reads: tuple[Attribute, ...] = ()
+    cut: Cut | None = None
+    argument: int = 0
 
     @property
     def op(self) -> str:
@@ -84,44 +69,101 @@ class Dense(Plan):
     def detail(self) -> str:
         words = [f"activation {self.activation!r}"]
         words += [f"packed {self.packed!r}"] if self.packed else []
-        words += [f"in two calls while {self.dropout} is at work"] if self.dropout else []
-        return ", ".join(words)
+        words += [f"in two calls while {describe(step)} is at work" for step in self.between]
+        words += [f"in its {self.method}" if self.cut else ""]
+        return ", ".join(filter(None, words))
 
     def bypassed(self) -> tuple[str, ...]:
-        return (*self.around, *self.first, self.down)
+        return (*self.around, *self.may_call())
 
     def passes_by(self) -> tuple[str, ...]:
         return self.around
 
+    def may_call(self) -> tuple[str, ...]:
+        return (*self.first, self.down)
+
+    def values(self) -> tuple[tuple[str, str], ...]:
+        return self.reads
+
+    def is_part(self) -> bool:
+        return self.cut is not None
+
+    def methods(self, own: type, run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        if self.cut is None:
+            return super().methods(own, run)
+        return {self.method: around_run(own, self.cut), RUN: run}
+
+    def original(self, own: type) -> Callable[..., Any]:
+        if self.cut is None:
+            return super().original(own)
+        return run_of(own, self.cut)
+
+    def way(self, module: nn.Module) -> tuple[str | None, str]:
+        reasons = {path: called(child(module, path)) for path in self.may_call()}
+        because = ", ".join(f"{path} {reason}" for path, reason in reasons.items() if reason)
+        if not because:
+            return self.op, ""
+        if not any(reasons[path] for path in self.first):
+            op = "gated_linear" if self.gated else "linear_act"
+            return op, f"{because}, so it is called and the block is fused up to it"
+        if self.gated:
+            return "gated_act", f"{because}, so projections are called and fused up to act(g) * u"
+        return None, f"{because}, so it is called, and an activation alone has nothing to fuse with"
+
     def obstacle(self, module: nn.Module) -> str | None:
-        for path in (*self.first, self.down):
-            if not is_projection(inner := child(module, path)):
-                return f"{path} is a {type(inner).__name__}, no plain projection"
-        widths = [affine(module, path)[0].shape[0] for path in self.first]
+        read_ = [read(child(module, path)) for path in self.first]
+        widths = [part[0].shape[0] for part in read_ if part is not None]
         if len(set(widths)) > 1:
             return f"its gate and up are {widths[0]} and {widths[1]} wide: broadcast"
         return None
 
     def run(self, module: Any, *args: Any, **kwargs: Any) -> Tensor:
-        (x,) = (*args, *kwargs.values())
-        y = self.block(module, x) if module._split is None else module._split(self, module, x)
+        if self.cut is None:
+            (x,) = (*args, *kwargs.values())
+        else:
+            x = args[self.argument]
+        y = x
+        for step in self.head:
+            y = take(step, module, y, x)
+        y = self.block(module, y) if module._split is None else module._split(self, module, y)
         for step in self.tail:
-            y = y + x if step == RESIDUAL else child(module, step)(y)
+            y = take(step, module, y, x)
         return y
 
-    def block(self, module: nn.Module, x: Tensor, bias: bool = True) -> Tensor:
-        """Up to and with `down`; its bias only if asked for."""
-        w, b = zip(*(affine(module, path) for path in self.first), strict=True)
-        w_down, b_down = affine(module, self.down)
-        b_down = b_down if bias else None
-        options: Any = {"activation": self.activation}
-        dropout = child(module, self.dropout) if self.dropout else None
-        if self.gated:
-            options["packed"] = self.packed
-            (w, b) = ((*w, None), (*b, None)) if self.packed else (w, b)
-        if idle(dropout):
-            whole: Any = gated_mlp if self.gated else mlp
-            return whole(x, *w, w_down, *b, b_down, **options)
-        part: Any = gated_linear if self.gated else linear_act
-        h = part(x, *w, *b, **options)
-        return F.linear(dropout(h), w_down, b_down)  # type: ignore[misc]
+    def block(self, module: Any, x: Tensor, bias: bool = True) -> Tensor:
+        """From the first projections to `down`; its bias only if asked for."""
+        first, down = [child(module, path) for path in self.first], child(module, self.down)
+        apart, last = [read(projection) for projection in first], read(down)
+        whole = None not in apart
+        if module._split is not None and (last is None or not whole):
+            self._refuse(module)
+        steps = [step for step in self.between if not idle(step, module)]
+        if not whole:
+            h = self._behind(*(projection(x) for projection in first))
+        else:
+            w, b = zip(*apart, strict=True)
+            options: Any = {"activation": self.activation}
+            if self.gated:
+                options["packed"] = self.packed
+                (w, b) = ((*w, None), (*b, None)) if self.packed else (w, b)
+            if last is not None and not steps:
+                fused: Any = gated_mlp if self.gated else mlp
+                return fused(x, *w, last[0], *b, last[1] if bias else None, **options)
+            part: Any = gated_linear if self.gated else linear_act
+            h = part(x, *w, *b, **options)
+        for step in steps:
+            h = take(step, module, h, x)
+        if last is None:
+            return down(h)
+        return F.linear(h, last[0], last[1] if bias else None)
+
+    def _behind(self, g: Tensor, u: Tensor | None = None) -> Tensor:
+        """act(g) u of projections that were called."""
+        if not self.gated:
+            return resolve(self.activation).phi(g)
+        return gated_act(g, u, activation=self.activation, packed=self.packed)
+
+    def _refuse(self, module: nn.Module) -> None:
+        """Sharded projections must be read."""
+        reasons = ((path, called(child(module, path))) for path in self.may_call())
+        raise passed_by(module, next(f"{path} {reason}" for path, reason in reasons if reason))

@@ -8,41 +8,55 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from .plan import Plan, child, hooked
+from ..layers.parts.around import bare
+from .around import passed_over
+from .plan import Plan, child
 
 # The holder is None for the patched module itself: no module refers to itself.
-_Part = tuple[str, nn.Module | None, str, nn.Module, int]
-_Function = tuple[str, nn.Module | None, str, Any]
+_Part = tuple[str, nn.Module | None, str, nn.Module, int, Any]
+_Value = tuple[str, nn.Module | None, str, Any]
 
 
 class Kept(NamedTuple):
     """What one patched module keeps in its __dict__, so that copies and pickles have their own.
 
-    children: how many submodules it has.
-    parts: (path, the module that holds it, its key there, itself, how many submodules it has).
-    functions: (path, the module that holds it, its name there, itself): `self.act = torch.relu`.
+    children: how many submodules it has; None where others than the MLP's may come and go.
+    parts: (path, the module that holds it, its key there, itself, how many submodules it has, the
+        forward of its class).
+    values: (path, the module that holds it, its name there, itself): `self.act = torch.relu`.
     """
 
-    children: int
+    children: int | None
     parts: tuple[_Part, ...]
-    functions: tuple[_Function, ...]
+    values: tuple[_Value, ...]
 
 
 def keep(module: nn.Module, plan: Plan) -> Kept:
     parts = tuple(_part(module, path) for path in plan.passes_by())
-    functions = [f for path, _, _, inner, _ in parts for f in _functions(path, inner, inner)]
-    own = _functions("", None, module)
-    return Kept(len(module._modules), parts, (*own, *functions))
+    named = plan.values()
+    if named is None:
+        values = [v for path, _, _, inner, *_ in parts for v in _functions(path, inner, inner)]
+        values += _functions("", None, module)
+    else:
+        values = [_value(module, path, name) for path, name in named]
+    return Kept(None if plan.is_part() else len(module._modules), parts, tuple(values))
 
 
 def _part(module: nn.Module, path: str) -> _Part:
     above, _, key = path.rpartition(".")
     holder = child(module, above) if above else None
     inner = child(module, path)
-    return path, holder, key, inner, len(inner._modules)
+    forward = getattr(type(inner), "forward", None)
+    return path, holder, key, inner, len(inner._modules), forward
 
 
-def _functions(path: str, holder: nn.Module | None, of: nn.Module) -> Iterator[_Function]:
+def _value(module: nn.Module, path: str, name: str) -> _Value:
+    holder = child(module, path) if path else None
+    value = vars(module if holder is None else holder)[name]
+    return f"{path}.{name}".lstrip("."), holder, name, value
+
+
+def _functions(path: str, holder: nn.Module | None, of: nn.Module) -> Iterator[_Value]:
     for key, value in vars(of).items():
         if callable(value) and not isinstance(value, nn.Module):
             yield f"{path}.{key}".lstrip("."), holder, key, value
@@ -51,18 +65,23 @@ def _functions(path: str, holder: nn.Module | None, of: nn.Module) -> Iterator[_
 def changed(module: Any, kept: Kept) -> str | None:
     """What is no longer as patch() found it."""
     # Asked on every call, and traced by torch.compile: plain look-ups alone.
-    if len(module._modules) != kept.children:
+    if kept.children is not None and len(module._modules) != kept.children:
         return "the number of its submodules has changed"
-    for path, holder, key, inner, children in kept.parts:
+    for path, holder, key, inner, children, forward in kept.parts:
         if (module if holder is None else holder)._modules.get(key) is not inner:
             return f"{path} is another module than at patch()"
         if len(inner._modules) != children:
             return f"the number of submodules of {path} has changed"
-        if around := hooked(inner):
+        if getattr(type(inner), "forward", None) is not forward:
+            return f"the class of {path} has another forward than at patch()"
+        if not bare(inner) and (around := passed_over(inner)):
             return f"{path} {around}"
-    for path, holder, key, function in kept.functions:
-        if (module if holder is None else holder).__dict__.get(key) is not function:
-            return f"{path} is another function than at patch()"
+    for path, holder, key, value in kept.values:
+        now = (module if holder is None else holder).__dict__.get(key)
+        if now is not value and now != value:
+            if callable(value):
+                return f"{path} is another function than at patch()"
+            return f"{path} is {now!r}, and was {value!r} at patch()"
     return None
 
 
@@ -71,7 +90,8 @@ def stale(module: Any) -> str | None:
     plan: Plan = module._plan
     if module._kept is not None and (change := changed(module, module._kept)):
         return change
+    callable_ = plan.may_call()
     for path in plan.bypassed():
-        if around := hooked(child(module, path)):
+        if path not in callable_ and (around := passed_over(child(module, path))):
             return f"{path} {around}"
     return plan.obstacle(module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,15 @@ class Plan:
         not run, so they must have none; nothing inside them is patched on its own."""
         return ()
 
+    def may_call(self) -> tuple[str, ...]:
+        """Those in `bypassed()` that `run` calls where something stands around them."""
+        return ()
+
+    def way(self, module: nn.Module) -> tuple[str | None, str]:
+        """The function that `run` calls as `module` is now, or None where nothing is left to fuse;
+        and why it is not `op`."""
+        return self.op, ""
+
     def passes_by(self) -> tuple[str, ...]:
         """Submodules in `bypassed()` whose parameters `run` never reads, or that hold others;
         parents first. Replacing one after patch() makes the next call raise."""
@@ -44,6 +53,23 @@ class Plan:
         """Names of the parameters of the module's own, in none of its submodules, that `run`
         reads."""
         return ()
+
+    def values(self) -> tuple[tuple[str, str], ...] | None:
+        """(path of the holder, name) of numbers and functions of the module that `run` takes as
+        patch() found them; None: of all functions."""
+        return None
+
+    def is_part(self) -> bool:
+        """Whether `run` stands for a part of the method, and the rest of it runs as it is."""
+        return False
+
+    def methods(self, own: type, run: Callable[..., Any]) -> dict[str, Callable[..., Any]]:
+        """What the patched class has under its own names; `run` is checked."""
+        return {self.method: run}
+
+    def original(self, own: type) -> Callable[..., Any]:
+        """What `run` stands for."""
+        return getattr(own, self.method)
 
     def obstacle(self, module: nn.Module) -> str | None:
         """Why `run` would not compute what the module's own method computes now."""

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from ..layers.binary import BinaryGatedMLP
 from ..reference.binary import GROUP
 from .dense import Dense
-from .match import find
+from .find import find
 from .plan import Plan, hooked
+from .projection import called
 from .report import Entry, QuantizationReport, Quantized
+from .steps import describe
 from .swap import Patched
 from .walk import Walk, checked
 
@@ -62,15 +64,16 @@ class _Blocks(Walk):
     def reason(self, module: nn.Module, plan: Dense) -> str | None:
         """Why a BinaryGatedMLP must not take the place of `module`."""
         paths = (*plan.first, plan.down)
-        if paths != PROJECTIONS or plan.method != "forward":
+        if paths != PROJECTIONS or plan.method != "forward" or plan.cut:
             return f"its projections must be {', '.join(PROJECTIONS)}, got {', '.join(paths)}"
-        if plan.tail or plan.dropout:
-            return (
-                f"a one-bit block would lose {', '.join(filter(None, (plan.dropout, *plan.tail)))}"
-            )
+        if steps := (*plan.head, *plan.between, *plan.tail):
+            return f"a one-bit block would lose {', '.join(map(describe, steps))}"
         if around := hooked(module):
             return f"it {around}, which a one-bit block would lose"
         linears = [getattr(module, projection) for projection in PROJECTIONS]
+        for projection, linear in zip(PROJECTIONS, linears, strict=True):
+            if why := called(linear):
+                return f"{projection} {why}"
         for projection, linear in zip(PROJECTIONS, linears, strict=True):
             if type(linear) is not nn.Linear:
                 return f"{projection} is a {type(linear).__name__}, not a plain nn.Linear"

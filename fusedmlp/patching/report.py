@@ -13,13 +13,15 @@ LOOKED_FOR = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One module: patched with `op` on `backend`, or left (op None) for the reason in `detail`."""
+    """One module: patched with `op` on `backend`, or left (op None) for the reason in `detail`.
+    `partly`: fused as far as its projections, which are called, allow; `detail` says why."""
 
     name: str
     kind: str
     op: str | None
     backend: str | None
     detail: str
+    partly: bool = False
 
     def __str__(self) -> str:
         where = f"{self.name or 'the model'} ({self.kind})"
@@ -79,7 +81,8 @@ def _mib(count: int) -> str:
 
 @dataclass(frozen=True)
 class Report:
-    """What patch() did: `patched` and `left`, each a tuple of entries; str() has a line for each.
+    """What patch() did, a tuple of entries each; str() has a line for each. `patched`: fused, whole
+    or in part; `left`: not fused, whole or in part; `partly`: what is among both.
     `quantized`: what was put into one-bit weights before, with its bytes, or None.
 
     `backend` of an entry is what runs it as things stand: on tensors like its parameters now, under
@@ -95,12 +98,18 @@ class Report:
 
     @property
     def left(self) -> tuple[Entry, ...]:
-        return tuple(e for e in self.entries if e.op is None)
+        return tuple(e for e in self.entries if e.op is None or e.partly)
+
+    @property
+    def partly(self) -> tuple[Entry, ...]:
+        return tuple(e for e in self.entries if e.partly)
 
     def __str__(self) -> str:
         if not self.patched and self.quantized is None:
             head = f"nothing was patched; looked for {LOOKED_FOR}"
         else:
-            head = f"{len(self.patched)} patched, {len(self.left)} left"
+            part = f" ({len(self.partly)} in part)" if self.partly else ""
+            whole = len(self.left) - len(self.partly)
+            head = f"{len(self.patched)} patched{part}, {whole} left"
         bits = [] if self.quantized is None else [str(self.quantized)]
         return "\n".join([*bits, head, *map(str, self.entries)])

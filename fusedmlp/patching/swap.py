@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, fx, nn
 
 from .kept import Kept, changed, keep
 from .plan import Plan, passed_by
@@ -28,7 +29,9 @@ class Patched:
 
     def _path(self) -> str:
         """For explain(). No public name: the module's own submodules may have it."""
-        return f"patched, {self._plan.op} {self._plan.detail()}".rstrip()
+        op, why = self._plan.way(self)  # type: ignore[arg-type]
+        words = f"patched, {op or 'nothing fused'} {self._plan.detail()}".rstrip()
+        return f"{words}; {why}" if why else words
 
     def extra_repr(self) -> str:
         own = super().extra_repr()  # type: ignore[misc]
@@ -46,27 +49,60 @@ class Patched:
         return (_rebuild, (self._own_class, self._plan), *state)
 
 
-_classes: dict[tuple[type, Plan], type] = {}
+_classes: dict[tuple[type, Plan, Any], type] = {}
 
 
 def patched_class(own: type, plan: Plan) -> type:
     """A subclass of `own` under its name: others tell modules by their class names."""
-    if (own, plan) not in _classes:
-        _classes[own, plan] = _make(own, plan)
-    return _classes[own, plan]
+    key = own, plan, getattr(own, plan.method)
+    if key not in _classes:
+        _classes[key] = _make(own, plan)
+    return _classes[key]
 
 
 def _make(own: type, plan: Plan) -> type:
-    @functools.wraps(getattr(own, plan.method))
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    original = plan.original(own)
+
+    @functools.wraps(original)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _foreign(args) or _foreign(kwargs.values()):
+            return original(self, *args, **kwargs)
         kept = self._kept
         if kept is not None and (change := changed(self, kept)):
             raise passed_by(self, change)
         return self._plan.run(self, *args, **kwargs)
 
-    body = {"_own_class": own, "_plan": plan, plan.method: method}
+    methods = plan.methods(own, run)
+    methods[plan.method] = _unless_replaced(own, plan.method, methods[plan.method])
+    # torch.jit reads the annotations of a class; those here are none of the module's.
+    notes = {"__annotations__": dict(getattr(own, "__annotations__", {}))}
+    body = {"_own_class": own, "_plan": plan, **methods, **notes}
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
     return type(own.__name__, (Patched, own), body | names)
+
+
+def _unless_replaced(own: type, name: str, ours: Callable[..., Any]) -> Callable[..., Any]:
+    """`ours`, for as long as `own` has the method that it had: one put there later is run."""
+    found = getattr(own, name)
+
+    @functools.wraps(found)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        now = getattr(own, name)
+        return (ours if now is found else now)(self, *args, **kwargs)
+
+    return method
+
+
+def _foreign(values: Iterable[Any]) -> bool:
+    """Whether an argument is none that kernels take, nor the reference: a proxy of torch.fx, a
+    nested tensor of the strided layout."""
+    for x in values:
+        if isinstance(x, Tensor):
+            if x.is_nested and x.layout is torch.strided:
+                return True
+        elif isinstance(x, fx.Proxy):
+            return True
+    return False
 
 
 def _rebuild(own: type, plan: Plan) -> Any:

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from ..backends import choice
 from ..layers.binary import BinaryGatedMLP
 from ..ops.binary_gated_mlp import OP
+from .around import by_accelerate, passed_over
+from .find import find
 from .kept import stale
-from .match import find
 from .moe import ADAPTERS
-from .plan import Plan, child, hooked
+from .plan import Plan, child
+from .projection import called
 from .report import Entry
 from .router import experts_among, plan_of_router, routes
 from .swap import Patched, swap
@@ -82,6 +84,12 @@ def _selected(model: nn.Module, only: Only) -> Callable[[str, nn.Module], bool]:
 def _broken(name: str, module: Any, change: str) -> Entry:
     reason = f"patched before, and its calls raise now: {change}; unpatch(model) first"
     return Entry(name, module._own_class.__name__, None, None, reason)
+
+
+def _sample(module: nn.Module) -> Tensor:
+    """A tensor as the module's calls have."""
+    floating = (p for p in module.parameters() if p.is_floating_point())
+    return next(floating, torch.empty(0, device=getattr(module, "device", None)))
 
 
 def _not_called(module: nn.Module) -> str:
@@ -165,9 +173,14 @@ class Walk:
         return None
 
     def entry(self, name: str, module: Any, plan: Plan) -> None:
-        kind, like = module._own_class.__name__, next(module.parameters())
-        where = choice.pick(plan.op, like)
-        self.entries.append(Entry(name, kind, plan.op, where, plan.detail() + _not_called(module)))
+        kind, (op, why) = module._own_class.__name__, plan.way(module)
+        if op is None:
+            self.entries.append(Entry(name, kind, None, None, why))
+            return
+        where, detail = choice.pick(op, _sample(module)), plan.detail() + _not_called(module)
+        if why:
+            detail = f"{detail}; {why}"
+        self.entries.append(Entry(name, kind, op, where, detail, partly=bool(why)))
 
     def one_bit(self, name: str, block: BinaryGatedMLP) -> None:
         """What quantize_model put there; a block that is in training is a layer like others."""
@@ -179,14 +192,19 @@ class Walk:
         """Why `plan` must not run `module` now."""
         if isinstance(module, torch.jit.ScriptModule):
             return "it is a ScriptModule"
-        if plan.method in module.__dict__:
+        if plan.method in module.__dict__ and not by_accelerate(module):
             return f"its {plan.method} is set on the instance"
         if len(self.names[id(module)]) > 1:
             return f"tied: it also is {self.others(module)}"
+        op, why = plan.way(module)
+        if op is None:
+            return why
         read: list[tuple[str, Any]] = [(n, getattr(module, n)) for n in plan.own_parameters(module)]
         for path in plan.bypassed():
             inner = child(module, path)
-            if around := hooked(inner):
+            if path in plan.may_call() and called(inner):
+                continue
+            if around := passed_over(inner):
                 return f"{path} {around}, which a fused call would pass by"
             if len(self.names[id(inner)]) > 1 and any(True for _ in inner.parameters()):
                 return f"tied: {path} also is {self.others(inner)}"
@@ -202,6 +220,8 @@ class Walk:
         return " and ".join(self.names[id(shared)][:2])
 
     def dtypes(self, plan: Plan, parameters: Sequence[Tensor]) -> str | None:
+        if not parameters:
+            return None
         found = list(dict.fromkeys(p.dtype for p in parameters))
         if self.dtype_check and (len(found) > 1 or found[0] not in choice.TRITON_DTYPES):
             takes = ", ".join(str(d).removeprefix("torch.") for d in choice.TRITON_DTYPES)

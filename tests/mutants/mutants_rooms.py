@@ -49,6 +49,10 @@ BINARY = (EACH_OP, "tests/ops/test_binary_errors.py", STRIDES, "tests/ops/test_b
 PATCHING = (
     DEFAULTS,
     "tests/patching/test_patch_match.py",
+    "tests/patching/test_patch_spelling.py",
+    "tests/patching/test_patch_cut.py",
+    "tests/patching/test_patch_called.py",
+    "tests/patching/test_patch_left.py",
     "tests/patching/test_patch.py",
     "tests/patching/test_patch_experts.py",
     "tests/patching/test_patch_gates.py",

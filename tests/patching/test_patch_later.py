@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from patch_blocks import MLP, GatedMLP, Model, Packed, Residual
+from patch_blocks import MLP, GatedMLP, Model, Residual
 from patch_models import build
 from test_patch_routers import Flat
 from torch import nn
@@ -45,12 +45,16 @@ def set_item(block, key, module):
     block[key] = module
 
 
+class OwnAct(nn.Module):
+    def forward(self, t):
+        return torch.relu(t)
+
+
 HOOKS = ("forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook")
 BLOCKS = {
-    "gated": (GatedMLP, ("w1", "w2", "w3", "act")),
-    "plain": (MLP, ("0", "1", "2")),
-    "packed": (Packed, ("gate_up", "down")),
-    "residual": (Residual, ("intermediate", "output", "act")),
+    "gated": (GatedMLP, ("act",)),
+    "plain": (MLP, ("1",)),
+    "residual": (Residual, ("act",)),
     "Switch": (Flat, ("experts.expert_1.wo", "experts.expert_2")),
 }
 
@@ -104,7 +108,11 @@ CHANGES = {
         lambda m: m.after.register_forward_hook(lambda *_: None),
         "after has hooks",
     ),
-    "an adapter": (MLP, lambda m: set_item(m, 0, Adapter(m[0])), "0 is (now )?a[n]? ?Adapter"),
+    "the class of an item": (
+        lambda: MLP(OwnAct()),
+        lambda m: setattr(OwnAct, "forward", lambda self, t: 2 * t),
+        "the class of 1 has another forward",
+    ),
 }
 
 

@@ -88,14 +88,14 @@ def adapted(model):
     ("change", "why"),
     [
         (in_place(Scaled()), "its forward does not end in a projection"),
-        (in_place(Normed()), "RMSNorm is no activation that has a kernel"),
+        (in_place(Normed()), "a one-bit block would lose norm"),
         (in_place(WithTail()), "a one-bit block would lose dropout"),
         (on_the_instance, "it has a forward of its own, set on the instance, which a one-bit"),
         (lambda m: m.blocks[0].register_forward_hook(lambda *_: None), "it has hooks, which a one"),
         (lambda m: m.blocks[0].up_proj.register_forward_hook(lambda *_: None), "up_proj has hooks"),
         (lambda m: setattr(m, "also", m.blocks[0]), "tied: it also is blocks.0 and also"),
-        (adapted, "Doubled is no plain projection"),
-        (lambda m: parametrizations.weight_norm(m.blocks[0].up_proj), "its gate and up are no pro"),
+        (adapted, "up_proj is a test_quantize.Doubled"),
+        (lambda m: parametrizations.weight_norm(m.blocks[0].up_proj), "up_proj computes its"),
     ],
 )  # fmt: skip
 def test_left_where_something_would_be_lost(change, why):

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from torch import nn
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def hooked(module: nn.Module) -> str | None:
     """What stands around a module's own forward, which a fused call would not run."""
     of = module.__dict__
-    if any(of[name] for name in _HOOKS):
+    if any(of[name] for name in HOOKS):
         return "has hooks"
     if "forward" in of:
         return "has a forward of its own, set on the instance"

@@ -1,0 +1,93 @@
+"""Whether a module is a dense MLP, whole or among other parts, or holds one in its forward.
+
+The layers of OPT, Whisper and BART call fc1, activation and fc2 in their own forward, and those of
+DeBERTa a module for each half:
+
+    h = self.act(self.fc1(h))        ->        h = self._fused_run(h)
+    h = dropout(h, p=...)
+    h = self.fc2(h)
+
+A run of statements that makes one value of one variable is a function of it, and is traced and
+matched as a forward is. The method is then compiled again with one call in the place of the run;
+all other statements stay what they were.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from .compiled import RUN, run_of, runs_of
+from .dense import Dense
+from .experts import plan_of
+from .form import is_experts
+from .match import callees, like_one, match, projections
+from .plan import Plan
+from .trace import NoMatch
+
+# Methods that hold a whole MLP where it is spread over submodules.
+METHODS = ("feed_forward_chunk", "ff_chunk", "_ff_block", "forward")
+
+
+def find(module: nn.Module) -> Plan | str | None:
+    """A plan, or why there is none, or None for what is like no MLP."""
+    if is_experts(module):
+        return plan_of(module)
+    method = next(m for m in METHODS if hasattr(module, m))
+    reason = None
+    if method != "forward" or _may_be_one(module):
+        try:
+            return match(module, method)
+        except NoMatch as error:
+            reason = str(error)
+    return _of_any_parts(module, method) or _cut(module) or reason
+
+
+def _may_be_one(module: nn.Module) -> bool:
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return False
+    return like_one(callees(module))
+
+
+def _of_any_parts(module: nn.Module, method: str) -> Plan | None:
+    """With modules that are no projections, but may hold them: adapters of any library."""
+    holding = [m for m in callees(module) if any(True for _ in m.parameters())]
+    if len(holding) not in (2, 3):
+        return None
+    try:
+        plan = match(module, method, opaque=True)
+    except NoMatch:
+        return None
+    return plan if plan.way(module)[0] else None
+
+
+def _cut(module: nn.Module) -> Dense | None:
+    """The plan of the first run of statements in the forward of `module` that is a dense MLP."""
+    own: Any = type(module)
+    forward = getattr(own, "forward", None)
+    if forward is None or len(list(projections(module))) < 2:
+        return None
+    for cut, mentions in runs_of(inspect.unwrap(forward)):
+        if like_one(_mentioned(module, mentions)):
+            try:
+                plan = match(module, RUN, function=run_of(own, cut))
+            except NoMatch:
+                continue
+            return replace(plan, method="forward", cut=cut)
+    return None
+
+
+def _mentioned(module: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
+    found: dict[int, nn.Module] = {}
+    for path in paths:
+        inner: Any = module
+        for name in path.split("."):
+            inner = getattr(inner, name, None) if isinstance(inner, nn.Module) else inner
+        for m in list(inner) if isinstance(inner, nn.ModuleList) else [inner]:
+            if isinstance(m, nn.Module) and m is not module:
+                found[id(m)] = m
+    return list(found.values())

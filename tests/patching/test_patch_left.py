@@ -1,0 +1,105 @@
+"""What patch() leaves, or calls, and the reason that its report gives."""
+
+import pytest
+import torch
+from layer_checks import Stranger
+from patch_blocks import MLP, GatedMLP, Model
+from torch import nn
+
+import fusedmlp
+from fusedmlp.patching import Plan
+from fusedmlp.patching.walk import REGISTERED
+
+
+def reason(model):
+    """Why the only MLP in `model` was left."""
+    report = fusedmlp.patch(model)
+    assert not report.patched and len(report.left) == 1, report
+    assert "left, " in str(report)
+    return report.left[0].detail
+
+
+def replaced(**changes):
+    block = GatedMLP()
+    for name, module in changes.items():
+        setattr(block, name, module)
+    return Model(block)
+
+
+def with_own_forward():
+    model = Model(GatedMLP())
+    model.blocks[0].forward = lambda t: t
+    return model
+
+
+def tied():
+    model = Model(GatedMLP(), nn.Linear(8, 12))
+    model.blocks[1].weight = model.blocks[0].w1.weight
+    return model
+
+
+def tied_module():
+    model = Model(GatedMLP())
+    model.also = model.blocks[0].w2
+    return model
+
+
+class Buffered(nn.SiLU):
+    """Silu today; what it computes when its buffer is another, values cannot tell."""
+
+    def __init__(self, *size):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(size))
+
+    def forward(self, t):
+        return super().forward(t + self.shift.sum())
+
+
+def twice():
+    block = MLP()
+    return Model(block, block)
+
+
+def mixed():
+    model = Model(MLP())
+    model.blocks[0][2].double()
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [
+        (with_own_forward, "its forward is set on the instance"),
+        (tied, "tied: w1.weight also is blocks.0.w1.weight and blocks.1.weight"),
+        (tied_module, "tied: w2 also is blocks.0.w2 and also"),
+        *((lambda size=size: replaced(act=Buffered(*size)), "act (Buffered) is neither a")
+          for size in ((), (2,))),
+        (twice, "tied: it also is blocks.0 and blocks.1"),
+        (mixed, "its dtypes are torch.float32, torch.float64; kernels take one of bfloat16"),
+        (lambda: Model(MLP()).double(), "its dtypes are torch.float64; kernels take one of"),
+        (lambda: replaced(act=Stranger()), "neither factor of its product is an activation"),
+        (lambda: replaced(act=nn.PReLU()), "act (PReLU) is neither a projection"),
+        (lambda: Model(MLP(Stranger())), "Stranger is no activation that has a kernel"),
+    ],
+)  # fmt: skip
+def test_left_with_its_reason(make, why):
+    model = make()
+    kinds = [type(m) for m in model.modules()]
+    assert why in reason(model)
+    assert [type(m) for m in model.modules()] == kinds
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_a_scripted_module_is_left():
+    """As an MLP, as a projection in one, and where an adapter would take it."""
+    whole, part = torch.jit.script(MLP()), MLP()
+    part[0] = torch.jit.script(part[0])
+    left = "0 is a torch.jit._script.RecursiveScriptModule, so it is called"
+    assert left in reason(Model(part)) and not fusedmlp.patch(Model(whole)).patched
+    kind = type(whole)
+    fusedmlp.register_patch(kind, lambda module: Plan())
+    try:
+        report = fusedmlp.patch(Model(whole))
+        assert {e.detail for e in report.entries} == {"it is a ScriptModule"}
+    finally:
+        del REGISTERED[kind]
