@@ -6,21 +6,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import importlib.metadata
 import importlib.util
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .version import __version__
-
-if TYPE_CHECKING:
-    from .patching import Entry, Report
 
 OPTIONAL = ("transformers", "kernels", "numpy", "matplotlib", "rich")
 CHECKED = ("gated_mlp", "mlp", "moe_mlp")
@@ -56,43 +51,6 @@ def doctor() -> int:
     return 0 if passed else 1
 
 
-def _empty_model(folder: Path) -> tuple[Any, Any]:
-    """The configuration, and the model that it describes, on the meta device in its dtype."""
-    import transformers
-
-    # Never code that lies beside the configuration.
-    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    names = getattr(config, "architectures", None) or []
-    cls = next((c for n in names if (c := getattr(transformers, n, None))), None)
-    with torch.device("meta"):
-        model = (
-            cls(config)
-            if cls
-            else transformers.AutoModel.from_config(config, trust_remote_code=False)
-        )
-    dtype = getattr(config, "dtype", None)
-    return config, model.to(dtype) if isinstance(dtype, torch.dtype) else model
-
-
-def _as_quantised(report: Report, config: Any) -> Report:
-    """The report on the loaded checkpoint: where it is quantised, all projections are, but those
-    that its configuration excepts."""
-    quantization = getattr(config, "quantization_config", None)
-    if not isinstance(quantization, dict):
-        return report
-    method = quantization.get("quant_method", "its quantization_config")
-    keys = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore")
-    whole = [name for key in keys for name in quantization.get(key) or ()]
-
-    def loaded(entry: Entry) -> Entry:
-        if entry.op is None or any(name in entry.name for name in whole):
-            return entry
-        reason = f"its projections are quantised in the checkpoint ({method})"
-        return dataclasses.replace(entry, op=None, backend=None, detail=reason)
-
-    return dataclasses.replace(report, entries=tuple(map(loaded, report.entries)))
-
-
 def _wrong(message: str) -> int:
     print(f"fusedmlp patch-report: {message}", file=sys.stderr)
     return 2
@@ -102,17 +60,18 @@ def patch_report(folder: str) -> int:
     """patch() on a model without weights; the report. Exit code 1 where nothing is patched, 2 for a
     folder without a configuration that transformers knows."""
     from . import patch
+    from .patching.checkpoint import empty_model
 
     if not (Path(folder) / "config.json").is_file():
         return _wrong(f"MODEL_DIR must hold a config.json, got {folder}")
     if importlib.util.find_spec("transformers") is None:
         return _wrong('needs transformers: pip install "fusedmlp[hf]"')
     try:
-        config, model = _empty_model(Path(folder))
+        model = empty_model(Path(folder))
     except Exception as error:  # whatever transformers raises at a configuration
         what = f"{type(error).__name__}: {error}".partition("\n")[0]
         return _wrong(f"config.json must describe a model of transformers, got {what}")
-    report = _as_quantised(patch(model), config)
+    report = patch(model)
     print(f"{type(model).__name__}: {report}")
     return 0 if report.patched else 1
 

@@ -20,7 +20,7 @@ from .dense import Dense
 from .plan import child, with_parents
 from .projection import like_a_projection, width
 from .spelling import Region, Spelled, spelled
-from .steps import RESIDUAL, Dropout, Step, is_dropout, paths
+from .steps import RESIDUAL, Dropout, Step, describe, is_dropout, paths
 from .trace import NoMatch, Traced
 
 _ADD = (operator.add, operator.iadd, torch.add)
@@ -87,7 +87,8 @@ class Flow:
             node = self.only(before)
         if first is None and idle and not between:
             return Spelled((node,), "identity", False, None, (), ()), (), tuple(idle)
-        raise first or NoMatch("no activation stands between its projections")
+        what = ", ".join(map(describe, between)) or "nothing"
+        raise first or NoMatch(f"{what} stands between its projections, no activation with a kernel")
 
     def region(self, h: Any) -> Spelled:
         region = Region(self.module, h, self.projects)

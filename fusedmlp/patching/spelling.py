@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from math import prod
+from types import BuiltinFunctionType, FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +27,8 @@ from .trace import Attribute, NoMatch
 _WIDTH = 32
 _ALONE: tuple[tuple[Packed | None, bool], ...] = ((None, True),)
 _SETTINGS = (int, float, str)
+_HASHED = (*_SETTINGS, bool, type(None), FunctionType, BuiltinFunctionType)
+_OF_A_MODULE = vars(nn.Module()).keys()
 _Run = tuple[list[Tensor], Tensor]
 
 
@@ -80,6 +83,21 @@ class Region:
     def by(self) -> tuple[str, ...]:
         return tuple(str(n.target) for n in self.nodes if n.op == "call_module")
 
+    def shown(self) -> Any:
+        """All that makes what it computes another: its nodes, and of modules that it calls the
+        classes and settings; None where a setting is more than a number, a text or a function."""
+        first = [str(node) for node in self.first]
+        key: list[Any] = [tuple(first)]
+        for node in self.nodes:
+            key.append((node.target, str(node.args), str(node.kwargs)))
+            if node.op == "call_module":
+                inner = child(self.module, str(node.target))
+                own = {k: v for k, v in vars(inner).items() if k not in _OF_A_MODULE}
+                if inner._modules or any(type(v) not in _HASHED for v in own.values()):
+                    return None
+                key.append((type(inner), inner.training, *own.items()))
+        return tuple(key)
+
     def numbers(self) -> list[float]:
         return numbers_of(self.module, self.nodes)
 
@@ -132,14 +150,28 @@ def spelled(region: Region, width: int | None) -> Spelled:
     count = len(region.first)
     if count not in (1, 2):
         raise NoMatch(f"{region.h} is made of {count} projections")
+    key = region.shown()
+    found = _FOUND.get((key, width)) or _looked_for(region, width if count == 1 else None)
+    if key is not None:
+        _FOUND[key, width] = found
+    name, packed, gate_is_first = found
+    first = region.first if gate_is_first else region.first[::-1]
+    gated = packed is not None or count == 2
+    return Spelled(tuple(first), name, gated, packed, region.by(), region.reads())
+
+
+# Of regions that show all that they compute: the layers of a model are alike.
+_FOUND: dict[tuple[Any, int | None], tuple[str, Packed | None, bool]] = {}
+
+
+def _looked_for(region: Region, width: int | None) -> tuple[str, Packed | None, bool]:
+    count = len(region.first)
     runs = [_run(region, [width or _WIDTH] * count, dims) for dims in (2, 3, 4)]
     layouts = _layouts(count, runs[0])
     for name in spellings(region.numbers()):
         for packed, gate_is_first in layouts:
             if all(_agree(name, run, packed, gate_is_first) for run in runs):
-                first = region.first if gate_is_first else region.first[::-1]
-                gated = packed is not None or count == 2
-                return Spelled(tuple(first), name, gated, packed, region.by(), region.reads())
+                return name, packed, gate_is_first
     if count == 2:
         raise NoMatch("neither factor of its product is an activation that has a kernel")
     if layouts == _ALONE:

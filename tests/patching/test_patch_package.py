@@ -59,14 +59,14 @@ def test_patch_report_of_a_quantised_checkpoint(tmp_path, capsys):
     config.architectures = ["LlamaForCausalLM"]
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
     config.save_pretrained(tmp_path)
-    assert cli.main(["patch-report", str(tmp_path)]) == 1
+    assert cli.main(["patch-report", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("LlamaForCausalLM: nothing was patched")
-    assert text.count("left, its projections are quantised in the checkpoint (gptq)") == 2
+    assert text.startswith("LlamaForCausalLM: 2 patched (2 in part), 0 left")
+    assert text.count("gated_act on") == 2 and text.count("gate_proj is a gptq.Linear") == 2
     config.quantization_config = {"quant_method": "fp8", "modules_to_not_convert": ["layers.1.mlp"]}
     config.save_pretrained(tmp_path)
     assert cli.main(["patch-report", str(tmp_path)]) == 0
-    assert "LlamaForCausalLM: 1 patched, 1 left" in capsys.readouterr().out
+    assert "LlamaForCausalLM: 2 patched (1 in part), 0 left" in capsys.readouterr().out
 
 
 def test_patch_report_in_the_checkpoints_dtype(tmp_path, capsys):
