@@ -30,6 +30,7 @@ from fusedmlp.patching.report import Report
 from fusedmlp.patching.swap import Patched
 
 SECONDS = 60  # for one type
+LARGEST = 30_000_000  # parameters of a model with values
 _SMALL: dict[str, Any] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size",
                      "word_embed_proj_dim", "projection_dim", "conv_dim"), 32),
@@ -71,17 +72,27 @@ def small(cls: Any, **changes: Any) -> Any:
     return cls(**own)
 
 
+class Late(BaseException):
+    """No Exception: whatever suppresses those must not go on."""
+
+
 def built(cls: Any, model_class: Any) -> nn.Module | None:
-    """The model on the CPU, else on meta: small, or of its defaults with two layers."""
+    """Small on the CPU; else, of its own sizes and perhaps two layers, on meta."""
     layers = {k: 2 for k, v in _SMALL.items() if v == 2 and "layer" in k}
-    for device, config in (
-        ("cpu", lambda: small(cls)),
-        ("cpu", lambda: small(cls, num_key_value_heads=2)),
-        ("meta", lambda: cls(**{k: v for k, v in layers.items() if hasattr(cls(), k)})),
-        ("meta", cls),
+    for config in (
+        lambda: small(cls),
+        lambda: small(cls, num_key_value_heads=2),
+        lambda: cls(**{k: v for k, v in layers.items() if hasattr(cls(), k)}),
+        cls,
     ):
-        with contextlib.suppress(Exception), torch.device(device):
-            return model_class._from_config(config())
+        with contextlib.suppress(Exception):
+            with torch.device("meta"):
+                model: nn.Module = model_class._from_config(config())
+            if sum(p.numel() for p in model.parameters()) > LARGEST:
+                return model
+            with contextlib.suppress(Exception):
+                return model_class._from_config(config())  # type: ignore[no-any-return]
+            return model
     return None
 
 
@@ -133,7 +144,7 @@ def rows(kinds: list[str]) -> list[Row]:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     def late(*_: Any) -> None:
-        raise TimeoutError(f"more than {SECONDS} s")
+        raise Late(f"more than {SECONDS} s")
 
     signal.signal(signal.SIGALRM, late)
     found = []
@@ -148,7 +159,7 @@ def rows(kinds: list[str]) -> list[Row]:
                 found.append(row(kind, cls, model_class))
         except KeyError:
             continue  # no model of its own
-        except Exception as problem:
+        except (Exception, Late) as problem:
             found.append(Row(kind, 0, 0, 0, (), None, f"{type(problem).__name__}: {problem}"[:150]))
         finally:
             signal.alarm(0)

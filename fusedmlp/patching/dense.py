@@ -18,13 +18,14 @@ Which row it is, every call asks: a projection may be replaced, adapted or hooke
 | head, between, tail | steps on x, on act(g) u, and on what `down` gives (steps.py) |
 | around | paths of activations and of modules that hold any of these |
 | reads | numbers and functions of the module that the plan takes as they were |
+| recompute | whether gated_mlp saves x alone |
 | cut, argument | the run of statements that it stands for (find.py), and which of its names is x |
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch.nn.functional as F
@@ -61,6 +62,7 @@ class Dense(Plan):
     reads: tuple[Attribute, ...] = ()
     cut: Cut | None = None
     argument: int = 0
+    recompute: bool = False
 
     @property
     def op(self) -> str:
@@ -71,6 +73,7 @@ class Dense(Plan):
         words += [f"packed {self.packed!r}"] if self.packed else []
         words += [f"in two calls while {describe(step)} is at work" for step in self.between]
         words += [f"in its {self.method}" if self.cut else ""]
+        words += ["saves x alone, 2 H values a token less"] if self.recompute else []
         return ", ".join(filter(None, words))
 
     def bypassed(self) -> tuple[str, ...]:
@@ -84,6 +87,9 @@ class Dense(Plan):
 
     def values(self) -> tuple[tuple[str, str], ...]:
         return self.reads
+
+    def recomputing(self) -> Dense:
+        return replace(self, recompute=self.gated)
 
     def is_part(self) -> bool:
         return self.cut is not None
@@ -148,6 +154,8 @@ class Dense(Plan):
                 (w, b) = ((*w, None), (*b, None)) if self.packed else (w, b)
             if last is not None and not steps:
                 fused: Any = gated_mlp if self.gated else mlp
+                if self.recompute:
+                    options["recompute"] = True
                 return fused(x, *w, last[0], *b, last[1] if bias else None, **options)
             part: Any = gated_linear if self.gated else linear_act
             h = part(x, *w, *b, **options)

@@ -88,7 +88,7 @@ class Flow:
         if first is None and idle and not between:
             return Spelled((node,), "identity", False, None, (), ()), (), tuple(idle)
         what = ", ".join(map(describe, between)) or "nothing"
-        raise first or NoMatch(f"{what} stands between its projections, no activation with a kernel")
+        raise first or NoMatch(f"{what} between its projections is no activation that has a kernel")
 
     def region(self, h: Any) -> Spelled:
         region = Region(self.module, h, self.projects)

@@ -71,6 +71,10 @@ class Plan:
         """What `run` stands for."""
         return getattr(own, self.method)
 
+    def recomputing(self) -> Plan:
+        """The plan that saves less for backward and computes it again there, or this one."""
+        return self
+
     def obstacle(self, module: nn.Module) -> str | None:
         """Why `run` would not compute what the module's own method computes now."""
         return None

@@ -101,8 +101,11 @@ def _not_called(module: nn.Module) -> str:
 class Walk:
     """One patch() over a model."""
 
-    def __init__(self, model: nn.Module, only: Only, dtype_check: bool) -> None:
+    def __init__(
+        self, model: nn.Module, only: Only, dtype_check: bool, recompute: bool = False
+    ) -> None:
         self.wanted, self.dtype_check = _selected(model, only), dtype_check
+        self.recompute = recompute
         self.entries: list[Entry] = []
         self.swapped: list[nn.Module] = []
         # parameter or module -> all names that lead to it
@@ -163,6 +166,7 @@ class Walk:
         reason = plan if isinstance(plan, str) else self.obstacle(module, plan)
         if reason is None:
             assert isinstance(plan, Plan)
+            plan = plan.recomputing() if self.recompute else plan
             plan.prepare(module)
             swap(module, plan)
             self.swapped.append(module)

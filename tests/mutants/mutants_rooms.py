@@ -53,6 +53,7 @@ PATCHING = (
     "tests/patching/test_patch_cut.py",
     "tests/patching/test_patch_called.py",
     "tests/patching/test_patch_left.py",
+    "tests/patching/test_patch_recompute.py",
     "tests/patching/test_patch.py",
     "tests/patching/test_patch_experts.py",
     "tests/patching/test_patch_gates.py",
