@@ -91,7 +91,7 @@ def built(cls: Any, model_class: Any) -> nn.Module | None:
             if sum(p.numel() for p in model.parameters()) > LARGEST:
                 return model
             with contextlib.suppress(Exception):
-                return model_class._from_config(config())  # type: ignore[no-any-return]
+                return model_class._from_config(config())
             return model
     return None
 

@@ -25,26 +25,35 @@ from .compiled import RUN, run_of, runs_of
 from .dense import Dense
 from .experts import plan_of
 from .form import is_experts
-from .match import callees, like_one, match, projections
+from .match import callees, leads_on, like_one, match
 from .plan import Plan
+from .projection import projections
 from .trace import NoMatch
 
 # Methods that hold a whole MLP where it is spread over submodules.
-METHODS = ("feed_forward_chunk", "ff_chunk", "_ff_block", "forward")
+METHODS = (
+    "feed_forward_chunk", "ff_chunk", "feed_forward_chunk_query", "_ff_block", "forward",
+)  # fmt: skip
+
+
+class Chained(str):
+    """Why there is no plan, of a module whose data flow leads from one projection to another."""
 
 
 def find(module: nn.Module) -> Plan | str | None:
     """A plan, or why there is none, or None for what is like no MLP."""
     if is_experts(module):
         return plan_of(module)
-    method = next(m for m in METHODS if hasattr(module, m))
     reason = None
-    if method != "forward" or _may_be_one(module):
+    for method in (m for m in METHODS if hasattr(module, m)):
+        if method == "forward" and (reason or not _may_be_one(module)):
+            break
         try:
             return match(module, method)
         except NoMatch as error:
-            reason = str(error)
-    return _of_any_parts(module, method) or _cut(module) or reason
+            chained = method != "forward" or leads_on(module, method)
+            reason = reason or (Chained(error) if chained else str(error))
+    return _of_any_parts(module, "forward") or _cut(module) or reason
 
 
 def _may_be_one(module: nn.Module) -> bool:

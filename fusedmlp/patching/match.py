@@ -9,17 +9,9 @@ from torch import nn
 
 from .dense import Dense
 from .flow import Flow
-from .projection import like_a_projection
+from .plan import child
+from .projection import like_a_projection, projections
 from .trace import NoMatch, follow
-
-
-def projections(module: nn.Module) -> Iterator[nn.Module]:
-    """Those inside it, of any library."""
-    for inner in module.children():
-        if like_a_projection(inner):
-            yield inner
-        else:
-            yield from projections(inner)
 
 
 def callees(module: nn.Module) -> list[nn.Module]:
@@ -67,3 +59,20 @@ def _on_devices(module: nn.Module, method: str, function: Any, opaque: bool) -> 
         yield Flow(module, traced, method, opaque).plan()
         if not traced.devices:
             return
+
+
+def leads_on(module: nn.Module, method: str) -> bool:
+    """Whether a projection's result comes to another projection; as far as it can be traced."""
+    try:
+        graph = follow(module, method).graph
+    except NoMatch:
+        return False
+    behind: set[object] = set()
+    for node in graph.nodes:
+        after = any(argument in behind for argument in node.all_input_nodes)
+        projects = node.op == "call_module" and like_a_projection(child(module, str(node.target)))
+        if after and projects:
+            return True
+        if after or projects:
+            behind.add(node)
+    return False

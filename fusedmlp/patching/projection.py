@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,6 +49,15 @@ def like_a_projection(module: nn.Module) -> bool:
     values = (*module._parameters.values(), *module._buffers.values())
     whole = (torch.int8, torch.uint8, torch.int32)
     return any(v is not None and v.dtype in whole and v.dim() == 2 for v in values)
+
+
+def projections(module: nn.Module) -> Iterator[nn.Module]:
+    """Those inside it, of any library."""
+    for inner in module.children():
+        if like_a_projection(inner):
+            yield inner
+        else:
+            yield from projections(inner)
 
 
 def read(module: Any) -> tuple[Tensor, Tensor | None] | None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from .projection import like_a_projection
+from .projection import like_a_projection, projections
 
 
 class NoMatch(Exception):
@@ -87,7 +87,11 @@ class _Tracer(fx.Tracer):
         return _Proxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return self.whole or like_a_projection(m) or next(m.children(), None) is None
+        if self.whole or like_a_projection(m) or next(m.children(), None) is None:
+            return True
+        # A norm of any library.
+        holds = any(True for _ in (*m.parameters(), *m.buffers()))
+        return holds and next(projections(m), None) is None
 
 
 def trace(module: nn.Module, method: str, whole: bool = False) -> fx.Graph:

@@ -16,7 +16,7 @@ from ..backends import choice
 from ..layers.binary import BinaryGatedMLP
 from ..ops.binary_gated_mlp import OP
 from .around import by_accelerate, passed_over
-from .find import find
+from .find import Chained, find
 from .kept import stale
 from .moe import ADAPTERS
 from .plan import Plan, child
@@ -123,17 +123,23 @@ class Walk:
                 self.one_bit(name, module)
             return
         inside: set[int] = set()
+        chained: Entry | None = None
         if isinstance(module, Patched) or self.wanted(name, module):
             plan = module._plan if isinstance(module, Patched) else self.attempt(name, module)
-            if plan is not None:
+            if isinstance(plan, Chained):
+                chained = Entry(name, type(module).__name__, None, None, plan)
+            elif plan is not None:
                 if change := stale(module):
                     self.entries.append(_broken(name, module, change))
                     return
                 self.entry(name, module, plan)
                 inside = {id(child(module, path)) for path in plan.bypassed()}
+        before = len(self.entries)
         for key, submodule in module.named_children():
             if id(submodule) not in inside:
                 self.visit(f"{name}.{key}".lstrip("."), submodule)
+        if chained is not None and len(self.entries) == before:
+            self.entries.append(chained)
         if (experts := experts_among(module.children())) is not None:
             self.visit_router(name, module, experts)
 
@@ -157,7 +163,9 @@ class Walk:
             else:
                 self.entries.append(Entry(path, type(module).__name__, None, None, str(reason)))
 
-    def attempt(self, name: str, module: nn.Module) -> Plan | None:
+    def attempt(self, name: str, module: nn.Module) -> Plan | Chained | None:
+        """The plan that the module runs by now; or why not, to be told unless a part of it has a
+        line of its own; or None, the line written."""
         kind = type(module)
         adapter = REGISTERED.get(kind) or ADAPTERS.get(f"{kind.__module__}.{kind.__qualname__}")
         plan = find(module) if adapter is None else adapter(module)
@@ -174,7 +182,8 @@ class Walk:
         alike = any(map(_LIKE_AN_MLP.search, (name.rpartition(".")[2], kind.__name__)))
         if adapter is not None or isinstance(plan, Plan) or alike:
             self.entries.append(Entry(name, kind.__name__, None, None, reason))
-        return None
+            return None
+        return plan if isinstance(plan, Chained) else None
 
     def entry(self, name: str, module: Any, plan: Plan) -> None:
         kind, (op, why) = module._own_class.__name__, plan.way(module)

@@ -103,3 +103,32 @@ def test_a_scripted_module_is_left():
         assert {e.detail for e in report.entries} == {"it is a ScriptModule"}
     finally:
         del REGISTERED[kind]
+
+
+class Scales(nn.Module):
+    """Two projections, one behind the other, by names that say nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.scale = (
+            nn.Linear(8, 12),
+            nn.Linear(12, 8),
+            nn.Parameter(torch.ones(12)),
+        )
+
+    def forward(self, t):
+        return self.b(torch.relu(self.a(t)) * self.scale)
+
+
+class Side(Scales):
+    """Two projections side by side."""
+
+    def forward(self, t):
+        return self.a(t).sum() + self.b(t.new_ones(12)).sum()
+
+
+def test_two_chained_projections_have_a_line():
+    model = nn.ModuleDict({"x": Scales(), "y": Side(), "z": nn.Sequential(MLP(), nn.Linear(8, 8))})
+    report = fusedmlp.patch(model)
+    assert [(e.name, e.op) for e in report.entries] == [("x", None), ("z.0", "mlp")]
+    assert report.left[0].detail == "scale stands between its projections"

@@ -63,7 +63,10 @@ def test_patch_report_of_a_quantised_checkpoint(tmp_path, capsys):
     text = capsys.readouterr().out
     assert text.startswith("LlamaForCausalLM: 2 patched (2 in part), 0 left")
     assert text.count("gated_act on") == 2 and text.count("gate_proj is a gptq.Linear") == 2
-    config.quantization_config = {"quant_method": "fp8", "modules_to_not_convert": ["model.layers.1.mlp"]}
+    config.quantization_config = {
+        "quant_method": "fp8",
+        "modules_to_not_convert": ["model.layers.1.mlp"],
+    }
     config.save_pretrained(tmp_path)
     assert cli.main(["patch-report", str(tmp_path)]) == 0
     assert "LlamaForCausalLM: 2 patched (1 in part), 0 left" in capsys.readouterr().out
