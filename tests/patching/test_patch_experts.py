@@ -132,18 +132,19 @@ def test_another_forward_is_refused():
         experts_forward(made(Scales), *routed())
 
 
-@pytest.mark.parametrize("k", (1, 2))
-def test_x_is_saved_once_for_any_number_of_experts_a_token(k):
+@pytest.mark.parametrize("k, recompute", [(1, False), (2, False), (2, True)])
+def test_x_is_saved_once_for_any_number_of_experts_a_token(k, recompute):
     experts, (x, index, weights) = made(Plain), routed()
+    fusedmlp.patch(nn.ModuleDict({"experts": experts}), recompute=recompute)
     x.requires_grad_()
     kept = {}
     keep = lambda t: kept.setdefault((t.data_ptr(), t.shape), t)  # noqa: E731
     with fusedmlp.backend("triton"), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        experts_forward(experts, x, index[:, :k], weights[:, :k].contiguous())
+        experts(x, index[:, :k], weights[:, :k].contiguous())
     own = {p.data_ptr() for p in experts.parameters()}
     saved = [t for (address, _), t in kept.items() if address not in own]
     routing = 4 * (2 * T * k + (E + 2) + E) + 8 * T * k + 4 * T * k  # integers, expert and prob
-    gu = 4 * 2 * T * k * H
+    gu = 0 if recompute else 4 * 2 * T * k * H
     assert any(t.data_ptr() == x.data_ptr() for t in saved)
     assert sum(t.nbytes for t in saved) <= x.nbytes + gu + routing
 
