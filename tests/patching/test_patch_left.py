@@ -132,3 +132,30 @@ def test_two_chained_projections_have_a_line():
     report = fusedmlp.patch(model)
     assert [(e.name, e.op) for e in report.entries] == [("x", None), ("z.0", "mlp")]
     assert report.left[0].detail == "scale stands between its projections"
+
+
+class Alone(nn.Module):
+    """Without parameters."""
+
+    def forward(self, t):
+        return t
+
+
+class Twice(Plan):
+    @property
+    def op(self):
+        return "mlp"
+
+    def run(self, module, t):
+        return 2 * t
+
+
+def test_a_plan_that_bypasses_nothing():
+    fusedmlp.register_patch(Alone, lambda module: Twice())
+    try:
+        model = Model(Alone())
+        (entry,) = fusedmlp.patch(model).patched
+        assert (entry.op, entry.backend) == ("mlp", "reference")
+        assert torch.equal(model.blocks[0](torch.ones(2)), torch.full((2,), 2.0))
+    finally:
+        del REGISTERED[Alone]
