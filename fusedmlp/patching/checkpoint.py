@@ -61,7 +61,7 @@ def _in_dtype(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _quantization(config: Any) -> dict[str, Any]:
-    """Of the configuration, or of the one of its text model, where transformers looks next."""
+    """What the configuration holds, or its text model's, where transformers looks next."""
     found = getattr(config, "quantization_config", None)
     if not found and hasattr(config, "get_text_config"):
         found = getattr(config.get_text_config(decoder=True), "quantization_config", None)

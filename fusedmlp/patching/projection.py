@@ -111,7 +111,7 @@ def full_name(kind: type) -> str:
 
 
 def width(module: nn.Module) -> int | None:
-    """Of its result, where it says so."""
+    """Columns of its result, where it says so."""
     for name in ("out_features", "outfeatures", "nf"):
         if isinstance(size := getattr(module, name, None), int):
             return size

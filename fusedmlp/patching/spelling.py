@@ -23,7 +23,7 @@ from .plan import child
 from .steps import is_dropout
 from .trace import Attribute, NoMatch
 
-# Of a projection that does not say its width.
+# What a projection has that does not say its width.
 _WIDTH = 32
 _ALONE: tuple[tuple[Packed | None, bool], ...] = ((None, True),)
 _SETTINGS = (int, float, str)
@@ -160,7 +160,7 @@ def spelled(region: Region, width: int | None) -> Spelled:
     return Spelled(tuple(first), name, gated, packed, region.by(), region.reads())
 
 
-# Of regions that show all that they compute: the layers of a model are alike.
+# Regions that show all that they compute: the layers of a model are alike.
 _FOUND: dict[tuple[Any, int | None], tuple[str, Packed | None, bool]] = {}
 
 

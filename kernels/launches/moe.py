@@ -240,7 +240,7 @@ def _bias_extras() -> Iterator[Extra]:
 
 
 def _combine_extras() -> Iterator[Extra]:
-    """Of 8 choices: y, and dx; columns off 16 bytes; prob in float32."""
+    """Sums of 8 choices: y, and dx; columns off 16 bytes; prob in float32."""
     rows, offsets = new(8 * T, dtype=torch.int32), new(E + 2, dtype=torch.int32)
     for name, dtype, columns, prob in (
         ("y", _BF16, D, new(8 * T, dtype=_BF16)),
