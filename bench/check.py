@@ -11,9 +11,11 @@ import argparse
 import dataclasses
 import functools
 import os
+import shlex
 import shutil
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -32,6 +34,7 @@ from .check_sizes import ON_CUDA, ON_GPU, SMALL, Class
 from .lost import not_run, why_lost
 from .options import (
     INTERRUPTED,
+    PROG,
     Emit,
     Record,
     Refusal,
@@ -228,8 +231,8 @@ def interpreter_env() -> dict[str, str]:
     return {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)}
 
 
-def _arguments(options: CheckOptions) -> Iterator[str]:
-    yield from ("check", "--backend", "triton", "--case", *options.cases)
+def _arguments(options: CheckOptions, backend: str = "triton") -> Iterator[str]:
+    yield from ("check", "--backend", backend, "--case", *options.cases)
     if options.dtypes is not None:
         yield from ("--dtype", *options.dtypes)
     if options.activations is not None:
@@ -260,6 +263,24 @@ DROP = ("eager rms", "rms", "max allowed", "activation", "rel. L2", "eager max",
         "M x D x H")  # fmt: skip
 
 
+def go_on(options: CheckOptions, records: Sequence[Record]) -> None:
+    """Print the command that checks what an interrupt left unchecked, whole cases at a time."""
+    keys = ("case", "activation", "dtype", "M", "D", "H")
+    done = Counter(tuple(r[key] for key in keys) for r in records if r["kind"] == "check")
+    left = []
+    for work in plan(options):
+        who = work.identity()
+        if done[tuple(who[key] for key in keys)] < len(options.variants):
+            left.append(work.case.name)
+    if not left:
+        return
+    cases = tuple(dict.fromkeys(left))
+    words = [*_arguments(dataclasses.replace(options, cases=cases), options.backend)]
+    if options.variants != (None,):
+        words += ["--variant", *map(str, options.variants)]
+    say(f"Go on with: {PROG} {shlex.join(words)}")
+
+
 def show(records: Sequence[Record], complete: bool = True) -> None:
     """The error table: of each record the tensor nearest to its bound, or furthest past it; then
     what failed and how many."""
@@ -271,7 +292,7 @@ def show(records: Sequence[Record], complete: bool = True) -> None:
             HEADER, [_row(r) for r in records], drop=DROP,
         )  # fmt: skip
         for line in glance.failures(records):
-            print(line)
+            say(line)
         if backends == "reference":
             print("The reference is eager PyTorch itself: this says nothing of the kernels.")
     say(glance.count(records, complete))
@@ -318,6 +339,8 @@ def main(args: argparse.Namespace) -> int:
     records: list[Record] = []
     code = judged(lambda: check(options, collecting(records)))
     show(records, code != INTERRUPTED)
+    if code == INTERRUPTED:
+        go_on(options, records)
     # Whoever asks a machine what it is waits for nvidia-smi.
     write_json(args.json, machine.describe() if args.json else {}, records)
     return code

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from . import overview, rooms
-from .options import PROG, Refusal
+from .options import INTERRUPTED, PROG, Refusal
 
 # Commands and their modules, in the order of --help.
 COMMANDS = {
@@ -73,4 +73,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{PROG}: {refusal}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return 130
+        print(f"{PROG}: interrupted, and nothing was kept: type it again", file=sys.stderr)
+        return INTERRUPTED

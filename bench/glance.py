@@ -41,7 +41,7 @@ def show(records: Sequence[Record], complete: bool = True) -> None:
         drop=("model", "of", "limit"),
     )  # fmt: skip
     for line in failures(checks):
-        print(line)
+        say(line)
     say(count(checks, complete))
 
 

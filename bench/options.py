@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -27,6 +28,12 @@ Emit = Callable[[Record], None]
 
 class Refusal(RuntimeError):
     """An end whose message is all that a user needs."""
+
+
+def need(package: str, what: str) -> None:
+    """Refuse `what` where an optional package is missing, before any work is lost for it."""
+    if importlib.util.find_spec(package) is None:
+        raise Refusal(f'{what} need {package}: pip install "fusedmlp[bench]"')
 
 
 def subparser(

@@ -11,6 +11,7 @@ import fusedmlp
 
 from . import check, glance, machine, predict
 from .options import INTERRUPTED, PROG, Emit, Record, add_json, add_model, collecting, write_json
+from .render import say
 from .shapes import DEFAULT_MODEL, DENSE, HYPER, MOE, Model, cases_of
 from .timing import command as timing
 from .timing.clock import clock_range
@@ -78,7 +79,8 @@ def main(args: argparse.Namespace) -> int:
     records: list[Record] = []
     emit = collecting(records)
     found = machine.describe()
-    print(*machine.lines(found), sep="\n")
+    for line in machine.lines(found):
+        say(line)
     code = check.judged(lambda: _check_all(args.model, emit))
     on_gpu = torch.cuda.is_available()
     if code != INTERRUPTED and on_gpu:
@@ -87,7 +89,8 @@ def main(args: argparse.Namespace) -> int:
     elif code != INTERRUPTED:
         _compute_all(args.model, emit)
     if args.verbose:
-        print(fusedmlp.explain())
+        for line in fusedmlp.explain().splitlines():
+            say(line)
         check.show([r for r in records if r["kind"] == "check"], code != INTERRUPTED)
         timing.show([r for r in records if r["kind"] not in ("check", "predict")])
         predict.show([r for r in records if r["kind"] == "predict"])
@@ -95,6 +98,9 @@ def main(args: argparse.Namespace) -> int:
     glance.show(records, code != INTERRUPTED)
     if not on_gpu:
         print("Nothing was timed: torch finds no GPU.")
+    if code == INTERRUPTED:
+        for options in check_options(args.model):
+            check.go_on(options, records)
     glance.next_steps(_next_steps(on_gpu, args.verbose))
     write_json(args.json, found, records)
     return code

@@ -15,8 +15,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,27 @@ def _interrupt(*_: object) -> None:
 def end_on_sigterm() -> None:
     """Whoever ends this process, or calls its machine back: children end, what is known is kept."""
     signal.signal(signal.SIGTERM, _interrupt)
+
+
+@contextlib.contextmanager
+def interrupt_asked() -> Iterator[threading.Event]:
+    """An event that the first Ctrl-C sets, for work that can stop only between two steps; a second
+    one is a KeyboardInterrupt. Outside the main thread there is no Ctrl-C to wait for."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield asked
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def ask(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 class Lines:

@@ -19,7 +19,7 @@ from typing import Any
 from .. import process
 from ..gate.cache import extension_is_carried, take
 from ..options import Refusal, add_json, positive, subparser, write_json
-from ..render import table
+from ..render import say, table
 from ..report.ledger import RESULTS, Ledger
 from ..report.summary import summary
 from .plans import PLANS, START_S, SUMMARY_S, expected_s, only, timetable
@@ -50,10 +50,11 @@ def dry_run(steps: Sequence[Step], minutes: float, out: Path) -> None:
         for step, begin, _ in timetable(steps)
     ]  # fmt: skip
     header = ("at, s", "stage", "step", "expected s", "limit s", "needs", "worth")
-    table("The steps, in their order", header, rows, drop=("limit s", "stage"))
+    table("The steps, in their order", header, rows, drop=("limit s", "stage", "worth", "needs"))
     total = expected_s(steps)
-    print(
-        f"\n{len(steps)} steps, {total:.0f} s expected, start ({START_S:.0f} s) and summary "
+    print()
+    say(
+        f"{len(steps)} steps, {total:.0f} s expected, start ({START_S:.0f} s) and summary "
         f"({SUMMARY_S:.0f} s) included, of a box of {60 * minutes:.0f} s"
     )
     print(f"results: {out}/<gpu>-<date>-<commit>.json, .log and .txt")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
+import functools
 import json
 import math
 import os
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .. import machine, render
+from .. import machine, process, render
 from ..options import (
     INTERRUPTED,
     SCHEMA,
@@ -28,19 +28,21 @@ from ..options import (
     add_device,
     check_device,
     count,
+    need,
     positive,
     subparser,
     write_text,
 )
 from ..report import plots
-from ..report.ledger import RESULTS
 from . import lm_page
 from .lm_attention import MIXERS
 from .lm_models import MLPS, ModelPlan, names
 from .lm_train import Record, Run, digest, text
 
 TITLE = "Held-out loss"
-GO_ON = "the same command goes on with them"
+# What a narrow terminal does without, the least needed first.
+DROP = ("mask logits", "by seed", "fewer in", "MLP weights")
+GO_ON = "the same command goes on from the checkpoints"
 
 
 def read(folder: Path) -> list[Record]:
@@ -99,8 +101,7 @@ def plans(args: argparse.Namespace) -> list[ModelPlan]:
 def train(wanted: Sequence[ModelPlan], args: argparse.Namespace) -> int:
     """Run what results.json does not have; how many runs the deadline left unfinished."""
     check_device(args.device)
-    if importlib.util.find_spec("safetensors") is None:  # before hours of training are lost
-        raise Refusal('checkpoints need safetensors: pip install "fusedmlp[bench]"')
+    need("safetensors", "checkpoints")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -111,7 +112,8 @@ def train(wanted: Sequence[ModelPlan], args: argparse.Namespace) -> int:
     done = {_identity(record) for record in read(args.out)}
     left = [p for p in wanted if _identity(dataclasses.asdict(p) | about) not in done]
     deadline = time.monotonic() + 60 * args.minutes
-    with render.Progress("lm", sum(plan.steps for plan in left)) as progress:
+    steps = sum(plan.steps for plan in left)
+    with process.interrupt_asked() as asked, render.Progress("lm", steps) as progress:
         for i, plan in enumerate(left):
             path = checkpoint(args.out, plan)
             here = data, args.device
@@ -121,43 +123,49 @@ def train(wanted: Sequence[ModelPlan], args: argparse.Namespace) -> int:
             name = f"{plan.model}, seed {plan.seed}"
             for _ in range(run.step):
                 progress.step(name)
-            run.go_on(deadline, lambda run, path=path: run.save(path),  # type: ignore[misc]
+            over = lambda: asked.is_set() or time.monotonic() > deadline  # noqa: E731
+            run.go_on(over, lambda run, path=path: run.save(path),  # type: ignore[misc]
                       lambda name=name: progress.step(name))  # type: ignore[misc]  # fmt: skip
+            if run.finished:
+                add(args.out, run.record())
+            if asked.is_set():
+                raise KeyboardInterrupt
             if not run.finished:
                 return len(left) - i
-            add(args.out, run.record())
     return 0
 
 
 def report(folder: Path) -> None:
     records = read(folder)
     for _, models in lm_page.comparisons(records):
-        render.table(TITLE, *lm_page.cells(models))
+        render.table(TITLE, *lm_page.cells(models), drop=DROP)
     if not records:
         return
     write_text(folder / "table.md", lm_page.markdown(records))
     drawn = lm_page.plots(records)
-    try:
-        plots.write(drawn, folder)
-    except ImportError as error:
-        raise Refusal(f"plots need pip install 'fusedmlp[bench]': {error}") from error
+    plots.write(drawn, folder)
     print(*(f"wrote {folder / plot.name}.svg" for plot in drawn), sep="\n")
 
 
 def main(args: argparse.Namespace) -> int:
     wanted = plans(args)
+    need("matplotlib", "plots")
     if args.report and not (args.out / "results.json").exists():
         raise Refusal(f"{args.out}: expected a folder with a results.json that `lm` wrote")
     try:
         unfinished = 0 if args.report else train(wanted, args)
     except KeyboardInterrupt:
         report(args.out)
-        print(f"interrupted: {GO_ON}, from the checkpoints in {args.out / 'checkpoints'}")
+        kept = [f"  {path}" for path in map(functools.partial(checkpoint, args.out), wanted)
+                if path.exists()]  # fmt: skip
+        print(f"interrupted: {GO_ON}" if kept else "interrupted before the first step")
+        print(*kept, sep="\n")
         return INTERRUPTED
     report(args.out)
+    if not args.report:
+        print(f"results: {args.out / 'results.json'}, checkpoints: {args.out / 'checkpoints'}")
     if unfinished:
         print(f"{unfinished} of {len(wanted)} runs unfinished: {GO_ON}")
-        print(f"their checkpoints: {args.out / 'checkpoints'}")
     return 0
 
 
@@ -170,7 +178,7 @@ def register(subparsers: Any) -> None:
             "lm --minutes 30   # the first four; again to go on",
             "lm --mlp swiglu mswiglu-1 switch-4 --seeds 1 --steps 500 --out /tmp/lm",
             "lm --device cuda --dim 384 --heads 6 --layers 6 --batch 64 --dtype bfloat16",
-            "lm --report   # no training",
+            "lm --report --out bench/results/lm   # no training",
         ),
         main,
     )
@@ -187,5 +195,7 @@ def register(subparsers: Any) -> None:
                         help="bfloat16: by autocast")  # fmt: skip
     add_device(parser)
     parser.add_argument("--minutes", type=positive, default=math.inf, help="stop after so many")
-    parser.add_argument("--out", type=Path, default=RESULTS / "lm", metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("lm"), metavar="DIR",
+                        help="of results, page, plots and checkpoints; default: lm, in the "
+                        "current folder")  # fmt: skip
     parser.add_argument("--report", action="store_true", help="train nothing: page and plots")

@@ -139,19 +139,19 @@ class Run:
 
     def go_on(
         self,
-        deadline: float = math.inf,
+        over: Callable[[], bool] = lambda: False,
         keep: Callable[[Run], None] = lambda run: None,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        """Train until the end, or until time.monotonic() passes the deadline. `keep` is called at
-        each point of the curve and at the deadline, `tick` after each step."""
+        """Train until the end, or until `over` says so between two steps. `keep` is called at each
+        point of the curve and then, `tick` after each step."""
         while not self.finished:
             start = time.monotonic()
             due = self.step % self.plan.every == 0 or self.step == self.plan.steps
             if due and (not self.curve or self.curve[-1]["step"] != self.step):
                 self._point()
                 keep(self)
-            elif start > deadline:
+            elif over():
                 keep(self)
                 return
             else:

@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
@@ -29,7 +30,8 @@ import triton
 
 from ...kernels.arch import ARCHES, Arch
 from ...reference.activations import ACTIVATIONS
-from ..options import Refusal, activation
+from ..options import INTERRUPTED, Refusal, activation, writable, write_text
+from ..render import width_of
 from .compiling import captured, unknown
 from .inspecting import Compiled, inspect
 from .jobs import Job, jobs_of
@@ -96,6 +98,14 @@ def _row(c: Compiled) -> str:
     )
 
 
+def _fitting(row: str) -> str:
+    """A row that a terminal breaks nowhere but between two fields."""
+    width = width_of(sys.stdout)
+    return (
+        "\n    ".join(textwrap.wrap(" ".join(row.split()), width - 4)) if len(row) > width else row
+    )
+
+
 def chosen(names: Sequence[str] | None, brief: bool) -> list[Arch]:
     """The rows to compile for. Refusal where `names` has one that Triton's tools do not know."""
     if names:
@@ -130,7 +140,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernel", nargs="+", default=(), help="only the training launches of these GEMM kernels"
     )
     parser.add_argument("--dtype", nargs="+", default=(), help="with --kernel: in these dtypes")
-    parser.add_argument("--json", metavar="FILE", help="also write every row to FILE")
+    parser.add_argument(
+        "--json", metavar="FILE", type=writable, help="also write every row to FILE"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -140,20 +152,29 @@ def run(args: argparse.Namespace) -> int:
     print(f"triton {triton.__version__}")
     arches = chosen(args.arch, args.brief)
     print(
-        f"{'arch':7} {'kernel':34} {'dtype':9} {'variant':11} {'tile':44} "
-        f"{'regs':>4} {'stack':>5} {'shared':>7}  {'opcodes':30} faults"
+        _fitting(
+            f"{'arch':7} {'kernel':34} {'dtype':9} {'variant':11} {'tile':44} "
+            f"{'regs':>4} {'stack':>5} {'shared':>7}  {'opcodes':30} faults"
+        )
     )
     rows = []
     asked = ACTIVATIONS if "all" in args.activation else args.activation
     beside = [name for name in asked if name != "silu"]
-    for compiled in gate(arches, beside, args.kernel, args.dtype, args.brief):
-        rows.append(compiled)
-        print(_row(compiled), flush=True)
+    interrupted = False
+    try:
+        for compiled in gate(arches, beside, args.kernel, args.dtype, args.brief):
+            rows.append(compiled)
+            print(_fitting(_row(compiled)), flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
     faulty = [c for c in rows if c.faults]
     print(f"{len(rows)} kernels compiled, {len(faulty)} with faults")
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump([dataclasses.asdict(c) for c in rows], file, indent=1)
+        text = json.dumps([dataclasses.asdict(c) for c in rows], indent=1)
+        write_text(args.json, text + "\n")
+    if interrupted:
+        print("Interrupted: the rest was not compiled; --arch and --kernel choose a part.")
+        return INTERRUPTED
     return 1 if faulty else 0
 
 

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..options import subparser, write_text
+from ... import running
+from .. import rooms
+from ..options import Refusal, subparser, writable, write_text
 from ..work import ops
 from . import plots, tables
 from .ledger import RESULTS, Ledger, collect
@@ -133,12 +135,15 @@ def write(places: Places) -> list[Path]:
     texts, drawn = render(places)
     for path, text in texts.items():
         path.write_text(text, encoding="utf-8")
-    if drawn or places.plots.exists():
-        plots.write(drawn, places.plots)
+    for path in plots.stale(drawn, places.plots):
+        path.unlink()
+    plots.write(drawn, places.plots)
     return [*texts, *(places.plots / f"{plot.name}.svg" for plot in drawn)]
 
 
 def main(args: argparse.Namespace) -> int:
+    if not running.is_checkout():  # an installed copy's folder is no place for results
+        raise Refusal(rooms.missing("report"))
     places = Places()
     if not places.readme.exists():
         print(f"report: no {places.readme}, so its block of results is left out")
@@ -169,4 +174,6 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--check", action="store_true", help="write nothing; exit code 1 if anything would change"
     )
-    parser.add_argument("--json", metavar="FILE", help="also write what was out of date to FILE")
+    parser.add_argument(
+        "--json", metavar="FILE", type=writable, help="also write what was out of date to FILE"
+    )

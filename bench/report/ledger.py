@@ -20,6 +20,7 @@ extension `Infinity`): a kernel that returned NaN has an infinite error, which m
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import math
 import os
@@ -248,6 +249,25 @@ def load(path: Path) -> Ledger:
     known = {f.name for f in dataclasses.fields(Ledger)} - {"path"}
     _must(set(fields) <= known, f"{path}: ledger", ", ".join(sorted(known)), sorted(fields))
     return Ledger(**fields, path=path)
+
+
+def load_own(path: Path) -> Ledger:
+    """What --json of another command wrote, as a ledger of its times, errors and peaks."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LedgerError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(found, dict) or not isinstance(found.get("records"), list):
+        raise LedgerError(f"{path}: expected what --json wrote, with records, got none")
+    if "steps" in found:
+        return load(path)
+    machine = dict(found.get("machine") or {})
+    machine["gpu"] = machine.get("gpu") or "no GPU"
+    records = [r for r in found["records"] if isinstance(r, dict) and r.get("kind") in _FIELDS]
+    for i, record in enumerate(records):
+        check_record(record, f"{path}: records[{i}]")
+    taken = datetime.date.fromtimestamp(path.stat().st_mtime).isoformat()
+    return Ledger(machine, machine.get("commit") or "", taken, [], records, path)
 
 
 def load_all(folder: Path = RESULTS) -> list[Ledger]:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..options import Refusal, subparser
+from ..options import Refusal, need, subparser
 from ..variants import CUDA, DEFAULT
 from ..work import ops
-from .ledger import RESULTS, Ledger, LedgerError, Record, collect
+from .ledger import RESULTS, Ledger, LedgerError, Record, collect, load_own
 from .summary import is_default, is_variant
 from .tables import newest, size
 
@@ -51,7 +51,10 @@ def slug(text: str) -> str:
 
 
 def _source(ledger: Ledger) -> str:
-    return f"{ledger.gpu}, {ledger.date}, commit {ledger.commit[:12]}"
+    # An installed copy has a version and no commit.
+    version = f"fusedmlp {ledger.machine.get('fusedmlp', 'of unknown version')}"
+    what = f"commit {ledger.commit[:12]}" if ledger.commit else version
+    return f"{ledger.gpu}, {ledger.date}, {what}"
 
 
 def plots_of(ledgers: Sequence[Ledger], ops: Sequence[str]) -> list[Plot]:
@@ -245,14 +248,13 @@ def fault(plot: Plot, path: Path) -> str | None:
 
 
 def write(plots: Sequence[Plot], folder: Path) -> None:
-    """Draw what has changed; remove what no ledger gives any more."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in stale(plots, folder):
-        path.unlink()
-    for plot in plots:
-        path = folder / f"{plot.name}.svg"
-        if fault(plot, path):
-            path.write_text(svg(plot), encoding="utf-8")
+    """Draw what has changed. The folder may be a user's: what else lies there stays."""
+    changed = [p for p in plots if fault(p, folder / f"{p.name}.svg")]
+    if changed:
+        need("matplotlib", "plots")
+        folder.mkdir(parents=True, exist_ok=True)
+    for plot in changed:
+        (folder / f"{plot.name}.svg").write_text(svg(plot), encoding="utf-8")
 
 
 def stale(plots: Sequence[Plot], folder: Path) -> list[Path]:
@@ -260,18 +262,31 @@ def stale(plots: Sequence[Plot], folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.svg") if path.name not in names)
 
 
-def main(args: argparse.Namespace) -> int:
+def _ledgers(args: argparse.Namespace) -> list[Ledger]:
+    """Those of the files, or else of the folder."""
     try:
-        plots = plots_of(collect(args.results), ops())
+        if args.files:
+            return [load_own(path) for path in args.files]
+        if not args.results.is_dir():
+            raise Refusal(f"plots: --results must be a folder of ledgers, got {args.results}")
+        return collect(args.results)
     except LedgerError as error:
         raise Refusal(
-            f"plots draws ledgers, which campaign writes; what --json of another command wrote is "
-            f"none: {error}"
+            "plots draws ledgers, which campaign writes; what --json of another command wrote is "
+            f"drawn by its name, plots FILE: {error}"
         ) from error
-    if plots:
-        write(plots, args.out)
+
+
+def main(args: argparse.Namespace) -> int:
+    need("matplotlib", "plots")
+    plots = plots_of(_ledgers(args), ops())
+    if not plots:
+        raise Refusal(
+            f"plots: {', '.join(map(str, args.files)) or args.results} has no times to draw; "
+            "time --json FILE, on a GPU, takes them: of two token counts or more for a curve"
+        )
+    write(plots, args.out)
     print(*(f"wrote {args.out / plot.name}.svg" for plot in plots), sep="\n")
-    print(f"plots: {len(plots)} in {args.out}" if plots else "plots: no ledger has times to show")
     return 0
 
 
@@ -279,10 +294,13 @@ def register(subparsers: Any) -> None:
     parser = subparser(
         subparsers,
         "plots",
-        "draw the plots of the ledgers that campaign wrote, no report",
-        ("plots", "plots --results results --out plots"),
+        "draw times that time --json wrote, or the ledgers that campaign wrote",
+        ("plots times.json", "plots --results results --out plots"),
         main,
     )
+    parser.add_argument("files", nargs="*", type=Path, metavar="FILE",
+                        help="what --json of time, or of no command, wrote")  # fmt: skip
     parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR",
-                        help="of ledgers; a file of another command's --json is none")  # fmt: skip
-    parser.add_argument("--out", type=Path, default=RESULTS / "plots", metavar="DIR")
+                        help="of ledgers, without FILE; default: a checkout's")  # fmt: skip
+    parser.add_argument("--out", type=Path, default=Path("plots"), metavar="DIR",
+                        help="default: plots, in the current folder")  # fmt: skip

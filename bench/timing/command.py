@@ -36,7 +36,7 @@ from ..options import (
     subparser,
     write_json,
 )
-from ..render import Progress, number, percent, size, table
+from ..render import Progress, number, percent, say, size, table
 from ..rivals import RIVALS
 from ..work import DGLU, PHASES
 from .clock import CudaTimer, Timer, clock_range
@@ -92,6 +92,16 @@ def _free() -> None:
     if torch.cuda.is_available():
         with contextlib.suppress(RuntimeError):  # it was lost, as the records say
             torch.cuda.empty_cache()
+
+
+def the_rest(options: Options, records: Sequence[Record]) -> str:
+    """What an interrupt left untimed, and how to time it."""
+    timed = {(r["case"], r["M"], r["D"], r["H"]) for r in records if r["kind"] == "time"}
+    works = [(work.case.name, work.M, work.D, work.H) for work in plan(options)]
+    left = dict.fromkeys(case for case, *size in works if (case, *size) not in timed)
+    if not left:
+        return "All sizes have times; the last may lack some of its providers."
+    return f"Go on with the same arguments and: --case {' '.join(left)}"
 
 
 def show(records: Sequence[Record]) -> None:
@@ -181,6 +191,8 @@ def main(args: argparse.Namespace) -> int:
     show(records)
     seen = found.get("sm_clocks_while_timing") or "could not be read"
     print("\nInterrupted." if interrupted else f"\nSM clocks between rounds: {seen}")
+    if interrupted:
+        say(the_rest(options, records))
     write_json(args.json, found, records)
     failed = any(r["kind"] == "check" and not r["passed"] for r in records)
     if lost is not None:

@@ -25,7 +25,17 @@ from ...kernels.device import arch_of, multiprocessors, pretend
 from ...kernels.launches.launch import Launch, draw
 from ...kernels.pick import pick_tile
 from ...testing import assert_close_to, doubled
-from ..options import Emit, Record, add_json, collecting, shape_of, subparser, write_json
+from ..options import (
+    INTERRUPTED,
+    Emit,
+    Record,
+    Refusal,
+    add_json,
+    collecting,
+    shape_of,
+    subparser,
+    write_json,
+)
 from ..shapes import MODELS
 from ..work import DTYPES
 from .candidates import neighbours
@@ -284,12 +294,17 @@ def main(args: argparse.Namespace) -> int:
     from .. import machine
 
     if not torch.cuda.is_available():
-        print("tune: no GPU here; tiles can only be timed on one")
-        return 2
+        raise Refusal("tune needs a GPU, and torch finds none: tiles can only be timed on one")
     options = options_of(args)
     records: list[Record] = []
-    rows = run(options, collecting(records))
     found = machine.describe()
+    try:
+        rows = run(options, collecting(records))
+    except KeyboardInterrupt:
+        done = dict.fromkeys(r["kernel"] for r in records if r["kind"] == "tune")
+        print(f"\nInterrupted; done: {', '.join(done) or 'no kernel'}. --kernel tunes the others.")
+        write_json(args.json, found, records)
+        return INTERRUPTED
     print(f"\n# For kernels/arch/; timed on {found['gpu']}, commit {found['commit'] or 'unknown'}")
     print(rows)
     write_json(args.json, found, records)

@@ -1,17 +1,32 @@
 """The `fusedmlp` command as it is typed: which files run, and one line where there is no more to
 say."""
 
+import contextlib
+import dataclasses
+import fcntl
+import json
 import os
+import pty
 import re
+import signal
+import struct
 import subprocess
 import sys
+import termios
 from pathlib import Path
 
 import pytest
 
 import fusedmlp
 from fusedmlp import cli, running
-from fusedmlp.bench import cli as bench
+from fusedmlp.bench import check, cli as bench, machine, options, predict, render
+from fusedmlp.bench.experiments import lm, lm_page, lm_train
+from fusedmlp.bench.experiments.lm_train import Run
+from fusedmlp.bench.gate import kernels
+from fusedmlp.bench.report.ledger import load_own
+from fusedmlp.bench.report.plots import plots_of
+from fusedmlp.bench.timing import tune
+from fusedmlp.bench.work import ops
 
 ROOT = Path(__file__).parents[2]
 OURS = ("TRITON_INTERPRET", "FUSEDMLP_BACKEND")
@@ -55,10 +70,23 @@ def test_a_backend_that_cannot_run_here():
     assert "the backend cuda needs a GPU" in line
 
 
-@pytest.mark.parametrize("command", ["doctor", "bench predict"])
-def test_a_misspelt_backend(command):
-    line = the_line(typed(f"fusedmlp {command}", FUSEDMLP_BACKEND="tritn"), 2)
-    assert line.startswith("fusedmlp: FUSEDMLP_BACKEND: backend must be one of auto, triton")
+def test_a_misspelt_backend():
+    """doctor says so and goes on: it is for whoever has such a setting."""
+    for command in ("doctor", "bench predict"):
+        done = typed(f"fusedmlp {command}", FUSEDMLP_BACKEND="tritn")
+        line = the_line(done, 2)
+        assert line.startswith("fusedmlp: FUSEDMLP_BACKEND: backend must be one of auto, triton")
+        assert done.stdout.count(": right\n") == (3 if command == "doctor" else 0)
+
+
+def test_doctor_survives_whatever_a_setting_breaks(monkeypatch, capsys):
+    def broken(*_):
+        raise FileNotFoundError("no C compiler\nmore")
+
+    monkeypatch.setattr("fusedmlp.testing.judge", broken)
+    assert cli.main(["doctor"]) == 2
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "nothing was checked: FileNotFoundError: no C compiler"
 
 
 def test_output_that_goes_nowhere():
@@ -71,7 +99,8 @@ def test_output_that_goes_nowhere():
 
 
 def test_the_module_is_the_same_command():
-    line = the_line(typed(f"{sys.executable} -m fusedmlp.bench", FUSEDMLP_BACKEND="tritn"), 2)
+    command = f"{sys.executable} -m fusedmlp.bench"
+    line = the_line(typed(command, FUSEDMLP_BACKEND="tritn"), 2)
     assert line.startswith("fusedmlp: ")
 
 
@@ -93,24 +122,182 @@ def test_patch_report_without_transformers(tmp_path, monkeypatch, capsys):
     assert 'pip install "fusedmlp[hf]"' in capsys.readouterr().err
 
 
-def test_lm_without_safetensors_says_so_before_it_trains(tmp_path, monkeypatch, capsys):
-    from fusedmlp.bench.experiments import lm
-
-    find = lm.importlib.util.find_spec
+@pytest.mark.parametrize("package", ["safetensors", "matplotlib"])
+@pytest.mark.parametrize("command", ["lm --device cpu", "plots"])
+def test_a_missing_package_is_named_before_work_starts(
+    package, command, tmp_path, monkeypatch, capsys
+):
+    find = options.importlib.util.find_spec
     monkeypatch.setattr(
-        lm.importlib.util, "find_spec", lambda name: None if name == "safetensors" else find(name)
+        options.importlib.util, "find_spec", lambda name: None if name == package else find(name)
     )
     monkeypatch.setattr(lm, "Run", None)
-    assert bench.main(["lm", "--out", str(tmp_path), "--device", "cpu"]) == 2
-    assert 'pip install "fusedmlp[bench]"' in capsys.readouterr().err
+    assert bench.main([*command.split(), "--out", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    if (package, command) == ("safetensors", "plots"):
+        assert "no times to draw" in line
+    else:
+        assert f'{package}: pip install "fusedmlp[bench]"' in line
+    assert not list(tmp_path.iterdir())
 
 
 def test_plots_of_what_is_no_ledger(tmp_path, capsys):
+    mine = str(tmp_path / "mine.json")
     argv = ["check", "--case", "gated_act", "--shape", "3x4x5", "--backend", "reference"]
-    assert bench.main([*argv, "--json", str(tmp_path / "mine.json")]) == 0
-    assert bench.main(["plots", "--results", str(tmp_path)]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert "plots draws ledgers, which campaign writes" in line and "mine.json" in line
+    assert bench.main([*argv, "--json", mine]) == 0
+    (tmp_path / "text").write_text("no JSON")
+    for arguments, said in (
+        (["--results", str(tmp_path)], "plots draws ledgers, which campaign writes"),
+        (["--results", mine], "--results must be a folder of ledgers"),
+        ([mine], "mine.json has no times to draw; time --json FILE, on a GPU, takes them"),
+        ([str(tmp_path / "text")], "expected JSON"),
+        ([str(tmp_path / "none")], "No such file"),
+    ):
+        assert bench.main(["plots", *arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+
+
+def test_plots_of_ones_own_times(tmp_path, monkeypatch, capsys):
+    """What --json of time writes: a machine and records, no commit where the copy is a wheel's."""
+    made = json.loads((ROOT / "tests/data/synthetic.json").read_text())
+    machine = {**made["machine"], "commit": None, "fusedmlp": "1.2.3"}
+    text = json.dumps({"schema": 1, "machine": machine, "records": made["records"]})
+    (tmp_path / "times.json").write_text(text)
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots/holiday.svg").touch()
+    monkeypatch.chdir(tmp_path)
+    assert bench.main(["plots", "times.json"]) == 0
+    written = re.findall(r"wrote (\S+)", capsys.readouterr().out)
+    assert "plots/roofline-synthetic.svg" in written and len(written) > 1
+    assert all(Path(name).is_file() for name in written)
+    assert len(list(tmp_path.glob("plots/*"))) == len(written) + 1
+    (ledger,) = map(load_own, [tmp_path / "times.json"])
+    assert "fusedmlp 1.2.3" in plots_of([ledger], ops())[0].title
+
+
+def test_report_leaves_an_installed_copy_alone(monkeypatch, capsys):
+    monkeypatch.setattr(running, "is_checkout", lambda: False)
+    assert bench.main(["report"]) == 2
+    assert "report needs a checkout" in capsys.readouterr().err
+
+
+def test_a_check_that_is_interrupted_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    run = check.run
+
+    def half(options, emit):
+        run(dataclasses.replace(options, cases=options.cases[:1]), emit)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(check, "run", half)
+    argv = ["check", "--case", "gated_act", "linear_act", "--shape", "3x4x5"]
+    argv += ["--backend", "reference", "--dtype", "float32"]
+    assert bench.main([*argv, "--json", str(tmp_path / "half.json")]) == 130
+    out = capsys.readouterr().out
+    assert "1 checked, 0 failed" in out and "Interrupted: the rest was not checked." in out
+    rest = "check --backend reference --case linear_act --dtype float32 --shape 3x4x5"
+    assert f"Go on with: fusedmlp bench {rest}\n" in out
+    assert len(json.loads((tmp_path / "half.json").read_text())["records"]) == 1
+
+
+def test_a_tile_search_that_is_interrupted_keeps_its_records(tmp_path, monkeypatch, capsys):
+    def half(options, emit):
+        emit({"kind": "tune", "kernel": options.kernels[0]})
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "run", half)
+    monkeypatch.setattr(machine, "describe", dict)
+    file = tmp_path / "tiles.json"
+    assert bench.main(["tune", "--json", str(file)]) == 130
+    done = next(iter(tune.LAUNCHES))
+    assert f"Interrupted; done: {done}. --kernel tunes the others." in capsys.readouterr().out
+    assert len(json.loads(file.read_text())["records"]) == 1
+
+
+def test_a_gate_that_is_interrupted_keeps_its_rows(tmp_path, monkeypatch, capsys):
+    def half(*_):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(kernels, "gate", half)
+    monkeypatch.setattr(kernels.triton.knobs.runtime, "interpret", False)
+    file = tmp_path / "gate.json"
+    assert bench.main(["gate", "--arch", "sm_90", "--json", str(file)]) == 130
+    out = capsys.readouterr().out
+    assert f"0 kernels compiled, 0 with faults\nwrote {file}\nInterrupted" in out
+
+
+def test_a_language_model_that_is_interrupted_goes_on(tmp_path, monkeypatch, capsys):
+    advance = Run._advance
+
+    def advance_and_interrupt(run):
+        advance(run)
+        if run.step == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(lm_train.Run, "_advance", advance_and_interrupt)
+    argv = "lm --mlp relu_sq --seeds 1 --layers 1 --dim 16 --heads 2 --context 8 --batch 2"
+    argv = [*argv.split(), "--steps", "5", "--device", "cpu", "--out", str(tmp_path)]
+    assert bench.main(argv) == 130
+    (kept,) = tmp_path.glob("checkpoints/*")
+    out = capsys.readouterr().out
+    assert f"interrupted: the same command goes on from the checkpoints\n  {kept}\n" in out
+    assert bench.main(argv) == 0  # from step 3 on: it would be interrupted there again
+    assert f"results: {tmp_path / 'results.json'}" in capsys.readouterr().out
+
+
+def test_any_other_interrupt_is_said(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict, "plan", interrupt)
+    assert bench.main(["predict"]) == 130
+    monkeypatch.setattr(cli, "doctor", interrupt)
+    assert cli.main(["doctor"]) == 130
+    for line in capsys.readouterr().err.splitlines():
+        assert line.endswith("interrupted, and nothing was kept: type it again")
+
+
+def on_a_terminal(columns, *arguments):
+    """What the command shows on a terminal of so many columns."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        env = {k: v for k, v in os.environ.items() if k not in (*OURS, "COLUMNS")}
+        os.chdir(ROOT)
+        os.execve(sys.executable, [sys.executable, "-m", "fusedmlp.cli", *arguments], env)
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux's way to say that the other side is closed
+        while chunk := os.read(terminal, 1 << 16):
+            shown += chunk
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).splitlines()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "doctor",
+        "bench campaign --dry-run",
+        "bench table --compare --from bench/results/toy/table.json",
+        "bench predict --op mlp",
+    ],
+)
+def test_tables_fit_a_terminal_and_widen(command):
+    narrow, wide = (on_a_terminal(columns, *command.split()) for columns in (80, 240))
+    folder = len(str(ROOT)) + 80  # a path is not broken
+    assert all(len(line) <= 80 or (str(ROOT) in line and len(line) < folder) for line in narrow)
+    assert max(map(len, wide)) > 80
+
+
+def test_the_table_of_language_models_fits():
+    header, rows = next(
+        lm_page.cells(models)
+        for _, models in lm_page.comparisons(lm.read(ROOT / "bench/results/lm"))
+    )
+    shown = render.plain_table(*render.fit(header, rows, 80, lm.DROP)[:2])
+    assert max(map(len, shown.splitlines())) <= 80 < len(render.plain_table(header, rows)) // 9
 
 
 def test_a_checkout_names_the_installed_copy_that_has_the_extension(tmp_path, monkeypatch):

@@ -52,8 +52,8 @@ def test_the_wheel_holds_what_an_installed_user_can_run(wheel):
     files = zipfile.ZipFile(wheel).infolist()
     names = {f.filename.removeprefix("fusedmlp/bench/") for f in files if "/bench/" in f.filename}
     folders = left_out()
-    assert {"campaign", "experiments", "gate/csrc", "report", "results"} <= set(folders)
-    assert {"check.py", "timing/command.py", "predict.py", "gate/kernels.py"} <= names
+    assert {"campaign", "experiments", "gate/csrc", "results"} <= set(folders)
+    assert {"check.py", "timing/command.py", "predict.py", "report/plots.py"} <= names
     assert not [name for name in names if name.startswith(tuple(f"{f}/" for f in folders))]
     assert not [f.filename for f in files if f.filename.startswith("tests")]
     sizes = Counter()
@@ -135,8 +135,9 @@ def test_the_console_script_of_a_wheel(wheel, tmp_path):
     assert "nothing was measured" in command("bench", "predict", "--op", "gated_mlp")
     if not torch.cuda.is_available():
         assert "torch finds no GPU" in command("bench", "time", code=2)
-    for name in ("campaign", "report", "plots", "table", "lm"):
+    for name in ("campaign", "report", "table", "lm"):
         assert f"{name} needs a checkout" in command("bench", name, code=2)
+    assert "no times to draw" in command("bench", "plots", file, code=2)
     filling = ("bench", "gate", "fill-cache", tmp_path / "cache")
     assert "gate fill-cache needs a checkout" in command(*filling, code=2)
     assert "time --base needs a checkout" in command("bench", "time", "--base", "HEAD", code=2)

@@ -167,7 +167,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(mlp, stop, tmp_path, droppi
         with pytest.raises(KeyboardInterrupt):
             first.go_on(tick=tick)
     else:
-        first.go_on(deadline=-1, keep=lambda run: run.save(path))
+        first.go_on(over=lambda: True, keep=lambda run: run.save(path))
     torch.manual_seed(99)
     second = Run.load(path, TEXT)
     assert second.step == stop and not second.finished
@@ -315,7 +315,7 @@ def test_kept_page_and_plots_are_generated():
 @pytest.mark.gpu
 def test_a_gpu_learns_and_goes_on(tmp_path):
     run = Run(dataclasses.replace(TINY, mlp="switch-4", dtype="bfloat16"), TEXT, "cuda")
-    run.go_on(deadline=-1)
+    run.go_on(over=lambda: True)
     run.save(tmp_path / "run.safetensors")
     again = Run.load(tmp_path / "run.safetensors", TEXT, "cuda")
     again.go_on()
