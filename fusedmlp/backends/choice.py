@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from contextlib import ContextDecorator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from ..transforms import transformed
 from .cuda import loader
 from .op import TRITON_DTYPES, Kernel
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 BACKENDS = ("auto", "triton", "cuda", "reference")
 
 
@@ -35,11 +36,11 @@ def _known(name: str, source: str) -> str:
 _chosen: str = _known(os.environ.get("FUSEDMLP_BACKEND", "auto"), "FUSEDMLP_BACKEND")
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Run everything inside on one backend: "auto", "triton", "cuda" or "reference".
+class backend(ContextDecorator):  # noqa: N801 - it is used like a function
+    """Run on one backend from here on: "auto", "triton", "cuda" or "reference". In a `with`, or as
+    a decorator, until its end.
 
-    Process-wide while it is open. A backend that cannot run the given tensors raises; it never
+    Process-wide while it is in force. A backend that cannot run the given tensors raises; it never
     falls back. Raises ValueError for an unknown name.
 
     Examples:
@@ -48,17 +49,35 @@ def backend(name: str) -> Iterator[None]:
         >>> with fusedmlp.backend("reference"):  # plain PyTorch, to compare with
         ...     fusedmlp.gated_act(g, u).shape
         torch.Size([4, 64])
+        >>> fusedmlp.backend("auto")  # for the rest of the program
+        backend('auto')
         >>> with fusedmlp.backend("fast"):
         ...     pass
         Traceback (most recent call last):
         ValueError: ...
     """
-    global _chosen
-    previous, _chosen = _chosen, _known(name, "backend")
-    try:
-        yield
-    finally:
-        _chosen = previous
+
+    def __init__(self, name: str) -> None:
+        global _chosen
+        self._previous, _chosen = _chosen, _known(name, "backend")
+        self._name = name
+
+    def __enter__(self) -> None:
+        """It is in force since it was made."""
+
+    def __exit__(self, *_: object) -> None:
+        global _chosen
+        _chosen = self._previous
+
+    def __call__(self, function: _F) -> _F:
+        self.__exit__()  # a decorator is in force during calls alone
+        return super().__call__(function)
+
+    def _recreate_cm(self) -> backend:
+        return type(self)(self._name)
+
+    def __repr__(self) -> str:
+        return f"backend({self._name!r})"
 
 
 def pick(op: str, x: Tensor, name: str = "x") -> str:

@@ -55,6 +55,30 @@ def test_triton_without_gpu_or_interpreter_says_what_to_do():
     )
 
 
+def test_a_backend_without_with_acts_until_another(monkeypatch):
+    monkeypatch.setattr(choice, "_chosen", "auto")
+    fusedmlp.backend("reference")
+    assert choice.chosen() == "reference"
+    with fusedmlp.backend("triton"):
+        assert choice.chosen() == "triton"
+        with pytest.raises(ValueError, match="backend must be one of"):
+            fusedmlp.backend("fast")
+        assert choice.chosen() == "triton"
+    assert choice.chosen() == "reference"
+    assert repr(fusedmlp.backend("auto")) == "backend('auto')"
+    assert choice.chosen() == "auto"
+
+
+def test_a_backend_as_a_decorator_acts_during_calls(monkeypatch):
+    monkeypatch.setattr(choice, "_chosen", "auto")
+
+    @fusedmlp.backend("reference")
+    def inside():
+        return choice.chosen()
+
+    assert [choice.chosen(), inside(), choice.chosen(), inside()] == ["auto", "reference"] * 2
+
+
 def test_unknown_backends():
     result = python(RUN, FUSEDMLP_BACKEND="cublas")
     assert (

@@ -160,8 +160,8 @@ def require(op: str, kernel: str | None, x: Tensor) -> Callable[..., None]:
         launcher, why = find(kernel, capability)
     if launcher is None or kernel is None:
         raise RuntimeError(
-            f"{op}: backend 'cuda' was asked for, but {why}; or use backend('auto') or "
-            "backend('triton')"
+            f"{op}: backend 'cuda' was asked for, but {why}; or use backend('auto')"
+            + (" or backend('triton')" if x.is_cuda else "")
         )
     taken = dtypes_of(kernel)
     if x.dtype not in taken:
