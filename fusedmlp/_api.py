@@ -14,12 +14,13 @@ from .backends.op import OPS, public_ops
 from .explaining import explain
 from .hyperglu import HyperGLU, HyperGLUConfig, HyperMLP
 from .layers import *  # noqa: F403
+from .layers.freeze import freeze_masks
 from .ops.top1_route import jitter, load_balancing_loss, router_z_loss
 from .ops.topk_route import update_router_bias
 from .patching import patch, patched, register_patch, unpatch
 from .patching.quantize import quantize_model
 from .patching.report import QuantizationReport
-from .reference import Routing
+from .reference import Routing, RoutingStats
 from .weights.binary import BinaryWeight, quantize_binary
 from .weights.gguf import read_gguf
 from .weights.masks import PackedMasks
@@ -35,6 +36,7 @@ __all__ = [
     "SiLU",
     "Sigmoid",
     "Routing",
+    "RoutingStats",
     "PackedMasks",
     "BinaryWeight",
     "HyperGLU",
@@ -43,6 +45,7 @@ __all__ = [
     "QuantizationReport",
     "backend",
     "explain",
+    "freeze_masks",
     "jitter",
     "load_balancing_loss",
     "patch",

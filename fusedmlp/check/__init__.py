@@ -6,25 +6,38 @@ small matrix product.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from ..packing import ORDERS, Packed
-from ..reference.activations import ACTIVATIONS, resolve
+from ..reference.activations import ACTIVATIONS, computed_by, resolve
 
 
 def shape(op: str, name: str, t: Tensor, *expected: int) -> None:
     if t.shape != expected:
-        raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(t.shape)}")
+        hint = transposed(name, t.shape, expected)
+        raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(t.shape)}{hint}")
 
 
-def columns(op: str, name: str, t: Tensor, expected: int, meaning: str) -> None:
-    """`t` is (..., expected)."""
+def transposed(name: str, got: Sequence[int], expected: Sequence[int]) -> str:
+    """What to say of a weight, or a stack of them, that is right but for its last two sizes."""
+    if len(got) < 2 or len(got) != len(expected) or (*got[:-2], got[-1], got[-2]) != (*expected,):
+        return ""
+    return f"; {name} is (out, in), as nn.Linear's weight: is it transposed? Transpose it back"
+
+
+def columns(op: str, name: str, t: Tensor, size: Sequence[int], letter: str, of: str) -> None:
+    """`t` is (..., D) by `size` (..., H, D) of the weight `of`, in which D is called `letter`."""
     # A slice, so that a scalar's empty shape compares unequal instead of raising.
-    if t.shape[-1:] != (expected,):
-        raise ValueError(f"{op}: {name} must be (..., {expected}): {meaning}; got {tuple(t.shape)}")
+    if t.shape[-1:] != size[-1:]:
+        width = t.shape[-1] if t.dim() else None
+        hint = transposed(of, size, (*size[:-2], size[-1], size[-2])) if width == size[-2] else ""
+        raise ValueError(
+            f"{op}: {name} must be (..., {size[-1]}): {letter} of {of}; got {tuple(t.shape)}{hint}"
+        )
 
 
 def matrix(op: str, name: str, t: Tensor, meaning: str) -> torch.Size:
@@ -39,7 +52,8 @@ def down(op: str, w_name: str, w: Tensor, H: int, b_name: str, b: Tensor | None)
     """The down projection w (D_out, H) and its bias (D_out,)."""
     D_out, width = matrix(op, w_name, w, "(D_out, H)")
     if width != H:
-        raise ValueError(f"{op}: {w_name} must have shape {(D_out, H)}, got {(D_out, width)}")
+        hint = transposed(w_name, w.shape, (width, H)) if D_out == H else ""
+        raise ValueError(f"{op}: {w_name} must have shape {(D_out, H)}, got {(D_out, width)}{hint}")
     if b is not None:
         shape(op, b_name, b, D_out)
 
@@ -72,6 +86,20 @@ def _raise_unlike_x(op: str, called: str, x: Tensor, name: str, t: object) -> No
     raise ValueError(f"{op}: {name} must be on {called}'s device {x.device}, got {t.device}")
 
 
+_GATED = {"swiglu": "silu", "geglu": "gelu", "reglu": "relu", "glu": "sigmoid"}
+
+
+def _instead(name: object, gated: bool) -> str:
+    """What to give in place of `name`, which is no row's."""
+    known = _GATED.get(name.lower()) if gated and isinstance(name, str) else None
+    if (known := known or computed_by(name)) is not None:
+        return f": give its name, {known!r}"
+    return (
+        ". Any other runs in PyTorch as a module: fusedmlp.layers.FeedForward(dim, "
+        "activation=YourModule)"
+    )
+
+
 def activation(op: str, name: str, *, gated: bool = True, called: str = "activation") -> None:
     """`name` is a row of the table, perhaps with parameters. Without an up projection (not `gated`)
     a gate, whose row has a factor of its own for it, is refused. `called` is what the op calls
@@ -81,7 +109,9 @@ def activation(op: str, name: str, *, gated: bool = True, called: str = "activat
         return
     if not isinstance(name, str) or name.partition("(")[0] not in ACTIVATIONS:
         names = (n for n, row in ACTIVATIONS.items() if gated or row.up is None)
-        raise ValueError(f"{op}: {called} must be one of {', '.join(names)}; got {name!r}")
+        raise ValueError(
+            f"{op}: {called} must be one of {', '.join(names)}; got {name!r}{_instead(name, gated)}"
+        )
     try:
         row = resolve(name).row
     except ValueError as error:

@@ -99,7 +99,7 @@ def check_experts(
     E, N, D = w_gate.shape
     if E < 1:
         raise ValueError(f"{op}: w_gate must hold at least 1 expert, got {tuple(w_gate.shape)}")
-    check.columns(op, "x", x, D, "D of w_gate")
+    check.columns(op, "x", x, w_gate.shape, "D", "w_gate")
     if packed:
         if w_up is not None:
             raise ValueError(f"{op}: w_up must be None when packed, got a tensor")
@@ -108,6 +108,11 @@ def check_experts(
     elif w_up is not None:
         check.shape(op, "w_up", w_up, E, N, D)
     D_out, H = w_down.shape[1], N // 2 if packed else N
+    if w_down.shape != (E, D_out, H) and D_out == H:
+        hint = check.transposed("w_down", w_down.shape, (E, w_down.shape[2], H))
+        raise ValueError(
+            f"{op}: w_down must have shape {(E, D_out, H)}, got {tuple(w_down.shape)}{hint}"
+        )
     check.shape(op, "w_down", w_down, E, D_out, H)
     if b_gate is not None:
         check.shape(op, "b_gate", b_gate, E, N)

@@ -102,9 +102,13 @@ class HyperGLUConfig:
     def __post_init__(self) -> None:
         self._check_types()
         # As published configurations do, so that what is shown and saved is what was made.
-        for name, width in (("qk_rank", self.n_embd // 4), ("vo_rank", self.n_embd)):
+        derived = {}
+        for name, formula, width in (
+            ("qk_rank", "n_embd // 4", self.n_embd // 4), ("vo_rank", "n_embd", self.n_embd),
+        ):  # fmt: skip
             if getattr(self, name) is None:
                 object.__setattr__(self, name, width)
+                derived[name] = f"{formula} = "
         for name in _POSITIVE:
             self._require(getattr(self, name) >= 1, name, "at least 1")
         for name in ("norm_eps", "rope_base"):
@@ -121,7 +125,8 @@ class HyperGLUConfig:
             if width < 1 or width % parts:
                 raise ValueError(
                     f"HyperGLUConfig: {name} must be a positive multiple of {of} = {parts}, "
-                    f"got {width}"
+                    f"got {derived.get(name, '')}{width}"
+                    + (f": give {name}" if name in derived else "")
                 )
         if self.use_rope:
             dq = self.qk_width // heads

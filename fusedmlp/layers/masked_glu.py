@@ -30,7 +30,8 @@ which is kept (under autocast: the autocast dtype).
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,6 +45,23 @@ from .parts.around import hooked
 from .parts.block import affine, passes_through, positive_int, reset_others
 
 MASK_MODES = ("channel", "element")
+
+
+def other_masks(prefix: str, is_frozen: bool, frozen: bool, logits: bool) -> str:
+    """What to do where a layer's masks are frozen and a state_dict's are logits, or the other way
+    round; "" where they are alike."""
+    name = prefix.rstrip(".") or "the layer"
+    if frozen and not logits and not is_frozen:
+        return (
+            f"{name}: the state_dict has frozen masks and the layer has logits: freeze first, by "
+            "fusedmlp.freeze_masks(model), then load the state_dict"
+        )
+    if logits and not frozen and is_frozen:
+        return (
+            f"{name}: the state_dict has logits and the layer has frozen masks: load into a model "
+            "that is not frozen, then freeze it by fusedmlp.freeze_masks(model)"
+        )
+    return ""
 
 
 class MaskedGLU(nn.Module):
@@ -160,6 +178,23 @@ class MaskedGLU(nn.Module):
         """What freeze_masks() does once it has the bits."""
         self.packed = packed
         del self.mask
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        frozen, logits = f"{prefix}packed.planes" in state_dict, f"{prefix}mask" in state_dict
+        if hint := other_masks(prefix, self.packed is not None, frozen, logits):
+            error_msgs.append(hint)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def masks(self) -> Tensor | PackedMasks:
         """What forward masks with: the logits, or once frozen the bits."""

@@ -52,7 +52,7 @@ def check_projection(
     check.activation(op, activation)
     check.apart(op, packed, "quantize gate and up apart: w_gate and w_up are (H, D) each")
     H, D = binary_linear.check_weight(op, "w_gate", w_gate, x.device)
-    check.columns(op, "x", x, D, "D of w_gate")
+    check.columns(op, "x", x, w_gate.shape, "D", "w_gate")
     if binary_linear.check_weight(op, "w_up", w_up, x.device) != (H, D):
         raise ValueError(f"{op}: w_up must have shape {(H, D)}, got {w_up.shape}")
     for name, b in (("b_gate", b_gate), ("b_up", b_up)):

@@ -158,7 +158,7 @@ def binary_linear(x: Tensor, w: BinaryWeight, b: Tensor | None = None) -> Tensor
         x, b = check.cast(dtype, x, b)  # type: ignore[assignment]
     check.like_x(OP, x, b=b)
     H, D = check_weight(OP, "w", w, x.device)
-    check.columns(OP, "x", x, D, "D of w")
+    check.columns(OP, "x", x, w.shape, "D", "w")
     if b is not None:
         check.shape(OP, "b", b, H)
     if choice.pick(OP, x) == "reference":

@@ -52,7 +52,7 @@ def check_projection(
     if packed is not None or w_up is None:
         check.packed(op, "w_gate", "w_up", w_up is None, packed)
     N, D = check.matrix(op, "w_gate", w_gate, "(H, D), or (2H, D) when packed")
-    check.columns(op, "x", x, D, "D of w_gate")
+    check.columns(op, "x", x, w_gate.shape, "D", "w_gate")
     if packed:
         if N % 2:
             raise ValueError(f"{op}: w_gate must be (2H, D) when packed, got {tuple(w_gate.shape)}")

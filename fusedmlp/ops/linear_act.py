@@ -39,7 +39,7 @@ def check_projection(
     """The shape rule of x, w, b, for this op and for whole blocks. Returns H."""
     check.activation(op, activation, gated=False)
     H, D = check.matrix(op, w_name, w, "(H, D)")
-    check.columns(op, "x", x, D, f"D of {w_name}")
+    check.columns(op, "x", x, w.shape, "D", w_name)
     if b is not None:
         check.shape(op, b_name, b, H)
     return H

@@ -53,12 +53,15 @@ def check_projection(
     check.activation(op, activation)
     check.apart(op, packed, "one weight w (H, D) is gate and up, and masks tell them apart")
     H, D = check.matrix(op, "w", w, "(H, D)")
-    check.columns(op, "x", x, D, "D of w")
+    check.columns(op, "x", x, w.shape, "D", "w")
     if not isinstance(masks, PackedMasks):
         check_logits(op, "masks", masks)
     n_m, *size = masks.shape
     if size != [H, D]:
-        raise ValueError(f"{op}: masks must be {(n_m, H, D)}: of w's shape, got {(n_m, *size)}")
+        hint = check.transposed("masks", size, (H, D))
+        raise ValueError(
+            f"{op}: masks must be {(n_m, H, D)}: of w's shape, got {(n_m, *size)}{hint}"
+        )
     if (device := tensor_of(masks).device) != x.device:
         raise ValueError(f"{op}: masks must be on x's device {x.device}, got {device}")
     return H

@@ -89,7 +89,7 @@ def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) 
     if w.dim() != 3 or not w.shape[0]:
         raise ValueError(f"{OP}: w must be (E, N, K), E at least 1, got {tuple(w.shape)}")
     E, N, K = w.shape
-    check.columns(OP, "x", x, K, "K of w")
+    check.columns(OP, "x", x, w.shape, "K", "w")
     if b is not None:
         check.shape(OP, "b", b, E, N)
     check_one_choice(OP, routing)

@@ -192,6 +192,38 @@ for _row in ACTIVATIONS.values():
         computes(_row.name)(_kind)
 
 
+# What others call a row of this table.
+ALIASES = {
+    "swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu_sq",
+    "linear": "identity",
+}  # fmt: skip
+
+
+def computed_by(what: object) -> str | None:
+    """The argument `activation` for a function of torch, a module, its class or another name; None
+    where no row computes it."""
+    if isinstance(what, str):
+        lower = what.lower()
+        return ALIASES.get(lower, lower if lower in ACTIVATIONS else None)
+    if isinstance(what, type) and what in MODULES:
+        try:
+            what = what()
+        except TypeError:  # it has arguments without defaults
+            return None
+    if isinstance(what, nn.Module):
+        rows = (ACTIVATIONS[name] for name in MODULES.get(type(what), ()))
+        return next((row.spelled_of(what) for row in rows if row.is_set_in(what)), None)
+    for row in ACTIVATIONS.values():
+        if what is row.reference and row.up is None:
+            return row.name
+    # torch.relu, F.relu and Tensor.relu are three functions of one name.
+    name = getattr(what, "__name__", None)
+    of_torch = name in ACTIVATIONS and what in (
+        getattr(place, name, None) for place in (torch, F, Tensor)
+    )
+    return name if of_torch else None
+
+
 # name(parameter=number, ...)
 _CALL = re.compile(r"\w+\((.+)\)")
 _SET = re.compile(r"(\w+)=([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)")

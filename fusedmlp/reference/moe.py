@@ -21,6 +21,7 @@ from .dense import gated_mlp, mlp
 
 __all__ = [
     "Routing",
+    "RoutingStats",
     "load_balancing_loss",
     "moe_linear",
     "moe_mlp",
@@ -34,6 +35,27 @@ __all__ = [
 Score = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 Compared = Literal["score", "logits"]
 GroupScore = Literal["top2", "max"]
+
+
+class RoutingStats(NamedTuple):
+    """What to log of a routing: tensors on its device, without gradients.
+
+    | field | shape | |
+    |---|---|---|
+    | load | (E,) float32 | share of the T k choices that chose each expert; 1 / E when balanced |
+    | dropped | () float32 | share of the T k choices that no expert takes |
+    | entropy | () float32 | of the load, -sum_e p_e ln p_e with p = load / sum(load); ln E when balanced |
+
+    Examples:
+        >>> import torch
+        >>> from fusedmlp import topk_route
+        >>> topk_route(torch.eye(4), 2).stats().load.tolist()
+        [0.5, 0.25, 0.125, 0.125]
+    """  # noqa: E501
+
+    load: Tensor
+    dropped: Tensor
+    entropy: Tensor
 
 
 class Routing(NamedTuple):
@@ -86,6 +108,23 @@ class Routing(NamedTuple):
     def kept(self) -> Tensor:
         """As expert, bool: whether the expert takes it."""
         return (self.rows < self.offsets[-2]).view(self.expert.shape)
+
+    def stats(self) -> RoutingStats:
+        """Load of each expert, share of dropped choices and entropy of the load, for any k. Nothing
+        waits for the GPU until a value is read.
+
+        Examples:
+            >>> import torch
+            >>> from fusedmlp import top1_route
+            >>> stats = top1_route(torch.eye(4)[[0, 0, 0, 1]], capacity=2).stats()
+            >>> stats.load.tolist(), stats.dropped.item(), round(stats.entropy.item(), 3)
+            ([0.75, 0.25, 0.0, 0.0], 0.25, 0.562)
+        """
+        choices = max(self.expert.numel(), 1)
+        load = self.counts.float() / choices
+        dropped = (self.offsets[-1] - self.offsets[-2]).float() / choices
+        p = load / load.sum().clamp_min(1e-30)
+        return RoutingStats(load, dropped, torch.special.entr(p).sum())
 
 
 def top1_route(logits: Tensor, capacity: int | None = None) -> Routing:

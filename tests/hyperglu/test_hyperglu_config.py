@@ -58,3 +58,16 @@ def test_extremes_of_a_config(name, kind):
     for bad in (below, float("nan"), float("inf"), -float("inf")):
         with pytest.raises((TypeError, ValueError), match=f"HyperGLUConfig: {name} must be"):
             config(**options, **{name: bad})
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"n_embd": 64, "n_head": 3}, "2 n_head = 6, got n_embd // 4 = 16: give qk_rank"),
+        ({"n_embd": 64, "n_head": 3, "qk_rank": 16}, "2 n_head = 6, got 16"),
+        ({"n_embd": 64, "n_head": 3, "qk_rank": 12}, "n_head = 3, got n_embd = 64: give vo_rank"),
+    ],
+)
+def test_a_derived_width_is_shown_with_its_formula(options, message):
+    with pytest.raises(ValueError, match=f"must be a positive multiple of {message}$"):
+        HyperGLUConfig(**options)

@@ -14,9 +14,19 @@ from layer_checks import (
 )
 from torch import nn
 
-from fusedmlp import PackedMasks
-from fusedmlp.layers import MGLU, BilinearMGLU, FeedForward, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
+from fusedmlp import PackedMasks, freeze_masks
+from fusedmlp.layers import (
+    MGLU,
+    BilinearMGLU,
+    FeedForward,
+    GeMGLU,
+    MaskedGLU,
+    ReMGLU,
+    SwiMGLU,
+    SwitchFFN,
+)
 from fusedmlp.layers.feedforward import MASKED_VARIANTS
+from fusedmlp.layers.per_expert import per_expert_state_dict
 
 ACTS = {
     MGLU: (nn.Sigmoid, torch.sigmoid),
@@ -228,3 +238,58 @@ def test_feedforward_dropout_and_bad_options():
     assert not torch.equal(layer.eval()(x), layer.train()(x))
     with pytest.raises(ValueError, match="FeedForward: mask_mode and num_masks must be left alone"):
         FeedForward(16, 2, glu_variant="swiglu", num_masks=2)
+
+
+def masked_model():
+    masked = {"glu_variant": "mswiglu", "mask_mode": "element"}
+    return nn.Sequential(
+        FeedForward(16, num_masks=2, **masked),
+        nn.Linear(16, 16),
+        SwitchFFN(16, num_experts=2, ff_kwargs=masked),
+    )
+
+
+def test_a_model_is_frozen_whole():
+    torch.manual_seed(0)
+    model, x = masked_model().eval(), torch.randn(3, 16)
+    y, _ = model(x)
+    assert freeze_masks(model) == ["0.net.0", "2.experts"]
+    assert torch.equal(model(x)[0], y)
+    assert freeze_masks(model) == []  # they are frozen already
+    again = masked_model().eval()
+    freeze_masks(again)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(x)[0], y)
+
+
+def test_freezing_a_model_is_refused_before_anything_is_frozen():
+    model = masked_model()
+    with torch.no_grad():
+        model[2].experts.net_0_mask[1, 0, 3] = torch.nan
+    with pytest.raises(ValueError, match="finite, got some in 2.experts .* nothing was frozen"):
+        freeze_masks(model)
+    assert model[0].net[0].packed is None
+    with pytest.raises(RuntimeError, match="with mask_mode='element', got none in MGLU"):
+        freeze_masks(MGLU(8, 8))
+    with pytest.raises(TypeError, match="model must be an nn.Module, got str"):
+        freeze_masks("model")
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["stacked", "one-by-one"])
+def test_loading_says_what_to_freeze(one_by_one):
+    frozen, logits = masked_model(), masked_model()
+    freeze_masks(frozen)
+    states = [
+        per_expert_state_dict(model) if one_by_one else model.state_dict()
+        for model in (frozen, logits)
+    ]
+    with pytest.raises(RuntimeError) as raised:
+        logits.load_state_dict(states[0])
+    first = "freeze first, by fusedmlp.freeze_masks(model), then load the state_dict"
+    for name in ("0.net.0", "2.experts"):
+        assert f"{name}: the state_dict has frozen masks and the layer has logits: {first}" in str(
+            raised.value
+        )
+    with pytest.raises(RuntimeError) as raised:
+        frozen.load_state_dict(states[1])
+    assert str(raised.value).count("load into a model that is not frozen, then freeze it") == 2

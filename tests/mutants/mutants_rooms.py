@@ -163,7 +163,11 @@ ROWS: tuple[Row, ...] = (
     Row("ops", ("fusedmlp/ops/binary_*.py",), (*PLACES, *BINARY, *ROW)),
     Row("ops", ("fusedmlp/ops/*.py",), (*PLACES, *DENSE, "tests/ops/test_derivatives.py", *ROW)),
     # ---- layers
-    Row("layers", ("fusedmlp/layers/glu.py", "fusedmlp/layers/masked_glu.py"), (*GLU, *LAYERS)),
+    Row(
+        "layers",
+        ("fusedmlp/layers/freeze.py", "fusedmlp/layers/glu.py", "fusedmlp/layers/masked_glu.py"),
+        (*GLU, *LAYERS),
+    ),
     Row(
         "layers",
         ("fusedmlp/layers/feedforward.py", "fusedmlp/layers/parts/around.py"),

@@ -4,7 +4,9 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_checks import PLAIN
+from torch import nn
 
 import fusedmlp
 from fusedmlp.packing import ORDERS
@@ -63,6 +65,79 @@ def test_one_clear_error(name, argument, value, error, message, each_backend):
     with pytest.raises(error, match=message) as caught:
         case.run({**good(name), argument: value})
     assert str(caught.value).startswith(f"{case.op}: ")
+
+
+# case, the weight that is given transposed, what the message must say of the shapes
+TRANSPOSED = [
+    ("gated_linear", "w_gate", r"x must be \(\.\.\., 24\): D of w_gate; got \(4, 16\)"),
+    ("gated_linear", "w_up", r"w_up must have shape \(24, 16\), got \(16, 24\)"),
+    (
+        "gated_linear-gate_up-bias",
+        "w_gate",
+        r"x must be \(\.\.\., 48\): D of w_gate; got \(4, 16\)",
+    ),
+    ("gated_mlp", "w_down", r"w_down must have shape \(24, 24\), got \(24, 16\)"),
+    ("linear_act", "w", r"x must be \(\.\.\., 24\): D of w; got \(4, 16\)"),
+    ("mlp", "w_in", r"x must be \(\.\.\., 24\): D of w_in; got \(4, 16\)"),
+    ("mlp", "w_out", r"w_out must have shape \(24, 24\), got \(24, 16\)"),
+    (
+        "masked_gated_linear-1",
+        "masks",
+        r"masks must be \(1, 24, 16\): of w's shape, got \(1, 16, 24\)",
+    ),
+    ("moe_mlp", "w_gate", r"x must be \(\.\.\., 24\): D of w_gate; got \(4, 16\)"),
+    ("moe_mlp", "w_up", r"w_up must have shape \(\d+, 24, 16\), got \(\d+, 16, 24\)"),
+    ("moe_mlp", "w_down", r"w_down must have shape \(\d+, 24, 24\), got \(\d+, 24, 16\)"),
+]
+
+
+@pytest.mark.parametrize("name, argument, message", TRANSPOSED)
+def test_a_transposed_weight_is_named(name, argument, message, each_backend):
+    inputs = good(name)
+    inputs[argument] = inputs[argument].mT
+    hint = f"; {argument} is (out, in), as nn.Linear's weight: is it transposed? Transpose it back"
+    with pytest.raises(ValueError, match=message + re.escape(hint)):
+        CASES[name].run(inputs)
+
+
+def test_other_shapes_are_not_called_transposed():
+    for argument, bad in (("w_gate", torch.ones(7, 3)), ("w_down", torch.ones(D, 3))):
+        with pytest.raises(ValueError) as raised:
+            CASES["gated_mlp"].run({**good("gated_mlp"), argument: bad})
+        assert "transpose" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "given, name",
+    [
+        (F.silu, "silu"),
+        (nn.SiLU(), "silu"),
+        (nn.SiLU, "silu"),
+        ("SiLU", "silu"),
+        ("swish", "silu"),
+        ("swiglu", "silu"),
+        (F.gelu, "gelu"),
+        (nn.GELU("tanh"), "gelu_tanh"),
+        (torch.relu, "relu"),
+        (F.relu, "relu"),
+        (nn.LeakyReLU(0.5), "leaky_relu(negative_slope=0.5)"),
+    ],
+)
+def test_an_activation_that_is_no_string_is_named(given, name):
+    x, w = torch.ones(2, D), torch.ones(H, D)
+    with pytest.raises(ValueError, match=re.escape(f"got {given!r}: give its name, {name!r}")):
+        fusedmlp.gated_linear(x, w, w, activation=given)
+    fusedmlp.gated_linear(x, w, w, activation=name)
+
+
+@pytest.mark.parametrize("given", ["prelu", None, lambda x: x, nn.PReLU(), nn.Softplus, nn.Linear])
+def test_an_unsupported_activation_says_what_to_do(given):
+    """What PyTorch must run is a module of FeedForward's; a class with a row is named."""
+    x, w = torch.ones(2, D), torch.ones(H, D)
+    remedy = r"\. Any other runs in PyTorch as a module: fusedmlp\.layers\.FeedForward\(dim, activ"
+    with pytest.raises(ValueError, match="'softplus'" if given is nn.Softplus else remedy):
+        fusedmlp.mlp(x, w, w.mT, activation=given)
+    assert fusedmlp.FeedForward(D, activation=nn.PReLU)(x).shape == x.shape
 
 
 @pytest.mark.parametrize("name", ("gated_act", "gated_linear", "gated_mlp", "linear_act", "mlp"))

@@ -305,3 +305,37 @@ def test_the_bias_update_balances():
     spread = lambda t: int(t.max() - t.min())  # noqa: E731
     assert spread(counts) < spread(first) / 4
     assert torch.equal(update_router_bias(torch.zeros(2), torch.tensor([3, 3])), torch.zeros(2))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_stats_of_a_routing(k):
+    """By hand: 6 tokens, 4 experts, capacity 3; expert 3 is never chosen."""
+    first, second = torch.tensor([0, 0, 0, 0, 1, 2]), torch.tensor([1, 1, 1, 1, 0, 0])
+    expert = first if k == 1 else torch.stack([first, second], 1)
+    routing = fusedmlp.route_to(expert, torch.ones(expert.shape, requires_grad=True), 4, capacity=3)
+    stats = routing.stats()
+    counts = torch.tensor([4.0, 1, 1, 0]) if k == 1 else torch.tensor([6.0, 5, 1, 0])
+    torch.testing.assert_close(stats.load, counts / (6 * k))
+    assert stats.dropped.item() == pytest.approx((1 if k == 1 else 5) / (6 * k))
+    assert stats.dropped.item() == pytest.approx((~routing.kept).float().mean().item())
+    p = counts[:3] / (6 * k)
+    torch.testing.assert_close(stats.entropy, -(p * p.log()).sum())
+    assert not any(t.requires_grad for t in stats)
+
+
+def test_stats_of_no_tokens_and_of_sentinels():
+    none = fusedmlp.topk_route(torch.zeros(0, 4), 2).stats()
+    assert none.load.tolist() == [0] * 4 and none.dropped == 0 and none.entropy == 0
+    # Index 4 of 4 experts is none of them.
+    half = fusedmlp.route_to(torch.tensor([0, 4, 1, 4]), torch.ones(4), 4).stats()
+    assert half.load.tolist() == [0.25, 0.25, 0, 0] and half.dropped == 0.5
+    torch.testing.assert_close(half.entropy, torch.tensor(2.0).log())
+
+
+def test_stats_are_compiled():
+    logits = torch.randn(8, 4)
+    whole = torch.compile(
+        lambda z: fusedmlp.topk_route(z, 2).stats(), fullgraph=True, backend="eager"
+    )
+    for got, expected in zip(whole(logits), fusedmlp.topk_route(logits, 2).stats(), strict=True):
+        torch.testing.assert_close(got, expected)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ... import check
 from ...ops.gated_act import gated_act
-from ...reference.activations import ACTIVATIONS, MODULES, resolve
+from ...reference.activations import ACTIVATIONS, MODULES, computed_by, resolve
 
 
 class NamedActivation(nn.Module):
@@ -68,6 +68,12 @@ def describe(activation: nn.Module) -> str:
     return f"{kind} in PyTorch" if name is None else f"{kind} fused as {name!r}"
 
 
+def _instead(activation: object) -> str:
+    """What names what was given as a function of PyTorch, or as an instance."""
+    name = computed_by(activation)
+    return "" if name is None else f": give its name, {name!r}"
+
+
 def build(
     where: str, activation: nn.Module | Callable[[], nn.Module] | str, instances: bool = True
 ) -> nn.Module:
@@ -89,11 +95,11 @@ def build(
         "arguments"
     )
     if isinstance(activation, nn.Module) or not callable(activation):
-        raise TypeError(f"{expected}, got {activation!r}")
+        raise TypeError(f"{expected}, got {activation!r}{_instead(activation)}")
     try:
         made = activation()
     except TypeError as error:
-        raise TypeError(f"{expected}, got {activation!r}") from error
+        raise TypeError(f"{expected}, got {activation!r}{_instead(activation)}") from error
     if not isinstance(made, nn.Module):
         raise TypeError(f"{expected}, got {activation!r}, which made {made!r}")
     return made

@@ -21,7 +21,7 @@ from ...reference.moe import by_expert
 from ...weights.masks import PackedMasks, pack_masks
 from ..feedforward import FeedForward, drop_aliases
 from ..glu import GLUBase
-from ..masked_glu import MaskedGLU
+from ..masked_glu import MaskedGLU, other_masks
 from .activation import name_of
 from .block import passes_through
 from .stacked import Stacked
@@ -105,6 +105,15 @@ class StackedExperts(Stacked):
         errors: list[str],
     ) -> None:
         """What an expert has beside stacks: names that repeat others, and the width of masks."""
+        # Stacked or an expert at a time.
+        frozen, logits = (
+            any(f"{prefix}{name}" in state for name in names)
+            for names in (
+                (f"{_OWN_MASKS}.planes", f"0.{_MASKS}.planes"), ("net_0_mask", "0.net.0.mask"),
+            )
+        )  # fmt: skip
+        if hint := other_masks(prefix, self.net_0_packed is not None, frozen, logits):
+            errors.append(hint)
         for i in range(len(self)):
             drop_aliases(self._template[0], state, f"{prefix}{i}.")
             if self.net_0_packed is not None and f"{prefix}{i}.{_MASKS}.planes" in state:
@@ -115,6 +124,12 @@ class StackedExperts(Stacked):
                 own = f"{prefix}{_OWN_MASKS}._extra_state"
                 state[own] = self.net_0_packed.get_extra_state()
         super().take_items(state, prefix, strict, missing, errors)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the experts have masks over elements, as logits or frozen."""
+        glu = self._template[0].net[0]
+        return isinstance(glu, MaskedGLU) and glu.mask_mode == "element"
 
     def freeze_masks(self) -> None:
         """`MaskedGLU.freeze_masks` of every expert, for good; a state_dict then has its bits.
