@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import triton
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from . import running
 from .backends import choice
@@ -12,7 +13,10 @@ from .backends.cuda import loader
 from .backends.op import public_ops
 from .kernels.device import arch_of, capability_of
 from .kernels.pick import LAST
+from .layers.gmlp import SpatialGatingUnit
 from .patching.swap import Patched
+
+_LAYERS = (f"{__package__}.layers.", f"{__package__}.hyperglu.")
 
 
 def _device_line(device: torch.device) -> str:
@@ -61,10 +65,34 @@ def _layer_lines(layer: nn.Module) -> list[str]:
     ]
 
 
+def _width_lines(layer: nn.Module) -> list[str]:
+    """One line for each width of a weight that fast loads in 16 bits do not take: rows must begin
+    at multiples of 16 bytes."""
+    # What PyTorch multiplies, whatever its strides.
+    modules = (m for m in layer.modules() if isinstance(m, (SpatialGatingUnit, _ConvNd)))
+    others = {id(t) for m in modules for t in m.parameters()}
+    widths: dict[int, list[str]] = {}
+    for outer, module in layer.named_modules():
+        if not isinstance(module, Patched) and not type(module).__module__.startswith(_LAYERS):
+            continue
+        for name, t in module.named_parameters(prefix=outer):
+            matrix = name.endswith(("weight", "original")) and t.dim() in (2, 3)
+            if matrix and id(t) not in others:
+                widths.setdefault(t.shape[-1], []).append(name)
+    return [
+        f"width {width} of {names[0]}"
+        + (f" and {more} more" if (more := len(dict.fromkeys(names)) - 1) else "")
+        + " is no multiple of 8: in 16 bits kernels take element loads and small tiles; "
+        f"{-(-width // 8) * 8} would have vector or TMA loads"
+        for width, names in widths.items()
+        if width % 8
+    ]
+
+
 def explain(layer: nn.Module | None = None) -> str:
     """A text of what runs where: which copy of this package, versions, the chosen backend, what the
     CUDA extension holds or why it is not there, each device's backend, what each kernel was last
-    launched with, and which calls in `layer` are fused.
+    launched with, which calls in `layer` are fused, and which of its widths no fast load takes.
 
     Raises TypeError unless `layer` is an nn.Module or None.
 
@@ -90,4 +118,5 @@ def explain(layer: nn.Module | None = None) -> str:
     lines += [_last_launch(kernel) for kernel in sorted(LAST.keys() | choice.SERVED.keys())]
     if layer is not None:
         lines += _layer_lines(layer)
+        lines += _width_lines(layer)
     return "\n".join(lines)

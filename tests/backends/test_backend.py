@@ -79,6 +79,26 @@ def test_a_backend_as_a_decorator_acts_during_calls(monkeypatch):
     assert [choice.chosen(), inside(), choice.chosen(), inside()] == ["auto", "reference"] * 2
 
 
+def test_explain_names_widths_that_no_fast_load_takes():
+    """The Llama width of 8/3 is a multiple of nothing; the widths beside it are."""
+    block = fusedmlp.FeedForward(64, mult=8 / 3, glu_variant="swiglu")
+    (line,) = (line for line in fusedmlp.explain(block).splitlines() if "multiple of 8" in line)
+    assert line == (
+        "width 170 of net.2.weight is no multiple of 8: in 16 bits kernels take element loads and "
+        "small tiles; 176 would have vector or TMA loads"
+    )
+    experts = fusedmlp.SwitchFFN(32, num_experts=3, ff_kwargs={"mult": 27 / 32})
+    assert "width 27 of experts.net_3_weight is no multiple of 8" in fusedmlp.explain(experts)
+    two = torch.nn.Sequential(block, fusedmlp.FeedForward(64, mult=170 / 64))
+    assert "width 170 of 0.net.2.weight and 1 more is no" in fusedmlp.explain(two)
+    for layer in (
+        fusedmlp.FeedForward(64, mult=2.75, glu_variant="swiglu"),
+        fusedmlp.GMLP(dim=32, dim_ff=64, seq_len=9, depth=1),
+        torch.nn.Linear(7, 9),
+    ):
+        assert "multiple of 8" not in fusedmlp.explain(layer)
+
+
 def test_unknown_backends():
     result = python(RUN, FUSEDMLP_BACKEND="cublas")
     assert (
