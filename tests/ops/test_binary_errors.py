@@ -100,3 +100,12 @@ def test_bad_blocks(argument, value, error, message, each_backend):
         fusedmlp.binary_gated_mlp(**arguments)
     with pytest.raises(ValueError, match="binary_gated_mlp: activation must be one of"):
         fusedmlp.binary_gated_mlp(**arguments, activation="swish")
+
+
+def test_a_transposed_weight_is_named():
+    w, x = fusedmlp.quantize_binary(torch.randn(256, 128)), torch.randn(2, 128)
+    hint = "is \\(out, in\\), as nn.Linear's weight: is it transposed"
+    with pytest.raises(ValueError, match=f"w_down must have shape .*; w_down {hint}"):
+        fusedmlp.binary_gated_mlp(x, w, w, w)
+    with pytest.raises(ValueError, match=f"x must be .*; w {hint}"):
+        fusedmlp.binary_linear(torch.randn(2, 256), w)
