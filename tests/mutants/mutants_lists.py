@@ -58,8 +58,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "fusedmlp/layers/moe.py",
-        "nn.init.uniform_(w, -(w.shape[-1] ** -0.5), w.shape[-1] ** -0.5)",
-        "nn.init.uniform_(w, -(self.w_gate.shape[1] ** -0.5), w.shape[-1] ** -0.5)",
+        "nn.init.uniform_(t, -(w.shape[-1] ** -0.5), w.shape[-1] ** -0.5)",
+        "nn.init.uniform_(t, -(self.w_gate.shape[1] ** -0.5), w.shape[-1] ** -0.5)",
         "the lower bound is from the hidden width",
     ),
     Fault(
