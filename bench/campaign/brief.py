@@ -90,6 +90,8 @@ _COMPILING = (
                            "--shape", NARROW, "--provider", DEFAULT, "quack")),
     ("sonicmoe", "sonicmoe", 0, ("--case", "moe_mlp-16-uniform", "--phase", "forward",
                                  "--shape", "8192x2048x2048", "--provider", DEFAULT, "sonicmoe")),
+    ("sonicmoe-8", "sonicmoe", 0, ("--case", "moe_mlp-128-top8-uniform", "--phase", "both",
+                                   "--shape", "8192x2048x768", "--provider", DEFAULT, "sonicmoe")),
     ("liger", "liger_kernel", 0, ("--case", "gated_mlp", "--phase", "both", "--shape", NARROW,
                                   "--provider", DEFAULT, "liger")),
     ("flash-swiglu", "flash_swiglu_mlp", 0, ("--case", "gated_mlp", "--phase", "both", "--shape",

@@ -20,11 +20,10 @@ def no_products(*arguments: object) -> int:
 
 
 def rows_times(*weights: str) -> Callable[[Shapes], int]:
-    """x times each of these weights. Weights of experts are stacked, and a row meets one; a token
-    has a row for each of its probabilities."""
+    """x times each of these weights. Weights of experts are stacked, and a row meets one."""
 
     def flops(shapes: Shapes) -> int:
-        rows = prod(shapes.get("prob", shapes["x"][:-1]))
+        rows = prod(shapes["x"][:-1])
         return 2 * rows * sum(prod(shapes[w][-2:]) for w in weights if w in shapes)
 
     return flops
