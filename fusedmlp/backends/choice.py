@@ -80,17 +80,22 @@ class backend(ContextDecorator):  # noqa: N801 - it is used like a function
         return f"backend({self._name!r})"
 
 
+def always_reference(x: Tensor) -> bool:
+    """Whether every op runs its reference on `x`. Inside transforms of torch.func and forward-mode
+    AD it does, whatever was chosen: kernels have no tangents."""
+    return _chosen == "reference" or (_chosen == "auto" and not x.is_cuda) or transformed()
+
+
 def pick(op: str, x: Tensor, name: str = "x") -> str:
     """Return the backend for `op`: "triton", "cuda" or "reference". `x` is a sample tensor, and
-    `name` is what errors call it. Inside transforms of torch.func and forward-mode AD it is the
-    reference, whatever was chosen: kernels have no tangents.
+    `name` is what errors call it.
 
     Between triton and cuda each kernel chooses again at its launch (`launcher`), which compiled
     code and autograd reach without coming through here.
     """
-    on_gpu = x.is_cuda
-    if _chosen == "reference" or (_chosen == "auto" and not on_gpu) or transformed():
+    if always_reference(x):
         return "reference"
+    on_gpu = x.is_cuda
     if _chosen == "cuda":
         if not torch.compiler.is_compiling():
             for kernel in loader.kernels_of(op) or (None,):

@@ -31,9 +31,9 @@ def transposed(name: str, got: Sequence[int], expected: Sequence[int]) -> str:
 
 def columns(op: str, name: str, t: Tensor, size: Sequence[int], letter: str, of: str) -> None:
     """`t` is (..., D) by `size` (..., H, D) of the weight `of`, in which D is called `letter`."""
-    # A slice, so that a scalar's empty shape compares unequal instead of raising.
-    if t.shape[-1:] != size[-1:]:
-        width = t.shape[-1] if t.dim() else None
+    own = t.shape
+    if not own or own[-1] != size[-1]:
+        width = own[-1] if own else None
         hint = transposed(of, size, (*size[:-2], size[-1], size[-2])) if width == size[-2] else ""
         raise ValueError(
             f"{op}: {name} must be (..., {size[-1]}): {letter} of {of}; got {tuple(t.shape)}{hint}"

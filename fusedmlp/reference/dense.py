@@ -65,7 +65,8 @@ def gated_mlp(
 
 def linear_act(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str = "gelu") -> Tensor:
     """act(x w' + b)."""
-    return resolve(activation).phi(F.linear(x, w, b))
+    row, scalars = resolve(activation)
+    return row.reference(F.linear(x, w, b), *scalars)
 
 
 def mlp(

@@ -84,7 +84,7 @@ def test_bad_spellings(name, each_backend):
             fusedmlp.gated_act(g, g, activation=text)
         message = str(caught.value)
         assert message.startswith(f"gated_act: activation {said}"), text
-        assert message.endswith(f"got {text!r}"), text
+        assert f"got {text!r}" in message, text
 
 
 def plain_calls():

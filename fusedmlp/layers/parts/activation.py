@@ -38,7 +38,7 @@ def name_of(activation: nn.Module) -> str | None:
     """
     for name in MODULES.get(type(activation), ()):
         row = ACTIVATIONS[name]
-        if row.is_set_in(activation):
+        if not row.settings or row.is_set_in(activation):
             return row.spelled_of(activation) if row.parameters else name
     return activation.activation if type(activation) is NamedActivation else None
 
