@@ -10,7 +10,7 @@ from triton.runtime.jit import JITFunction
 def rewritten(fn: JITFunction, old: str, new: str) -> Iterator[None]:
     """The kernel with other source, where `old` stands once."""
     source = fn.src
-    assert source.count(old) == 1, (fn, old, source.count(old))
+    assert source.count(old) == 1, (fn.__name__, old, source.count(old))
 
     def put(text: str) -> None:
         fn._unsafe_update_src(text)
