@@ -6,9 +6,9 @@ The public names live in `_api` and are loaded on first use: Triton alone takes 
 
 import importlib
 import importlib.util
-import sys
 from typing import TYPE_CHECKING
 
+from .arrival import once_loaded
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -41,7 +41,10 @@ def __dir__() -> list[str]:
     return sorted(_load())
 
 
-# model.set_experts_implementation("fusedmlp") asks transformers' table alone, and may be the first
-# call that needs anything of this package.
-if "transformers.integrations.moe" in sys.modules:
+def _enter_experts() -> None:
     importlib.import_module(f"{__name__}.patching.experts").register_experts()
+
+
+# experts_implementation="fusedmlp" asks transformers' table alone, and may be the first that needs
+# anything of this package. transformers loads the table with its first model class.
+once_loaded("transformers.integrations.moe", _enter_experts)

@@ -130,8 +130,8 @@ def register_experts() -> bool:
     """Enter "fusedmlp" in transformers' table of experts implementations, if that is loaded (any
     model of transformers loads it); whether it is there now.
 
-    Importing fusedmlp calls it, and patch(); call it yourself where fusedmlp was imported before
-    transformers and nothing is to be patched.
+    Importing fusedmlp has it called as soon as the table is loaded, and patch() calls it; call it
+    yourself where something else has put another table in its place.
     """
     table = sys.modules.get("transformers.integrations.moe")
     functions = getattr(table, "ALL_EXPERTS_FUNCTIONS", None)
