@@ -84,7 +84,9 @@ def test_bad_spellings(name, each_backend):
             fusedmlp.gated_act(g, g, activation=text)
         message = str(caught.value)
         assert message.startswith(f"gated_act: activation {said}"), text
-        assert f"got {text!r}" in message, text
+        remedy = ". Any other runs in PyTorch as a module: " if "one of" in said else ""
+        assert message.partition(f"got {text!r}")[2].startswith(remedy), text
+        assert remedy or message.endswith(f"got {text!r}"), text
 
 
 def plain_calls():
