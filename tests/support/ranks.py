@@ -8,6 +8,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Ranks are forked from one process that has imported what each of them would: a start of Python and
+# torch costs seconds.
+mp.set_forkserver_preload(["torch.distributed.fsdp", "transformers", "fusedmlp"])
+
 
 def join(rank, ranks, store, body, timeout, backend):
     torch.set_num_threads(1)
@@ -22,4 +26,5 @@ def join(rank, ranks, store, body, timeout, backend):
 def spawn(ranks, body, timeout=180, backend="gloo"):
     with tempfile.TemporaryDirectory() as folder:
         store = os.path.join(folder, "store")
-        mp.spawn(join, (ranks, store, body, timeout, backend), nprocs=ranks)
+        arguments = (ranks, store, body, timeout, backend)
+        mp.start_processes(join, arguments, nprocs=ranks, start_method="forkserver")
