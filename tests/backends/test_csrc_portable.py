@@ -7,6 +7,7 @@ import torch
 import fusedmlp
 from fusedmlp import reference
 from fusedmlp.backends import choice
+from fusedmlp.backends.cuda import route as cuda_route
 from fusedmlp.bench.campaign import worker
 from fusedmlp.bench.rivals import RIVALS
 from fusedmlp.bench.work import Work
@@ -135,6 +136,14 @@ def test_route_to():
 def test_more_experts_than_are_counted():
     with pytest.raises(ValueError, match="needs 4096 experts or fewer, got 4097"):
         fusedmlp.top1_route(torch.randn(2, 4097))
+
+
+def test_what_a_block_of_the_router_counts_fits_its_shared_memory():
+    """48 KB without asking for more; a warp ranks 32 tokens at a time."""
+    extension = simt_extension.extension("sm_80")
+    chunk = cuda_route._chunk("top1_route_fwd", torch.empty(1), 10**6, extension.MAX_EXPERTS)
+    assert chunk == extension.MAX_CHUNK and chunk % 32 == 0
+    assert 4 * (extension.MAX_EXPERTS + 3 * chunk) <= 48 * 1024
 
 
 def test_logits_of_another_dtype():

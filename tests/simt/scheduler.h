@@ -6,7 +6,8 @@
 //   0     threads in order, asynchronous operations as late as possible (when no thread can run)
 //   1     threads in reverse, asynchronous operations at once
 //   2     a warp goes on until all of its threads wait for others, so that warps drift as far apart
-//         as the barriers between them allow; asynchronous operations as late as possible
+//         as the barriers between them allow; asynchronous operations as late as possible, and those
+//         that a thread waits for before all others
 //   >= 3  both at random; seeds differ in how soon operations run
 #pragma once
 #include <time.h>
@@ -252,7 +253,10 @@ class Scheduler {
   // one that has issued last (what should have waited for an older one runs before it), or any.
   size_t eligible() {
     const auto count = unsigned(pending_.size());
-    const size_t chosen = at_random() ? below(count) : count - 1;
+    size_t chosen = at_random() ? below(count) : count - 1;
+    for (size_t i = 0; warp_by_warp() && i < count; ++i) {
+      if (!pending_[i]->waiting.empty()) chosen = i;
+    }
     for (size_t i = 0; pending_[chosen]->channel && i < chosen; ++i) {
       if (pending_[i]->channel == pending_[chosen]->channel) return i;
     }
