@@ -1,0 +1,73 @@
+"""A checkpoint's model without its weights: what a quantiser leaves, and what stays float32."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from patch_models import build
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from fusedmlp.patching.checkpoint import _quantization, empty_model
+
+PARTS = [f"mlp.{n}_proj" for n in ("gate", "up", "down")] + [f"self_attn.{n}_proj" for n in "qkvo"]
+ALL = {f"model.layers.{i}.{part}" for i in (0, 1) for part in PARTS} | {"lm_head"}
+SKIPS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "exclude")
+# A quantiser's settings, and whether a projection stays.
+SETTINGS = [
+    ({}, lambda name: name == "lm_head"),
+    *(({key: ["model.layers.1.mlp", "q_proj"]}, lambda name: "1.mlp" in name or "q_proj" in name)
+      for key in SKIPS),
+    ({"ignore": ["re:.*0.*down_proj", "o_proj"]},
+     lambda name: "0.mlp.down" in name or "o_proj" in name),
+    ({"modules_in_block_to_quantize": [["mlp.gate_proj"], ["mlp.up_proj"]]},
+     lambda name: "gate" not in name and "up" not in name),
+    ({"dequantize": True}, lambda name: True),
+]  # fmt: skip
+
+
+def of_llama(folder, **settings):
+    config = build("llama").config
+    config.architectures = ["LlamaForCausalLM"]
+    for name, value in settings.items():
+        setattr(config, name, value)
+    config.save_pretrained(folder)
+    return empty_model(folder)
+
+
+@pytest.mark.parametrize("row", range(len(SETTINGS)))
+def test_what_a_quantiser_leaves(row, tmp_path):
+    settings, stays = SETTINGS[row]
+    model = of_llama(tmp_path, quantization_config={"quant_method": "gptq", **settings})
+    linear = {n: m for n, m in model.named_modules() if type(m).__name__ == "Linear"}
+    assert set(linear) == ALL
+    assert {n for n, m in linear.items() if isinstance(m, nn.Linear)} == set(filter(stays, ALL))
+    down = linear["model.layers.1.mlp.down_proj"]
+    assert (down.in_features, down.out_features) == (96, 64)
+    assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_a_quantised_model_of_conv1d(tmp_path):
+    config = build("gpt2").config
+    config.architectures, config.quantization_config = ["GPT2LMHeadModel"], {"quant_method": "awq"}
+    config.save_pretrained(tmp_path)
+    fc = empty_model(tmp_path).transformer.h[1].mlp.c_fc
+    assert (type(fc).__name__, type(fc).__module__) == ("Linear", "awq")
+    assert (fc.in_features, fc.out_features) == (64, 256)
+
+
+def test_parts_that_stay_float32(tmp_path, monkeypatch):
+    """By transformers' plan of dtypes: whole names of modules, not parts of names."""
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["mlp", "v_pro"])
+    model = of_llama(tmp_path, dtype=torch.bfloat16)
+    kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
+    assert kept and kept == {n for n, _ in model.named_parameters() if ".mlp." in n}
+
+
+def test_settings_of_the_text_model_alone():
+    settings = SimpleNamespace(to_dict=lambda: {"quant_method": "gptq"})
+    text = SimpleNamespace(quantization_config=settings)
+    config = SimpleNamespace(get_text_config=lambda decoder: text if decoder else None)
+    assert _quantization(config) == {"quant_method": "gptq"}
+    assert _quantization(SimpleNamespace(get_text_config=lambda decoder: None)) == {}
+    assert _quantization(SimpleNamespace()) == {}
