@@ -24,6 +24,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python tests/mutants", description=about)
     parser.add_argument("--seed", type=int, help="which mutants are drawn; default: fresh ones")
     parser.add_argument("--room", nargs="+", default=[], help="these rooms alone")
+    parser.add_argument("--file", nargs="+", default=[], help="these files alone, by globs")
     parser.add_argument("--operator", help='faults of this kind alone, say "statement dropped"')
     parser.add_argument("--count", type=int, default=10, help="mutants drawn in each room")
     parser.add_argument("--no-hand", action="store_true", help="without those of the hand list")
@@ -42,7 +43,9 @@ def chosen(given: argparse.Namespace, seed: int) -> list[Mutant]:
     if given.again:
         return list(draw.survived(json.loads(given.again.read_text())["mutants"], rows))
     hand = [] if given.no_hand else list(draw.by_hand(rows))
-    mutants = hand + list(draw.drawn(rows, given.count, seed, given.operator))
+    kept = draw.named({mutant.path for mutant in hand}, given.file) if hand else []
+    hand = [mutant for mutant in hand if mutant.path in kept]
+    mutants = hand + list(draw.drawn(rows, given.count, seed, given.operator, given.file))
     # One row after another, so that its tests run without a fault shortly before they run with one.
     return sorted(mutants, key=lambda m: draw.ROWS.index(draw.row_of(m.path)))
 

@@ -17,9 +17,11 @@ CALL = re.compile(r"^\s*(?:if \([^()]*\) )?([\w.:]+(?:<[^;]*>)?\([^;]*\);)\s*$")
 NUMBER = re.compile(r"(?<![\w.])\d+(?![\w.])")
 CONDITION = re.compile(r"\bif \((?!constexpr)([^()]*(?:\([^()]*\)[^()]*)*)\) ")
 # x < y ? x : y is the same at the boundary.
-LEAST = re.compile(r"([\w.]+(?: \+ \w+)?) [<>]=? ([\w.]+) \? (?:\1 : \2|\2 : \1)(?!\w)")
+LEAST = re.compile(r"([\w.]+(?: [-+] \w+)?) [<>]=? ([\w.]+) \? (?:\1 : \2|\2 : \1)(?!\w)")
 # A longer array is none the worse, and a shorter one does not compile or is undefined.
 DECLARATION = re.compile(r"^\s*(?:(?:__shared__|const|constexpr) )*[\w:<>]+ \w+(?:\[[^\]]*\])+")
+# The size of an array that is a parameter says nothing to the compiler.
+PARAMETER = re.compile(r"(?<=[(,])\s*(?:const )?[\w:]+ \w+\[\d+\](?=[,)])")
 STRING = re.compile(r'"[^"]*"')
 DECLARED = re.compile(r"^\s*(#|template|using|namespace|static_assert|asm|__global__|\})")
 
@@ -56,9 +58,9 @@ def faults_of(line: str) -> Iterator[tuple[str, int, int, str]]:
         for old, new in table.items():
             for match in re.finditer(rf"(?<= ){re.escape(old)}(?= )", line):
                 yield operator, *match.span(), new
-    sizes = DECLARATION.match(line)
+    sizes = [found.span() for of in (DECLARATION, PARAMETER) for found in of.finditer(line)]
     for match in NUMBER.finditer(line):
-        if sizes and match.start() < sizes.end():
+        if any(start <= match.start() < end for start, end in sizes):
             continue
         value = int(match[0])
         yield "constant off by one", *match.span(), str(value + 1)

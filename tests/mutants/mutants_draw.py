@@ -51,27 +51,43 @@ def mutants_of(path: str, text: str) -> list[Mutant]:
     return (python_mutants if path.endswith(".py") else cuda_mutants)(path, text)
 
 
-def places(rows: list[Row], operator: str | None = None) -> dict[str, dict[str, list[Mutant]]]:
+def named(paths: Iterable[str], globs: Iterable[str]) -> list[str]:
+    """Those that a glob of `globs` matches; all where none is given."""
+    paths = list(paths)
+    for glob in globs:
+        if not any(Path(path).match(glob) for path in paths):
+            raise MutantError(f"--file must match a file of the rooms drawn from, got {glob}")
+    return [p for p in paths if not globs or any(Path(p).match(glob) for glob in globs)]
+
+
+def places(
+    rows: list[Row], operator: str | None = None, globs: Iterable[str] = ()
+) -> dict[str, dict[str, list[Mutant]]]:
     """room -> file -> its mutants, by one operator or all."""
     found: dict[str, dict[str, list[Mutant]]] = defaultdict(dict)
     operators = set()
-    for path in files(rows):
-        row = row_of(path)
-        if row in rows:
-            mutants = mutants_of(path, (ROOT / path).read_text())
-            operators |= {m.operator for m in mutants}
-            found[row.room][path] = [m for m in mutants if operator in (None, m.operator)]
+    for path in named((path for path in files(rows) if row_of(path) in rows), globs):
+        mutants = mutants_of(path, (ROOT / path).read_text())
+        operators |= {m.operator for m in mutants}
+        room = row_of(path).room
+        found[room][path] = [m for m in mutants if operator in (None, m.operator)]
     if operator and operator not in operators:
         raise MutantError(f"--operator must be of {', '.join(sorted(operators))}, got {operator}")
     return found
 
 
-def drawn(rows: list[Row], count: int, seed: int, operator: str | None = None) -> Iterator[Mutant]:
+def drawn(
+    rows: list[Row],
+    count: int,
+    seed: int,
+    operator: str | None = None,
+    globs: Iterable[str] = (),
+) -> Iterator[Mutant]:
     """`count` mutants of each room of these rows, no two of one line and operator.
 
     First a file is drawn, then an operator, then a place, so that neither a long file nor the many
     constants crowd out the rest."""
-    for room, by_file in sorted(places(rows, operator).items()):
+    for room, by_file in sorted(places(rows, operator, globs).items()):
         generator, taken = random.Random(f"{seed} {room}"), 0
         left = {path: found for path, found in by_file.items() if found}
         while taken < count and left:

@@ -166,6 +166,18 @@ FAULTS: tuple[Fault, ...] = (
         "a warp stages x that another still reads",
     ),
     Fault(
+        "csrc/gated_linear_sm90.cu",
+        "if (self.leads()) tma_store_wait_read<0>();  // shared",
+        "if (self.leads()) tma_store_wait_read<1>();  // shared",
+        "a block ends while its last store reads its shared memory",
+    ),
+    Fault(
+        "csrc/tensor_map.cpp",
+        "if (error != cudaSuccess) cudaGetLastError();",
+        "",
+        "the next caller takes the driver's error for its own",
+    ),
+    Fault(
         "kernels/hyper/band.py",
         "ahead = tl.minimum(tl.maximum(ahead, -first), L - 1 - first)",
         "ahead = tl.minimum(tl.maximum(ahead, -first), L - first)",
@@ -258,6 +270,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "if c is None or u is None or vt is None:",
         "if c is None and u is None or vt is None:",
         "c, u and vt come together",
+    ),
+    Equivalent(
+        "csrc/epilogue.cuh",
+        "return {dh * y.slope, 0, y.value};",
+        "return {dh * y.slope, 1, y.value};",
+        "without u nobody reads its gradient",
     ),
     Equivalent(
         "csrc/moe_route.cu",

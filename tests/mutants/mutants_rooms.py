@@ -36,6 +36,7 @@ ROUTED = (
     "tests/ops/test_top1_route.py",
     "tests/ops/test_topk_route.py",
     "tests/ops/test_topk_errors.py",
+    "tests/ops/test_topk_routers.py",
     "tests/ops/test_moe_mlp.py",
     "tests/ops/test_moe_topk.py",
 )
@@ -46,6 +47,7 @@ HYPER = (
     "tests/ops/test_hyper_attention.py",
 )
 BINARY = (EACH_OP, "tests/ops/test_binary_errors.py", STRIDES, "tests/ops/test_binary.py")
+PATCH_MODELS = "tests/patching/test_patch_models.py"
 PATCHING = (
     DEFAULTS,
     "tests/patching/test_patch_match.py",
@@ -55,13 +57,23 @@ PATCHING = (
     "tests/patching/test_patch_left.py",
     "tests/patching/test_patch_recompute.py",
     "tests/patching/test_patch.py",
+    "tests/patching/test_patch_later.py",
+    "tests/patching/test_patch_libraries.py",
+    "tests/patching/test_patch_state.py",
+    PATCH_MODELS,
+)
+PATCH_ROUTED = (
+    DEFAULTS,
     "tests/patching/test_patch_experts.py",
     "tests/patching/test_patch_gates.py",
     "tests/patching/test_patch_topk.py",
-    "tests/patching/test_patch_later.py",
     "tests/patching/test_patch_routers.py",
+    "tests/patching/test_patch_later.py",
+    "tests/patching/test_patch_left.py",
+    "tests/patching/test_patch_recompute.py",
     "tests/patching/test_patch_state.py",
-    "tests/patching/test_patch_models.py",
+    PATCH_MODELS,
+    "tests/families/test_families.py",
 )
 LAYERS = (
     DEFAULTS,
@@ -96,6 +108,7 @@ ONE_BIT = (
     "tests/layers/test_layers_binary.py",
 )
 GEMMS = ("tests/backends/test_csrc_gated_linear.py",)
+PORTABLE = "tests/backends/test_csrc_portable.py"
 
 ROWS: tuple[Row, ...] = (
     Row("kernels", ("kernels/dense/*.py", "kernels/skinny.py", "kernels/epilogues.py"), DENSE),
@@ -239,6 +252,23 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("weights", ("fusedmlp/weights/*.py",), (*ONE_BIT, "tests/ops/test_binary.py")),
     Row("patching", ("fusedmlp/patching/quantize.py",), ("tests/patching/test_quantize.py",)),
+    Row(
+        "patching",
+        ("fusedmlp/patching/checkpoint.py",),
+        ("tests/patching/test_patch_checkpoint.py", "tests/patching/test_patch_package.py"),
+    ),
+    Row(
+        "patching",
+        (
+            "fusedmlp/patching/experts.py",
+            "fusedmlp/patching/form.py",
+            "fusedmlp/patching/gate.py",
+            "fusedmlp/patching/moe.py",
+            "fusedmlp/patching/route*.py",
+            "fusedmlp/patching/stack.py",
+        ),
+        PATCH_ROUTED,
+    ),
     Row("patching", ("fusedmlp/patching/*.py",), PATCHING),
     Row(
         "distributed",
@@ -258,7 +288,7 @@ ROWS: tuple[Row, ...] = (
             "tests/backends/test_cuda_binary.py",
             "tests/backends/test_csrc_functors.py",
             "tests/backends/test_csrc_layouts.py",
-            "tests/backends/test_csrc_portable.py",
+            PORTABLE,
             *GEMMS,
         ),
     ),
@@ -313,6 +343,17 @@ ROWS: tuple[Row, ...] = (
         ("fusedmlp/hub/*.py", "fusedmlp/cli.py", "fusedmlp/running.py"),
         ("tests/bench/test_command_line.py", "tests/patching/test_patch_package.py"),
     ),
+    Row("package", ("fusedmlp/arrival.py",), ("tests/patching/test_patch_arrival.py",)),
+    Row(
+        "package",
+        ("fusedmlp/packing.py",),
+        (
+            EACH_OP,
+            "tests/ops/test_interleaved.py",
+            "tests/ops/test_gates.py",
+            "tests/ops/test_ops.py",
+        ),
+    ),
     Row(
         "package",
         ("fusedmlp/*.py",),
@@ -329,10 +370,14 @@ ROWS: tuple[Row, ...] = (
     Row(
         "csrc",
         ("csrc/binary_gemv.*",),
-        ("tests/simt/test_simt_binary_gemv.py", "tests/backends/test_cuda_binary.py"),
+        ("tests/simt/test_simt_binary_gemv.py", "tests/backends/test_cuda_binary.py", PORTABLE),
     ),
-    Row("csrc", ("csrc/masked_gated_gemv.*",), ("tests/simt/test_simt_masked_gated_gemv.py",)),
-    Row("csrc", ("csrc/moe_route.*",), ("tests/backends/test_csrc_moe_route.py",)),
+    Row(
+        "csrc",
+        ("csrc/masked_gated_gemv.*",),
+        ("tests/simt/test_simt_masked_gated_gemv.py", PORTABLE),
+    ),
+    Row("csrc", ("csrc/moe_route.*",), ("tests/backends/test_csrc_moe_route.py", PORTABLE)),
     Row(
         "csrc",
         ("csrc/activations.cuh", "csrc/epilogue.cuh"),
@@ -347,7 +392,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "csrc",
         ("csrc/bindings.cpp", "csrc/*.h", "csrc/device.cuh"),
-        ("tests/backends/test_csrc_portable.py", *GEMMS),
+        (PORTABLE, *GEMMS),
     ),
 )
 

@@ -69,6 +69,11 @@ def test_a_seed_repeats_and_another_differs():
     assert mine != other
     barriers = list(draw.drawn(draw.rows_of(["csrc"]), 5, 1, "statement dropped"))
     assert [mutant.operator for mutant in barriers] == 5 * ["statement dropped"]
+    files = list(draw.drawn(rows, 3, 1, globs=["ops/m*.py", "gemm.cuh"]))
+    assert {m.path for m in files if m.path.startswith("csrc")} == {"csrc/gemm.cuh"}
+    assert {Path(m.path).name[0] for m in files if m.path.endswith(".py")} == {"m"}
+    with pytest.raises(MutantError, match="--file must match a file .*, got ops/nothing.py"):
+        list(draw.drawn(rows, 9, 1, globs=["gemm.cuh", "ops/nothing.py"]))
     alone = list(draw.drawn(draw.rows_of(["ops"]), 4, 1))
     assert alone == [mutant for mutant in mine if draw.row_of(mutant.path).room == "ops"]
 
@@ -156,6 +161,7 @@ def test_operators_of_cuda(code, operator, mutated):
         '  fail("a < b");  // 1'.replace("fail", "x = y"),
         "template <int N = 1>",
         "  float x[4];",
+        "int f(T* map, const uint64_t size[3],",
         "  const int y = a < b ? a : b;",
         "#ifdef __CUDA_ARCH__\n  x = a + b;\n#else\n  x = a - b;\n#endif",
         "#if 1 + 1",
@@ -163,3 +169,8 @@ def test_operators_of_cuda(code, operator, mutated):
 )
 def test_what_cannot_fail_on_the_host_is_not_drawn(code):
     assert cuda_mutants("a.cu", f"{code}\n") == []
+
+
+def test_the_boundary_of_a_minimum_is_not_drawn():
+    found = cuda_mutants("a.cu", "  y = a - c < b ? a - c : b;\n")
+    assert {m.operator for m in found} == {"arithmetic"}
