@@ -17,6 +17,7 @@ import mutants_report as report
 from mutants_base import ROOT, Mutant, MutantError
 from mutants_sound import Sound, fingerprint
 from mutants_trial import Copy, Outcome, Trials
+from mutants_warm import IMPORTED
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -54,8 +55,8 @@ def judged(mutants: list[Mutant], texts: report.Texts, jobs: int) -> Iterator[Ou
     """Each outcome once it is known."""
     free = queue.SimpleQueue()
     with tempfile.TemporaryDirectory(prefix="mutants-") as home:
-        for i in range(jobs):
-            copy = Copy(ROOT, Path(home) / str(i))
+        copies = [Copy(ROOT, Path(home) / str(i), IMPORTED) for i in range(jobs)]
+        for copy in copies:
             copy.check_package("fusedmlp")
             free.put(copy)
         sound = Sound(ROOT / "build" / "mutants" / "sound.json", fingerprint(copy.folder))
@@ -76,6 +77,8 @@ def judged(mutants: list[Mutant], texts: report.Texts, jobs: int) -> Iterator[Ou
                 yield from pool.map(judge, mutants)
             finally:
                 pool.shutdown(cancel_futures=True)
+                for copy in copies:
+                    copy.close()
 
 
 def show(mutant: Mutant, text: str) -> str:

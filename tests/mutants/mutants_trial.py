@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from mutants_sound import Sound
 # A loaded machine may take so much longer than the run without a fault did.
 SLOWER, SPARE_SECONDS = 3.0, 30.0
 NOTHING_RAN = 5  # pytest's exit code
+WARM = Path(__file__).with_name("mutants_warm.py")
 STILLBORN = "does not compile for the host"  # tests/support/simt_build.py
 
 
@@ -52,8 +55,10 @@ class Outcome:
 class Copy:
     """A copy of a git checkout, of what git does not ignore, with one mutant at a time in it."""
 
-    def __init__(self, root: Path, folder: Path) -> None:
-        self.folder, self.writes = folder / "tree", 0
+    def __init__(self, root: Path, folder: Path, imported: tuple[str, ...] = ()) -> None:
+        """imported: modules that are imported once for all runs of tests."""
+        self.folder, self.output, self.writes = folder / "tree", folder / "output", 0
+        self.imported, self.warm = imported, None
         listed = subprocess.run(
             ["git", "-C", str(root), "ls-files", "-z", "-co", "--exclude-standard"],
             capture_output=True, text=True,
@@ -102,21 +107,31 @@ class Copy:
 
     def run(self, tests: tuple[str, ...], limit: float | None = None) -> Run:
         """pytest on the copy, file after file up to the first failure, `limit` seconds at most."""
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+        if self.warm is None:
+            self.warm = subprocess.Popen(
+                [sys.executable, str(WARM), *self.imported], cwd=self.folder,
+                env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0,
+            )  # fmt: skip
         begun = time.monotonic()
-        process = subprocess.Popen(
-            command, cwd=self.folder, env=self.environment, text=True, errors="replace",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        arguments = ["-x", "-q", "-p", "no:cacheprovider", *tests]
+        self.warm.stdin.write(json.dumps([arguments, str(self.output)]).encode() + b"\n")
+        process = int(self.warm.stdout.readline())
         try:
-            output, status = process.communicate(timeout=limit)[0], process.returncode
-        except subprocess.TimeoutExpired:
-            output, status = "", None
-        finally:
-            if process.poll() is None:  # the tests' own processes too
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
-        return Run(status, time.monotonic() - begun, output)
+            in_time = select.select([self.warm.stdout], [], [], limit)[0]
+        except BaseException:
+            self.close()
+            os.killpg(process, signal.SIGKILL)
+            raise
+        if not in_time:  # with the tests' own processes
+            os.killpg(process, signal.SIGKILL)
+        status = int(self.warm.stdout.readline())
+        output = self.output.read_text(errors="replace")
+        return Run(status if in_time else None, time.monotonic() - begun, output)
+
+    def close(self) -> None:
+        if self.warm is not None:
+            self.warm.kill()
+            self.warm.wait()
 
 
 @dataclass
@@ -126,24 +141,25 @@ class Trials:
     sound: Sound
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def limit(self, copy: Copy, tests: str) -> float:
-        """How long the file may take on a mutant; its tests must pass without one."""
+    def limit(self, copy: Copy, *tests: str) -> float:
+        """How long the files may take on a mutant; their tests must pass without one. What is not
+        known to pass runs in one process, for most of a cheap file's time is importing."""
+        known = lambda file: self.sound.seconds(copy.folder, file)  # noqa: E731
         with self.lock:
-            seconds = self.sound.seconds(copy.folder, tests)
-            if seconds is None:
-                run = copy.run((tests,))
+            if new := tuple(file for file in tests if known(file) is None):
+                run = copy.run(new)
                 if run.status:
                     failed = "nothing to run" if run.status == NOTHING_RAN else run.failed
                     raise MutantError(
-                        f"{tests}: must pass without a fault, got {failed}; mend it first:\n"
-                        f"{run.output[-2000:]}"
+                        f"{', '.join(new)}: must pass without a fault, got {failed}; mend it "
+                        f"first:\n{run.output[-2000:]}"
                     )
-                self.sound.note(copy.folder, tests, seconds := run.seconds)
-            return SLOWER * seconds + SPARE_SECONDS
+                for file in new:
+                    self.sound.note(copy.folder, file, run.seconds / len(new))
+            return sum(SLOWER * (known(file) or 0) + SPARE_SECONDS for file in tests)
 
     def judge(self, copy: Copy, room: str, mutant: Mutant, tests: tuple[str, ...]) -> Outcome:
-        """In one process, for most of a cheap file's time is importing."""
-        limit = sum(self.limit(copy, file) for file in tests)
+        limit = self.limit(copy, *tests)
         with copy.mutated(mutant):
             run = copy.run(tests, limit)
         if run.status is None:
