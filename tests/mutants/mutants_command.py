@@ -76,7 +76,7 @@ def judged(mutants: list[Mutant], texts: report.Texts, jobs: int) -> Iterator[Ou
             try:
                 yield from pool.map(judge, mutants)
             finally:
-                pool.shutdown(cancel_futures=True)
+                pool.shutdown(wait=False, cancel_futures=True)
                 for copy in copies:
                     copy.close()
 

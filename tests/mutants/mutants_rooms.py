@@ -356,6 +356,15 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "package",
+        ("fusedmlp/explaining.py",),
+        (
+            "tests/backends/test_backend.py",
+            "tests/layers/test_layers_every.py",
+            "tests/backends/test_cuda_backend.py",
+        ),
+    ),
+    Row(
+        "package",
         ("fusedmlp/*.py",),
         (
             EACH_OP,

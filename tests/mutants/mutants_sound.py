@@ -1,5 +1,5 @@
-"""Which files of tests pass without a fault, and how long each takes: kept from one run of the tool
-to the next, for as long as neither the code nor the file changes."""
+"""Which tests pass without a fault: kept from one run of the tool to the next, for as long as
+neither the code nor the test's file changes."""
 
 from __future__ import annotations
 
@@ -33,12 +33,11 @@ class Sound:
     def _key(self, tests: Path) -> str:
         return hashlib.sha256(self.code.encode() + tests.read_bytes()).hexdigest()
 
-    def seconds(self, folder: Path, tests: str) -> float | None:
-        """What the file took, if it has passed on this code."""
-        row = self.seen.get(tests, {})
-        return row.get("seconds") if row.get("of") == self._key(folder / tests) else None
+    def passes(self, folder: Path, test: str) -> bool:
+        """Whether it has passed on this code; `test` is a file, or a test in it."""
+        return self.seen.get(test) == self._key(folder / test.partition("::")[0])
 
-    def note(self, folder: Path, tests: str, seconds: float) -> None:
-        self.seen[tests] = {"of": self._key(folder / tests), "seconds": round(seconds, 1)}
+    def note(self, folder: Path, test: str) -> None:
+        self.seen[test] = self._key(folder / test.partition("::")[0])
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.file.write_text(json.dumps(self.seen, indent=1, sort_keys=True) + "\n")

@@ -6,31 +6,30 @@ import contextlib
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mutants_base import Mutant, MutantError
 from mutants_sound import Sound
+from mutants_warm import TIMED_OUT
 
-# A loaded machine may take so much longer than the run without a fault did.
-SLOWER, SPARE_SECONDS = 3.0, 30.0
-NOTHING_RAN = 5  # pytest's exit code
+NO_SUCH_TEST, NOTHING_RAN = 4, 5  # pytest's exit codes
 WARM = Path(__file__).with_name("mutants_warm.py")
 STILLBORN = "does not compile for the host"  # tests/support/simt_build.py
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run of pytest; no status: it ran out of time."""
+    """A run of pytest."""
 
-    status: int | None
+    status: int
     seconds: float
     output: str
 
@@ -55,10 +54,14 @@ class Outcome:
 class Copy:
     """A copy of a git checkout, of what git does not ignore, with one mutant at a time in it."""
 
-    def __init__(self, root: Path, folder: Path, imported: tuple[str, ...] = ()) -> None:
-        """imported: modules that are imported once for all runs of tests."""
+    def __init__(
+        self, root: Path, folder: Path, imported: Sequence[str] = (), seconds: float = 60
+    ) -> None:
+        """imported: modules that are imported once for all runs. seconds: what a test may take."""
         self.folder, self.output, self.writes = folder / "tree", folder / "output", 0
-        self.imported, self.warm = imported, None
+        self.imported, self.seconds = imported, seconds
+        self.warm: subprocess.Popen[bytes] | None = None
+        self.process: int | None = None
         listed = subprocess.run(
             ["git", "-C", str(root), "ls-files", "-z", "-co", "--exclude-standard"],
             capture_output=True, text=True,
@@ -105,8 +108,8 @@ class Copy:
         finally:
             self.write(mutant.path, text)
 
-    def run(self, tests: tuple[str, ...], limit: float | None = None) -> Run:
-        """pytest on the copy, file after file up to the first failure, `limit` seconds at most."""
+    def run(self, tests: Sequence[str]) -> Run:
+        """pytest on the copy, file after file up to the first failure."""
         if self.warm is None:
             self.warm = subprocess.Popen(
                 [sys.executable, str(WARM), *self.imported], cwd=self.folder,
@@ -114,58 +117,63 @@ class Copy:
             )  # fmt: skip
         begun = time.monotonic()
         arguments = ["-x", "-q", "-p", "no:cacheprovider", *tests]
-        self.warm.stdin.write(json.dumps([arguments, str(self.output)]).encode() + b"\n")
-        process = int(self.warm.stdout.readline())
-        try:
-            in_time = select.select([self.warm.stdout], [], [], limit)[0]
-        except BaseException:
-            self.close()
-            os.killpg(process, signal.SIGKILL)
-            raise
-        if not in_time:  # with the tests' own processes
-            os.killpg(process, signal.SIGKILL)
+        asked = json.dumps([arguments, str(self.output), self.seconds])
+        self.warm.stdin.write(asked.encode() + b"\n")
+        self.process = int(self.warm.stdout.readline())
         status = int(self.warm.stdout.readline())
+        self.end()
         output = self.output.read_text(errors="replace")
-        return Run(status if in_time else None, time.monotonic() - begun, output)
+        return Run(status, time.monotonic() - begun, output)
+
+    def end(self) -> None:
+        """Ends the run that there is, with the tests' own processes."""
+        process, self.process = self.process, None
+        with contextlib.suppress(ProcessLookupError):
+            if process is not None:
+                os.killpg(process, signal.SIGKILL)
 
     def close(self) -> None:
+        """A run on the way is lost."""
         if self.warm is not None:
             self.warm.kill()
             self.warm.wait()
+            self.end()
 
 
 @dataclass
 class Trials:
-    """Test files on copies without a fault, each once, and on mutants."""
+    """Tests on mutants, and those that fail on copies without a fault too, each once."""
 
     sound: Sound
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def limit(self, copy: Copy, *tests: str) -> float:
-        """How long the files may take on a mutant; their tests must pass without one. What is not
-        known to pass runs in one process, for most of a cheap file's time is importing."""
-        known = lambda file: self.sound.seconds(copy.folder, file)  # noqa: E731
+    def check(self, copy: Copy, test: str) -> None:
+        """Raises MutantError unless the test passes without a fault."""
         with self.lock:
-            if new := tuple(file for file in tests if known(file) is None):
-                run = copy.run(new)
-                if run.status:
-                    failed = "nothing to run" if run.status == NOTHING_RAN else run.failed
-                    raise MutantError(
-                        f"{', '.join(new)}: must pass without a fault, got {failed}; mend it "
-                        f"first:\n{run.output[-2000:]}"
-                    )
-                for file in new:
-                    self.sound.note(copy.folder, file, run.seconds / len(new))
-            return sum(SLOWER * (known(file) or 0) + SPARE_SECONDS for file in tests)
+            file = test.partition("::")[0]
+            if self.sound.passes(copy.folder, test):
+                return
+            run = copy.run((test,))
+            if run.status == NO_SUCH_TEST and test != file:  # it has the name of the fault
+                run = copy.run((file,))
+            if run.status:
+                failed = "nothing to run" if run.status == NOTHING_RAN else run.failed
+                raise MutantError(
+                    f"{test}: must pass without a fault, got {failed}; mend it first:\n"
+                    f"{run.output[-2000:]}"
+                )
+            self.sound.note(copy.folder, test)
 
-    def judge(self, copy: Copy, room: str, mutant: Mutant, tests: tuple[str, ...]) -> Outcome:
-        limit = self.limit(copy, *tests)
+    def judge(self, copy: Copy, room: str, mutant: Mutant, tests: Sequence[str]) -> Outcome:
         with copy.mutated(mutant):
-            run = copy.run(tests, limit)
-        if run.status is None:
-            result = "timed out"
-        elif run.status == 0:
+            run = copy.run(tests)
+        if run.status == 0:
             result = "survived"
+        elif run.status in TIMED_OUT:
+            result = "timed out"
+        elif STILLBORN in run.output:
+            result = "stillborn"
         else:
-            result = "stillborn" if STILLBORN in run.output else "killed"
+            result = "killed"
+            self.check(copy, run.failed or tests[0])
         return Outcome(room, mutant, result, run.seconds, run.failed)

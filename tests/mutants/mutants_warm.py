@@ -1,9 +1,10 @@
 """A process that has imported what most tests import, and forks for each run of pytest: to import
 torch and transformers takes longer than most tests that find a fault.
 
-Reads lines of JSON: pytest's arguments, and a file for its output. Answers each with the id of the
-new process and, once that has ended, with its exit code. The code under test is never imported
-here.
+Reads lines of JSON: pytest's arguments, a file for its output, and how many seconds of the
+processor a test may take. Answers each with the id of the
+new process and, once that has ended, with its exit code, -signal where one ended it. The code under
+test is never imported here.
 """
 
 from __future__ import annotations
@@ -11,7 +12,11 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import signal
 import sys
+
+CLOCK = 15  # times as many seconds of the clock
+TIMED_OUT = {-signal.SIGVTALRM, -signal.SIGALRM}
 
 IMPORTED = (
     "torch", "torch._dynamo", "torch.distributed.tensor", "transformers.modeling_layers",
@@ -27,10 +32,10 @@ def serve(modules: list[str]) -> None:
     for name in ("pytest", *modules):
         importlib.import_module(name)
     for line in sys.stdin:
-        arguments, output = json.loads(line)
+        arguments, output, seconds = json.loads(line)
         process = os.fork()
         if process == 0:
-            run(arguments, output)
+            run(arguments, output, seconds)
         print(process, file=answers, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers, flush=True)
 
@@ -45,7 +50,7 @@ def choose() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-def run(arguments: list[str], output: str) -> None:
+def run(arguments: list[str], output: str, seconds: float) -> None:
     """Does not return."""
     status = 1
     try:
@@ -55,11 +60,28 @@ def run(arguments: list[str], output: str) -> None:
         os.dup2(file, 1)
         os.dup2(file, 2)
         importlib.invalidate_caches()
-        status = int(sys.modules["pytest"].main(arguments))
+        limit(seconds)  # of what is collected
+        status = int(sys.modules["pytest"].main(arguments, plugins=[Limits(seconds)]))
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(status)
+
+
+def limit(seconds: float) -> None:
+    """From here on; both signals end the process."""
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, CLOCK * seconds)
+
+
+class Limits:
+    """A plugin of pytest's: each test has its own time."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def pytest_runtest_logstart(self) -> None:
+        limit(self.seconds)
 
 
 if __name__ == "__main__":

@@ -44,8 +44,7 @@ def test_killed_survived_timed_out_and_restored(toy, tmp_path):
     assert (killed.result, killed.by) == ("killed", "test_toy.py::test_toy")
     assert judge("2 * n", "2 + n").result == "survived"
     assert judge("least(a, b)", "least(a, b").result == "killed"  # a file that does not parse
-    trials.sound.note(copy.folder, "test_toy.py", -29 / 3)  # leaves a second
-    assert judge("2 * n", "[0 for _ in iter(int, 1)]").result == "timed out"
+    copy.seconds = 1
     for folder in (toy, copy.folder):
         assert (folder / "toy.py").read_text() == TOY
 
@@ -56,19 +55,20 @@ def test_tests_that_fail_without_a_fault_are_an_error(toy, tmp_path):
     copy = Copy(toy, tmp_path / "copy")
     for name, got in (("test_toy.py", "test_toy.py::test_toy"), ("test_none.py", "nothing to run")):
         with pytest.raises(MutantError, match=f"{name}: must pass without a fault, got {got}"):
-            Trials(Sound(tmp_path / "sound.json", "")).limit(copy, name)
+            Trials(Sound(tmp_path / "sound.json", "")).check(copy, name)
 
 
 def test_what_has_passed_is_not_run_again_until_something_changes(toy, tmp_path):
     made = lambda: Sound(tmp_path / "kept" / "sound.json", fingerprint(toy))  # noqa: E731
-    assert made().seconds(toy, "test_toy.py") is None
-    made().note(toy, "test_toy.py", 2.5)
-    assert made().seconds(toy, "test_toy.py") == 2.5
-    for file, text in (("test_toy.py", TESTS), ("toy.py", TOY)):
-        (toy / file).write_text(text + "\n")
-        assert made().seconds(toy, "test_toy.py") is None, file
-        (toy / file).write_text(text)
-        assert made().seconds(toy, "test_toy.py") == 2.5
+    for test in ("test_toy.py", "test_toy.py::test_toy"):
+        assert not made().passes(toy, test)
+        made().note(toy, test)
+        assert made().passes(toy, test)
+        for file, text in (("test_toy.py", TESTS), ("toy.py", TOY)):
+            (toy / file).write_text(text + "\n")
+            assert not made().passes(toy, test), file
+            (toy / file).write_text(text)
+            assert made().passes(toy, test)
 
 
 def test_a_copy_is_of_a_checkout_and_is_what_the_tests_see(toy, tmp_path):
