@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 
 import pytest
 
@@ -41,6 +42,27 @@ def test_a_call_follows_the_module_once(tmp_path, monkeypatch):
     assert calls == [1, 2]
     for name in ("late_library", "other_library"):
         del sys.modules[name]
+
+
+def test_whoever_finds_it_too_comes_later(tmp_path, monkeypatch):
+    (tmp_path / "late_library.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "meta_path", [PathFinder, *sys.meta_path])
+    calls = []
+    once_loaded("late_library", lambda: calls.append(1))
+    importlib.import_module("late_library")
+    del sys.modules["late_library"]
+    assert calls == [1]
+
+
+def test_a_folder_that_has_nothing_to_run_is_loaded_as_ever(tmp_path, monkeypatch):
+    (tmp_path / "late_namespace").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    once_loaded("late_namespace", lambda: pytest.fail("it does not run"))
+    assert list(importlib.import_module("late_namespace").__path__) == [
+        f"{tmp_path}/late_namespace"
+    ]
+    del sys.modules["late_namespace"]
 
 
 def test_a_module_that_there_is_not_is_still_none(monkeypatch):
