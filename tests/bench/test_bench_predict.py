@@ -12,9 +12,10 @@ import fusedmlp
 from fusedmlp.backends.op import OPS
 from fusedmlp.bench import check, cli, overview, predict
 from fusedmlp.bench.machine import ARCH_OF, ROOFS, ROOT
+from fusedmlp.bench.saved import saved_bytes
 from fusedmlp.bench.shapes import DENSE
 from fusedmlp.bench.timing.session import plan
-from fusedmlp.bench.work import Work
+from fusedmlp.bench.work import DGLU, Work
 from fusedmlp.kernels import pick
 from fusedmlp.kernels.arch import ARCHES, arch_for
 from fusedmlp.kernels.arch.tile import Tile
@@ -40,6 +41,22 @@ def test_one_token_is_bound_by_memory():
         assert record["bound"] == "memory"
         seconds = record["bytes"] / ROOFS[record["gpu"]].bytes_per_s
         assert record["roofline_ms"] == pytest.approx(seconds * 1e3)
+
+
+KEPT = {  # by one value of 16 bits for each: g and u, z; the order of 64 tokens on 3 experts
+    "gated_mlp": 2 * 64 * 48 * 2,
+    "mlp": 64 * 48 * 2,
+    "moe_mlp": 2 * 64 * 48 * 2 + 4 * (64 + 3 + 2),
+    "gated_mlp-recompute-bias": 0,
+    "gated_act": 0,
+}
+
+
+@pytest.mark.parametrize("phase", ("forward", "backward", "both", DGLU))
+@pytest.mark.parametrize("case", KEPT)
+def test_what_is_kept_for_a_backward(case, phase):
+    found = saved_bytes(work(case, M=64, D=32, H=48), phase, ARCH_OF["H100"])
+    assert found == (KEPT[case] if phase in ("backward", "both") else None)
 
 
 def test_launches_follow_the_table_of_tiles():

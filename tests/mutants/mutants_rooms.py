@@ -27,6 +27,12 @@ EACH_OP = "tests/ops/test_each_op.py"
 ERRORS = "tests/ops/test_errors.py"
 STRIDES = "tests/ops/test_strides.py"
 DENSE = (EACH_OP, ERRORS, "tests/kernels/test_arch.py", STRIDES, "tests/ops/test_ops.py")
+ACTIVATIONS = (
+    "tests/ops/test_gates.py",
+    "tests/layers/test_activations.py",
+    EACH_OP,
+    "tests/ops/test_ops.py",
+)
 MASKED = (EACH_OP, "tests/ops/test_masked_errors.py", STRIDES, "tests/ops/test_masked.py")
 ROUTED = (
     EACH_OP,
@@ -119,12 +125,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "kernels",
         ("kernels/activations.py", "kernels/exponentials.py"),
-        (
-            EACH_OP,
-            "tests/layers/test_activations.py",
-            "tests/ops/test_gates.py",
-            "tests/ops/test_ops.py",
-        ),
+        ACTIVATIONS,
     ),
     Row(
         "kernels",
@@ -153,12 +154,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "reference",
         ("fusedmlp/reference/activations.py", "fusedmlp/reference/gates.py"),
-        (
-            EACH_OP,
-            "tests/layers/test_activations.py",
-            "tests/ops/test_gates.py",
-            "tests/ops/test_ops.py",
-        ),
+        ACTIVATIONS,
     ),
     Row("reference", ("fusedmlp/reference/dense.py", "fusedmlp/reference/__init__.py"), DENSE),
     Row("reference", ("fusedmlp/reference/masked.py",), MASKED),
@@ -375,6 +371,19 @@ ROWS: tuple[Row, ...] = (
             "tests/bench/test_command_line.py",
         ),
     ),
+    # ---- figures that are computed
+    Row(
+        "bench",
+        tuple(
+            f"bench/{name}.py"
+            for name in ("saved", "predict", "work", "shapes", "overview", "glance", "render")
+        ),
+        (
+            "tests/bench/test_bench_predict.py",
+            "tests/bench/test_bench_work.py",
+            "tests/bench/test_glance.py",
+        ),
+    ),
     # ---- CUDA C++ on the host runner, where a mutant is compiled first
     Row(
         "csrc",
@@ -408,6 +417,10 @@ ROWS: tuple[Row, ...] = (
 NOT_DRAWN: dict[str, str] = {
     "kernels/arch/*.py": "tiles and datasheet figures: they decide speed",
     "kernels/launches/*.py": "sizes that the gate compiles, which no test runs",
+    "bench/*.py": "commands that measure on a GPU",
+    "bench/*/*.py": "the same, and what they write",
+    "bench/*/*/*.py": "the same",
+    "bench/*/*/*/*.*": "the same",
     "csrc/hopper.cuh": "the host runner has other bodies of its functions, only a GPU runs these",
     "csrc/blackwell.cuh": "the same",
     "csrc/mma.cuh": "the same",
