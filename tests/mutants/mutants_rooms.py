@@ -30,6 +30,7 @@ DENSE = (EACH_OP, ERRORS, "tests/kernels/test_arch.py", STRIDES, "tests/ops/test
 ACTIVATIONS = (
     "tests/ops/test_gates.py",
     "tests/layers/test_activations.py",
+    "tests/house/test_activation_row.py",
     EACH_OP,
     "tests/ops/test_ops.py",
 )
