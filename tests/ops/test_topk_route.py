@@ -230,6 +230,15 @@ def test_an_underflown_root_has_no_slope(device, each_backend):
     assert grad.isfinite().all() and not grad[0, [1, 3]].any()
 
 
+def test_an_output_that_is_not_used_adds_no_gradient(device, each_backend):
+    """All scores underflow, so the weights are 0 / 0; the sum of exponentials is as ever."""
+    logits = torch.full((2, 4), -200.0, device=device, requires_grad=True)
+    routing = topk_route(logits, 2, score="sigmoid")
+    routing.log_sum_exp.sum().backward()
+    assert routing.prob.isnan().all()
+    torch.testing.assert_close(logits.grad, torch.full_like(logits, 0.25))
+
+
 def test_reruns_are_bit_equal(device, on_triton):
     logits = draw(300, 40, torch.bfloat16, device).requires_grad_()
     runs = []
