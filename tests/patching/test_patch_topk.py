@@ -6,13 +6,14 @@ import pickle
 
 import pytest
 import torch
+from patch_blocks import GatedMLP
 from torch import nn
 from torch.nn import functional as F
 from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 import fusedmlp
-from fusedmlp.patching import experts
+from fusedmlp.patching import experts, gate, route, spelling
 from fusedmlp.patching.route import Logits, route_of
 from fusedmlp.patching.swap import Patched
 
@@ -82,6 +83,19 @@ def test_other_weights_than_the_routers_are_grouped_again(grouped):
     for mine, theirs in zip(results(made, x), own, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     assert len(grouped) == 1
+
+
+def test_nothing_is_drawn_from_the_models_own_numbers(monkeypatch):
+    """What patch() tries out it draws from generators of its own, and gives the same again."""
+    found = []
+    for _ in range(2):
+        for looked in (gate, route, spelling):
+            monkeypatch.setattr(looked, "_FOUND", {})
+        model = nn.ModuleList([block(), GatedMLP()])
+        state = torch.get_rng_state()
+        found.append(fusedmlp.patch(model))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert len(found[0].patched) == 3 and str(found[0]) == str(found[1])
 
 
 def test_hooks_of_the_router_see_its_logits():
