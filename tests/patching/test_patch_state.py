@@ -8,7 +8,8 @@ import accelerate
 import pytest
 import safetensors.torch
 import torch
-from patch_models import batch, build
+from patch_models import KINDS, batch, build
+from test_patch_topk import block
 from torch.optim.swa_utils import AveragedModel
 
 import fusedmlp
@@ -48,6 +49,20 @@ def test_storages_are_what_they_were(name):
         assert pointers == {k: p.data_ptr() for k, p in model.named_parameters()}
     for e in experts(model) if name == "switch" else []:
         assert e.wi.weight.untyped_storage().resizable()  # memory of torch's own again
+
+
+@pytest.mark.parametrize("name", [*KINDS, "a router and its experts"])
+def test_unpatched_modules_have_what_they_had(name):
+    """Their classes, attributes and settings; no attribute of ours."""
+    model = build(name, **KINDS[name]) if name in KINDS else block()
+    had = [(type(m), dict(vars(m))) for m in model.modules()]
+    assert fusedmlp.patch(model).patched
+    assert [type(m) for m in model.modules()] != [kind for kind, _ in had]
+    fusedmlp.unpatch(model)
+    for m, (kind, own) in zip(model.modules(), had, strict=True):
+        assert type(m) is kind
+        assert vars(m).keys() == own.keys()
+        assert all(vars(m)[k] is v for k, v in own.items())
 
 
 @pytest.mark.parametrize("change", (lambda m: None, fusedmlp.patch,
