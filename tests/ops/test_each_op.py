@@ -1,13 +1,16 @@
 """Each op once: its formula in float64 and its kernels at one size. `make quick` runs this file;
 the others of this folder have all sizes, dtypes and ways of calling."""
 
+import dataclasses
+
 import pytest
 import torch
 from op_checks import check
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fusedmlp import reference
+from fusedmlp import backend, reference
 from fusedmlp.testing import CASES, evaluate
+from fusedmlp.testing.memory import kept_bytes
 
 # The last of each op's cases: with biases, masks and mixings, where the first has none.
 ONE = {case.op: case for case in CASES.values()}
@@ -46,6 +49,18 @@ def test_reference_differentiates(op):
     expected = sum((results[f"d{k}"] * steps[k]).sum() for k in leaves)
     finite = (along(1e-6) - along(-1e-6)) / 2e-6
     torch.testing.assert_close(finite, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.options.get("recompute")])
+def test_recompute_on_the_reference_keeps_the_arguments_alone(name):
+    case, kept = CASES[name], []
+    inputs = case.inputs(9, 128, 256, torch.float32)
+    leaves = {k: t.requires_grad_(t.is_floating_point()) for k, t in inputs.items()}
+    for options in (case.options, {**case.options, "recompute": False}):
+        run = dataclasses.replace(case, options=options).run
+        with backend("reference"):
+            kept.append(kept_bytes(lambda run=run: run(leaves), leaves.values()))
+    assert kept[0] == 0 < kept[1]
 
 
 @pytest.mark.parametrize("op", ONE)
