@@ -278,6 +278,18 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "without u nobody reads its gradient",
     ),
     Equivalent(
+        "fusedmlp/patching/route.py",
+        "logits = 1.5 * draw(TOKENS, E)",
+        "logits = 1.5 + draw(TOKENS, E)",
+        "values to try a router on; others tell routers apart as well",
+    ),
+    Equivalent(
+        "fusedmlp/reference/activations.py",
+        "_cached = functools.lru_cache(1024)(_parsed)",
+        "_cached = functools.lru_cache(512)(_parsed)",
+        "how many spellings are kept decides time alone",
+    ),
+    Equivalent(
         "csrc/moe_route.cu",
         "if (earlier == 0) s.histogram[expert] = before + __popc(same);\n}\n__syncwarp();",
         ";",
