@@ -42,6 +42,7 @@ def tree_path_fwd(logits: Tensor, depth: int) -> Tensor:
     path = empty_path(logits, depth)
     if T:
         _path_kernel[cdiv(T, 128),](
-            logits, path, T, *logits.stride(), DEPTH=depth, BLOCK_T=128, num_warps=4
-        )
+            logits, path, T, *logits.stride(), DEPTH=depth, BLOCK_T=128,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     return path

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from launch_names import noted
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
@@ -38,12 +39,20 @@ def run(case, device, wanted=None):
     return seen.calls
 
 
+# kernel -> whether each launch has set fusion, which no release of Triton need have as its default
+FUSED = {}
+
+
 @pytest.fixture(scope="module")
 def by_op():
     """op -> the kernels that its cases launch, each with the arguments of a call."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = {}
-    with fusedmlp.backend("triton"):
+
+    def note(name, options):
+        FUSED[name] = FUSED.get(name, True) and options.get("enable_fp_fusion", False)
+
+    with fusedmlp.backend("triton"), noted(note):
         for case in CASES.values():
             found[case.op] = run(case, device) | found.get(case.op, {})
         # act(z) where it has no product to ride on; and a layer's own op.
@@ -58,6 +67,11 @@ def test_opcheck(name, by_op, on_triton):
     """The cases reach every kernel."""
     func, args = next(calls[name] for calls in by_op.values() if name in calls)
     opcheck(func, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
+
+
+def test_every_launch_sets_fusion(by_op):
+    """On a GPU it decides how often a product is rounded, and how fast it is."""
+    assert len(FUSED) > 30 and [name for name, fused in FUSED.items() if fused is not True] == []
 
 
 def test_a_row_names_the_kernels_that_its_calls_launch(by_op):

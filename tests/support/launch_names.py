@@ -1,7 +1,8 @@
-"""The names of the kernels that are launched, compiled or in Triton's interpreter."""
+"""The kernels that are launched, compiled or in Triton's interpreter."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 from triton.runtime.interpreter import InterpretedFunction
@@ -9,18 +10,25 @@ from triton.runtime.jit import JITFunction
 
 
 @contextmanager
+def noted(note: Callable[[str, dict[str, Any]], object]) -> Iterator[None]:
+    """Calls `note` with the name of each kernel launched inside, and its arguments by name."""
+
+    def noting(kind):
+        run = kind.run
+
+        def launch(self, *args, **kwargs):
+            note(self.fn.__name__, kwargs)
+            return run(self, *args, **kwargs)
+
+        return mock.patch.object(kind, "run", launch)
+
+    with noting(InterpretedFunction), noting(JITFunction):
+        yield
+
+
+@contextmanager
 def launches() -> Iterator[list[str]]:
     """Yields a list that gets the name of each kernel launched inside."""
     names: list[str] = []
-
-    def noted(kind):
-        run = kind.run
-
-        def noting(self, *args, **kwargs):
-            names.append(self.fn.__name__)
-            return run(self, *args, **kwargs)
-
-        return mock.patch.object(kind, "run", noting)
-
-    with noted(InterpretedFunction), noted(JITFunction):
+    with noted(lambda name, arguments: names.append(name)):
         yield names
