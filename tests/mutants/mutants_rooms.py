@@ -19,10 +19,8 @@ class Row(NamedTuple):
 DEFAULTS = "tests/house/test_defaults.py"
 # What holds for every op; the last is slow.
 PLACES = (DEFAULTS, "tests/house/test_anatomy.py")
-ROW = (
-    "tests/ops/test_every_kernel.py",
-    "tests/ops/test_flops.py",
-)
+LAUNCHES = "tests/ops/test_every_kernel.py"
+ROW = (LAUNCHES, "tests/ops/test_flops.py")
 EACH_OP = "tests/ops/test_each_op.py"
 ERRORS = "tests/ops/test_errors.py"
 STRIDES = "tests/ops/test_strides.py"
@@ -118,11 +116,15 @@ GEMMS = ("tests/backends/test_csrc_gated_linear.py",)
 PORTABLE = "tests/backends/test_csrc_portable.py"
 
 ROWS: tuple[Row, ...] = (
-    Row("kernels", ("kernels/dense/*.py", "kernels/skinny.py", "kernels/epilogues.py"), DENSE),
-    Row("kernels", ("kernels/masked/*.py",), MASKED),
-    Row("kernels", ("kernels/moe/*.py",), ROUTED),
-    Row("kernels", ("kernels/hyper/*.py",), HYPER),
-    Row("kernels", ("kernels/binary/*.py",), BINARY),
+    Row(
+        "kernels",
+        ("kernels/dense/*.py", "kernels/skinny.py", "kernels/epilogues.py"),
+        (*DENSE, LAUNCHES),
+    ),
+    Row("kernels", ("kernels/masked/*.py",), (*MASKED, LAUNCHES)),
+    Row("kernels", ("kernels/moe/*.py",), (*ROUTED, LAUNCHES)),
+    Row("kernels", ("kernels/hyper/*.py",), (*HYPER, LAUNCHES)),
+    Row("kernels", ("kernels/binary/*.py",), (*BINARY, LAUNCHES)),
     Row(
         "kernels",
         ("kernels/activations.py", "kernels/exponentials.py"),
