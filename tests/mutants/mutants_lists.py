@@ -248,6 +248,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "a step of 0 has returned None before",
     ),
     Equivalent(
+        "kernels/moe/topk_route.py",
+        "bias = tl.load(bias_ptr + offs_e * stride_b, mask=mask_e, other=0.0)",
+        "bias = tl.load(bias_ptr + offs_e * stride_b, mask=mask_e)",
+        "what is added where mask_e is not has the least key whatever it is",
+    ),
+    Equivalent(
         "kernels/hyper/score_grads.py",
         "if P.rank1 > 0 or P.rank2 > 0:",
         "if P.rank1 > 0:",
