@@ -41,7 +41,7 @@ from .lm_train import Record, Run, digest, text
 
 TITLE = "Held-out loss"
 # What a narrow terminal does without, the least needed first.
-DROP = ("mask logits", "by seed", "fewer in", "MLP weights")
+DROP = ("mask logits", "by seed", "lower in", "MLP weights")
 GO_ON = "the same command goes on from the checkpoints"
 
 

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..report.plots import COLOURS, Plot, slug
+from ..report.drawing import MOST, chunks, losses
+from ..report.plots import Plot, slug
 
 Record = dict[str, Any]
 
@@ -26,7 +27,9 @@ source of Python's standard library a byte at a time; of twenty stretches one is
 a comparison have the same seeds, hence the same batches in the same order and the same initial
 values wherever their parameters have the same name and shape: uniform with standard deviation
 1 / sqrt(columns), zero where a matrix writes into the residual stream. AdamW on all of them, one
-learning rate for all, not tuned for any. Losses are on the held-out text after the last step.
+learning rate for all, not tuned for any. Losses are on the held-out text after the last step. A
+difference is that to the model named before it, in bits a byte, in the mean over the seeds that
+both have; below 0 is better.
 """
 FITTED = "Every MLP has as nearly {weights:,} weights as its widths allow{but}."
 OF_ONE_WIDTH = """\
@@ -65,9 +68,9 @@ def cells(models: dict[str, list[Record]]) -> tuple[list[str], list[list[str]]]:
         "mask logits",
         "bits a byte",
         "by seed",
-        "minus",
-        "",
-        "fewer in",
+        "against",
+        "difference",
+        "lower in",
     ]
     rows = []
     for model, runs in models.items():
@@ -162,8 +165,7 @@ def markdown(records: Sequence[Record]) -> str:
             *("| " + " | ".join(row) + " |" for row in rows),
             "",
             *([*found, ""] if (found := verdicts(models) + one_bit(models)) else []),
-            f"![Held-out loss over steps]({name}.svg)",
-            "",
+            *(f"![Held-out loss over steps]({plot.name}.svg)\n" for plot in _plots(name, models)),
         ]
     return "\n".join(lines)
 
@@ -179,34 +181,31 @@ def _fitted(models: dict[str, list[Record]]) -> str:
 
 
 def plots(records: Sequence[Record]) -> list[Plot]:
-    return [_plot(name, models) for name, models in comparisons(records)]
+    return [plot for name, models in comparisons(records) for plot in _plots(name, models)]
 
 
-def _plot(name: str, models: dict[str, list[Record]]) -> Plot:
-    one = next(iter(models.values()))[0]
-    # Without the start, which would hide the rest.
-    skipped = 2 if len(one["curve"]) > 3 else 0
+def _plots(name: str, models: dict[str, list[Record]]) -> Iterator[Plot]:
+    """The baseline with five others a picture, in the order of the page's table, the best last loss
+    first. They share their limits, so that pictures can be held side by side."""
+    baseline = next(iter(models))
+    one = models[baseline][0]
+    # Without the first quarter of the steps, which would hide the rest.
+    start = one["steps"] / 4 if len(one["curve"]) > 8 else 0
     curves = {
-        model: [[[p["step"], bits(p["held_out"])] for p in run["curve"][skipped:]] for run in runs]
+        model: [
+            [[p["step"], bits(p["held_out"])] for p in run["curve"] if p["step"] >= start]
+            for run in runs
+        ]
         for model, runs in models.items()
     }
-    title = f"{one['layers']} layers of width {one['dim']}, {one['device']}"
-    return Plot(name, title, {"curves": curves}, _draw)
-
-
-def _draw(figure: Any, title: str, data: dict[str, Any]) -> None:
-    """The mean over seeds, and the span between the best and the worst."""
-    figure.set_size_inches(7, 4.5)
-    axes = figure.add_subplot()
-    for i, (model, curves) in enumerate(data["curves"].items()):
-        steps = [step for step, _ in curves[0]]
-        losses = list(zip(*([loss for _, loss in curve] for curve in curves), strict=True))
-        style = "-" if i < len(COLOURS) else "--"
-        colour = COLOURS[i % len(COLOURS)]
-        axes.plot(steps, [_mean(at) for at in losses], style, color=colour, label=model)
-        low, high = list(map(min, losses)), list(map(max, losses))
-        axes.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.set(xlabel="step", ylabel="held-out loss, bits a byte", yscale="log")
-    axes.set_title(title, fontsize=9)
-    axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=8)
+    every = [loss for runs in curves.values() for run in runs for _, loss in run]
+    room = 0.03 * (max(every) - min(every))
+    shared = {"baseline": baseline, "limits": [min(every) - room, max(every) + room]}
+    device = one["device"].replace("cpu", "a CPU")
+    title = f"{one['layers']} layers of width {one['dim']}, trained on {device}"
+    parts = list(chunks([model for model in models if model != baseline], MOST - 1))
+    for i, part in enumerate(parts):
+        last = {model: _mean(run[-1][1] for run in curves[model]) for model in (baseline, *part)}
+        shown = {model: curves[model] for model in sorted(last, key=lambda m: last[m])}
+        of = ("", "") if len(parts) == 1 else (f"-{i + 1}", f", {i + 1} of {len(parts)}")
+        yield Plot(name + of[0], title + of[1], shared | {"curves": shown}, losses)

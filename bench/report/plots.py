@@ -1,7 +1,7 @@
 """The plots of RESULTS.md: each GPU's roofline, and each op's speed over tokens beside baselines.
 
-What a plot shows is settled without matplotlib, as plain data; drawing comes after. Each SVG ends
-in the digest of its data and of its own text, so that a check needs no matplotlib at all.
+What a plot shows is settled without matplotlib, as plain data; drawing.py comes after. Each
+SVG ends in the digest of its data and of its own text, so that a check needs no matplotlib.
 """
 
 from __future__ import annotations
@@ -9,26 +9,25 @@ from __future__ import annotations
 import argparse
 import hashlib
 import io
+import itertools
 import json
+import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..options import Refusal, need, subparser
-from ..variants import CUDA, DEFAULT
+from ..variants import DEFAULT
 from ..work import ops
+from . import drawing
 from .ledger import RESULTS, Ledger, LedgerError, Record, collect, load_own
 from .summary import is_default, is_variant
 from .tables import newest, size
 
-STYLE = 2  # raise it when the drawing changes, so that old plots count as stale
-# Okabe and Ito's palette, which colour-blind readers can tell apart; ours is the black one.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#B8A000")
-# The line at 100%: which of the two it is may change from one token count to the next.
-PEAK = "cuBLAS or copy, whichever limits first"
-MARKERS = ("s", "^", "D", "v", "P", "X", "<", ">")
+WIDTHS = 3  # in a picture of times: a row of panels each
+STYLE = 3  # raise it when the drawing changes, so that old plots count as stale
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,13 @@ def _source(ledger: Ledger) -> str:
 
 def plots_of(ledgers: Sequence[Ledger], ops: Sequence[str]) -> list[Plot]:
     """Every plot that the newest ledgers give, in the order of RESULTS.md."""
-    return [*_rooflines(ledgers, ops), *_curves(ledgers, ops)]
+    return [*_rooflines(ledgers, ops), *_times(ledgers, ops)]
 
 
 def _rooflines(ledgers: Sequence[Ledger], ops: Sequence[str]) -> Iterator[Plot]:
-    """A plot for each GPU: our plain cases in bfloat16 under the two peaks of their ledger."""
-    by_gpu: dict[str, dict[str, Any]] = {}
+    """For each GPU and phase, six ops a picture: our plain cases in bfloat16 under the two peaks of
+    their ledger. An op has the width at which most token counts were timed, or else the widest."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
     for op in ops:
         for ledger, records in newest(ledgers, op, "time"):
             peaks = ledger.of_kind("peak")
@@ -72,23 +72,44 @@ def _rooflines(ledgers: Sequence[Ledger], ops: Sequence[str]) -> Iterator[Plot]:
                 r["tflops"] for r in peaks if r["name"] == "cublas" and r["dtype"] == "bfloat16"
             ]
             copy = [r["gbps"] for r in peaks if r["name"] == "copy"]
-            points = [
-                [r["flops"] / r["bytes"], r["tflops"], r["phase"]]
-                for r in _plain(records, op)
+            if not cublas or not copy:
+                continue
+            ours = [
+                r for r in _plain(records, op)
                 if is_default(r) and r["flops"] and r["bytes"] and r["tflops"]
-            ]
-            if cublas and copy and points:
-                data = by_gpu.setdefault(ledger.gpu, {"roofs": {}, "ops": {}, "sources": []})
+            ]  # fmt: skip
+            for phase in dict.fromkeys(r["phase"] for r in ours):
+                empty: dict[str, Any] = {"roofs": {}, "ops": {}, "sources": []}
+                data = found.setdefault((ledger.gpu, phase), empty)
                 # Two campaigns may have met different clocks; a roof is the best that was seen.
                 roofs = data["roofs"]
                 roofs["tflops"] = max(roofs.get("tflops", 0), *cublas)
                 roofs["gbps"] = max(roofs.get("gbps", 0), *copy)
-                data["ops"][op] = points
+                width, points = _most([r for r in ours if r["phase"] == phase])
+                data["ops"][f"{op}, {width}"] = points
                 if _source(ledger) not in data["sources"]:
                     data["sources"].append(_source(ledger))
-    for gpu, data in by_gpu.items():
-        title = f"Roofline, bfloat16\n{'; '.join(data['sources'])}"
-        yield Plot(f"roofline-{slug(gpu)}", title, data, _draw_roofline)
+    for (gpu, phase), data in found.items():
+        title = f"Roofline, {drawing.phase(phase)}, bfloat16\n{'; '.join(data['sources'])}"
+        for end, part in _parts(data["ops"], drawing.MOST):
+            name = f"roofline-{phase}-{slug(gpu)}{end}"
+            yield Plot(name, title, data | {"ops": part}, drawing.roofline)
+
+
+def _parts(rows: Mapping[str, Any], most: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of each picture, with the end of its name: "-1", unless one picture holds all."""
+    for i, part in enumerate(drawing.chunks(list(rows.items()), most)):
+        yield "" if len(rows) <= most else f"-{i + 1}", dict(part)
+
+
+def _most(records: Sequence[Record]) -> tuple[str, list[list[float]]]:
+    """The width with most records, and its [M, FLOP a byte, TFLOP/s]."""
+    widths: dict[tuple[int, int], list[Record]] = {}
+    for r in records:
+        widths.setdefault((r["D"], r["H"]), []).append(r)
+    (d, h), chosen = max(widths.items(), key=lambda item: (len(item[1]), item[0]))
+    chosen.sort(key=lambda r: r["M"])
+    return f"{d} x {h}", [[r["M"], r["flops"] / r["bytes"], r["tflops"]] for r in chosen]
 
 
 def _plain(records: Sequence[Record], op: str) -> list[Record]:
@@ -98,121 +119,88 @@ def _plain(records: Sequence[Record], op: str) -> list[Record]:
     ]  # fmt: skip
 
 
-def _curves(ledgers: Sequence[Ledger], ops: Sequence[str]) -> Iterator[Plot]:
-    """A plot for each op, GPU and phase with two token counts or more; a panel a width."""
+def _times(ledgers: Sequence[Ledger], ops: Sequence[str]) -> Iterator[Plot]:
+    """A plot for each op, GPU and phase with two token counts or more; a row of panels a width."""
     for op in ops:
         for ledger, records in newest(ledgers, op, "time"):
             plain = [r for r in _plain(records, op) if not is_variant(r)]
             for phase in dict.fromkeys(r["phase"] for r in plain):
                 panels = _panels([r for r in plain if r["phase"] == phase])
                 if panels:
-                    title = f"{op}, {phase}, bfloat16\n{_source(ledger)}"
-                    data = {"op": op, "panels": panels}
-                    yield Plot(f"{slug(op)}-{phase}-{slug(ledger.gpu)}", title, data, _draw_curves)
+                    title = f"{op}, {drawing.phase(phase)}, bfloat16\n{_source(ledger)}"
+                    names = _by_speed(panels)
+                    shown, left_out = names[: drawing.MOST], sorted(names[drawing.MOST :])
+                    kept = {width: _only(shown, panel) for width, panel in panels.items()}
+                    kept = {width: panel for width, panel in kept.items() if panel["lines"]}
+                    shared = {"op": op, "providers": shown, "left_out": left_out}
+                    name = f"{slug(op)}-{phase}-{slug(ledger.gpu)}"
+                    for end, part in _parts(kept, WIDTHS):
+                        yield Plot(name + end, title, shared | {"panels": part}, drawing.times)
 
 
-def _panels(records: Sequence[Record]) -> dict[str, dict[str, list[list[float]]]]:
-    """width -> provider -> [M, share, share at the 80% time, share at the 20% time], in percent.
+def _panels(records: Sequence[Record]) -> dict[str, dict[str, Any]]:
+    """width -> "lines": provider -> [M, ms, share, share at the 80% time, share at the 20% time],
+    in percent; and "copy": the spans of M where it is a share of a copy and not of cuBLAS.
 
     Share of the nearer peak, which one size's providers have in common: so the curves of one panel
     keep their ratios, and few tokens are as legible as many.
     """
-    panels: dict[str, dict[str, list[list[float]]]] = {}
+    panels: dict[str, dict[str, Any]] = {}
+    of_copy: dict[str, dict[int, bool]] = {}
     for r in sorted(records, key=lambda r: (r["D"], r["H"], r["M"])):
         share = 100 * max(r["of_cublas"] or 0, r["of_copy"] or 0)
         if share:
             width = size(r).split(" x ", 1)[1]
             spread = [share * r["median_ms"] / r[f] for f in ("q80_ms", "q20_ms")]
-            points = panels.setdefault(width, {}).setdefault(r["provider"], [])
-            points.append([r["M"], share, *spread])
-    return {w: p for w, p in panels.items() if any(len(points) > 1 for points in p.values())}
+            lines = panels.setdefault(width, {"lines": {}, "copy": []})["lines"]
+            points = lines.setdefault(r["provider"], [])
+            points.append([r["M"], r["median_ms"], share, *spread])
+            nearer = (r["of_copy"] or 0) > (r["of_cublas"] or 0)
+            of_copy.setdefault(width, {})[r["M"]] = nearer
+    for width, panel in panels.items():
+        panel["copy"] = _spans(of_copy[width])
+    return {w: p for w, p in panels.items() if any(len(line) > 1 for line in p["lines"].values())}
 
 
-def _draw_roofline(figure: Any, title: str, data: dict[str, Any]) -> None:
-    figure.set_size_inches(8, 5.2)
-    axes = figure.add_subplot()
-    peak, rate = data["roofs"]["tflops"], data["roofs"]["gbps"] / 1000
-    every = [p for points in data["ops"].values() for p in points]
-    low = min([p[0] for p in every] + [peak / rate]) / 2
-    high = max([p[0] for p in every] + [peak / rate]) * 2
-    axes.plot([low, peak / rate, high], [low * rate, peak, peak], color="black", linewidth=1.2)
-    axes.annotate(f"cuBLAS {peak:.0f} TFLOP/s", (high, peak), xytext=(-4, 4), ha="right",
-                  textcoords="offset points", fontsize=8)  # fmt: skip
-    middle = (low * peak / rate) ** 0.5
-    axes.annotate(f"copy {rate * 1000:.0f} GB/s", (middle, middle * rate), xytext=(-6, 4),
-                  ha="right", textcoords="offset points", fontsize=8)  # fmt: skip
-    fills = {"forward": "full", "backward": "none", "both": "left", "dglu": "bottom"}
-    for i, (op, points) in enumerate(data["ops"].items()):
-        for phase in dict.fromkeys(p[2] for p in points):
-            xs, ys = zip(*[(p[0], p[1]) for p in points if p[2] == phase], strict=True)
-            axes.plot(xs, ys, linestyle="", marker=MARKERS[i % len(MARKERS)], markersize=6,
-                      color=COLOURS[i % len(COLOURS)], fillstyle=fills[phase],
-                      label=f"{op}, {phase}")  # fmt: skip
-    axes.set(xscale="log", yscale="log", xlabel="useful FLOP per byte that must move",
-             ylabel="TFLOP/s")  # fmt: skip
-    _plain_ticks(axes)
-    axes.set_xlim(low, high)
-    axes.set_ylim(top=2 * peak)
-    axes.grid(True, which="major", alpha=0.3)
-    axes.set_title(title, fontsize=9)
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+def _only(providers: Sequence[str], panel: Mapping[str, Any]) -> dict[str, Any]:
+    lines = {name: line for name, line in panel["lines"].items() if name in providers}
+    return {"lines": lines, "copy": panel["copy"]}
 
 
-def _draw_curves(figure: Any, title: str, data: dict[str, Any]) -> None:
-    panels = data["panels"]
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure.set_size_inches(max(5.5, 4 * columns), 3.1 * rows + 1.3)
-    grid = figure.subplots(rows, columns, squeeze=False, sharey=True)
-    names = _ours_first({name for providers in panels.values() for name in providers})
-    highest = max(p[3] for lines in panels.values() for points in lines.values() for p in points)
-    handles: dict[str, Any] = {}
-    for axes, (width, providers) in zip(grid.flat, panels.items(), strict=False):
-        for name in (n for n in reversed(names) if n in providers):  # ours on top
-            xs, ys, lows, highs = map(list, zip(*providers[name], strict=True))
-            spread = [[y - a for y, a in zip(ys, lows, strict=True)],
-                      [b - y for y, b in zip(ys, highs, strict=True)]]  # fmt: skip
-            handles[name] = axes.errorbar(xs, ys, yerr=spread, **_look(name, names))
-        handles[PEAK] = axes.axhline(100, color="black", linewidth=1, linestyle=":")
-        axes.set_xscale("log", base=2)
-        ticks = sorted({p[0] for points in providers.values() for p in points})
-        axes.set_xticks(ticks, [str(t) for t in ticks], rotation=45)
-        axes.minorticks_off()
-        axes.set_ylim(0, 1.05 * max(100, highest))
-        axes.tick_params(labelsize=8, labelleft=True)
-        axes.set_title(f"D x H = {width}", fontsize=8)
-        axes.set_xlabel("tokens M", fontsize=8)
-        axes.set_ylabel("% of cuBLAS or copy,\nwhichever limits first", fontsize=8)
-        axes.grid(True, alpha=0.3)
-    for axes in list(grid.flat)[len(panels) :]:
-        axes.set_visible(False)
-    figure.suptitle(f"{title}\nbars: 20% to 80% of the samples", fontsize=9)
-    order = [name for name in (*names, PEAK) if name in handles]
-    figure.legend(
-        [handles[n] for n in order], order, fontsize=8, ncols=4, loc="outside lower center"
-    )
+def _spans(of_copy: Mapping[int, bool]) -> list[list[float]]:
+    """Token counts side by side that have a copy as their peak, each span to halfway (on a
+    logarithmic axis) to the next count with the other one."""
+    counts = sorted(of_copy)
+    found = []
+    for copy, group in itertools.groupby(range(len(counts)), lambda i: of_copy[counts[i]]):
+        if copy:
+            first, *rest = group
+            last = rest[-1] if rest else first
+            low = (counts[first] * counts[first - 1]) ** 0.5 if first else counts[0] / 2
+            after = last + 1 < len(counts)
+            high = (counts[last] * counts[last + 1]) ** 0.5 if after else counts[-1] * 2
+            found.append([low, high])
+    return found
 
 
-def _ours_first(names: set[str]) -> list[str]:
-    return sorted(names, key=lambda name: (not name.startswith(DEFAULT), name))
-
-
-def _look(name: str, names: Sequence[str]) -> dict[str, Any]:
-    """Ours in black, its CUDA kernels dashed, the baselines by their place among the baselines."""
-    if name.startswith(DEFAULT):
-        line = {"linestyle": "--", "fillstyle": "none"} if name == CUDA else {}
-        look = {"color": "black", "marker": "o", "linewidth": 2, "markersize": 4, "capsize": 2}
-        return look | line
-    i = [n for n in names if not n.startswith(DEFAULT)].index(name)
-    return {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)],
-            "linewidth": 1, "markersize": 4, "capsize": 2}  # fmt: skip
-
-
-def _plain_ticks(axes: Any) -> None:
-    from matplotlib.ticker import FuncFormatter
-
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+def _by_speed(panels: Mapping[str, Any]) -> list[str]:
+    """Providers: ours, then the baselines by how many times the fastest's time they took, in the
+    geometric mean over their sizes."""
+    fastest: dict[tuple[str, float], float] = {}
+    points = [
+        (name, (width, point[0]), point[1])
+        for width, panel in panels.items()
+        for name, line in panel["lines"].items()
+        for point in line
+    ]
+    for _, where, ms in points:
+        fastest[where] = min(ms, fastest.get(where, ms))
+    ratios: dict[str, list[float]] = {}
+    for name, where, ms in points:
+        ratios.setdefault(name, []).append(math.log(ms / fastest[where]))
+    mean = {name: sum(some) / len(some) for name, some in ratios.items()}
+    ours = sorted(name for name in mean if name.startswith(DEFAULT))
+    return [*ours, *sorted(mean.keys() - ours, key=lambda name: (mean[name], name))]
 
 
 def svg(plot: Plot) -> str:

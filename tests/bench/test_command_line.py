@@ -169,7 +169,7 @@ def test_plots_of_ones_own_times(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert bench.main(["plots", "times.json"]) == 0
     written = re.findall(r"wrote (\S+)", capsys.readouterr().out)
-    assert "plots/roofline-synthetic.svg" in written and len(written) > 1
+    assert "plots/roofline-forward-synthetic.svg" in written and len(written) > 1
     assert all(Path(name).is_file() for name in written)
     assert len(list(tmp_path.glob("plots/*"))) == len(written) + 1
     (ledger,) = map(load_own, [tmp_path / "times.json"])
