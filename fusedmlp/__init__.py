@@ -1,5 +1,5 @@
 """fusedmlp: handwritten fused kernels for the MLP side of a transformer, each with a PyTorch
-reference.
+reference. The command `fusedmlp docs` prints the pages of the documentation.
 
 The public names live in `_api` and are loaded on first use: Triton alone takes 0.3 s to import.
 """

@@ -1,5 +1,5 @@
-"""What is installed here, whether its numbers are right and how fast they come, and what patch()
-would do to a checkpoint.
+"""What is installed here, whether its numbers are right and how fast they come, what patch() would
+do to a checkpoint, and the pages of the documentation.
 """
 
 from __future__ import annotations
@@ -79,6 +79,23 @@ def patch_report(folder: str) -> int:
     return 0 if report.patched else 1
 
 
+def docs(name: str | None) -> int:
+    """The page of that name, or all names with their titles; exit code 2 for no page's name."""
+    folder = Path(__file__).parent / "docs"
+    pages = {page.stem: page for part in ("", "guides") for page in (folder / part).glob("*.md")}
+    if name is None:
+        for stem in sorted(pages):
+            print(f"{stem:16} {pages[stem].read_text(encoding='utf-8').partition(chr(10))[0][2:]}")
+        print(f"\nfusedmlp docs NAME prints a page; the files are in {folder}")
+        return 0
+    if name not in pages:
+        known = ", ".join(sorted(pages))
+        print(f"fusedmlp docs: PAGE must be one of {known}, got {name}", file=sys.stderr)
+        return 2
+    print(pages[name].read_text(encoding="utf-8"), end="")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="fusedmlp", description=__doc__)
     parser.add_argument("--version", action="version", version=f"fusedmlp {__version__}")
@@ -91,6 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     report = commands.add_parser("patch-report", help="what patch() would do to a checkpoint")
     report.add_argument("model_dir", metavar="MODEL_DIR", help="a folder with a config.json")
+    pages = commands.add_parser("docs", help="the pages of the documentation, or one of them")
+    pages.add_argument("page", nargs="?", metavar="PAGE", help="say moe; without it all names")
     return parser
 
 
@@ -118,6 +137,8 @@ def _run(arguments: Sequence[str]) -> int:
 
         end_on_sigterm()
         return bench(arguments[1:])
+    if args.command == "docs":
+        return docs(args.page)
     return max(doctor(), misspelt) if args.command == "doctor" else patch_report(args.model_dir)
 
 

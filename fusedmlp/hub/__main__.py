@@ -47,8 +47,8 @@ def write(folder: Path) -> None:
         raise ValueError(f"fusedmlp.hub: folder must be new or empty, got {folder}")
     source, variant = folder / "torch-ext" / NAME, folder / "build" / "torch-cuda"
     for target in (source, variant):
-        # Not the bench, nor what a build left: Python files alone, links as folders.
-        leave = shutil.ignore_patterns("bench", "__pycache__", "*.so", "README.md")
+        # Not the bench, the pages, nor what a build left: Python files alone, links as folders.
+        leave = shutil.ignore_patterns("bench", "docs", "__pycache__", "*.so", "README.md")
         shutil.copytree(PACKAGE, target, ignore=leave)
         (target / "__init__.py").write_text(INIT)
     (folder / "build.toml").write_text(BUILD_TOML)

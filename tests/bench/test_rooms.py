@@ -56,6 +56,12 @@ def test_the_wheel_holds_what_an_installed_user_can_run(wheel):
     assert {"check.py", "timing/command.py", "predict.py", "report/plots.py"} <= names
     assert not [name for name in names if name.startswith(tuple(f"{f}/" for f in folders))]
     assert not [f.filename for f in files if f.filename.startswith("tests")]
+    pages = {f.filename for f in files if f.filename.startswith("fusedmlp/docs/")}
+    assert pages == {
+        f"fusedmlp/docs/{page.relative_to(ROOT / 'docs')}"
+        for folder in ("", "guides")
+        for page in (ROOT / "docs" / folder).glob("*.md")
+    }
     sizes = Counter()
     for file in files:
         sizes[file.filename.split("/")[1]] += file.file_size

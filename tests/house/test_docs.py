@@ -1,7 +1,9 @@
 """docs/: every example runs, every link leads somewhere, every public name is in the reference."""
 
+import ast
 import importlib.util
 import inspect
+import pydoc
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +13,7 @@ import pytest
 import fusedmlp
 from fusedmlp import cli
 from fusedmlp.bench import cli as bench
+from fusedmlp.reference.activations import resolve as resolve_activation
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -36,9 +39,11 @@ def test_example_runs(name, line, code):
     exec(compile("\n" * (line - 1) + code, str(PAGES[name]), "exec"), {})
 
 
-def test_the_readme_starts_with_an_example_that_runs():
-    first = BLOCK.search((ROOT / "README.md").read_text()).group(1)
-    exec(first.replace('"cuda"', '"cpu"').replace("512", "4"), {})
+def test_the_readmes_examples_run_as_they_stand():
+    blocks = BLOCK.findall((ROOT / "README.md").read_text())
+    assert len(blocks) > 1
+    for code in blocks:
+        exec(code, {})
 
 
 def anchors(page):
@@ -66,6 +71,68 @@ def test_page_of_a_family(name):
         assert f"\n{heading}" in text, heading
     assert any(page == name for page, _, _ in EXAMPLES)
     assert f"]({name})" in PAGES["README.md"].read_text()
+
+
+def test_guides_are_in_the_index_and_have_an_example():
+    guides = [name for name in PAGES if name.startswith("guides/")]
+    assert guides
+    for name in guides:
+        assert f"]({name})" in PAGES["README.md"].read_text(), name
+        assert any(page == name for page, _, _ in EXAMPLES), name
+
+
+def migrations(heading):
+    """(theirs, ours) of each row below a heading of the page about other libraries."""
+    text = PAGES["guides/migrating.md"].read_text()
+    part = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    rows = [line.split(" | ") for line in part.splitlines() if line.startswith("| ")]
+    return [(row[0], row[1]) for row in rows if len(row) == 3]
+
+
+@pytest.mark.parametrize("library", ["Liger-Kernel", "QuACK", "mlp_utils"])
+def test_names_to_migrate_to_exist_with_their_arguments(library):
+    calls = [code for _, ours in migrations(library) for code in re.findall(r"`([^`]+)`", ours)]
+    assert len(calls) > 5
+    for code in calls:
+        tree = ast.parse(code, mode="eval").body
+        call = tree if isinstance(tree, ast.Call) else None
+        found = pydoc.locate(f"fusedmlp.{ast.unparse(call.func if call else tree)}")
+        assert callable(found), code
+        for keyword in call.keywords if call else ():
+            parameter = inspect.signature(found).parameters[keyword.arg]
+            if library == "mlp_utils":  # the value shown is the default
+                assert parameter.default == ast.literal_eval(keyword.value), code
+            elif keyword.arg == "activation":
+                resolve_activation(ast.literal_eval(keyword.value))
+
+
+def test_every_name_of_mlp_utils_has_its_row():
+    theirs = " ".join(row[0] for row in migrations("mlp_utils"))
+    layers = {
+        *("FastFeedForward", "FeedForward", "GatingMechanism", "GLU", "MGLU", "Bilinear"),
+        *("BilinearMGLU", "GeGLU", "GeMGLU", "ReGLU", "ReMGLU", "SwiGLU", "SwiMGLU", "GMLP", "MLP"),
+        *("NGPT", "PathWeightedFFF", "ResidualWrapper", "SwitchFFN", "L2Norm", "NormLinear"),
+        *("Scale", "GMLPBlock", "SpatialGatingUnit"),
+    }
+    activations = {"ReluSquared", "Gelu2", "BSiLU", "NeLU", "StraightThroughEstimator", "Sugar"}
+    initialisers = {"initialize_weights", "apply_initialization", "create_initializer"}
+    for name in layers | activations | {"ReluNelu", "SugarReLU"} | initialisers:
+        assert re.search(rf"\b{name}\b", theirs), name
+
+
+def test_the_command_prints_the_pages(capsys):
+    assert cli.main(["docs"]) == 0
+    out = capsys.readouterr().out
+    for name, page in PAGES.items():
+        if not name.startswith("api/"):
+            title = page.read_text().partition("\n")[0].removeprefix("# ")
+            assert re.search(rf"^{page.stem} +{re.escape(title)}$", out, re.MULTILINE), name
+    assert str(Path(fusedmlp.__file__).parent / "docs") in out
+    assert cli.main(["docs", "saving"]) == 0
+    assert capsys.readouterr().out == PAGES["guides/saving.md"].read_text()
+    assert cli.main(["docs", "nowhere"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("fusedmlp docs: PAGE must be one of README, ") and "nowhere" in line
 
 
 def test_names_in_the_index_exist():
