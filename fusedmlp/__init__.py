@@ -48,3 +48,11 @@ def _enter_experts() -> None:
 # experts_implementation="fusedmlp" asks transformers' table alone, and may be the first that needs
 # anything of this package. transformers loads the table with its first model class.
 once_loaded("transformers.integrations.moe", _enter_experts)
+
+
+def _enter_quantizer() -> None:
+    importlib.import_module(f"{__name__}.patching.pretrained")
+
+
+# from_pretrained asks transformers' table of quantisers for the one that a configuration names.
+once_loaded("transformers.quantizers.auto", _enter_quantizer)

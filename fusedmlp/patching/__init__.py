@@ -25,6 +25,8 @@ too, and cannot be pickled.
 | `router.py`, `route.py` | a router beside experts as topk_route, and by which arguments |
 | `gate.py` | which gate a function of gate and up is, by its values |
 | `report.py` | what was patched, and what was left and why |
+| `quantize.py`, `one_bit.py` | quantize_model, and which MLPs it takes |
+| `pretrained.py` | one-bit models by save_pretrained and from_pretrained |
 """
 
 from .experts import experts_forward, register_experts

@@ -250,7 +250,12 @@ ROWS: tuple[Row, ...] = (
         (*MASKED, "tests/layers/test_layers_masked_glu.py"),
     ),
     Row("weights", ("fusedmlp/weights/*.py",), (*ONE_BIT, "tests/ops/test_binary.py")),
-    Row("patching", ("fusedmlp/patching/quantize.py",), ("tests/patching/test_quantize.py",)),
+    Row(
+        "patching",
+        ("fusedmlp/patching/quantize.py", "fusedmlp/patching/one_bit.py"),
+        ("tests/patching/test_quantize.py",),
+    ),
+    Row("patching", ("fusedmlp/patching/pretrained.py",), ("tests/patching/test_pretrained.py",)),
     Row(
         "patching",
         ("fusedmlp/patching/checkpoint.py",),
