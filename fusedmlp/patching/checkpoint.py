@@ -44,7 +44,11 @@ def empty_model(folder: Path) -> nn.Module:
     if isinstance(dtype, torch.dtype):
         model = _in_dtype(model, dtype)
     settings = _quantization(config)
-    if settings and not settings.get("dequantize"):
+    if settings.get("quant_method") == "fusedmlp":
+        from .pretrained import OneBitConfig, OneBitQuantizer
+
+        OneBitQuantizer(OneBitConfig(**settings)).preprocess_model(model)
+    elif settings and not settings.get("dequantize"):
         _quantise(model, settings)
     return model
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import nn
 
 import fusedmlp
-from fusedmlp import quantize_model
+from fusedmlp import cli, quantize_model
 from fusedmlp.layers import BinaryGatedMLP
 
 SIZES = {
@@ -195,6 +195,13 @@ def test_the_mark_in_the_configuration(tmp_path):
         )
     assert (w.shape, w.dtype) == ((256, 4), torch.int32)
     assert (scale.shape, scale.dtype) == ((256, 1), torch.float16)
+
+
+def test_the_report_of_a_folder_is_that_of_the_loaded_model(tmp_path, capsys):
+    quantised().save_pretrained(tmp_path)
+    assert cli.main(["patch-report", str(tmp_path)]) == 0
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert capsys.readouterr().out == f"LlamaForCausalLM: {fusedmlp.patch(loaded)}\n"
 
 
 def test_a_model_that_is_no_pretrained_one_holds_it(tmp_path):
