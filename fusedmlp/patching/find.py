@@ -25,9 +25,9 @@ from .compiled import RUN, run_of, runs_of
 from .dense import Dense
 from .experts import plan_of
 from .form import is_experts
-from .match import callees, leads_on, like_one, match
+from .match import callees, like_one, match
 from .plan import Plan
-from .projection import projections
+from .projection import full_name, like_a_projection, projections
 from .trace import NoMatch
 
 # Methods that hold a whole MLP where it is spread over submodules.
@@ -40,10 +40,16 @@ class Chained(str):
     """Why there is no plan, of a module whose data flow leads from one projection to another."""
 
 
+class Direct(Chained):
+    """The same where its own forward calls both, as no part of it does."""
+
+
 def find(module: nn.Module) -> Plan | str | None:
     """A plan, or why there is none, or None for what is like no MLP."""
     if is_experts(module):
         return plan_of(module)
+    if _are_experts_of_others(module):
+        return f"what {full_name(type(module))} makes of its weights is not known"
     reason = None
     for method in (m for m in METHODS if hasattr(module, m)):
         if method == "forward" and (reason or not _may_be_one(module)):
@@ -51,9 +57,17 @@ def find(module: nn.Module) -> Plan | str | None:
         try:
             return match(module, method)
         except NoMatch as error:
-            chained = method != "forward" or leads_on(module, method)
+            chained = method != "forward" or error.chained
             reason = reason or (Chained(error) if chained else str(error))
-    return _of_any_parts(module, "forward") or _cut(module) or reason
+    found = _of_any_parts(module, "forward") or _cut(module)
+    return reason if isinstance(found, str) and isinstance(reason, Chained) else found or reason
+
+
+def _are_experts_of_others(module: nn.Module) -> bool:
+    """Whether it has weights and no parts, as stacked experts have: a quantiser's for example."""
+    own = [p for p in module._parameters.values() if p is not None]
+    stacked = sum(p.dim() > 2 for p in own) > 1 or type(module).__name__.endswith("Experts")
+    return bool(own) and stacked and not module._modules
 
 
 def _may_be_one(module: nn.Module) -> bool:
@@ -74,20 +88,27 @@ def _of_any_parts(module: nn.Module, method: str) -> Plan | None:
     return plan if plan.way(module)[0] else None
 
 
-def _cut(module: nn.Module) -> Dense | None:
-    """The plan of the first run of statements in the forward of `module` that is a dense MLP."""
+def _cut(module: nn.Module) -> Dense | Chained | None:
+    """The plan of the first run of statements in the forward of `module` that is a dense MLP; or
+    why one is none in which a projection leads to another."""
     own: Any = type(module)
     forward = getattr(own, "forward", None)
     if forward is None or len(list(projections(module))) < 2:
         return None
-    for cut, mentions in runs_of(inspect.unwrap(forward)):
-        if like_one(_mentioned(module, mentions)):
+    reason: Chained | None = None
+    for cut, mentions, may_be_called in runs_of(inspect.unwrap(forward)):
+        found = _mentioned(module, mentions)
+        if like_one(found) and (may_be_called or reason is None):
             try:
                 plan = match(module, RUN, function=run_of(own, cut))
-            except NoMatch:
+            except NoMatch as error:
+                if reason is None and error.chained:
+                    bare = all(like_a_projection(m) or not any(projections(m)) for m in found)
+                    reason = (Direct if bare else Chained)(error)
                 continue
-            return replace(plan, method="forward", cut=cut)
-    return None
+            if may_be_called:
+                return replace(plan, method="forward", cut=cut)
+    return reason
 
 
 def _mentioned(module: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
@@ -95,8 +116,10 @@ def _mentioned(module: nn.Module, paths: Sequence[str]) -> list[nn.Module]:
     for path in paths:
         inner: Any = module
         for name in path.split("."):
-            inner = getattr(inner, name, None) if isinstance(inner, nn.Module) else inner
-        for m in list(inner) if isinstance(inner, nn.ModuleList) else [inner]:
+            part = getattr(inner, name, None)  # of a ModuleDict perhaps its method values
+            inner = part if isinstance(part, nn.Module) else inner
+        holds = isinstance(inner, nn.ModuleList | nn.ModuleDict)
+        for m in list(inner.children()) if holds else [inner]:
             if isinstance(m, nn.Module) and m is not module:
                 found[id(m)] = m
     return list(found.values())

@@ -31,12 +31,15 @@ class Flow:
 
     def __init__(self, module: nn.Module, traced: Traced, method: str, opaque: bool) -> None:
         self.module, self.traced, self.method, self.opaque = module, traced, method, opaque
+        self.where = where = "forward" if method == RUN else method
         graph = traced.graph
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
         # A run of statements is given what a branch reads that is not taken.
         used = [node for node in inputs if node.users or method != RUN]
         if len(used) != 1:
-            raise NoMatch(f"its {method} takes {len(used)} arguments, not x alone")
+            more = f" and {len(used) - 3} more" * (len(used) > 3)
+            names = ", ".join(map(str, used[:3])) + more or "nothing"
+            raise NoMatch(f"its {where} takes {names}, not x alone")
         (self.x,) = used
         self.argument = inputs.index(self.x)
         *_, output = graph.nodes
@@ -44,12 +47,12 @@ class Flow:
         for node in graph.nodes:
             reads = node.op in ("output", "get_attr", "placeholder") or node.target is getattr
             if not node.users and not reads:  # it may write into x
-                raise NoMatch(f"its {method} makes no use of {node}")
+                raise NoMatch(f"its {where} makes no use of {node}")
 
     def plan(self) -> Dense:
         down, tail = self.chain(self.out)
         if down is self.x:
-            raise NoMatch(f"its {self.method} has no projection of its own behind another")
+            raise NoMatch(f"its {self.where} has no projection of its own behind another")
         found, between, idle = self.block(self.only(down.args[0]))
         first = tuple(str(node.target) for node in found.first)
         start, head = self.chain(self.start(found))
@@ -87,8 +90,9 @@ class Flow:
             node = self.only(before)
         if first is None and idle and not between:
             return Spelled((node,), "identity", False, None, (), ()), (), tuple(idle)
-        what = ", ".join(map(describe, between)) or "nothing"
-        raise first or NoMatch(f"{what} between its projections is no activation that has a kernel")
+        what = ", ".join(map(describe, between))
+        what = f"{what} is no activation that has a kernel" if what else "there is no activation"
+        raise first or NoMatch(f"between its projections {what}")
 
     def region(self, h: Any) -> Spelled:
         region = Region(self.module, h, self.projects)
@@ -115,7 +119,7 @@ class Flow:
             step, before = self.step(node)
             if step is None:
                 where = "end in a projection" if ends else "begin with x"
-                raise NoMatch(f"its {self.method} does not {where}: {node}")
+                raise NoMatch(f"its {self.where} does not {where}: {node}")
             steps.insert(0, step)
             node = self.only(before) if ends else before
             if not ends and isinstance(node, fx.Node) and node is not self.x:

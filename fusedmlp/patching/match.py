@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from .dense import Dense
 from .flow import Flow
@@ -49,24 +49,27 @@ def match(
         for m, training in modes.items():
             m.training = training
     if any(plan != plans[0] for plan in plans):
-        raise NoMatch(f"its {method} is one MLP in training and another in eval")
+        error = NoMatch(f"its {method} is one MLP in training and another in eval")
+        error.chained = True
+        raise error
     return plans[0]
 
 
 def _on_devices(module: nn.Module, method: str, function: Any, opaque: bool) -> Iterator[Dense]:
     for device in ("cpu", "cuda"):
         traced = follow(module, method, whole=opaque, device=device, function=function)
-        yield Flow(module, traced, method, opaque).plan()
+        try:
+            plan = Flow(module, traced, method, opaque).plan()
+        except NoMatch as error:
+            error.chained = _leads_on(module, traced.graph)
+            raise
+        yield plan
         if not traced.devices:
             return
 
 
-def leads_on(module: nn.Module, method: str) -> bool:
-    """Whether a projection's result comes to another projection; as far as it can be traced."""
-    try:
-        graph = follow(module, method).graph
-    except NoMatch:
-        return False
+def _leads_on(module: nn.Module, graph: fx.Graph) -> bool:
+    """Whether a projection's result comes to another projection."""
     behind: set[object] = set()
     for node in graph.nodes:
         after = any(argument in behind for argument in node.all_input_nodes)

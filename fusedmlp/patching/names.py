@@ -29,10 +29,12 @@ class Cut(NamedTuple):
 
 
 class Run(NamedTuple):
-    """mentions: dotted paths below self."""
+    """mentions: dotted paths below self. callable: whether a call may stand for it, since all that
+    it reads is there whatever branch is taken."""
 
     cut: Cut
     mentions: tuple[str, ...]
+    callable: bool
 
 
 class Use(NamedTuple):
@@ -145,8 +147,9 @@ class _Finder(NamedTuple):
     def run(self, at: Cut, taken: Sequence[ast.AST]) -> Iterator[Run]:
         names = (use(taken).reads & self.own) - {self.owner}
         # More than one where a branch that is not taken reads another argument (BLOOM's residual).
-        if len(names) == 1 or (1 < len(names) <= 3 and names <= self.given):
-            yield Run(at._replace(names=tuple(sorted(names))), _mentions(taken, self.owner))
+        if 1 <= len(names) <= 3:
+            cut, mentions = at._replace(names=tuple(sorted(names))), _mentions(taken, self.owner)
+            yield Run(cut, mentions, len(names) == 1 or names <= self.given)
 
 
 def _calls(last: ast.stmt, owner: str) -> Iterator[tuple[int, ast.expr]]:

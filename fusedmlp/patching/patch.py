@@ -11,9 +11,11 @@ from torch import nn
 
 from .experts import register_experts
 from .quantize import quantize_model
-from .report import Report
+from .report import Entry, Report
 from .swap import restore
 from .walk import REGISTERED, Adapter, Only, Walk, checked
+
+_NOTHING = "no projection was found that leads to another, and no experts"
 
 
 def register_patch(cls: type[nn.Module], adapter: Adapter) -> None:
@@ -113,6 +115,8 @@ def _run(
     except BaseException:
         restore("patch", walk.swapped)
         raise
+    if not walk.entries:
+        walk.entries.append(Entry("", type(model).__name__, None, None, _NOTHING))
     return Report(tuple(walk.entries)), walk.swapped
 
 

@@ -5,6 +5,7 @@
 | nn.Linear, transformers' Conv1D, with nothing around them | weight and bias are read |
 | with hooks, or a forward on the instance (accelerate, DeepSpeed, pruning) | called |
 | of another class (adapters, quantised, subclasses of nn.Linear) | called |
+| convolutions of one element, over channels that do not lie last | called |
 | whose weight is a tensor of another class (torchao), or of whole numbers | called |
 """
 
@@ -44,11 +45,16 @@ def is_projection(module: nn.Module) -> bool:
 def like_a_projection(module: nn.Module) -> bool:
     """A projection of any library: sized like one, or with quantised values, as it may not say its
     sizes."""
-    if any(hasattr(module, name) for name in _SIZES):
+    if any(hasattr(module, name) for name in _SIZES) or _pointwise(module):
         return True
     values = (*module._parameters.values(), *module._buffers.values())
     whole = (torch.int8, torch.uint8, torch.int32)
     return any(v is not None and v.dtype in whole and v.dim() == 2 for v in values)
+
+
+def _pointwise(module: nn.Module) -> bool:
+    """A convolution of one element: a projection of channels that do not lie last."""
+    return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and {*module.kernel_size} == {1}
 
 
 def projections(module: nn.Module) -> Iterator[nn.Module]:

@@ -15,7 +15,10 @@ from .projection import like_a_projection, projections
 
 
 class NoMatch(Exception):
-    """Says why a module is no dense MLP."""
+    """Says why a module is no dense MLP. chained: whether its data flow leads from one projection
+    to another all the same."""
+
+    chained = False
 
 
 class Attribute(NamedTuple):

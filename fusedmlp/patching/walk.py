@@ -16,7 +16,7 @@ from ..backends import choice
 from ..layers.binary import BinaryGatedMLP
 from ..ops.binary_gated_mlp import OP
 from .around import by_accelerate, passed_over
-from .find import Chained, find
+from .find import Chained, Direct, find
 from .kept import stale
 from .moe import ADAPTERS
 from .plan import Plan, child
@@ -126,7 +126,9 @@ class Walk:
         chained: Entry | None = None
         if isinstance(module, Patched) or self.wanted(name, module):
             plan = module._plan if isinstance(module, Patched) else self.attempt(name, module)
-            if isinstance(plan, Chained):
+            if isinstance(plan, Direct):
+                self.entries.append(Entry(name, type(module).__name__, None, None, plan))
+            elif isinstance(plan, Chained):
                 chained = Entry(name, type(module).__name__, None, None, plan)
             elif plan is not None:
                 if change := stale(module):

@@ -134,6 +134,95 @@ def test_two_chained_projections_have_a_line():
     assert report.left[0].detail == "scale stands between its projections"
 
 
+class Pointwise(nn.Module):
+    """Two projections of channels, which come first."""
+
+    def __init__(self, conv, groups=1):
+        super().__init__()
+        self.a, self.b = conv(8, 12, 1, groups=groups), conv(12, 8, 1)
+
+    def forward(self, t):
+        return self.b(torch.relu(self.a(t)))
+
+
+@pytest.mark.parametrize("conv", (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+def test_convolutions_of_one_element_have_a_line(conv):
+    """Grouped ones as well; wider ones project more than a token."""
+    model = nn.ModuleDict({"x": Pointwise(conv), "y": Pointwise(conv, groups=4)})
+    for entry in fusedmlp.patch(model).left:
+        assert f"a is a torch.nn.modules.conv.{conv.__name__}, b is a" in entry.detail
+    assert [e.name for e in fusedmlp.patch(model).entries] == ["x", "y"]
+    wide = conv(8, 12, 3)
+    assert not fusedmlp.patch(nn.Sequential(wide, nn.ReLU(), wide)).patched
+
+
+class TwoInputs(Scales):
+    """Something else is multiplied between its projections, in a forward that no one traces."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = MLP()
+
+    def forward(self, t, scale, flag=None):
+        if t.sum() > 0:
+            t = t + self.mlp(t)
+        t = self.a(t)
+        t = torch.relu(t)
+        t = t * scale
+        return self.b(t)
+
+
+def test_a_forward_that_takes_more_between_its_projections():
+    report = fusedmlp.patch(nn.ModuleDict({"x": TwoInputs()}))
+    assert [(e.name, e.op) for e in report.entries] == [("x", None), ("x.mlp", "mlp")]
+    assert report.left[0].detail == "its forward takes scale, t, not x alone"
+
+
+def test_a_module_dict_that_is_run_in_a_loop():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            parts = {"a": nn.Linear(8, 12), "act": nn.GELU(), "b": nn.Linear(12, 8)}
+            self.norm, self.mlp = nn.LayerNorm(8), nn.ModuleDict(parts)
+
+        def forward(self, t):
+            y = self.norm(t)
+            for part in self.mlp.values():
+                y = part(y)
+            return t + y
+
+    torch.manual_seed(0)
+    layer, x = Layer(), torch.randn(3, 8)
+    expected = layer(x)
+    (entry,) = fusedmlp.patch(nn.ModuleList([layer])).patched
+    assert entry.op == "mlp"
+    torch.testing.assert_close(layer(x), expected)
+
+
+class StrangeExperts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(
+            torch.zeros(2, 4, 4, dtype=torch.uint8), requires_grad=False
+        )
+
+    def forward(self, t, index, weights):
+        return t
+
+
+def test_experts_of_a_class_that_nobody_knows():
+    assert reason(Model(StrangeExperts())).endswith(
+        "StrangeExperts makes of its weights is not known"
+    )
+
+
+@pytest.mark.parametrize("make", (nn.ReLU, lambda: nn.Linear(4, 4), Side))
+def test_a_model_without_an_mlp_says_so(make):
+    (entry,) = fusedmlp.patch(make()).entries
+    assert entry.detail == "no projection was found that leads to another, and no experts"
+    assert str(fusedmlp.patch(make())).splitlines()[1].startswith("the model (")
+
+
 class Alone(nn.Module):
     """Without parameters."""
 
