@@ -36,11 +36,13 @@ NEWEST_MINOR = 20
 
 
 class Environment(NamedTuple):
-    """`pythons`: minor versions of Python 3, the first of which is meant."""
+    """`pythons`: minor versions of Python 3, the first of which is meant. `extras`: of the package;
+    with quantisers' packages, patch-report is compared with models that are really quantised."""
 
     name: str
     pins: dict[str, str]
     pythons: Iterable[int]
+    extras: str = "test"
 
 
 def environments() -> list[Environment]:
@@ -51,7 +53,7 @@ def environments() -> list[Environment]:
     mixed = {"torch": "2.11.*", "triton": "3.6.*", "numpy": "2.5.*", "transformers": "5.17.*"}
     return [
         Environment("oldest", oldest, range(int(minor), NEWEST_MINOR)),
-        Environment("newest", {}, range(NEWEST_MINOR, int(minor) - 1, -1)),
+        Environment("newest", {}, range(NEWEST_MINOR, int(minor) - 1, -1), "test,test-quantised"),
         Environment("mixed", mixed, (12,)),
     ]
 
@@ -76,7 +78,8 @@ def made(environment: Environment) -> Path:
     subprocess.run([python(environment.pythons), "-m", "venv", "--clear", home], check=True)
     pins = [f"{name}=={environment.pins[name]}" for name in PACKAGES if name in environment.pins]
     own = home / "bin/python"
-    install = [own, "-m", "pip", "install", "--quiet", "--editable", f"{ROOT}[test]", *pins]
+    this = f"{ROOT}[{environment.extras}]"
+    install = [own, "-m", "pip", "install", "--quiet", "--editable", this, *pins]
     subprocess.run(install, check=True, env={**os.environ, "FUSEDMLP_CUDA": "0"})
     return own
 

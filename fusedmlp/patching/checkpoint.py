@@ -1,20 +1,29 @@
-"""A checkpoint's model without its weights: as from_pretrained would build it, on the meta device.
+"""A checkpoint's model without its weights, as from_pretrained would build it, on the meta device.
 
-Dtypes and quantisation are by transformers' own rules, asked of transformers: which parameters stay
-in float32, which modules a quantiser skips, where a configuration may hold its settings.
+Dtypes and quantisation are by transformers' own rules: its quantiser converts the model where the
+package that it needs is installed. Where it is not, a stand-in takes the place of each projection
+that the quantiser would convert.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
+from .projection import transposed
+
 # Lists of what stays as it is, by the names that quantisers have for them.
 _SKIPS = ("modules_to_not_convert", "llm_int8_skip_modules", "ignore", "exclude")
+# Those that convert a Conv1D.
+_TRANSPOSED = ("bitsandbytes", "gptq")
 
 
 class _Quantised(nn.Module):
@@ -27,40 +36,42 @@ class _Quantised(nn.Module):
 
 
 def empty_model(folder: Path) -> nn.Module:
-    """The model that a folder's config.json describes, as patch() would find it loaded."""
+    """The model that a folder's config.json describes, as patch() would find it loaded on a device
+    whose kernels take the quantised weights."""
     import transformers
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     # Never code that lies beside the configuration.
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    names = getattr(config, "architectures", None) or []
-    cls = next((c for n in names if (c := getattr(transformers, n, None))), None)
-    with torch.device("meta"):
-        model: Any = (
-            cls(config)
-            if cls
-            else transformers.AutoModel.from_config(config, trust_remote_code=False)
-        )
-    dtype = getattr(config, "dtype", None)
-    if isinstance(dtype, torch.dtype):
-        model = _in_dtype(model, dtype)
     settings = _quantization(config)
-    if settings.get("quant_method") == "fusedmlp":
-        from .pretrained import OneBitConfig, OneBitQuantizer
+    known = settings and AutoHfQuantizer.supports_quant_method(settings)
+    if not known or settings.get("dequantize"):
+        return _built(config)
+    try:
+        quantizer = AutoHfQuantizer.from_config(copy.deepcopy(settings), pre_quantized=True)
+        return _converted(config, quantizer)
+    except Exception:  # the quantiser's package is not here
+        return _stood_in(_built(config), settings)
 
-        OneBitQuantizer(OneBitConfig(**settings)).preprocess_model(model)
-    elif settings and not settings.get("dequantize"):
-        _quantise(model, settings)
-    return model
 
+def _built(config: Any, dtype: Any = None) -> Any:
+    """In the dtypes of loading: a parameter that its module makes in another keeps that one."""
+    import transformers
 
-def _in_dtype(model: Any, dtype: torch.dtype) -> Any:
-    model = model.to(dtype)
-    if not hasattr(model, "_get_dtype_plan"):  # a release of transformers before it
-        return model
-    for pattern, other in model._get_dtype_plan(dtype).items():
+    config = copy.deepcopy(config)  # a model built of it writes into it
+    config.dtype = dtype or config.dtype
+    names = getattr(config, "architectures", None) or []
+    cls: Any = next((c for n in names if (c := getattr(transformers, n, None))), None)
+    with torch.device("meta"):
+        if cls is not None:
+            model = cls._from_config(config)
+        else:
+            model = transformers.AutoModel.from_config(config, trust_remote_code=False)
+    plan = model._get_dtype_plan(config.dtype or torch.get_default_dtype())
+    for pattern, kept in plan.items():
         for name, p in model.named_parameters():
-            if re.search(rf"(?:^|\.){pattern}(?:\.|$)", name):
-                p.data = p.data.to(other)
+            if re.search(pattern.replace("*", ".*"), name):
+                p.data = p.data.to(kept)
     return model
 
 
@@ -74,7 +85,46 @@ def _quantization(config: Any) -> dict[str, Any]:
     return found or {}
 
 
-def _quantise(model: Any, settings: dict[str, Any]) -> None:
+def _converted(config: Any, quantizer: Any) -> Any:
+    """By transformers' own quantiser."""
+    from transformers.utils.import_utils import get_current_accelerator
+
+    # It asks for a GPU, which a report needs not, and says what it would do without.
+    with contextlib.suppress(Exception), _quiet():
+        quantizer.validate_environment(device_map=None, weights_only=True)
+    if hasattr(quantizer.quantization_config, "dequantize"):
+        quantizer.quantization_config.dequantize = False  # True where it found no GPU
+    model = _built(config, quantizer.update_dtype(config.dtype))
+    # No kernel runs, so none is fetched. Asked for on a CPU, they keep mxfp4 as it is.
+    with mock.patch("transformers.integrations.hub_kernels.get_kernel"), torch.device("meta"):
+        quantizer.preprocess_model(
+            model=model, dtype=model.dtype, device_map=None, checkpoint_files=None,
+            use_kernels=get_current_accelerator() is None,
+        )  # fmt: skip
+        for name, module in list(model.named_modules()):
+            # torchao's and the like are tensors of another class in the same module.
+            path = f"{name}.weight"
+            if type(module) is nn.Linear and quantizer.param_needs_quantization(model, path):
+                weight = {path: [module.weight]}
+                quantizer.get_quantize_ops().convert(
+                    weight, model=model, full_layer_name=path, missing_keys=set()
+                )
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _stood_in(model: Any, settings: dict[str, Any]) -> Any:
     method = settings.get("quant_method", "quantization_config")
     method = str(getattr(method, "value", method))
     skipped = [name for key in _SKIPS for name in settings.get(key) or ()]
@@ -82,11 +132,12 @@ def _quantise(model: Any, settings: dict[str, Any]) -> None:
     only = [n for block in settings.get("modules_in_block_to_quantize") or () for n in block]
     kind = type("Linear", (_Quantised,), {"__module__": method})
     for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear) and type(module).__name__ != "Conv1D":
+        if type(module) is not nn.Linear and not (transposed(module) and method in _TRANSPOSED):
             continue
         if stays(name) or (only and not any(name.endswith(n) for n in only)):
             continue
         model.set_submodule(name, kind(module))
+    return model
 
 
 def _rule(model: Any, skipped: list[str] | None) -> Any:

@@ -48,20 +48,27 @@ def test_what_a_quantiser_leaves(row, tmp_path):
 
 
 def test_a_quantised_model_of_conv1d(tmp_path):
+    """Which GPTQ converts and AWQ does not."""
     config = build("gpt2").config
-    config.architectures, config.quantization_config = ["GPT2LMHeadModel"], {"quant_method": "awq"}
-    config.save_pretrained(tmp_path)
-    fc = empty_model(tmp_path).transformer.h[1].mlp.c_fc
-    assert (type(fc).__name__, type(fc).__module__) == ("Linear", "awq")
+    config.architectures = ["GPT2LMHeadModel"]
+    found = {}
+    for method in ("gptq", "awq"):
+        config.quantization_config = {"quant_method": method}
+        config.save_pretrained(tmp_path)
+        found[method] = empty_model(tmp_path).transformer.h[1].mlp.c_fc
+    fc = found["gptq"]
+    assert (type(fc).__name__, type(fc).__module__) == ("Linear", "gptq")
     assert (fc.in_features, fc.out_features) == (64, 256)
+    assert type(found["awq"]).__name__ == "Conv1D"
 
 
 def test_parts_that_stay_float32(tmp_path, monkeypatch):
-    """By transformers' plan of dtypes: whole names of modules, not parts of names."""
+    """By transformers' plan of dtypes, which it searches anywhere in a parameter's name."""
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["mlp", "v_pro"])
     model = of_llama(tmp_path, dtype=torch.bfloat16)
     kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
-    assert kept and kept == {n for n, _ in model.named_parameters() if ".mlp." in n}
+    names = [n for n, _ in model.named_parameters()]
+    assert kept == {n for n in names if ".mlp." in n or ".v_proj." in n} != set(names)
 
 
 def test_settings_of_the_text_model_alone():
