@@ -86,7 +86,7 @@ def test_a_copy_is_of_a_checkout_and_is_what_the_tests_see(toy, tmp_path):
 
 def test_an_unknown_room_is_a_clear_error(capsys):
     assert command.main(["--room", "attic"]) == 2
-    assert "--room must be of backends, check, csrc, " in (said := capsys.readouterr().err)
+    assert "--room must be of backends, bench, check, csrc, " in (said := capsys.readouterr().err)
     assert said.endswith(", got attic\n")
 
 
