@@ -53,6 +53,7 @@ HYPER = (
 )
 BINARY = (EACH_OP, "tests/ops/test_binary_errors.py", STRIDES, "tests/ops/test_binary.py")
 PATCH_MODELS = "tests/patching/test_patch_models.py"
+PATCH_RANKS = "tests/distributed/test_patch_distributed.py"
 PATCHING = (
     DEFAULTS,
     "tests/patching/test_patch_match.py",
@@ -66,6 +67,7 @@ PATCHING = (
     "tests/patching/test_patch_libraries.py",
     "tests/patching/test_patch_state.py",
     PATCH_MODELS,
+    PATCH_RANKS,
 )
 PATCH_ROUTED = (
     DEFAULTS,
@@ -79,6 +81,7 @@ PATCH_ROUTED = (
     "tests/patching/test_patch_state.py",
     PATCH_MODELS,
     "tests/families/test_families.py",
+    PATCH_RANKS,
 )
 LAYERS = (
     DEFAULTS,
@@ -280,7 +283,7 @@ ROWS: tuple[Row, ...] = (
         (
             DEFAULTS,
             "tests/distributed/test_distributed.py",
-            "tests/distributed/test_patch_distributed.py",
+            PATCH_RANKS,
         ),
     ),
     # ---- around the ops
