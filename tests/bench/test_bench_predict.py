@@ -68,6 +68,20 @@ def test_launches_follow_the_table_of_tiles():
     assert launch.waves == pytest.approx(launch.tiles / 132)
 
 
+def test_experts_have_whole_tiles_and_one_more_for_each_seam():
+    """Three experts of 100 rows in all; a weight's gradient has tiles of its own for each."""
+    M, D, H, E = 100, 200, 300, 3
+    found = predict.launches(work("moe_mlp", M=M, D=D, H=H), "backward", ROOFS["H100"])
+    rows = {"moe_dh": (H, None), "moe_down": (D, None), "moe_wgrad": (D, H)}
+    assert [launch.kernel for launch in found] == list(rows)
+    for launch in found:
+        m, n = launch.tile.block_m, launch.tile.block_n
+        columns, own = rows[launch.kernel]
+        tall = E * -(-own // m) if own else M // m + E
+        assert launch.tiles == tall * -(-columns // n), launch
+        assert launch.waves == pytest.approx(launch.tiles / 132) and launch.splits == 1
+
+
 def test_few_rows_are_cut_along_k():
     (launch,) = predict.launches(work(M=1), "forward", ROOFS["H100"])
     assert launch.tile.skinny
