@@ -134,14 +134,28 @@ def test_strides_are_read_in_place(device, on_triton):
     check(laid, dy=torch.ones((), device=device).expand(inputs["v"].shape))
 
 
-def test_every_single_gradient(device, on_triton):
+GATED = ("coefficient_kernel", "dz2_kernel", "dz1_kernel")
+# What the gradient of one tensor alone launches.
+ALONE = {
+    "q": (*GATED, "dq_kernel"), "k": (*GATED, "dk_kernel"), "v": ("dv_kernel",), "c1": GATED,
+    "c2": ("dz2_kernel",),
+    **dict.fromkeys(("u1", "vt1", "d1"), (*GATED, "slots_kernel", "slots_kernel")),
+    **dict.fromkeys(("u2", "vt2", "d2"), ("dz2_kernel", "slots_kernel")),
+}  # fmt: skip
+
+
+def test_every_single_gradient(device, on_triton, launched):
+    """Bit for bit what it is among all, and nothing is launched for the others."""
     inputs = core_inputs(**{**SMALL, "T": 9}, dtype=torch.float32)
     inputs = {k: t.to(device) for k, t in inputs.items()}
     dy = torch.randn_like(inputs["v"])
     full = evaluate(lambda t: hyper_attention(**t), inputs, dy)
     for name in inputs:
+        before = len(launched)
         part = evaluate(lambda t: hyper_attention(**t), inputs, dy, (name,))
         torch.testing.assert_close(part[f"d{name}"], full[f"d{name}"], rtol=0, atol=0)
+        names = ("_h1_kernel", "_h2_kernel", "_out_kernel", *ALONE[name])
+        assert tuple(launched[before:]) == names, name
 
 
 def test_rows_of_zeros_and_a_clamped_norm(device, on_triton):
