@@ -248,6 +248,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "a step of 0 has returned None before",
     ),
     Equivalent(
+        "kernels/activations.py",
+        "return tl.where(x > 0, x, alpha * t * (e + 1)), tl.where(x > 0, 1.0, alpha * e)",
+        "return tl.where(x >= 0, x, alpha * t * (e + 1)), tl.where(x > 0, 1.0, alpha * e)",
+        "at 0 both are 0",
+    ),
+    Equivalent(
         "kernels/moe/topk_route.py",
         "bias = tl.load(bias_ptr + offs_e * stride_b, mask=mask_e, other=0.0)",
         "bias = tl.load(bias_ptr + offs_e * stride_b, mask=mask_e)",
