@@ -29,7 +29,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -40,7 +44,6 @@ NAME = "fusedmlp"
 _TENSORS = {"weight_scale": "packed.scales", "weight": "packed.qweight"}
 
 
-@register_quantization_config(NAME)
 class OneBitConfig(QuantizationConfigMixin):
     """Which modules are in one bit a weight."""
 
@@ -54,7 +57,6 @@ class OneBitConfig(QuantizationConfigMixin):
         self.format, self.modules = format, list(modules)
 
 
-@register_quantizer(NAME)
 class OneBitQuantizer(HfQuantizer):
     """Loads and saves; quantize_model quantises."""
 
@@ -139,3 +141,9 @@ def mark(model: nn.Module) -> None:
                 of.is_quantized, of.quantization_method = True, NAME
                 of.config.quantization_config = OneBitConfig(modules)
                 of.hf_quantizer = OneBitQuantizer(of.config.quantization_config)
+
+
+# Not twice in a program that has a copy of this package from Hugging Face's Hub too.
+if NAME not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(NAME)(OneBitConfig)
+    register_quantizer(NAME)(OneBitQuantizer)
