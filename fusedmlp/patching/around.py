@@ -2,7 +2,8 @@
 
 Libraries that move a model's parts hook every module, an activation too: accelerate's device_map
 and offload, DeepSpeed's ZeRO-3. On a module without parameters and buffers their hooks move its
-arguments alone, so a fused call may pass it by. Hooks of anyone else may do anything.
+arguments alone, so a fused call may pass it by, and so it may where `kernelize` of the package
+kernels has put a kernel of the same function. Hooks of anyone else may do anything.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def stands_around(module: nn.Module) -> str | None:
 def passed_over(module: nn.Module) -> str | None:
     """What is lost where `module`, which is no projection, is not called."""
     around = hooked(module)
-    if around is None or _moves_arguments_alone(module):
+    if around is None or _moves_arguments_alone(module) or _by_kernelize(module):
         return None
     return around
 
@@ -57,6 +58,14 @@ def _by_deepspeed(module: nn.Module) -> bool:
 def _hooks(module: nn.Module) -> Iterator[Any]:
     for name in HOOKS:
         yield from vars(module)[name].values()
+
+
+def _by_kernelize(module: nn.Module) -> bool:
+    """Whether the forward on the instance is kernelize's: the kernel that its class is registered
+    for, or the class's own where there is none."""
+    of = vars(module)
+    own = getattr(of.get("forward"), "__self__", None) is module
+    return own and hasattr(type(module), "kernel_layer_name") and _alone(of)
 
 
 def _moves_arguments_alone(module: nn.Module) -> bool:
