@@ -1,72 +1,53 @@
 """Layers whose forward replaces that of a model's MLP: no constructor, no state, members of the
 adopting class alone.
 
-| layer | members that it reads | computes |
-|---|---|---|
-| FusedSwiGLUMLP | gate_proj, up_proj, down_proj | down(silu(gate(x)) * up(x)): Llama, Qwen |
-| FusedGeGLUMLP | the same | with tanh-gelu: Gemma |
-| FusedPackedSwiGLUMLP | gate_up_proj, down_proj | gate and up in one projection: Phi-3 |
+| layer | adopted by |
+|---|---|
+| FusedMLP | an MLP of one argument: LlamaMLP, GemmaMLP, Phi3MLP, GPT2MLP, CLIPMLP and their kin |
+| Llama4TextMoe | the class of this name, with one expert a token |
 
-The projections are nn.Linears. Shapes, dtypes and errors: fusedmlp.gated_mlp. Which activation the
-adopting class has, a layer cannot see: map a class to the layer that computes the same, or let
-fusedmlp.patch(model) choose.
+FusedMLP runs gated_mlp or mlp with the activation that the module has, whatever the names of its
+projections and the order of their halves; a projection that is adapted, quantised or hooked is
+called. It raises ValueError for a module whose forward is another or whose activation has no
+kernel. Shapes, dtypes and other errors: fusedmlp.gated_mlp, fusedmlp.mlp, fusedmlp.moe_mlp.
+
+FusedSwiGLUMLP, FusedGeGLUMLP and FusedPackedSwiGLUMLP are older names of FusedMLP.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .._api import gated_mlp
+from ..patching.plan import Plan
+from .adopted import find_plan
 
 
-class FusedSwiGLUMLP(nn.Module):
-    """down_proj(silu(gate_proj(x)) * up_proj(x))."""
+class FusedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)), or down(act(first(x))), as the adopting module has them."""
 
     has_backward: bool = True
     can_torch_compile: bool = True
 
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
-    down_proj: nn.Linear
+    _hub_plan: Plan
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., D) -> (..., D)."""
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        return gated_mlp(x, gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias)
+        find_plan(self)
+        return self._hub_plan.run(self, x)
 
 
-class FusedGeGLUMLP(nn.Module):
-    """down_proj(gelu_tanh(gate_proj(x)) * up_proj(x))."""
-
-    has_backward: bool = True
-    can_torch_compile: bool = True
-
-    gate_proj: nn.Linear
-    up_proj: nn.Linear
-    down_proj: nn.Linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., D) -> (..., D)."""
-        gate, up, down = self.gate_proj, self.up_proj, self.down_proj
-        return gated_mlp(
-            x, gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias,
-            activation="gelu_tanh",
-        )  # fmt: skip
-
-
-class FusedPackedSwiGLUMLP(nn.Module):
-    """down_proj(silu(g) * u) with [g, u] = gate_up_proj(hidden_states)."""
+class Llama4TextMoe(nn.Module):
+    """shared_expert(x) + the chosen expert of sigmoid(logit) x, and the router's logits."""
 
     has_backward: bool = True
     can_torch_compile: bool = True
 
-    gate_up_proj: nn.Linear
-    down_proj: nn.Linear
+    _hub_plan: Plan
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """hidden_states (..., D) -> (..., D)."""
-        both, down = self.gate_up_proj, self.down_proj
-        return gated_mlp(
-            hidden_states, both.weight, None, down.weight, both.bias, None, down.bias,
-            packed="gate_up",
-        )  # fmt: skip
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden_states (..., D) -> (T, D), (T, E), with T tokens."""
+        find_plan(self)
+        return self._hub_plan.run(self, hidden_states)
+
+
+FusedSwiGLUMLP = FusedGeGLUMLP = FusedPackedSwiGLUMLP = FusedMLP

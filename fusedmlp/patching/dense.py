@@ -131,7 +131,8 @@ class Dense(Plan):
         y = x
         for step in self.head:
             y = take(step, module, y, x)
-        y = self.block(module, y) if module._split is None else module._split(self, module, y)
+        split = getattr(module, "_split", None)  # a module that has adopted a hub layer has none
+        y = self.block(module, y) if split is None else split(self, module, y)
         for step in self.tail:
             y = take(step, module, y, x)
         return y
@@ -141,7 +142,7 @@ class Dense(Plan):
         first, down = [child(module, path) for path in self.first], child(module, self.down)
         apart, last = [read(projection) for projection in first], read(down)
         whole = None not in apart
-        if module._split is not None and (last is None or not whole):
+        if (last is None or not whole) and getattr(module, "_split", None) is not None:
             self._refuse(module)
         steps = [step for step in self.between if not idle(step, module)]
         if not whole:

@@ -55,7 +55,8 @@ class Llama4(Plan):
         score = scores.gather(1, expert.unsqueeze(1))
         w, w_down = local(module.experts.gate_up_proj), local(module.experts.down_proj)
         ones = torch.ones_like(expert, dtype=torch.float32)
-        call = moe_mlp if module._split is None else module._split
+        split = getattr(module, "_split", None)  # a module that has adopted a hub layer has none
+        call = moe_mlp if split is None else split
         y = call(
             x * score, route_to(expert, ones, module.num_experts), w.mT, None, w_down.mT,
             activation=self.activation, packed="gate_up",

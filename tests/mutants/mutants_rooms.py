@@ -347,7 +347,12 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "package",
-        ("fusedmlp/hub/*.py", "fusedmlp/cli.py", "fusedmlp/running.py"),
+        ("fusedmlp/hub/*.py",),
+        ("tests/hub/test_hub_layers.py", "tests/hub/test_hub_folder.py"),
+    ),
+    Row(
+        "package",
+        ("fusedmlp/cli.py", "fusedmlp/running.py"),
         ("tests/bench/test_command_line.py", "tests/patching/test_patch_package.py"),
     ),
     Row("package", ("fusedmlp/arrival.py",), ("tests/patching/test_patch_arrival.py",)),

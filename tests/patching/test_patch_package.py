@@ -1,27 +1,16 @@
-"""The command line, the folder of a Hub kernel, and what the package says of itself."""
+"""The command line, and what the package says of itself."""
 
-import base64
-import hashlib
-import importlib
-import importlib.util
-import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from patch_models import build
-from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedmlp
 from fusedmlp import cli
-from fusedmlp.hub import __main__ as hub, layers
 
 ROOT = Path(__file__).parents[2]
-# layer -> a model whose MLP has the members that the layer reads
-LAYERS = {"FusedSwiGLUMLP": "llama", "FusedGeGLUMLP": "gemma", "FusedPackedSwiGLUMLP": "phi3"}
 
 
 def test_doctor(capsys):
@@ -119,71 +108,3 @@ def test_every_paper_is_cited():
     used = {n for text in texts for n in number.findall(text)}
     cited = set(re.findall(r"arxiv.org/abs/(\d{4}\.\d{5})", (ROOT / "CITATION.cff").read_text()))
     assert used and used <= cited
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_hub_layer_has_no_state_of_its_own(name):
-    layer = getattr(layers, name)
-    assert layer.__bases__ == (nn.Module,)
-    own = {k for k in vars(layer) if not (k.startswith("__") and k.endswith("__"))}
-    assert own - {"_abc_impl"} == {"forward", "has_backward", "can_torch_compile"}
-    assert "__init__" not in vars(layer)
-    assert layer.has_backward is True and layer.can_torch_compile is True
-    members = {k for k in layer.__annotations__ if k not in ("has_backward", "can_torch_compile")}
-    assert members <= dict(build(LAYERS[name]).model.layers[0].mlp.named_children()).keys()
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_hub_layer_keeps_its_flags(name):
-    """Forward and backward in place of the model's own, and one graph."""
-    mlp = build(LAYERS[name]).model.layers[0].mlp
-    x = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0))
-    results = []
-    for forward in (type(mlp).forward, getattr(layers, name).forward):
-        leaf = x.clone().requires_grad_()
-        y = forward(mlp, leaf)
-        results.append((y, *torch.autograd.grad(y.square().sum(), [leaf, *mlp.parameters()])))
-    for ours, expected in zip(results[1], results[0], strict=True):
-        torch.testing.assert_close(ours, expected)
-    torch._dynamo.reset()
-    counter = CompileCounterWithBackend("eager")
-    mlp.__class__ = type("Adopted", (type(mlp),), {"forward": getattr(layers, name).forward})
-    torch.testing.assert_close(
-        torch.compile(mlp, backend=counter, fullgraph=True)(x), results[0][0]
-    )
-    assert counter.frame_count == 1
-
-
-def test_hub_folder(tmp_path):
-    """The folder is complete: its package runs from where it is, under another name."""
-    folder = tmp_path / "kernel"
-    hub.write(folder)
-    assert "[torch-noarch]" in (folder / "build.toml").read_text()
-    variant = folder / "build/torch-cuda"
-    told = json.loads((variant / "metadata.json").read_text())
-    assert told["name"] == "fusedmlp" and told["id"].isidentifier() and told["version"] == 0
-    assert told["license"] == "Apache-2.0" and told["backend"]["type"] == "cuda"
-    assert {"8.0", "9.0", "10.0"} <= set(told["backend"]["archs"])
-    files = {str(p.relative_to(variant)) for p in variant.rglob("*.py")}
-    assert files == told["digest"]["files"].keys() and "kernels/dense/gated_linear.py" in files
-    digest = hashlib.sha256((variant / "__init__.py").read_bytes()).digest()
-    assert told["digest"]["files"]["__init__.py"] == base64.b64encode(digest).decode()
-    assert not [p for p in folder.rglob("*") if p.is_symlink()]
-    with pytest.raises(ValueError, match="fusedmlp.hub: folder must be new or empty, got"):
-        hub.write(folder)
-    kernel = load(told["id"], variant)
-    x, w = torch.randn(3, 8), torch.randn(8, 8)
-    assert torch.equal(kernel.mlp(x, w, w), fusedmlp.mlp(x, w, w))
-    assert set(LAYERS) <= set(vars(kernel.layers)) and "layers" in kernel.__all__
-    # Its ops have a namespace of their own, beside those of the installed package.
-    assert hasattr(getattr(torch.ops, told["id"]), "gated_linear_fwd")
-
-
-def load(name, folder):
-    """As the Hub's client does: a package by its folder, under a name of its own."""
-    spec = importlib.util.spec_from_file_location(
-        name, folder / "__init__.py", submodule_search_locations=[str(folder)]
-    )
-    sys.modules[name] = module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
