@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from ..backends.flops import bytes_moved
 from ..backends.op import OPS
 from ..reference.activations import resolve
 from ..testing import CASES, Case, Shapes, hyper, moe
@@ -89,28 +90,22 @@ class Work:
         return forward * {"forward": 1, "backward": 2, "both": 3}[phase]
 
     def bytes(self, phase: str) -> int:
-        inputs = sum(math.prod(shape) for shape in self.shapes(phase).values())
+        sizes, size = self.shapes(phase), self.torch_dtype.itemsize
+        elements = sum(math.prod(shape) for shape in sizes.values())
         if phase == DGLU:
-            return (inputs + 3 * self.M * self.H) * self.torch_dtype.itemsize
-        forward = self.case.elements(self.M, self.D, self.H)
-        backward = 2 * inputs + (forward - inputs)
-        elements = {"forward": forward, "backward": backward, "both": forward + backward}[phase]
-        return elements * self.torch_dtype.itemsize - self._excess(phase)
+            return (elements + 3 * self.M * self.H) * size
+        results = self.case.elements(self.M, self.D, self.H) - elements
+        arguments = [self._argument(name, math.prod(shape)) for name, shape in sizes.items()]
+        return bytes_moved(arguments, results * size, phase)
 
-    def _excess(self, phase: str) -> int:
-        """What elements of a size of their own are counted too much as elements of the dtype with a
-        gradient."""
-        # How often an argument is read, and its gradient written.
-        reads, writes = {"forward": (1, 0), "backward": (1, 1), "both": (2, 1)}[phase]
-        excess, own = 0, OPS[self.case.op].own_bytes
-        for name, shape in self.shapes(phase).items():
-            prefix = next((p for p in own if name.startswith(p)), None)
-            if prefix is None or name not in self.case.draws:
-                continue
-            size, differentiable = own[prefix]
-            moved = size * (reads + writes * differentiable)
-            excess += math.prod(shape) * ((reads + writes) * self.torch_dtype.itemsize - moved)
-        return excess
+    def _argument(self, name: str, elements: int) -> tuple[int, bool]:
+        """Bytes of an argument, and whether it gets a gradient."""
+        own = OPS[self.case.op].own_bytes
+        prefix = next((p for p in own if name.startswith(p)), None)
+        if prefix is None or name not in self.case.draws:
+            return elements * self.torch_dtype.itemsize, True
+        size, differentiable = own[prefix]
+        return elements * size, differentiable
 
     def gemm(self, phase: str = "forward") -> tuple[int, int, int] | None:
         """(M, N, K) of the GEMM that cuBLAS is timed on beside a phase: of a call its first, of one

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import triton
-from torch import nn
-from torch.nn.modules.conv import _ConvNd
+from torch import Tensor, nn
 
 from . import running
 from .backends import choice
 from .backends.cuda import loader
 from .backends.op import public_ops
+from .dry.lines import (
+    GPUS,
+    TOKENS,
+    Gpu,
+    gpu_here,
+    gpu_lines,
+    named_gpu,
+    obstacle_lines,
+    op_lines,
+    op_of,
+    where_lines,
+)
 from .kernels.device import arch_of, capability_of
 from .kernels.pick import LAST
-from .layers.gmlp import SpatialGatingUnit
+from .layers.parts.block import positive_int
+from .layers.parts.widths import Reader, off_fast_loads
 from .patching.swap import Patched
-
-_LAYERS = (f"{__package__}.layers.", f"{__package__}.hyperglu.")
 
 
 def _device_line(device: torch.device) -> str:
@@ -66,57 +79,94 @@ def _layer_lines(layer: nn.Module) -> list[str]:
 
 
 def _width_lines(layer: nn.Module) -> list[str]:
-    """One line for each width of a weight that fast loads in 16 bits do not take: rows must begin
-    at multiples of 16 bytes."""
-    # What PyTorch multiplies, whatever its strides.
-    modules = (m for m in layer.modules() if isinstance(m, (SpatialGatingUnit, _ConvNd)))
-    others = {id(t) for m in modules for t in m.parameters()}
-    widths: dict[int, list[str]] = {}
+    """One line for each width or stride of a weight in `layer` that no fast load takes."""
+    sizes: list[tuple[str, Tensor | int]] = []
+    outside: tuple[str, ...] = ()  # what holds others has named their matrices
     for outer, module in layer.named_modules():
-        if not isinstance(module, Patched) and not type(module).__module__.startswith(_LAYERS):
-            continue
-        for name, t in module.named_parameters(prefix=outer):
-            matrix = name.endswith(("weight", "original")) and t.dim() in (2, 3)
-            if matrix and id(t) not in others:
-                widths.setdefault(t.shape[-1], []).append(name)
-    return [
-        f"width {width} of {names[0]}"
-        + (f" and {more} more" if (more := len(dict.fromkeys(names)) - 1) else "")
-        + " is no multiple of 8: in 16 bits kernels take element loads and small tiles; "
-        f"{-(-width // 8) * 8} would have vector or TMA loads"
-        for width, names in widths.items()
-        if width % 8
-    ]
+        if isinstance(module, (Reader, Patched)) and not outer.startswith(outside):
+            sizes += ((f"{outer}.{name}".lstrip("."), size) for name, size in module._reads())
+            if isinstance(module, Reader):
+                outside = (*outside, f"{outer}." if outer else "")
+    return off_fast_loads(sizes)
 
 
-def explain(layer: nn.Module | None = None) -> str:
-    """A text of what runs where: which copy of this package, versions, the chosen backend, what the
-    CUDA extension holds or why it is not there, each device's backend, what each kernel was last
-    launched with, which calls in `layer` are fused, and which of its widths no fast load takes.
+def _gpu(gpu: str | None, tokens: int | None) -> Gpu | None:
+    """The GPU to plan for, if any is asked for."""
+    if tokens is not None:
+        positive_int("explain", "tokens", tokens)
+    if gpu is not None or tokens is None:
+        return None if gpu is None else named_gpu("explain", gpu)
+    here = gpu_here()
+    if here is None:
+        raise ValueError(
+            f"explain: gpu must be one of {', '.join(GPUS)} with tokens={tokens} where torch finds "
+            "no GPU, got None"
+        )
+    return here
 
-    Raises TypeError unless `layer` is an nn.Module or None.
+
+def _layer(layer: nn.Module | Callable[..., Any], gpu: Gpu | None, tokens: int) -> list[str]:
+    if not isinstance(layer, nn.Module):
+        op = op_of(layer)
+        assert op is not None, "explain() has looked"
+        return op_lines(op, gpu)
+    lines = [*_layer_lines(layer), *where_lines(layer), *obstacle_lines(layer)]
+    return [*lines, *_width_lines(layer), *(gpu_lines(layer, gpu, tokens) if gpu else ())]
+
+
+def explain(
+    layer: nn.Module | Callable[..., Any] | None = None,
+    *,
+    gpu: str | None = None,
+    tokens: int | None = None,
+) -> str:
+    """A text of what runs where: this copy of the package, versions, the chosen backend, what the
+    CUDA extension holds or why it is not there, the backend of each device, and each kernel's last
+    launch.
+
+    Of `layer`: which of its calls are fused, where they run, what stands in the way (dropout at
+    work, a hook, a dtype) and which widths or strides no fast load takes. With `gpu`: what each
+    fused block would launch there, kernels and tiles, forward and, in train(), backward; its FLOPs,
+    the least bytes that it moves and the least time that a datasheet allows. Those are planned and
+    computed: nothing is run, and memory is not touched.
+
+    Args:
+        layer: a layer, a model, patched or not, or a function of this package.
+        gpu: "H100", "H200" or "B200"; None: the GPU here, if `tokens` are given.
+        tokens: rows of x; None: 8192 where `gpu` is given.
+
+    Raises TypeError for another layer, and for tokens that are no int; ValueError for a gpu that is
+    not known, or none where there is none here.
 
     Examples:
         >>> import fusedmlp
         >>> from fusedmlp.layers import FeedForward
-        >>> "SiLU fused as 'silu'" in fusedmlp.explain(FeedForward(64, glu_variant="swiglu"))
+        >>> layer = FeedForward(1024, hidden=2752, glu_variant="swiglu").bfloat16()
+        >>> "SiLU fused as 'silu'" in fusedmlp.explain(layer)
+        True
+        >>> "gated_mlp by triton: gated_linear_fwd (" in fusedmlp.explain(layer, gpu="H100")
         True
     """
-    if layer is not None and not isinstance(layer, nn.Module):
-        raise TypeError(f"explain: layer must be an nn.Module or None, got {layer!r}")
+    function = layer is not None and not isinstance(layer, nn.Module)
+    if function and (not callable(layer) or op_of(layer) is None):
+        raise TypeError(
+            f"explain: layer must be an nn.Module or None, or a function of fusedmlp, got {layer!r}"
+        )
+    planned = _gpu(gpu, tokens)
+    if planned is not None and layer is None:
+        raise ValueError(f"explain: layer must be given with gpu or tokens, got {layer!r}")
     lines = [
         *running.describe(),
         f"torch {torch.__version__}, triton {triton.__version__}, "
         f"backend {choice.chosen()!r} (backend(), FUSEDMLP_BACKEND)",
     ]
-    gpu = torch.device("cuda") if torch.cuda.is_available() else None
-    lines += loader.describe(capability_of(gpu) if gpu else 0)
+    device = torch.device("cuda") if torch.cuda.is_available() else None
+    lines += loader.describe(capability_of(device) if device else 0)
     lines.append(_device_line(torch.device("cpu")))
-    lines.append(_device_line(gpu) if gpu else "cuda tensors: none, torch finds no GPU")
+    lines.append(_device_line(device) if device else "cuda tensors: none, torch finds no GPU")
     lines.append("second derivatives, torch.func, forward-mode AD: reference")
     lines.append(f"ops: {', '.join(public_ops())}")
     lines += [_last_launch(kernel) for kernel in sorted(LAST.keys() | choice.SERVED.keys())]
     if layer is not None:
-        lines += _layer_lines(layer)
-        lines += _width_lines(layer)
+        lines += _layer(layer, planned, tokens or TOKENS)
     return "\n".join(lines)

@@ -9,12 +9,12 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from ...dry.driver import MULTIPROCESSORS
 from ...kernels.arch import Arch
 from ...kernels.arch.tile import Tile
 from ...kernels.device import pretend
 from .. import check, cli
 from ..check_sizes import ON_GPU
-from ..gate.compiling import MULTIPROCESSORS
 from ..timing import command as timing, tune
 from ..timing.calls import checked
 from ..timing.candidates import neighbours

@@ -1,5 +1,4 @@
-"""Compiling without a GPU: a job's launches, caught and compiled under a driver that only
-compiles."""
+"""A job's launches, compiled without a GPU; and whether Triton's tools know one."""
 
 from __future__ import annotations
 
@@ -7,66 +6,13 @@ import dataclasses
 import functools
 import re
 import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, NamedTuple
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
+from ...dry.driver import Launched, compile_only
 from ...kernels.arch import Arch
-from ...kernels.device import pretend
 from .jobs import Job
-
-MULTIPROCESSORS = 132
-
-
-class _CompileOnly:
-    """As much of a Triton driver as compiling needs."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class Launched(NamedTuple):
-    """One launch: its kernel's name, the compiled kernel, its grid."""
-
-    name: str
-    kernel: Any
-    grid: tuple[int, ...]
-
-
-@contextmanager
-def compile_only(arch: Arch) -> Iterator[list[Launched]]:
-    """Inside, tensors lie on a GPU of `arch` and launches compile and do nothing else; the list
-    gets each of them."""
-    compiled: list[Launched] = []
-    run = JITFunction.run
-
-    def compile_it(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled.append(Launched(self.fn.__name__, kernel, tuple(grid)))
-        return kernel
-
-    driver.set_active(_CompileOnly(arch.capability))
-    JITFunction.run = compile_it
-    try:
-        with pretend(arch, MULTIPROCESSORS):
-            yield compiled
-    finally:
-        JITFunction.run = run
 
 
 def captured(job: Job) -> list[Launched]:

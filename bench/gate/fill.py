@@ -16,7 +16,6 @@ compiled in every placement that makes a kernel of its own.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
@@ -26,7 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -34,11 +33,8 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ... import backend
-from ...backends.library import serve_cpu
+from ...dry.driver import compiling
 from ...kernels.arch import ARCHES, Arch
 from ...kernels.arch.tile import Tile
 from ...kernels.launches.launch import empty
@@ -50,13 +46,11 @@ from ..rooms import load
 from ..timing.tune import CHECKED_ROWS, LAUNCHES, forced
 from ..work import DGLU, DTYPES, Work
 from . import cache
-from .compiling import compile_only
 
 # How two weights of one kernel can lie: one box for both, in either order, or two boxes.
 PLACEMENTS = ("in order", "reversed", "apart", "padded")
 PAIR = ("w_gate", "w_up")
 PART = 12  # jobs that a process takes at a time
-COMPUTED = 1 << 14  # elements that an operator may read
 # Tells the plugin in tests/support for which GPU, and where to write what was compiled.
 TESTS = "FUSEDMLP_COMPILED_TESTS"
 
@@ -69,37 +63,6 @@ class Job:
     what: str
     call: Callable[[], None]
     tried: bool = False
-
-
-class Untouched(TorchDispatchMode):
-    """Operators on floating tensors make empty results of the right shape. Those on integers, which
-    route tokens, compute, and so do small ones: patch() knows an activation by its values."""
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-        floating = [t.numel() for t in given if t.is_floating_point()]
-        if func.namespace != "aten" or sum(floating) <= COMPUTED:
-            return func(*args, **kwargs)
-        aliases = [a.alias_info for a in func._schema.arguments if a.alias_info is not None]
-        if any(alias.is_write for alias in aliases):
-            return args[0]
-        if aliases:
-            return func(*args, **kwargs)  # a view
-        device = {"device": "meta"} if "device" in kwargs else {}
-        moved = tree_map_only(Tensor, _meta, (args, {**kwargs, **device}))
-        made = func(*moved[0], **moved[1])
-        return tree_map_only(Tensor, _empty, made)
-
-
-def _meta(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
-
-
-def _empty(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
 
 
 def arguments(work: Work, phase: str, placement: str) -> dict[str, Tensor]:
@@ -154,20 +117,6 @@ def launch(work: Work, phase: str, placement: str) -> None:
     torch.autograd.grad(out, wanted, torch.empty_like(out))
 
 
-@contextlib.contextmanager
-def compiling(arch: Arch) -> Iterator[dict[str, bool]]:
-    """Inside, ops on CPU tensors compile their kernels for `arch` and compute nothing; the dict
-    gets whether each kernel was in the cache, by its hash."""
-    hits: dict[str, bool] = {}
-
-    def listen(*, src: Any, metadata: Mapping[str, Any], cache_hit: bool, **rest: Any) -> None:
-        hits.setdefault(str(metadata["hash"]), cache_hit)
-
-    serve_cpu()
-    with _listening(listen), backend("triton"), compile_only(arch), Untouched():
-        yield hits
-
-
 def compile_all(arch: Arch, jobs: Sequence[Job]) -> tuple[dict[str, bool], list[str]]:
     """(whether each kernel was in the cache, by its hash; what could not be compiled)."""
     faults = []
@@ -180,16 +129,6 @@ def compile_all(arch: Arch, jobs: Sequence[Job]) -> tuple[dict[str, bool], list[
                 if not job.tried:
                     faults.append(f"{job.op}, {job.what}: {type(error).__name__}: {first}")
     return hits, faults
-
-
-@contextlib.contextmanager
-def _listening(listener: Callable[..., None]) -> Iterator[None]:
-    before = triton.knobs.compilation.listener
-    triton.knobs.compilation.listener = listener
-    try:
-        yield
-    finally:
-        triton.knobs.compilation.listener = before
 
 
 # What the processes of `fill` compile: a forked one has it, and no case can be pickled.

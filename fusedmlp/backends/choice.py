@@ -153,6 +153,11 @@ def launcher(row: Kernel) -> Callable[..., Any]:
     return launch
 
 
+def elsewhere(here: str) -> str | None:
+    """What CUDA tensors would take, where `here`, on a CPU, is the reference for want of a GPU."""
+    return "triton" if here == "reference" and _chosen == "auto" else None
+
+
 def chosen() -> str:
     """The name in force: what `backend()` or FUSEDMLP_BACKEND asked for."""
     return _chosen

@@ -1,4 +1,5 @@
 """FLOPs of products, for the rows of ops and kernels: two for each multiplication and addition.
+And the bytes that no implementation can help moving.
 
 An op's formula takes the shapes of its arguments by name, a kernel's its arguments, with shapes in
 place of tensors.
@@ -6,12 +7,22 @@ place of tensors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 
 Shape = Sequence[int]
 Shapes = Mapping[str, Shape]
 HYPER = ("q", "k", "v", "c1", "u1", "vt1", "d1", "c2", "u2", "vt2", "d2")
+
+
+def bytes_moved(arguments: Iterable[tuple[int, bool]], results: int, phase: str) -> int:
+    """The least that a phase moves between memory and chip. arguments: bytes of each, and whether
+    it gets a gradient. Forward reads them and writes the results; backward reads them and the
+    results' gradients, and writes theirs; "both" is the sum."""
+    sizes = list(arguments)
+    forward = sum(size for size, _ in sizes) + results
+    backward = forward + sum(size for size, gradient in sizes if gradient)
+    return {"forward": forward, "backward": backward, "both": forward + backward}[phase]
 
 
 def no_products(*arguments: object) -> int:

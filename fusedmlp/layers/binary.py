@@ -44,6 +44,7 @@ from ..weights.binary import BinaryWeight, quantize_binary
 from .parts.activation import name_of
 from .parts.around import bare
 from .parts.block import positive_int
+from .parts.widths import Reader
 
 
 def binarized(v: Tensor, clip: float | None = None, detach_scale: bool = False) -> Tensor:
@@ -223,7 +224,7 @@ class BinaryLinear(nn.Module):
         )
 
 
-class BinaryGatedMLP(nn.Module):
+class BinaryGatedMLP(Reader):
     """y = down_proj(act(gate_proj(x)) * up_proj(x)), where each projection is a BinaryLinear.
 
     Args:
@@ -232,6 +233,8 @@ class BinaryGatedMLP(nn.Module):
         activation: a name of `fusedmlp.reference.activations.ACTIVATIONS`, or one with
             parameters, as "clamped_swiglu(limit=10)": docs/gates.md.
         bias, clip, detach_scale, pad: of each projection, as in BinaryLinear.
+        recompute: save x alone for backward, where the block is one call, and run the first GEMM
+            again there.
 
     The three are packed all or none. Raises ValueError or TypeError for a bad argument, and
     RuntimeError in forward where some are packed.
@@ -255,10 +258,11 @@ class BinaryGatedMLP(nn.Module):
         clip: float | None = None,
         detach_scale: bool = False,
         pad: bool = False,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         check.activation(type(self).__name__, activation)
-        self.activation = activation
+        self.activation, self.recompute = activation, recompute
         options: dict[str, Any] = {"clip": clip, "detach_scale": detach_scale, "pad": pad}
         self.gate_proj = BinaryLinear(dim, hidden, bias, **options)
         self.up_proj = BinaryLinear(dim, hidden, bias, **options)
@@ -310,7 +314,7 @@ class BinaryGatedMLP(nn.Module):
                 )
         block = cls.__new__(cls)
         nn.Module.__init__(block)
-        block.activation = activation
+        block.activation, block.recompute = activation, False
         block.gate_proj, block.up_proj, block.down_proj = gate, up, down
         return block.train(gate.training)
 
@@ -342,10 +346,11 @@ class BinaryGatedMLP(nn.Module):
         if not bare(*layers):
             g, u = self.gate_proj(x), self.up_proj(x)
             return self.down_proj(gated_act(g, u, activation=self.activation))
+        options: Any = {"activation": self.activation, "recompute": self.recompute}
         if gate is not None and up is not None and down is not None:
-            return binary_gated_mlp(x, gate, up, down, *biases, activation=self.activation)
+            return binary_gated_mlp(x, gate, up, down, *biases, **options)
         latent = (layer.binarized() for layer in layers)
-        return gated_mlp(x, *latent, *biases, activation=self.activation)
+        return gated_mlp(x, *latent, *biases, **options)
 
     def path(self) -> str:
         """For explain()."""
@@ -353,4 +358,5 @@ class BinaryGatedMLP(nn.Module):
         return f"one {'binary_gated_mlp' if packed else 'gated_mlp'}, {self.activation!r}"
 
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
+        own = "recompute=True" if self.recompute else ""
+        return self._noted(f"activation={self.activation!r}", own)

@@ -22,7 +22,7 @@ mlp_utils'.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -42,10 +42,10 @@ from .parts.block import (
     plain_block,
     positive_int,
     reset_others,
-    scaled_width,
 )
+from .parts.widths import Default, Reader, hidden_width
 
-GLU_VARIANTS: dict[str, Callable[[int, int], GLUBase]] = {
+GLU_VARIANTS: dict[str, Callable[[int, int, bool], GLUBase]] = {
     "glu": GLU,
     "geglu": GeGLU,
     "swiglu": SwiGLU,
@@ -62,13 +62,19 @@ MASKED_VARIANTS: dict[str, Callable[..., MaskedGLU]] = {
 VARIANTS = ("none", *GLU_VARIANTS, *MASKED_VARIANTS)
 
 
-class FeedForward(nn.Module):
+class FeedForward(Reader):
     """net(pre_norm(x)): two projections with an activation or a gate between them.
 
     Args:
         dim: width of x and y.
         mult: hidden width over dim; may be fractional. A gated variant is not narrowed for its
             third matrix: it has 1.5 times the parameters.
+        hidden: the hidden width itself, in place of mult.
+        multiple_of: round mult's hidden width up to a multiple of this. 64 suits every kernel; a
+            width that is no multiple of 8 takes slow loads, and the layer's repr says so.
+        bias: give both projections biases.
+        recompute: save x alone for backward, where the block is one call, and run the first GEMM
+            again there.
         dropout: probability of zeroing a hidden value in training, in [0, 1].
         activation: a class, or another callable without arguments, that makes the activation module
             of glu_variant="none", or a name of `fusedmlp.reference.activations.ACTIVATIONS` that
@@ -87,7 +93,7 @@ class FeedForward(nn.Module):
     Attributes: `net`, a Sequential of [Linear, activation, Dropout, Linear] or [GLU layer, Dropout,
     Linear]; `proj`, its first Linear; `pre_norm`, the norm or None; `glu_variant`, in lower case.
     load_state_dict takes mlp_utils' checkpoints, which hold `proj` a second time under that name.
-    Every Linear has a bias and starts with Kaiming-normal weights (fan-in, relu) and zero bias.
+    Every Linear starts with Kaiming-normal weights (fan-in, relu) and zero bias.
 
     The modules in `net` hold parameters and settings; forward reads them and does not call them
     (dropout excepted, where it is active). Where a hook stands on one of them, all are called.
@@ -98,7 +104,7 @@ class FeedForward(nn.Module):
     Examples:
         >>> import torch
         >>> from fusedmlp.layers import FeedForward
-        >>> block = FeedForward(64, mult=8 / 3, glu_variant="swiglu", pre_norm=True)
+        >>> block = FeedForward(64, mult=8 / 3, multiple_of=64, glu_variant="swiglu", bias=False)
         >>> block(torch.randn(2, 8, 64)).shape
         torch.Size([2, 8, 64])
     """
@@ -106,7 +112,7 @@ class FeedForward(nn.Module):
     def __init__(
         self,
         dim: int,
-        mult: float = 4,
+        mult: float = Default(4),
         dropout: float = 0.0,
         activation: Callable[[], nn.Module] | str = nn.GELU,
         glu_variant: str = "none",
@@ -115,10 +121,14 @@ class FeedForward(nn.Module):
         *,
         mask_mode: str = "channel",
         num_masks: int = 1,
+        hidden: int | None = None,
+        multiple_of: int | None = None,
+        bias: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         positive_int("FeedForward", "dim", dim)
-        hidden = scaled_width("FeedForward", dim, "mult", mult)
+        hidden = hidden_width("FeedForward", dim, "mult", mult, hidden, multiple_of)
         number("FeedForward", "dropout", dropout)
         if not 0 <= dropout <= 1:
             raise ValueError(f"FeedForward: dropout must be in [0, 1], got {dropout}")
@@ -132,16 +142,22 @@ class FeedForward(nn.Module):
             )
         first: list[nn.Module]
         if self.glu_variant == "none":
-            first = [nn.Linear(dim, hidden), build("FeedForward: activation", activation, False)]
+            first = [
+                nn.Linear(dim, hidden, bias),
+                build("FeedForward: activation", activation, False),
+            ]
         else:
-            first = [_gated(self.glu_variant, dim, hidden, mask_mode, num_masks)]
+            masks = (mask_mode, num_masks)
+            first = [_gated(self.glu_variant, dim, hidden, bias, *masks)]
             if activation is not nn.GELU:
                 warnings.warn(
                     f"FeedForward: activation {activation!r} is not used, because glu_variant "
                     f"{self.glu_variant!r} has its own",
                     stacklevel=2,
                 )
-        self.net = nn.Sequential(*first, nn.Dropout(dropout), nn.Linear(hidden, dim))
+        self.net = nn.Sequential(*first, nn.Dropout(dropout), nn.Linear(hidden, dim, bias))
+        self.recompute = recompute
+        self._check_recompute(recompute)
         self._init_linears()
         self.register_load_state_dict_pre_hook(drop_aliases)
 
@@ -154,7 +170,7 @@ class FeedForward(nn.Module):
     def _init_linears(self) -> None:
         for linear in (self.proj, cast(nn.Linear, self.net[-1])):
             nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-            if linear.bias is not None:  # a masked projection over elements has none
+            if linear.bias is not None:
                 nn.init.zeros_(linear.bias)
 
     def init_weights_(self) -> None:
@@ -176,26 +192,34 @@ class FeedForward(nn.Module):
             activation = name_of(act)
             if activation is None or not bare(self.net, first, act, dropout, second):
                 return self.net(x)
-            return plain_block(self, x, first, second, dropout, activation=activation)
+            options: Any = {"activation": activation, "recompute": self.recompute}
+            return plain_block(self, x, first, second, dropout, **options)
         glu: Any
         glu, dropout, second = self.net
         if not bare(self.net, glu, glu.proj, glu.activation, dropout, second):
             return self.net(x)  # the GLU layer checks x
         if isinstance(glu, MaskedGLU):
-            return glu.block(x, dropout, second)
+            return glu.block(x, dropout, second, self.recompute)
         activation = name_of(glu.activation)
         if activation is None:
             return self.net(x)
-        return gated_block(
-            self, x, glu.proj, None, second, dropout, activation=activation, packed="up_gate"
-        )
+        options = {"activation": activation, "recompute": self.recompute}
+        return gated_block(self, x, glu.proj, None, second, dropout, packed="up_gate", **options)
 
     def path(self) -> str:
         """Where the activation of a plain block runs; a gated one's GLU layer says it itself."""
         return describe(self.net[1]) if self.glu_variant == "none" else ""
 
+    def _reads(self) -> Iterator[tuple[str, Tensor | int]]:
+        first: Any = self.net[0]
+        act = self.net[1] if self.glu_variant == "none" else first.activation
+        channels = isinstance(first, MaskedGLU) and first.mask_mode == "channel"
+        return iter(()) if channels or name_of(act) is None else super()._reads()
+
     def extra_repr(self) -> str:
-        return self.path()
+        own = "recompute=True" if self.recompute else ""
+        # A GLU layer speaks for itself.
+        return self._noted(self.path(), own) if self.glu_variant == "none" else own
 
 
 def drop_aliases(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -233,9 +257,13 @@ def _variant(glu_variant: str) -> str:
     )
 
 
-def _gated(variant: str, dim: int, hidden: int, mask_mode: str, num_masks: int) -> nn.Module:
+def _gated(
+    variant: str, dim: int, hidden: int, bias: bool, mask_mode: str, num_masks: int
+) -> nn.Module:
     if variant in MASKED_VARIANTS:
-        return MASKED_VARIANTS[variant](dim, hidden, mask_mode=mask_mode, num_masks=num_masks)
+        # With masks over elements there is no bias, and True is refused.
+        own = None if bias else False
+        return MASKED_VARIANTS[variant](dim, hidden, own, mask_mode=mask_mode, num_masks=num_masks)
     if variant in GLU_VARIANTS:
-        return GLU_VARIANTS[variant](dim, hidden)
-    return GLUBase(dim, hidden, variant)
+        return GLU_VARIANTS[variant](dim, hidden, bias)
+    return GLUBase(dim, hidden, variant, bias)

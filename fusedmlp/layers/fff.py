@@ -34,6 +34,7 @@ from .feedforward import FeedForward
 from .parts.block import positive_int
 from .parts.experts import StackedExperts
 from .parts.stacked import Stacked
+from .parts.widths import Default, Reader
 
 _CLAMP = 1e-6  # of probabilities in the hardening loss
 
@@ -96,7 +97,9 @@ class FastFeedForward(nn.Module):
         dim: width of x and y. depth: of the tree, at least 1.
         expert_dim: width that the experts see, dim if None; if it differs, x is projected to it and
             back. The routers always see x.
-        mult, dropout, activation, glu_variant, pre_norm, norm_layer: of each expert's FeedForward.
+        mult, dropout, activation, glu_variant, pre_norm, norm_layer: of each expert's FeedForward;
+            and so hidden, multiple_of, recompute.
+        bias: give experts, master leaf and projections biases; routers keep theirs.
         soft_routing_during_train: False trains one leaf a token, and no router.
         load_balancing_alpha: weight of alpha E sum_l f_l P_l, with f_l the fraction of tokens whose
             hard path ends in l and P_l the mean of prob_l.
@@ -132,7 +135,7 @@ class FastFeedForward(nn.Module):
         dim: int,
         depth: int,
         expert_dim: int | None = None,
-        mult: float = 4,
+        mult: float = Default(4),
         dropout: float = 0.0,
         activation: Callable[[], nn.Module] | str = nn.GELU,
         glu_variant: str = "none",
@@ -146,6 +149,10 @@ class FastFeedForward(nn.Module):
         master_leaf_dim: int = 8,
         region_leak: float = 0.0,
         return_aux: bool = False,
+        hidden: int | None = None,
+        multiple_of: int | None = None,
+        bias: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         positive_int("FastFeedForward", "dim", dim)
@@ -164,17 +171,21 @@ class FastFeedForward(nn.Module):
         self.aux_loss = None
         self.routers = Routers(2**depth - 1, dim)
         make = lambda: FeedForward(  # noqa: E731
-            self.expert_dim, mult, dropout, activation, glu_variant, pre_norm, norm_layer
-        )
+            self.expert_dim, mult, dropout, activation, glu_variant, pre_norm, norm_layer,
+            hidden=hidden, multiple_of=multiple_of, bias=bias, recompute=recompute,
+        )  # fmt: skip
         self.experts = StackedExperts(self.num_experts, make)
         self.glu_variant = self.experts[0].glu_variant
         same = self.expert_dim == dim
-        self.project_in = nn.Identity() if same else nn.Linear(dim, self.expert_dim)
-        self.project_out = nn.Identity() if same else nn.Linear(self.expert_dim, dim)
+        self.project_in = nn.Identity() if same else nn.Linear(dim, self.expert_dim, bias)
+        self.project_out = nn.Identity() if same else nn.Linear(self.expert_dim, dim, bias)
         self.master: FeedForward | None = None
         if has_master_leaf:
             positive_int("FastFeedForward", "master_leaf_dim", master_leaf_dim)
-            self.master = FeedForward(dim, master_leaf_dim / dim, 0.0, activation, self.glu_variant)
+            self.master = FeedForward(
+                dim, activation=activation, glu_variant=self.glu_variant, hidden=master_leaf_dim,
+                bias=bias, recompute=recompute,
+            )  # fmt: skip
             # Not a scalar, which FSDP2 refuses.
             self.master_mix = nn.Parameter(torch.full((1,), 0.5))
             self.register_load_state_dict_pre_hook(_widen_mix)
@@ -252,7 +263,7 @@ class FastFeedForward(nn.Module):
         return aux
 
 
-class PathWeightedFFF(nn.Module):
+class PathWeightedFFF(Reader):
     """y = sum over the nodes n of x's path of act(|z_n|) (x w2s_n + b2s_n), z_n = x w1s_n + b1s_n.
 
     The path begins at node 0 and goes from n to 2n + 2 where z_n > 0, else to 2n + 1. Forward and
@@ -261,6 +272,7 @@ class PathWeightedFFF(nn.Module):
     Args:
         input_width, output_width: of x and y. depth: the path has depth + 1 nodes; from 0 on.
         activation: a function of |z|.
+        bias: False leaves out b1s and b2s, which are then None.
 
     Parameters: `w1s` (n, input_width), `b1s` (n,), `w2s` (n, input_width, output_width), `b2s`
     (n, output_width), n = 2^(depth + 1) - 1; the weights uniform within 1 / sqrt(input_width),
@@ -280,6 +292,8 @@ class PathWeightedFFF(nn.Module):
         depth: int,
         output_width: int,
         activation: Callable[[Tensor], Tensor] = F.gelu,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         positive_int("PathWeightedFFF", "input_width", input_width)
@@ -290,9 +304,9 @@ class PathWeightedFFF(nn.Module):
         self.activation = activation
         self.n_nodes = 2 ** (depth + 1) - 1
         self.w1s = nn.Parameter(torch.empty(self.n_nodes, input_width))
-        self.b1s = nn.Parameter(torch.empty(self.n_nodes))
+        self.b1s = nn.Parameter(torch.empty(self.n_nodes)) if bias else None
         self.w2s = nn.Parameter(torch.empty(self.n_nodes, input_width, output_width))
-        self.b2s = nn.Parameter(torch.empty(self.n_nodes, output_width))
+        self.b2s = nn.Parameter(torch.empty(self.n_nodes, output_width)) if bias else None
         self.init_weights_()
 
     def init_weights_(self) -> None:
@@ -300,8 +314,9 @@ class PathWeightedFFF(nn.Module):
         bound = self.input_width**-0.5
         nn.init.uniform_(self.w1s, -bound, bound)
         nn.init.uniform_(self.w2s, -bound, bound)
-        nn.init.zeros_(self.b1s)
-        nn.init.zeros_(self.b2s)
+        for b in (self.b1s, self.b2s):
+            if b is not None:
+                nn.init.zeros_(b)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (N, input_width) or (B, S, input_width) -> (..., output_width)."""
@@ -319,7 +334,8 @@ class PathWeightedFFF(nn.Module):
         # By level: over all nodes, each level would have a weight gradient of full size and the
         # tile of few tokens an expert.
         sizes = [2**level for level in range(self.depth + 1)]
-        parts = zip(sizes, self.w2s.split(sizes), self.b2s.split(sizes), strict=True)
+        biases = [None] * len(sizes) if self.b2s is None else self.b2s.split(sizes)
+        parts = zip(sizes, self.w2s.split(sizes), biases, strict=True)
         terms = []
         for level, (nodes, w, b) in enumerate(parts):
             routing = route_to(path[:, level] - (nodes - 1), ones, nodes)
@@ -330,3 +346,6 @@ class PathWeightedFFF(nn.Module):
     def path(self) -> str:
         """For explain()."""
         return f"one tree_path, then {self.depth + 1} times route_to and moe_linear"
+
+    def extra_repr(self) -> str:
+        return self._noted()

@@ -28,9 +28,9 @@ from .parts.block import (
     positive_int,
     probability,
     reset_others,
-    scaled_width,
 )
 from .parts.sequential import FusedSequential, first_two
+from .parts.widths import hidden_width
 
 
 class GatingMechanism(nn.Module):
@@ -50,6 +50,11 @@ class GatingMechanism(nn.Module):
         sigmoid_output: without it the gate is the second linear's output.
         pre_norm: normalise x instead of the bottleneck. act_fn is then fused with the first linear,
             if `fusedmlp` has a kernel for it; otherwise the sigmoid is with the second.
+        multiple_of: round bottleneck_factor's width up to a multiple of this; 64 suits every
+            kernel. Not together with bottleneck_dim.
+        bias: give both linears biases.
+        recompute: save the first linear's input alone for backward, where both linears are one
+            call, and run the first again there.
 
     Attribute: `gate`, a Sequential in the order of the equation. Weights start Xavier-uniform with
     gain 0.1 and every bias at 1. A child of `gate` with hooks is called, not fused.
@@ -78,24 +83,30 @@ class GatingMechanism(nn.Module):
         norm_layer: Callable[[int], nn.Module] = nn.RMSNorm,
         sigmoid_output: bool = True,
         pre_norm: bool = False,
+        *,
+        multiple_of: int | None = None,
+        bias: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         positive_int("GatingMechanism", "input_dim", input_dim)
         output_dim = input_dim if output_dim is None else output_dim
         positive_int("GatingMechanism", "output_dim", output_dim)
-        bottleneck = _bottleneck(input_dim, bottleneck_factor, bottleneck_dim)
+        bottleneck = _bottleneck(input_dim, bottleneck_factor, bottleneck_dim, multiple_of)
         probability("GatingMechanism", "dropout", dropout)
         norm = functools.partial(build_norm, "GatingMechanism", norm_layer)
         layers = [
             norm(input_dim) if use_norm and pre_norm else None,
-            nn.Linear(input_dim, bottleneck),
+            nn.Linear(input_dim, bottleneck, bias),
             norm(bottleneck) if use_norm and not pre_norm else None,
             build("GatingMechanism: act_fn", act_fn),
             nn.Dropout(dropout) if dropout > 0 else None,
-            nn.Linear(bottleneck, output_dim),
+            nn.Linear(bottleneck, output_dim, bias),
             nn.Sigmoid() if sigmoid_output else None,
         ]
         self.gate = FusedSequential(*(layer for layer in layers if layer is not None))
+        if recompute:
+            self.gate.recomputing("GatingMechanism")
         self._init_children()
 
     def _init_children(self) -> None:
@@ -117,7 +128,9 @@ class GatingMechanism(nn.Module):
         return self.gate(x)
 
 
-def _bottleneck(input_dim: int, factor: float | None, dim: int | None) -> int:
+def _bottleneck(
+    input_dim: int, factor: float | None, dim: int | None, multiple_of: int | None
+) -> int:
     if (factor is None) == (dim is None):
         # mlp_utils' own type of error, which its users test for.
         raise AssertionError(
@@ -126,6 +139,14 @@ def _bottleneck(input_dim: int, factor: float | None, dim: int | None) -> int:
         )
     if dim is None:
         assert factor is not None
-        return scaled_width("GatingMechanism", input_dim, "bottleneck_factor", factor)
+        return hidden_width(
+            "GatingMechanism", input_dim, "bottleneck_factor", factor, multiple_of=multiple_of
+        )
+    if multiple_of is not None:
+        raise ValueError(
+            "GatingMechanism: bottleneck_dim and multiple_of must not be given together, since "
+            f"either sets the width, got bottleneck_dim={dim!r} and multiple_of={multiple_of!r}; "
+            "leave one out"
+        )
     positive_int("GatingMechanism", "bottleneck_dim", dim)
     return dim

@@ -22,6 +22,8 @@ mlp_utils'.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from ..check.layer import check_x
@@ -30,6 +32,7 @@ from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
 from .parts.activation import describe, gate, gate_module, name_of
 from .parts.around import bare
 from .parts.block import affine, positive_int, reset_others
+from .parts.widths import Reader
 
 __all__ = [
     "GLU",
@@ -47,7 +50,7 @@ __all__ = [
 ]
 
 
-class GLUBase(nn.Module):
+class GLUBase(Reader):
     """v * activation(g), where [v | g] = proj(x): value half first, gate half second. Of a gate of
     two factors, such as "swiglu_oai", phi(g) psi(v).
 
@@ -108,8 +111,13 @@ class GLUBase(nn.Module):
         """Where the activation runs."""
         return describe(self.activation)
 
+    def _reads(self) -> Iterator[tuple[str, Tensor | int]]:
+        if name_of(self.activation) is not None:
+            yield from super()._reads()
+            yield "dim_out", self.proj.weight.shape[0] // 2
+
     def extra_repr(self) -> str:
-        return self.path()
+        return self._noted(self.path())
 
 
 class GLU(GLUBase):

@@ -108,6 +108,7 @@ class GMLPBlock(nn.Module):
         dim_ff: width of u and v.
         seq_len: length of the sequence.
         norm_layer, canonical_gate, gate_activation: SpatialGatingUnit's.
+        bias: give proj_in and proj_out biases.
 
     Raises ValueError or TypeError for a bad argument, and in forward for an x of another shape or
     dtype.
@@ -121,14 +122,16 @@ class GMLPBlock(nn.Module):
         norm_layer: NormLayer = nn.LayerNorm,
         canonical_gate: bool = False,
         gate_activation: nn.Module | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         positive_int("GMLPBlock", "dim", dim)
         positive_int("GMLPBlock", "dim_ff", dim_ff)
         self.dim, self.seq_len = dim, seq_len
-        self.proj_in = nn.Linear(dim, 2 * dim_ff)
+        self.proj_in = nn.Linear(dim, 2 * dim_ff, bias)
         self.sgu = SpatialGatingUnit(dim_ff, seq_len, norm_layer, canonical_gate, gate_activation)
-        self.proj_out = nn.Linear(dim_ff, dim)
+        self.proj_out = nn.Linear(dim_ff, dim, bias)
 
     def init_weights_(self) -> None:
         """Give every parameter its initial value again, or at last on a layer built on meta."""
@@ -160,6 +163,8 @@ class GMLP(nn.Module):
             activation's name; None: none.
         drop_path: probability of leaving a block out for one sequence in training, in [0, 1); a
             block that stays is divided by the probability of staying.
+        bias: give proj_in and proj_out biases; the gate along the sequence keeps its own, which
+            starts at 1.
 
     Attribute: `blocks`, of which each is a Sequential of the norm and a GMLPBlock. Linears start
     with nn.Linear's own values, those along the sequence with weight 0 and bias 1: a fresh model
@@ -185,6 +190,8 @@ class GMLP(nn.Module):
         canonical_gate: bool = False,
         gate_activation: Callable[[], nn.Module] | str | None = None,
         drop_path: float = 0.0,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__()
         positive_int("GMLP", "dim", dim)
@@ -202,7 +209,7 @@ class GMLP(nn.Module):
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 build_norm("GMLP", norm_layer, dim),
-                GMLPBlock(dim, dim_ff, seq_len, norm_layer, canonical_gate, gate),
+                GMLPBlock(dim, dim_ff, seq_len, norm_layer, canonical_gate, gate, bias=bias),
             )
             for gate in gates
         )

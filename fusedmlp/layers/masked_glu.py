@@ -30,7 +30,7 @@ which is kept (under autocast: the autocast dtype).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ from ..weights.masks import MAX_MASKS, PackedMasks, pack_masks
 from .parts.activation import describe, gate, gate_module, name_of
 from .parts.around import hooked
 from .parts.block import affine, passes_through, positive_int, reset_others
+from .parts.widths import Reader
 
 MASK_MODES = ("channel", "element")
 
@@ -64,7 +65,7 @@ def other_masks(prefix: str, is_frozen: bool, frozen: bool, logits: bool) -> str
     return ""
 
 
-class MaskedGLU(nn.Module):
+class MaskedGLU(Reader):
     """A masked gated linear unit: one weight W is gate and value, told apart by binary masks.
 
     "element" mode: h = sum_i act(x (m_i * W)') * (x ((1 - m_i) * W)'), m_i = 1 where mask[i] > 0.
@@ -213,14 +214,17 @@ class MaskedGLU(nn.Module):
         m = ((self.mask >= 0).to(soft.dtype) + (soft - soft.detach())).to(v.dtype)
         return m * gate(self.activation, v, v) + (1 - m) * v
 
-    def block(self, x: Tensor, dropout: nn.Module, down: nn.Module) -> Tensor:
+    def block(
+        self, x: Tensor, dropout: nn.Module, down: nn.Module, recompute: bool = False
+    ) -> Tensor:
         """down(dropout(self(x))), in one call where nothing stands between the projections."""
         w_down, b_down = affine(self, down)
         if self.mask_mode == "channel" or not passes_through(dropout):
             return F.linear(dropout(self(x)), w_down, b_down)
         self._check_bare()
         w, _ = affine(self, self.proj)
-        return masked_gated_mlp(x, w, self.masks(), w_down, b_down, activation=self._activation())
+        options: Any = {"activation": self._activation(), "recompute": recompute}
+        return masked_gated_mlp(x, w, self.masks(), w_down, b_down, **options)
 
     def _check_bare(self) -> None:
         """Two products with halves of W are no call of `proj`."""
@@ -236,6 +240,14 @@ class MaskedGLU(nn.Module):
         if self.mask_mode == "channel":
             return f"{type(self.activation).__name__} in PyTorch"
         return describe(self.activation)
+
+    def _reads(self) -> Iterator[tuple[str, Tensor | int]]:
+        if self.mask_mode == "element":
+            yield from super()._reads()
+            yield "dim_out", self.proj.weight.shape[0]
+
+    def extra_repr(self) -> str:
+        return self._noted()
 
     def _activation(self) -> str:
         name = name_of(self.activation)

@@ -35,9 +35,9 @@ from .parts.block import (
     positive_int,
     probability,
     reset_others,
-    scaled_width,
 )
 from .parts.sequential import FusedSequential, first_two
+from .parts.widths import Default, hidden_width
 from .residual import ResidualWrapper
 
 NormMode = Literal["pre", "post", "both", "none"]
@@ -64,6 +64,12 @@ class MLP(nn.Module):
         norm_mode: "pre" normalises x, "post" what act takes, "both" both, "none" nothing; None:
             what use_norm and pre_norm say, "post" by default.
         output_norm: normalise y too, unless norm_mode is "none".
+        hidden: the hidden width itself, in place of hidden_factor.
+        multiple_of: round hidden_factor's hidden width up to a multiple of this; 64 suits every
+            kernel.
+        bias: give both linears biases.
+        recompute: save the first linear's input alone for backward, where both linears are one
+            call, and run the first again there.
 
     Attributes: `model`, a Sequential in the order of the equation, or a ResidualWrapper of it;
     `input_dim`, `output_dim`, `norm_mode`. Every Linear starts with Kaiming-normal weights (fan-in,
@@ -83,7 +89,7 @@ class MLP(nn.Module):
         self,
         input_dim: int,
         output_dim: int | None = None,
-        hidden_factor: float = 4,
+        hidden_factor: float = Default(4),
         dropout: float = 0.1,
         act_fn: nn.Module | Callable[[], nn.Module] | str = nn.GELU,
         use_norm: bool = True,
@@ -92,6 +98,11 @@ class MLP(nn.Module):
         pre_norm: bool = False,
         norm_mode: NormMode | None = None,
         output_norm: bool = True,
+        *,
+        hidden: int | None = None,
+        multiple_of: int | None = None,
+        bias: bool = True,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         positive_int("MLP", "input_dim", input_dim)
@@ -99,21 +110,23 @@ class MLP(nn.Module):
         positive_int("MLP", "output_dim", output_dim)
         if isinstance(hidden_factor, int | float) and hidden_factor <= 0:
             raise ValueError(f"MLP: hidden_factor must be positive, got {hidden_factor}")
-        hidden = scaled_width("MLP", input_dim, "hidden_factor", hidden_factor)
+        hidden = hidden_width("MLP", input_dim, "hidden_factor", hidden_factor, hidden, multiple_of)
         probability("MLP", "dropout", dropout)
         self.input_dim, self.output_dim = input_dim, output_dim
         self.norm_mode = mode = _norm_mode(norm_mode, use_norm, pre_norm)
         norm = functools.partial(build_norm, "MLP", norm_layer)
         layers = [
             norm(input_dim) if mode in ("pre", "both") else None,
-            nn.Linear(input_dim, hidden),
+            nn.Linear(input_dim, hidden, bias),
             norm(hidden) if mode in ("post", "both") else None,
             build("MLP: act_fn", act_fn),
             nn.Dropout(dropout) if dropout > 0 else None,
-            nn.Linear(hidden, output_dim),
+            nn.Linear(hidden, output_dim, bias),
             norm(output_dim) if output_norm and mode != "none" else None,
         ]
         net = FusedSequential(*(layer for layer in layers if layer is not None))
+        if recompute:
+            net.recomputing("MLP")
         self.model = self._wrapped(net) if residual else net
         self._init_children()
 

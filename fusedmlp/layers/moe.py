@@ -41,13 +41,14 @@ from ..reference import Routing
 from ..reference.moe import Compared, GroupScore, Score
 from .parts.block import gated_block, plain_block, positive_int
 from .parts.capacity import capacity_of
+from .parts.widths import Reader
 
 Top1Score = Literal["softmax", "sigmoid"]
 Scaled = Literal["output", "input"]
 EXPERTS = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
 
 
-class TopKMoE(nn.Module):
+class TopKMoE(Reader):
     """y = sum of weight_e * expert_e(x) over the k experts that the router chooses (+ shared(x)).
 
     Args:
@@ -69,7 +70,7 @@ class TopKMoE(nn.Module):
         correction: add the buffer `correction` (E,) to the scores for the choice: after a step
             `fusedmlp.update_router_bias(layer.correction, routing.counts)` evens the load without a
             loss. It stays float32 where the layer is cast to 16 bits, in which its steps vanish.
-        recompute: save neither g nor u for backward.
+        recompute: save neither g nor u for backward, of the shared expert too: x alone.
 
     `layer(x, return_routing=True)` gives (y, routing), for `fusedmlp.load_balancing_loss` and
     `fusedmlp.router_z_loss`; routing.expert is (T, k). Parameters are uniform within
@@ -229,7 +230,7 @@ class TopKMoE(nn.Module):
 
     def _shared(self, x: Tensor) -> Tensor:
         shared: Any = self.shared
-        options: Any = {"activation": self.activation}
+        options: Any = {"activation": self.activation, "recompute": self.recompute}
         if self.gated:
             gate, up, down = (shared[name] for name in ("gate", "up", "down"))
             y = gated_block(self, x, gate, up, down, None, **options)
@@ -246,7 +247,8 @@ class TopKMoE(nn.Module):
 
     def extra_repr(self) -> str:
         """The number of experts, of which k, and what computes them."""
-        return f"{self.k} of {self.w_gate.shape[0]} experts: {self.path()}"
+        own = f"{self.k} of {self.w_gate.shape[0]} experts: {self.path()}"
+        return self._noted(own, "recompute=True" if self.recompute else "")
 
 
 class Top1MoE(TopKMoE):
@@ -262,7 +264,7 @@ class Top1MoE(TopKMoE):
         shared_hidden: width of an expert that every token passes; None for none.
         score, scaled: "softmax" with "output" is Switch Transformer's softmax(z)_e expert_e(x);
             "sigmoid" with "input" is Llama 4's expert_e(sigmoid(z_e) x). z are the router's logits.
-        recompute: save neither g nor u for backward.
+        recompute: save neither g nor u for backward, of the shared expert too: x alone.
 
     A TopKMoE with k = 1 and norm=False that routes by `fusedmlp.top1_route`, whose routing.expert
     is (T,). `layer(x, return_routing=True)` gives (y, routing), for `fusedmlp.load_balancing_loss`

@@ -31,6 +31,8 @@ Their hidden width is 4 D: NGPT(dim, SwiGLU(dim, mult=6, scaled=True), paper=Tru
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -40,7 +42,8 @@ from ..check.numbers import finite, number
 from ..ops.gated_act import gated_act
 from ..ops.gated_mlp import gated_mlp
 from .parts.around import bare
-from .parts.block import positive_int, reset_tree, scaled_width
+from .parts.block import positive_int, reset_tree
+from .parts.widths import Default, Reader, hidden_width, scaled_width
 
 
 def l2norm(t: Tensor, dim: int = -1, norm_eps: float = 0.0) -> Tensor:
@@ -203,25 +206,36 @@ class NormLinear(nn.Module):
         return self.linear(x)
 
 
-class SwiGLU(nn.Module):
+class SwiGLU(Reader):
     """norm_linear_out(silu(norm_linear_gate(x)) * norm_linear_hidden(x)), in one fused call.
 
     Args:
         dim: width of x and y.
         mult: H = floor(dim * mult * 2 / 3).
+        hidden: H itself, in place of mult.
+        multiple_of: round mult's H up to a multiple of this; 64 suits every kernel.
+        recompute: save x alone for backward, where the block is one call, and run the first GEMM
+            again there.
         norm_eps: l2norm's, for the weights.
         scaled: multiply gate and hidden values by the learned sqrt(dim) s_v and s_u, as nGPT's
             authors do; they are folded into the weights.
     """
 
     def __init__(
-        self, dim: int, mult: float = 4, norm_eps: float = 0.0, scaled: bool = False
+        self,
+        dim: int,
+        mult: float = Default(4),
+        norm_eps: float = 0.0,
+        scaled: bool = False,
+        *,
+        hidden: int | None = None,
+        multiple_of: int | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         positive_int("SwiGLU", "dim", dim)
-        scaled_width("SwiGLU", dim, "mult", mult)
-        inner = int(dim * mult * 2 / 3)
-        positive_int("SwiGLU", "hidden width dim * mult * 2 / 3", inner)
+        inner = hidden_width("SwiGLU", dim, "mult", mult, hidden, multiple_of, _two_thirds)
+        self.recompute = recompute
         self.norm_linear_hidden = NormLinear(dim, inner, norm_eps=norm_eps)
         self.norm_linear_gate = NormLinear(dim, inner, norm_eps=norm_eps)
         self.norm_linear_out = NormLinear(inner, dim, norm_dim_in=False, norm_eps=norm_eps)
@@ -240,7 +254,8 @@ class SwiGLU(nn.Module):
             return self._called(x)
         gate = self.norm_linear_gate.linear.scaled_weight(self.s_v)
         hidden = self.norm_linear_hidden.linear.scaled_weight(self.s_u)
-        return gated_mlp(x, gate, hidden, self.norm_linear_out.weight, activation="silu")
+        options: Any = {"activation": "silu", "recompute": self.recompute}
+        return gated_mlp(x, gate, hidden, self.norm_linear_out.weight, **options)
 
     def _called(self, x: Tensor) -> Tensor:
         gate, hidden = self.norm_linear_gate(x), self.norm_linear_hidden(x)
@@ -251,6 +266,9 @@ class SwiGLU(nn.Module):
     def path(self) -> str:
         """For explain()."""
         return "one gated_mlp, 'silu', of weights normalised in PyTorch"
+
+    def extra_repr(self) -> str:
+        return self._noted("recompute=True" if self.recompute else "")
 
 
 class NGPT(nn.Module):
@@ -270,6 +288,9 @@ class NGPT(nn.Module):
         norm_eps: l2norm's, for hidden states and for the default net's weights.
         paper: follow the authors' code: alpha counts by its magnitude, and gate and hidden values
             have learned scales.
+        hidden, multiple_of, recompute: the default net's, as in its SwiGLU: its hidden width, what
+            8/3 dim is rounded up to a multiple of, and whether it saves its input alone for
+            backward. Not together with feedforward_net.
 
     Attributes: `feedforward_net`, `alpha_m`, `norm`; `needs_normalized_target`, always True, for a
     training script that compares y with targets.
@@ -294,6 +315,10 @@ class NGPT(nn.Module):
         alpha_m_scale: float | None = None,
         norm_eps: float = 0.0,
         paper: bool = False,
+        *,
+        hidden: int | None = None,
+        multiple_of: int | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         positive_int("NGPT", "dim", dim)
@@ -304,10 +329,19 @@ class NGPT(nn.Module):
         self.dim, self.paper = dim, paper
         self.norm = L2Norm(norm_eps=norm_eps)
         if feedforward_net is None:
-            feedforward_net = SwiGLU(dim, norm_eps=norm_eps, scaled=paper)
+            feedforward_net = SwiGLU(
+                dim, norm_eps=norm_eps, scaled=paper, hidden=hidden, multiple_of=multiple_of,
+                recompute=recompute,
+            )  # fmt: skip
         elif not isinstance(feedforward_net, nn.Module):
             raise TypeError(
                 f"NGPT: feedforward_net must be an nn.Module or None, got {feedforward_net!r}"
+            )
+        elif (hidden, multiple_of, recompute) != (None, None, False):
+            raise ValueError(
+                "NGPT: hidden, multiple_of and recompute must be left alone with a "
+                f"feedforward_net, got {hidden!r}, {multiple_of!r} and {recompute!r}; give them to "
+                "the net"
             )
         self.feedforward_net = feedforward_net
         self.alpha_m = Scale(1 if scalar_alpha else dim, alpha_m_init, alpha_m_scale)
@@ -349,6 +383,13 @@ class NGPT(nn.Module):
 
     def extra_repr(self) -> str:
         return f"paper={self.paper}"
+
+
+def _two_thirds(owner: str, dim: int, name: str, mult: float) -> int:
+    scaled_width(owner, dim, name, mult)
+    inner = int(dim * mult * 2 / 3)
+    positive_int(owner, "hidden width dim * mult * 2 / 3", inner)
+    return inner
 
 
 def _check_eps(owner: str, norm_eps: float) -> None:

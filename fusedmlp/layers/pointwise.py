@@ -18,7 +18,7 @@ autocast: the autocast dtype). Parameter names and arguments are those of nvSubq
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal, get_args
 
 from torch import Tensor, nn
@@ -33,9 +33,9 @@ from .parts.block import (
     plain_block,
     positive_int,
     reset_others,
-    scaled_width,
 )
 from .parts.config import ModuleConfig, build_module
+from .parts.widths import Default, Reader, hidden_width
 
 PointwiseActivation = Literal["relu", "gelu", "silu", "glu", "swiglu"]
 Backend = Literal["torch", "fused"]
@@ -45,7 +45,7 @@ InitMethod = Callable[[int], Callable[[Tensor], object]]
 _GATES = {"glu": "sigmoid", "swiglu": "silu"}
 
 
-class PointwiseMLP(nn.Module):
+class PointwiseMLP(Reader):
     """layer2(dropout(act(layer1(x)))), or gated: layer2(dropout(act(a) * b)), [a, b] = layer1(x).
 
     Args:
@@ -69,6 +69,10 @@ class PointwiseMLP(nn.Module):
             documentation of this layer has it; "torch", a * sigmoid(b), as F.glu has it, for
             checkpoints of code that calls F.glu. Swiglu is silu(a) * b in either code and takes
             "gate_first" only.
+        hidden: H itself, in place of expansion_factor.
+        multiple_of: round expansion_factor's H up to a multiple of this; 64 suits every kernel.
+        recompute: save x alone for backward, where the block is one call, and run the first GEMM
+            again there.
 
     Biases start at zero, with or without an initialiser. Attributes: layer1, dropout, layer2,
     hidden_dim, activation, is_glu_variant, backend, glu_order. Backend "fused" reads the parameters
@@ -91,17 +95,23 @@ class PointwiseMLP(nn.Module):
         dim: int,
         activation: PointwiseActivation,
         dropout_cfg: ModuleConfig = None,
-        expansion_factor: float = 2.0,
+        expansion_factor: float = Default(2.0),
         bias: bool = False,
         backend: Backend = "torch",
         init_method_in: InitMethod | None = None,
         init_method_out: InitMethod | None = None,
         glu_order: GluOrder = "gate_first",
+        *,
+        hidden: int | None = None,
+        multiple_of: int | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         positive_int("PointwiseMLP", "dim", dim)
         _check_choices(activation, backend, glu_order)
-        self.hidden_dim = scaled_width("PointwiseMLP", dim, "expansion_factor", expansion_factor)
+        self.hidden_dim = hidden_width(
+            "PointwiseMLP", dim, "expansion_factor", expansion_factor, hidden, multiple_of
+        )
         self.activation = activation
         self.is_glu_variant = activation in _GATES
         self.backend = backend
@@ -110,6 +120,8 @@ class PointwiseMLP(nn.Module):
         self.dropout = build_module("PointwiseMLP: dropout_cfg", dropout_cfg)
         self.layer2 = nn.Linear(self.hidden_dim, dim, bias)
         self._init_methods = (_kept(init_method_in), _kept(init_method_out))
+        self.recompute = recompute
+        self._check_recompute(recompute)
         self._init_layers()
 
     def _init_layers(self) -> None:
@@ -151,8 +163,9 @@ class PointwiseMLP(nn.Module):
         if not self.is_glu_variant:
             if self.backend == "fused":
                 return plain_block(
-                    self, x, self.layer1, self.layer2, self.dropout, activation=self.activation
-                )
+                    self, x, self.layer1, self.layer2, self.dropout,
+                    activation=self.activation, recompute=self.recompute,
+                )  # fmt: skip
             h = resolve(self.activation).phi(self.layer1(x))
             return self.layer2(self.dropout(h))
         gate = _GATES[self.activation]
@@ -167,6 +180,7 @@ class PointwiseMLP(nn.Module):
                 self.dropout,
                 activation=gate,
                 packed=packed,
+                recompute=self.recompute,
             )
         return self.layer2(self.dropout(reference.gated_act(self.layer1(x), None, gate, packed)))
 
@@ -179,7 +193,11 @@ class PointwiseMLP(nn.Module):
 
     def extra_repr(self) -> str:
         order = f", glu_order={self.glu_order!r}" if self.activation == "glu" else ""
-        return f"activation={self.activation!r}, backend={self.backend!r}{order}"
+        order += ", recompute=True" if self.recompute else ""
+        return self._noted(f"activation={self.activation!r}, backend={self.backend!r}{order}")
+
+    def _reads(self) -> Iterator[tuple[str, Tensor | int]]:
+        return super()._reads() if self.backend == "fused" else iter(())
 
 
 MLP = PointwiseMLP

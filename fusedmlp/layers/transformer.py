@@ -29,6 +29,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from .parts.block import block_path, gated_block, plain_block, positive_int
+from .parts.widths import Reader
 
 
 class HasWidth(Protocol):
@@ -45,10 +46,14 @@ def swiglu_hidden(n_embd: int) -> int:
     return (int(n_embd * 8 / 3) + 63) // 64 * 64
 
 
-class _TransformerMLP(nn.Module):
+class _TransformerMLP(Reader):
     """Input projections, then c_proj. Subclasses build the former and say what lies between."""
 
     c_proj: nn.Linear
+    recompute: bool
+
+    def extra_repr(self) -> str:
+        return self._noted("recompute=True" if self.recompute else "")
 
     @classmethod
     def _width(cls, config: HasWidth | int) -> int:
@@ -59,6 +64,13 @@ class _TransformerMLP(nn.Module):
             )
         positive_int(cls.__name__, "n_embd", n_embd)
         return n_embd
+
+    @classmethod
+    def _hidden(cls, given: int | None, scaled: int) -> int:
+        if given is None:
+            return scaled
+        positive_int(cls.__name__, "hidden", given)
+        return given
 
     def init_weights_(self) -> None:
         """Give every parameter its initial value again, or at last on a layer built on meta."""
@@ -76,6 +88,9 @@ class SwiGLUMLP(_TransformerMLP):
 
     Args:
         config: anything with the attribute `n_embd`, or that width itself.
+        hidden: the hidden width itself.
+        recompute: save x alone for backward, where the block is one call, and run the first GEMM
+            again there.
 
     forward reads the weights of the projections and does not call them; where a hook stands on one,
     all are called.
@@ -93,10 +108,13 @@ class SwiGLUMLP(_TransformerMLP):
         False
     """
 
-    def __init__(self, config: HasWidth | int) -> None:
+    def __init__(
+        self, config: HasWidth | int, *, hidden: int | None = None, recompute: bool = False
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         n_embd = self._width(config)
-        hidden = swiglu_hidden(n_embd)
+        hidden = self._hidden(hidden, swiglu_hidden(n_embd))
         self.c_gate = nn.Linear(n_embd, hidden, bias=False)
         self.c_up = nn.Linear(n_embd, hidden, bias=False)
         self.c_proj = nn.Linear(hidden, n_embd, bias=False)
@@ -104,7 +122,10 @@ class SwiGLUMLP(_TransformerMLP):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n_embd) -> (..., n_embd)."""
-        return gated_block(self, x, self.c_gate, self.c_up, self.c_proj, None, activation="silu")
+        return gated_block(
+            self, x, self.c_gate, self.c_up, self.c_proj, None,
+            activation="silu", recompute=self.recompute,
+        )  # fmt: skip
 
     def path(self) -> str:
         """For explain()."""
@@ -116,16 +137,23 @@ class _TwoMatrixMLP(_TransformerMLP):
 
     _activation: str
 
-    def __init__(self, config: HasWidth | int) -> None:
+    def __init__(
+        self, config: HasWidth | int, *, hidden: int | None = None, recompute: bool = False
+    ) -> None:
         super().__init__()
+        self.recompute = recompute
         n_embd = self._width(config)
-        self.c_fc = nn.Linear(n_embd, 4 * n_embd, bias=False)
-        self.c_proj = nn.Linear(4 * n_embd, n_embd, bias=False)
+        hidden = self._hidden(hidden, 4 * n_embd)
+        self.c_fc = nn.Linear(n_embd, hidden, bias=False)
+        self.c_proj = nn.Linear(hidden, n_embd, bias=False)
         self.init_weights_()
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., n_embd) -> (..., n_embd)."""
-        return plain_block(self, x, self.c_fc, self.c_proj, None, activation=self._activation)
+        return plain_block(
+            self, x, self.c_fc, self.c_proj, None,
+            activation=self._activation, recompute=self.recompute,
+        )  # fmt: skip
 
     def path(self) -> str:
         """For explain()."""
@@ -135,7 +163,7 @@ class _TwoMatrixMLP(_TransformerMLP):
 class ReluSquaredMLP(_TwoMatrixMLP):
     """c_proj(relu(c_fc(x))^2), hidden width 4 n_embd.
 
-    Config, hooks and errors as in SwiGLUMLP.
+    Arguments, hooks and errors as in SwiGLUMLP.
 
     Examples:
         >>> import torch
@@ -150,7 +178,7 @@ class ReluSquaredMLP(_TwoMatrixMLP):
 class GELUMLP(_TwoMatrixMLP):
     """c_proj(gelu(c_fc(x))), exact gelu, hidden width 4 n_embd.
 
-    Config, hooks and errors as in SwiGLUMLP.
+    Arguments, hooks and errors as in SwiGLUMLP.
 
     Examples:
         >>> import torch
@@ -165,7 +193,7 @@ class GELUMLP(_TwoMatrixMLP):
 class SiLUMLP(_TwoMatrixMLP):
     """c_proj(silu(c_fc(x))), hidden width 4 n_embd.
 
-    Config, hooks and errors as in SwiGLUMLP.
+    Arguments, hooks and errors as in SwiGLUMLP.
 
     Examples:
         >>> import torch

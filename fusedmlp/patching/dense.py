@@ -91,6 +91,13 @@ class Dense(Plan):
     def recomputing(self) -> Dense:
         return replace(self, recompute=self.gated)
 
+    def spared(self, module: nn.Module) -> int:
+        if not self.recompute:
+            return 0
+        w = [p for path in self.first if (p := read(child(module, path))) is not None]
+        # g and u: a value each for every row of both weights, or of the packed one.
+        return sum(part[0].shape[0] * part[0].itemsize for part in w)
+
     def is_part(self) -> bool:
         return self.cut is not None
 
@@ -136,6 +143,15 @@ class Dense(Plan):
         for step in self.tail:
             y = take(step, module, y, x)
         return y
+
+    def example(self, module: nn.Module, rows: int, like: Tensor) -> tuple[Tensor, ...]:
+        first: Any = child(module, self.first[0])
+        own = read(first)
+        return (like.new_zeros(rows, first.in_features if own is None else own[0].shape[1]),)
+
+    def trial(self, module: nn.Module, *inputs: Tensor) -> Tensor:
+        (x,) = inputs
+        return self.block(module, x)
 
     def block(self, module: Any, x: Tensor, bias: bool = True) -> Tensor:
         """From the first projections to `down`; its bias only if asked for."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..ops.moe_mlp import moe_mlp
@@ -56,6 +57,18 @@ def _run(
     form = form_of(experts)
     if isinstance(form, str):
         raise ValueError(f"experts implementation {NAME!r}: {form}")
+    return _call(experts, form, x, index, weights, routed, call)
+
+
+def _call(
+    experts: Any,
+    form: Form,
+    x: Tensor,
+    index: Tensor,
+    weights: Tensor,
+    routed: Routing | None,
+    call: Callable[..., Tensor],
+) -> Tensor:
     w, w_down, b, b_down = form.tensors(experts)
     E = getattr(experts, form.first).shape[0]  # of all ranks
     own = routed is not None and routed.expert is index and routed.prob is weights
@@ -90,6 +103,30 @@ class Experts(Plan):
     def recomputing(self) -> Plan:
         return replace(self, recompute=True)
 
+    def _choices(self, module: Any) -> int | None:
+        """k, where anything says it: the router that is patched too, or the configuration."""
+        router = vars(module).get("_router")
+        if router is not None and (route := getattr(router._plan, "route", None)):
+            return int(route.k)
+        k = getattr(getattr(module, "config", None), "num_experts_per_tok", None)
+        return k if isinstance(k, int) else None
+
+    def example(self, module: Any, rows: int, like: Tensor) -> tuple[Tensor, ...]:
+        k = self._choices(module)
+        if k is None or self.form is None:
+            raise NotImplementedError("nothing says how many experts a token has")
+        w, *_ = self.form.tensors(module)
+        index = like.new_zeros(rows, k, dtype=torch.int64)
+        return like.new_zeros(rows, w.shape[2]), index, like.new_zeros(rows, k)
+
+    def spared(self, module: Any) -> int:
+        """0 where nothing says how many experts a token has."""
+        k = self._choices(module)
+        if not self.recompute or self.form is None or k is None:
+            return 0
+        w, *_ = self.form.tensors(module)
+        return k * w.shape[1] * w.itemsize
+
     def bypassed(self) -> tuple[str, ...]:
         return self.around
 
@@ -105,15 +142,23 @@ class Experts(Plan):
     def restore(self, module: nn.Module) -> None:
         vars(module).pop("_router", None)
 
+    def trial(self, module: Any, *inputs: Tensor) -> Tensor:
+        # The gate's values, which `run` looks at, are there at patch() alone.
+        assert self.form is not None
+        x, index, weights = inputs
+        return _call(module, self.form, x, index, weights, None, self._moe_mlp(module))
+
+    def _moe_mlp(self, module: Any) -> Callable[..., Tensor]:
+        call = moe_mlp if module._split is None else module._split
+        return partial(call, recompute=True) if self.recompute else call
+
     def run(
         self, module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
     ) -> Tensor:
         router, routed = module._router, None
         if router is not None:
             routed, router._routed = router._routed, None
-        call = moe_mlp if module._split is None else module._split
-        if self.recompute:
-            call = partial(call, recompute=True)
+        call = self._moe_mlp(module)
         return _run(module, hidden_states, top_k_index, top_k_weights, routed, call)
 
 

@@ -47,6 +47,10 @@ class Llama4(Plan):
     def passes_by(self) -> tuple[str, ...]:
         return self.bypassed()
 
+    def example(self, module: Any, rows: int, like: Tensor) -> tuple[Tensor, ...]:
+        (width, *_) = [p.shape[-1] for p in module.router.parameters() if p.dim() == 2]
+        return (like.new_zeros(1, rows, width),)
+
     def run(self, module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
         x = hidden_states.reshape(-1, module.hidden_dim)
         routed = module.router(x)
@@ -108,6 +112,10 @@ class Switch(Plan):
             if not is_projection(inner := child(module, path)):
                 return f"{path} is a {type(inner).__name__}, no plain projection"
         return None
+
+    def example(self, module: Any, rows: int, like: Tensor) -> tuple[Tensor, ...]:
+        (width, *_) = [p.shape[-1] for p in module.router.parameters() if p.dim() == 2]
+        return (like.new_zeros(1, rows, width),)
 
     def run(self, module: Any, hidden_states: Tensor) -> Tensor:
         experts = list(module.experts.values())

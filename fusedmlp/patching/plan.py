@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers.parts.around import hooked
+from .projection import called
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,15 @@ class Plan:
     def run(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """What the module's method now does."""
         raise NotImplementedError
+
+    def example(self, module: nn.Module, rows: int, like: Tensor) -> tuple[Tensor, ...]:
+        """Inputs of `trial` of so many rows, made by `like`: zeros. NotImplementedError where
+        nothing says what they are."""
+        raise NotImplementedError("nothing says what its plan is called with")
+
+    def trial(self, module: nn.Module, *inputs: Tensor) -> Any:
+        """What is fused of a call."""
+        return self.run(module, *inputs)
 
     def bypassed(self) -> tuple[str, ...]:
         """Paths of the submodules whose parameters are read without calling them. Their hooks would
@@ -54,6 +64,16 @@ class Plan:
         reads."""
         return ()
 
+    def matrices(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """The matrices, or stacks of them, that `run` reads, by their names."""
+        read = [(name, getattr(module, name)) for name in self.own_parameters(module)]
+        for path in self.bypassed():
+            inner = child(module, path)
+            if not (path in self.may_call() and called(inner)):
+                own = inner.named_parameters(recurse=False)
+                read += ((f"{path}.{name}", p) for name, p in own)
+        return ((name, p) for name, p in read if p.dim() in (2, 3))
+
     def values(self) -> tuple[tuple[str, str], ...] | None:
         """(path of the holder, name) of numbers and functions of the module that `run` takes as
         patch() found them; None: of all functions."""
@@ -74,6 +94,10 @@ class Plan:
     def recomputing(self) -> Plan:
         """The plan that saves less for backward and computes it again there, or this one."""
         return self
+
+    def spared(self, module: nn.Module) -> int:
+        """Bytes a token that this plan does not save for backward, and `recomputing` is why."""
+        return 0
 
     def obstacle(self, module: nn.Module) -> str | None:
         """Why `run` would not compute what the module's own method computes now."""

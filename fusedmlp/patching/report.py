@@ -14,7 +14,10 @@ LOOKED_FOR = (
 @dataclass(frozen=True)
 class Entry:
     """One module: patched with `op` on `backend`, or left (op None) for the reason in `detail`.
-    `partly`: fused as far as its projections, which are called, allow; `detail` says why."""
+    `partly`: fused as far as its projections, which are called, allow; `detail` says why.
+    `spared`: bytes a token that recompute=True does not save for backward. `slow`: a sentence for
+    each width or stride that keeps its kernels off fast loads. `elsewhere`: what would run it on
+    a GPU, where a CPU's reference is `backend`."""
 
     name: str
     kind: str
@@ -22,12 +25,20 @@ class Entry:
     backend: str | None
     detail: str
     partly: bool = False
+    spared: int = 0
+    slow: tuple[str, ...] = ()
+    elsewhere: str | None = None
 
     def __str__(self) -> str:
         where = f"{self.name or 'the model'} ({self.kind})"
         if self.op is None:
             return f"{where}: left, {self.detail}"
-        return f"{where}: {self.op} on {self.backend}, {self.detail}"
+        bytes_ = f" ({self.spared:,} bytes)" if self.spared else ""
+        runs = f"on {self.backend}"
+        if self.elsewhere is not None:
+            runs = f"(on CUDA: {self.elsewhere}; here: {self.backend})"
+        own = f"{where}: {self.op} {runs}, {self.detail}{bytes_}"
+        return "; ".join((own, *self.slow))
 
 
 @dataclass(frozen=True)
@@ -111,5 +122,7 @@ class Report:
             part = f" ({len(self.partly)} in part)" if self.partly else ""
             whole = len(self.left) - len(self.partly)
             head = f"{len(self.patched)} patched{part}, {whole} left"
+            if spared := sum(entry.spared for entry in self.entries):
+                head += f"; {spared:,} bytes a token less are saved for backward"
         bits = [] if self.quantized is None else [str(self.quantized)]
         return "\n".join([*bits, head, *map(str, self.entries)])

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ..layers.parts.widths import off_fast_loads
 from .kept import Kept, changed, keep
 from .plan import Plan, passed_by
 
@@ -35,7 +36,11 @@ class Patched:
 
     def extra_repr(self) -> str:
         own = super().extra_repr()  # type: ignore[misc]
-        return f"{own}, {self._path()}" if own else self._path()
+        return ", ".join(filter(None, (own, self._path(), *off_fast_loads(self._reads()))))
+
+    def _reads(self) -> Iterator[tuple[str, Tensor]]:
+        """The matrices that the fused call reads, by their names."""
+        return self._plan.matrices(self)  # type: ignore[arg-type]
 
     def _replicate_for_data_parallel(self) -> Any:
         # Its submodules are replicas too, others than those kept.

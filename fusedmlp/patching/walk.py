@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..backends import choice
 from ..layers.binary import BinaryGatedMLP
+from ..layers.parts.widths import off_fast_loads
 from ..ops.binary_gated_mlp import OP
 from .around import by_accelerate, passed_over
 from .find import Chained, Direct, find
@@ -195,13 +196,16 @@ class Walk:
         where, detail = choice.pick(op, _sample(module)), plan.detail() + _not_called(module)
         if why:
             detail = f"{detail}; {why}"
-        self.entries.append(Entry(name, kind, op, where, detail, partly=bool(why)))
+        spared, slow = 0 if why else plan.spared(module), off_fast_loads(plan.matrices(module))
+        more: Any = {"spared": spared, "slow": tuple(slow), "elsewhere": choice.elsewhere(where)}
+        self.entries.append(Entry(name, kind, op, where, detail, bool(why), **more))
 
     def one_bit(self, name: str, block: BinaryGatedMLP) -> None:
         """What quantize_model put there; a block that is in training is a layer like others."""
         if (w := block.gate_proj.packed) is not None:
             where, detail = choice.pick(OP, w.scales), f"activation {block.activation!r}"
-            self.entries.append(Entry(name, type(block).__name__, OP, where, detail))
+            more: Any = {"elsewhere": choice.elsewhere(where)}
+            self.entries.append(Entry(name, type(block).__name__, OP, where, detail, **more))
 
     def obstacle(self, module: nn.Module, plan: Plan) -> str | None:
         """Why `plan` must not run `module` now."""

@@ -166,7 +166,8 @@ def test_explain_says_which_calls_are_fused(layer, text):
 
 @pytest.mark.parametrize("layer", ("x", layers.SwiGLU))
 def test_explain_wants_a_layer(layer):
-    with pytest.raises(TypeError, match=r"^explain: layer must be an nn\.Module or None, got "):
+    wanted = r"^explain: layer must be an nn\.Module or None, or a function of fusedmlp, got "
+    with pytest.raises(TypeError, match=wanted):
         fusedmlp.explain(layer)
 
 

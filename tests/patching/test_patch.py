@@ -54,9 +54,9 @@ def test_found_by_what_it_computes(block, op, detail):
     torch.manual_seed(0)
     torch.testing.assert_close(model(X), expected)
     assert f"patched, {op} {detail}" in repr(model) and f"patched, {op}" in fusedmlp.explain(model)
-    assert f"blocks.0 ({type(block).__name__}): {op} on reference, {detail}" in str(
-        fusedmlp.patch(model)
-    )
+    where = "(on CUDA: triton; here: reference)"
+    line = f"blocks.0 ({type(block).__name__}): {op} {where}, {detail}"
+    assert line in str(fusedmlp.patch(model))
 
 
 def test_torchs_own_encoder_layer():

@@ -41,17 +41,6 @@ def positive_int(owner: str, name: str, value: object) -> None:
         raise ValueError(f"{owner}: {name} must be at least 1, got {value}")
 
 
-def scaled_width(owner: str, dim: int, factor_name: str, factor: float) -> int:
-    """floor(dim * factor), the hidden width; at least 1."""
-    number(owner, factor_name, factor)
-    if not 1 <= dim * factor < float("inf"):
-        raise ValueError(
-            f"{owner}: {factor_name} must be finite and give a hidden width of at least 1, "
-            f"got {factor} * {dim}"
-        )
-    return int(dim * factor)
-
-
 def probability(owner: str, name: str, value: float) -> None:
     number(owner, name, value)
     if not 0 <= value < 1:
@@ -145,6 +134,7 @@ def gated_block(
     *,
     activation: str,
     packed: Packed | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """down(dropout(act(gate(x)) * up(x))); with `packed`, `gate` holds both halves, `up` none."""
     w_gate, b_gate = affine(owner, gate)
@@ -157,8 +147,9 @@ def gated_block(
         return down(h if dropout is None else dropout(h))
     if passes_through(dropout):
         return gated_mlp(
-            x, w_gate, w_up, w_down, b_gate, b_up, b_down, activation=activation, packed=packed
-        )
+            x, w_gate, w_up, w_down, b_gate, b_up, b_down,
+            activation=activation, packed=packed, recompute=recompute,
+        )  # fmt: skip
     h = gated_linear(x, w_gate, w_up, b_gate, b_up, activation=activation, packed=packed)
     return F.linear(dropout(h), w_down, b_down)  # type: ignore[misc]
 
@@ -171,6 +162,7 @@ def plain_block(
     dropout: nn.Module | None,
     *,
     activation: str,
+    recompute: bool = False,
 ) -> Tensor:
     """second(dropout(act(first(x))))."""
     w_in, b_in = affine(owner, first)
@@ -180,6 +172,6 @@ def plain_block(
         h = resolve(activation).phi(first(x))
         return second(h if dropout is None else dropout(h))
     if passes_through(dropout):
-        return mlp(x, w_in, w_out, b_in, b_out, activation=activation)
+        return mlp(x, w_in, w_out, b_in, b_out, activation=activation, recompute=recompute)
     h = linear_act(x, w_in, b_in, activation=activation)
     return F.linear(dropout(h), w_out, b_out)  # type: ignore[misc]

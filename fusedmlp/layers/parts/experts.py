@@ -25,11 +25,12 @@ from ..masked_glu import MaskedGLU, other_masks
 from .activation import name_of
 from .block import passes_through
 from .stacked import Stacked
+from .widths import Reader
 
 _MASKS, _OWN_MASKS = "net.0.packed", "net_0_packed"  # in an expert, and here
 
 
-class StackedExperts(Stacked):
+class StackedExperts(Stacked, Reader):
     """num FeedForwards, each made by `make()`; see the file.
 
     forward(x, routing) is moe_mlp in one fused call as long as nothing stands between an expert's
@@ -158,7 +159,7 @@ class StackedExperts(Stacked):
         first, last = ("net.0.proj", "net.2") if self._gated else ("net.0", "net.3")
         return {
             "w_gate": own[f"{first}.weight"], "w_up": None, "w_down": own[f"{last}.weight"],
-            "b_gate": own[f"{first}.bias"], "b_down": own[f"{last}.bias"],
+            "b_gate": own.get(f"{first}.bias"), "b_down": own.get(f"{last}.bias"),
         }  # fmt: skip
 
     @property
@@ -182,6 +183,13 @@ class StackedExperts(Stacked):
             return f"{self.num_experts} experts one by one in PyTorch"
         return f"{self.num_experts} experts in one call, fused as {activation!r}"
 
+    def _reads(self) -> Iterator[tuple[str, Tensor | int]]:
+        one = next(self._template[0]._reads(), None)
+        return iter(()) if one is None else super()._reads()
+
+    def extra_repr(self) -> str:
+        return self._noted("recompute=True" if self._template[0].recompute else "")
+
     def _slices(self) -> list[dict[str, Tensor]]:
         """Every expert's tensors by their names in FeedForward, as views with gradients."""
         parts = {name: stacked.unbind() for name, stacked in self._stacks()}
@@ -199,8 +207,11 @@ class StackedExperts(Stacked):
             return self._mixture(x, routing)
         activation = self._fused_activation()
         if activation is not None:
-            packed: Any = "up_gate" if self._gated else None
-            return moe_mlp(x, routing, **self._parts(), activation=activation, packed=packed)  # type: ignore[arg-type]
+            options = {
+                "activation": activation, "packed": "up_gate" if self._gated else None,
+                "recompute": self._template[0].recompute,
+            }  # fmt: skip
+            return moe_mlp(x, routing, **self._parts(), **options)  # type: ignore[arg-type]
         flat, own = x.reshape(-1, x.shape[-1]), self._slices()
         y = by_expert(flat, routing, lambda rows, e: self._one(own[e], rows))
         scaled = (routing.prob.unsqueeze(1) * y).to(y.dtype)

@@ -11,13 +11,14 @@ from ...ops.linear_act import linear_act
 from ...ops.mlp import mlp
 from .activation import name_of
 from .around import bare
-from .block import passes_through
+from .block import DROPOUTS, passes_through
+from .widths import Reader
 
 Row = list[nn.Module]
 _LINEAR = nn.Linear.forward  # looked up once: five children ask in every call
 
 
-class FusedSequential(nn.Sequential):
+class FusedSequential(nn.Sequential, Reader):
     """nn.Sequential's function, keys and children, in fewer calls.
 
     | children in a row | run as |
@@ -29,11 +30,13 @@ class FusedSequential(nn.Sequential):
     An activation counts if `fusedmlp` has a kernel for it. A child with hooks is called.
     """
 
+    recompute = False  # whether mlp saves x alone for backward
+
     def forward(self, x: Tensor) -> Tensor:
-        if choice.always_reference(x):
+        if choice.always_reference(x) and not self.recompute:
             return super().forward(x)  # what the references compute, without a second look at x
         for row, activation in self._rows():
-            x = row[0](x) if activation is None else _fused(row, activation, x)
+            x = row[0](x) if activation is None else _fused(row, activation, x, self.recompute)
         return x
 
     def _rows(self) -> Iterator[tuple[Row, str | None]]:
@@ -50,8 +53,28 @@ class FusedSequential(nn.Sequential):
         rows = (" + ".join(type(m).__name__ for m in row) for row, _ in self._rows())
         return "runs " + ", ".join(rows)
 
+    def _reads(self) -> Iterator[tuple[str, Tensor | int]]:
+        names = {child: name for name, child in self._modules.items()}
+        for row, activation in self._rows():
+            linears = [child for child in row if activation and isinstance(child, nn.Linear)]
+            for linear in linears:
+                yield f"{names[linear]}.weight", linear.weight
+            if len(linears) == 1:
+                yield f"{names[linears[0]]}.out_features", linears[0].out_features
+
     def extra_repr(self) -> str:
-        return self.path()
+        return self._noted(self.path(), "recompute=True" if self.recompute else "")
+
+    def recomputing(self, owner: str) -> None:
+        """Let mlp save x alone. Raises ValueError where no two linears are ever one call."""
+        row = [child for child in self if not isinstance(child, DROPOUTS)]
+        triples = zip(row, row[1:], row[2:], strict=False)
+        if not any(_is_linear(a) and name_of(act) and _is_linear(b) for a, act, b in triples):
+            raise ValueError(
+                f"{owner}: recompute must be False where the two linears are not one call, got "
+                "True; leave out the norm between them, and take an activation with a kernel"
+            )
+        self.recompute = True
 
 
 def first_two(net: nn.Module) -> Row:
@@ -76,12 +99,12 @@ def _row_at(children: Row, start: int) -> tuple[int, str | None]:
     return 2, activation
 
 
-def _fused(row: Row, activation: str, x: Tensor) -> Tensor:
+def _fused(row: Row, activation: str, x: Tensor, recompute: bool) -> Tensor:
     w, b = row[0].weight, row[0].bias
     if len(row) == 2:
         return linear_act(x, w, b, activation=activation)  # type: ignore[arg-type]
-    second = row[-1]
-    return mlp(x, w, second.weight, b, second.bias, activation=activation)  # type: ignore[arg-type]
+    w_out, b_out = row[-1].weight, row[-1].bias
+    return mlp(x, w, w_out, b, b_out, activation=activation, recompute=recompute)  # type: ignore[arg-type]
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from fusedmlp.bench.machine import ROOT
 from fusedmlp.bench.options import Refusal
 from fusedmlp.bench.timing.candidates import neighbours
 from fusedmlp.bench.work import Work
+from fusedmlp.dry.driver import Untouched
 from fusedmlp.kernels.arch import ARCHES
 from fusedmlp.testing import CASES
 
@@ -209,7 +210,7 @@ def test_arguments_are_those_of_the_case():
 
 
 def test_operators_on_floats_compute_nothing_and_those_on_integers_do():
-    with fill.Untouched():
+    with Untouched():
         a = torch.empty(1 << 14, 1 << 14, dtype=torch.bfloat16)
         product = (a @ a.t()).sum(0)  # 9 TFLOP
         order = torch.tensor([3, 1, 2]).sort()[0]

@@ -1,0 +1,177 @@
+"""explain(): what would run on a GPU that is not there, and what stands in the way here."""
+
+import re
+
+import pytest
+import torch
+from layer_makers import MAKERS
+from torch import nn
+
+import fusedmlp
+from fusedmlp import layers
+from fusedmlp.backends.op import OPS, public_ops
+from fusedmlp.bench import predict
+from fusedmlp.bench.machine import ARCH_OF, ROOFS
+from fusedmlp.bench.work import Work
+from fusedmlp.dry.blocks import blocks_of
+from fusedmlp.dry.expected import expected
+from fusedmlp.kernels.pick import LAST
+from fusedmlp.testing import CASES
+
+
+def explained(layer, **options):
+    """What explain() says of the layer beyond what it says without."""
+    return fusedmlp.explain(layer, **options).removeprefix(fusedmlp.explain()).strip()
+
+
+def planned(layer, **options):
+    _, _, text = explained(layer, **options).partition("nothing was run\n")
+    return text.splitlines()
+
+
+class MLP(nn.Module):
+    def __init__(self, dim=64, hidden=128):
+        super().__init__()
+        self.gate, self.up = nn.Linear(dim, hidden, False), nn.Linear(dim, hidden, False)
+        self.down = nn.Linear(hidden, dim, False)
+
+    def forward(self, x):
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+# Layers whose call reads what a router gave.
+READS = ("FastFeedForward all",)
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_every_layer_is_planned(name):
+    """What a layer is said to launch is what its path says; numbers, state and modes stay."""
+    layer = MAKERS[name]().bfloat16()
+    before = {n: t.clone() for n, t in layer.state_dict().items()}
+    random, last = torch.get_rng_state(), dict(LAST)
+    lines = planned(layer, gpu="H100", tokens=64)
+    blocks = blocks_of(layer)
+    assert bool(lines) == bool(blocks) == (name != "L2Norm")
+    if name in READS:
+        assert "cannot be planned: its call raises on results of zeros: " in lines[0]
+    elif blocks:
+        assert [line.partition(", ")[2].partition(",")[0] for line in lines] == [
+            "forward", "backward"
+        ], lines  # fmt: skip
+        assert all("GFLOP" in line and "at best" in line for line in lines)
+        fused = re.search(r"one (\w+_)?mlp|fused as|one moe_mlp|one tree_path", explained(layer))
+        assert ("by triton" in lines[0]) >= bool(fused), lines
+    assert torch.equal(torch.get_rng_state(), random) and last == LAST
+    for n, t in layer.state_dict().items():
+        assert torch.equal(t, before[n]), n
+    assert all(p.grad is None for p in layer.parameters())
+    assert len(planned(layer.eval(), gpu="H100", tokens=64)) <= 1
+    assert not any(m.training for m in layer.modules())
+
+
+@pytest.mark.parametrize("gpu", ROOFS)
+@pytest.mark.parametrize("M", (1, 8192))
+def test_it_agrees_with_predict(gpu, M):
+    """The bench plans the same call by the op's row."""
+    D, H = 1024, 2752
+    work = Work(CASES["gated_mlp"], "silu", "bfloat16", M, D, H)
+    layer = layers.SwiGLUMLP(D, hidden=H).bfloat16()
+    (block,) = blocks_of(layer)
+    roof = ROOFS[gpu]
+    for own in expected(block, M, ARCH_OF[gpu], roof.multiprocessors):
+        (launch,) = predict.launches(work, own.phase, roof)
+        assert own.kernels == ((launch.kernel, launch.tile),)
+        assert (own.flops, own.moved) == (work.flops(own.phase), work.bytes(own.phase))
+    (line, _) = planned(layer, gpu=gpu.lower(), tokens=M)
+    ms = f"{roof.milliseconds(work.flops('forward'), work.bytes('forward'), 'bfloat16'):.3g}"
+    assert f"at best {ms} ms by {'memory' if M == 1 else 'compute'}" in line
+
+
+def test_a_width_decides_the_tile():
+    tile = {}
+    for H in (2730, 2736):
+        layer = layers.FeedForward(1024, hidden=H, glu_variant="swiglu").bfloat16()
+        tile[H] = planned(layer, gpu="H100")[0]
+    assert "element loads" in tile[2730] and "tma loads" in tile[2736]
+
+
+def test_recomputing_costs_flops():
+    plain, sparing = (layers.SwiGLUMLP(64, hidden=128, recompute=r) for r in (False, True))
+    flops = [expected(blocks_of(m)[0], 64, ARCH_OF["H100"], 132)[1].flops for m in (plain, sparing)]
+    assert flops[1] - flops[0] == 4 * 64 * 64 * 128
+
+
+def test_dropout_splits_a_block():
+    layer = layers.FeedForward(64, dropout=0.1, glu_variant="swiglu").bfloat16()
+    line = "net.1 (Dropout) is at work, so a block around it is two calls"
+    assert line in explained(layer)
+    assert "gated_linear by triton" in planned(layer, gpu="H100")[0]
+    assert line not in explained(layer.eval())
+    assert "gated_mlp by triton" in planned(layer, gpu="H100")[0]
+
+
+def test_a_hook_and_a_dtype_stand_in_the_way():
+    layer = layers.SwiGLUMLP(64)
+    layer.c_up.register_forward_hook(lambda *_: None)
+    assert "c_up (Linear) has hooks, so it is called" in explained(layer)
+    assert "has parameters of float64, which no kernel takes" in explained(layer.double())
+    layer.bfloat16().c_up.float()
+    assert "parameters of bfloat16, float32: a call takes one" in explained(layer)
+
+
+def test_blocks_alike_share_a_line():
+    model = nn.Sequential(*(MLP() for _ in range(3))).bfloat16()
+    assert "finds its MLPs" in explained(model)
+    fusedmlp.patch(model)
+    forward, backward = planned(model, gpu="B200", tokens=4096)
+    assert forward.startswith("  0 (MLP) and 2 more, forward, bfloat16: gated_mlp by triton: ")
+    assert "gated_linear_bwd (" in backward
+    model[1].up.register_forward_hook(lambda *_: None)
+    assert len(planned(model, gpu="B200", tokens=4096)) == 4
+
+
+def test_a_model_on_meta():
+    with torch.device("meta"):
+        model = nn.Sequential(MLP(8192, 28672)).bfloat16()
+    fusedmlp.patch(model)
+    assert "gated_mlp by triton" in planned(model.eval(), gpu="H100")[0]
+
+
+def test_where_it_runs_here():
+    layer = layers.SwiGLUMLP(64)
+    assert "on CUDA: triton; here: reference" in explained(layer)
+    with fusedmlp.backend("reference"):
+        assert "its fused calls: by reference" in explained(layer)
+        report = fusedmlp.patch(nn.Sequential(MLP()))
+        assert "gated_mlp on reference" in str(report)
+    assert "(on CUDA: triton; here: reference), " in str(fusedmlp.patch(nn.Sequential(MLP())))
+
+
+@pytest.mark.parametrize("name", public_ops())
+def test_a_function_is_explained(name):
+    op = OPS[name]
+    text = explained(op.function, gpu="H100")
+    assert f"{name}: " in text
+    for kernel in op.kernels:
+        assert f"{kernel.name} (triton" in text
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"gpu": "V100"}, ValueError, "explain: gpu must be one of H100, H200, B200, got 'V100'"),
+        ({"gpu": 1}, ValueError, "explain: gpu must be one of H100, H200, B200, got 1"),
+        ({"gpu": "H100", "tokens": 0}, ValueError, "explain: tokens must be at least 1, got 0"),
+        ({"gpu": "H100", "tokens": 1.5}, TypeError, "explain: tokens must be an int, got 1.5"),
+        ({"tokens": 4}, ValueError, "where torch finds no GPU, got None"),
+    ],
+)
+def test_what_explain_refuses(options, error, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(error, match=re.escape(message)):
+        fusedmlp.explain(layers.SwiGLUMLP(64), **options)
+
+
+def test_a_gpu_needs_a_layer():
+    with pytest.raises(ValueError, match="explain: layer must be given with gpu or tokens, got No"):
+        fusedmlp.explain(gpu="H100")
