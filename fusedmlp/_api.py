@@ -11,6 +11,7 @@ from . import activations, layers
 from .activations import *  # noqa: F403
 from .backends.choice import backend
 from .backends.op import OPS, public_ops
+from .dry.warm import Warmup, warmup
 from .explaining import explain
 from .hyperglu import HyperGLU, HyperGLUConfig, HyperMLP
 from .layers import *  # noqa: F403
@@ -43,6 +44,7 @@ __all__ = [
     "HyperGLUConfig",
     "HyperMLP",
     "QuantizationReport",
+    "Warmup",
     "backend",
     "explain",
     "freeze_masks",
@@ -57,6 +59,7 @@ __all__ = [
     "router_z_loss",
     "unpatch",
     "update_router_bias",
+    "warmup",
 ]
 __all__ += activations.__all__
 __all__ += layers.__all__

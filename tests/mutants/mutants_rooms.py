@@ -377,6 +377,16 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "package",
+        ("fusedmlp/dry/*.py", "fusedmlp/explaining.py"),
+        (
+            "tests/dry/test_explain_gpu.py",
+            "tests/dry/test_warmup.py",
+            "tests/layers/test_layers_every.py",
+            "tests/backends/test_backend.py",
+        ),
+    ),
+    Row(
+        "package",
         ("fusedmlp/*.py",),
         (
             EACH_OP,
