@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +29,11 @@ class Mutant:
 
     def line(self, text: str) -> int:
         return text.count("\n", 0, self.start) + 1
+
+    def words(self, text: str) -> list[str]:
+        """Which tests may be of it: those that name the function or the file."""
+        inside = re.findall(r"^ *(?:def|class) _*(\w+)", text[: self.start], re.MULTILINE)
+        return [*inside[-1:], Path(self.path).stem]
 
     def lines(self, text: str) -> tuple[str, str]:
         """The lines that it changes, before and after, without their margins."""

@@ -108,8 +108,9 @@ class Copy:
         finally:
             self.write(mutant.path, text)
 
-    def run(self, tests: Sequence[str]) -> Run:
-        """pytest on the copy, file after file up to the first failure."""
+    def run(self, tests: Sequence[str], words: Sequence[str] = ()) -> Run:
+        """pytest on the copy up to the first failure: tests whose names have one of the words, then
+        file after file."""
         if self.warm is None:
             self.warm = subprocess.Popen(
                 [sys.executable, str(WARM), *self.imported], cwd=self.folder,
@@ -117,7 +118,7 @@ class Copy:
             )  # fmt: skip
         begun = time.monotonic()
         arguments = ["-x", "-q", "-p", "no:cacheprovider", *tests]
-        asked = json.dumps([arguments, str(self.output), self.seconds])
+        asked = json.dumps([arguments, str(self.output), self.seconds, words])
         self.warm.stdin.write(asked.encode() + b"\n")
         self.process = int(self.warm.stdout.readline())
         status = int(self.warm.stdout.readline())
@@ -165,8 +166,9 @@ class Trials:
             self.sound.note(copy.folder, test)
 
     def judge(self, copy: Copy, room: str, mutant: Mutant, tests: Sequence[str]) -> Outcome:
+        words = mutant.words((copy.folder / mutant.path).read_text())
         with copy.mutated(mutant):
-            run = copy.run(tests)
+            run = copy.run(tests, words)
         if run.status == 0:
             result = "survived"
         elif run.status in TIMED_OUT:

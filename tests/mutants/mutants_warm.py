@@ -1,10 +1,10 @@
 """A process that has imported what most tests import, and forks for each run of pytest: to import
 torch and transformers takes longer than most tests that find a fault.
 
-Reads lines of JSON: pytest's arguments, a file for its output, and how many seconds of the
-processor a test may take. Answers each with the id of the
-new process and, once that has ended, with its exit code, -signal where one ended it. The code under
-test is never imported here.
+Reads lines of JSON: pytest's arguments, a file for its output, how many seconds of the processor a
+test may take, and words: tests that have one in their names come first. Answers each with the id of
+the new process and, once that has ended, with its exit code, -signal where one ended it. The code
+under test is never imported here.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import signal
 import sys
+from typing import Any
 
 CLOCK = 15  # times as many seconds of the clock
 TIMED_OUT = {-signal.SIGVTALRM, -signal.SIGALRM}
@@ -32,10 +33,10 @@ def serve(modules: list[str]) -> None:
     for name in ("pytest", *modules):
         importlib.import_module(name)
     for line in sys.stdin:
-        arguments, output, seconds = json.loads(line)
+        arguments, output, *options = json.loads(line)
         process = os.fork()
         if process == 0:
-            run(arguments, output, seconds)
+            run(arguments, output, Plugin(*options))
         print(process, file=answers, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]), file=answers, flush=True)
 
@@ -50,7 +51,7 @@ def choose() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-def run(arguments: list[str], output: str, seconds: float) -> None:
+def run(arguments: list[str], output: str, plugin: Plugin) -> None:
     """Does not return."""
     status = 1
     try:
@@ -60,28 +61,31 @@ def run(arguments: list[str], output: str, seconds: float) -> None:
         os.dup2(file, 1)
         os.dup2(file, 2)
         importlib.invalidate_caches()
-        limit(seconds)  # of what is collected
-        status = int(sys.modules["pytest"].main(arguments, plugins=[Limits(seconds)]))
+        plugin.limit()  # of what is collected
+        status = int(sys.modules["pytest"].main(arguments, plugins=[plugin]))
         sys.stdout.flush()
         sys.stderr.flush()
     finally:
         os._exit(status)
 
 
-def limit(seconds: float) -> None:
-    """From here on; both signals end the process."""
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    signal.setitimer(signal.ITIMER_REAL, CLOCK * seconds)
+class Plugin:
+    """Each test has its own time; some come first."""
 
+    def __init__(self, seconds: float, words: list[str]) -> None:
+        self.seconds, self.words = seconds, words
 
-class Limits:
-    """A plugin of pytest's: each test has its own time."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
+    def limit(self) -> None:
+        """From here on; both signals end the process."""
+        signal.setitimer(signal.ITIMER_VIRTUAL, self.seconds)
+        signal.setitimer(signal.ITIMER_REAL, CLOCK * self.seconds)
 
     def pytest_runtest_logstart(self) -> None:
-        limit(self.seconds)
+        self.limit()
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        named = lambda item: any(word in item.name for word in self.words)  # noqa: E731
+        items.sort(key=lambda item: not named(item))
 
 
 if __name__ == "__main__":

@@ -49,6 +49,17 @@ def test_killed_survived_timed_out_and_restored(toy, tmp_path):
         assert (folder / "toy.py").read_text() == TOY
 
 
+def test_tests_that_name_the_function_or_the_file_come_first(toy, tmp_path):
+    assert at("2 * n", "").words(TOY) == ["twice", "toy"]
+    names = ("other", "toy", "twice", "last")
+    text = "".join(f"def test_{name}():\n    assert 0\n" for name in names)
+    (toy / "test_names.py").write_text(text)
+    copy, first = Copy(toy, tmp_path / "copy"), "test_names.py::test_"
+    assert copy.run(["test_names.py"], ["twice", "last"]).failed == first + "twice"
+    assert copy.run(["test_names.py"], ["nothing"]).failed == first + "other"
+    copy.close()
+
+
 def test_tests_that_fail_without_a_fault_are_an_error(toy, tmp_path):
     (toy / "test_toy.py").write_text("def test_toy():\n    assert 0\n")
     (toy / "test_none.py").write_text("")
