@@ -353,7 +353,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "package",
         ("fusedmlp/cli.py", "fusedmlp/running.py"),
-        ("tests/bench/test_command_line.py", "tests/patching/test_patch_package.py"),
+        ("tests/patching/test_patch_package.py", "tests/bench/test_command_line.py"),
     ),
     Row("package", ("fusedmlp/arrival.py",), ("tests/patching/test_patch_arrival.py",)),
     Row(
