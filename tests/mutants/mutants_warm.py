@@ -2,9 +2,9 @@
 torch and transformers takes longer than most tests that find a fault.
 
 Reads lines of JSON: pytest's arguments, a file for its output, how many seconds of the processor a
-test may take, and words: tests that have one in their names come first. Answers each with the id of
-the new process and, once that has ended, with its exit code, -signal where one ended it. The code
-under test is never imported here.
+test may take, and words: tests that have one in their names, or in their files', come first. Answers
+each with the id of the new process and, once that has ended, with its exit code, -signal where one
+ended it. The code under test is never imported here.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Plugin:
         self.limit()
 
     def pytest_collection_modifyitems(self, items: list[Any]) -> None:
-        named = lambda item: any(word in item.name for word in self.words)  # noqa: E731
+        named = lambda item: any(word in item.nodeid for word in self.words)  # noqa: E731
         items.sort(key=lambda item: not named(item))
 
 

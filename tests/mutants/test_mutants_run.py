@@ -57,6 +57,8 @@ def test_tests_that_name_the_function_or_the_file_come_first(toy, tmp_path):
     copy, first = Copy(toy, tmp_path / "copy"), "test_names.py::test_"
     assert copy.run(["test_names.py"], ["twice", "last"]).failed == first + "twice"
     assert copy.run(["test_names.py"], ["nothing"]).failed == first + "other"
+    both = ["test_toy.py", "test_names.py"]
+    assert copy.run(both, ["names"]).failed == first + "other"
     copy.close()
 
 
