@@ -2,7 +2,7 @@
 torch and transformers takes longer than most tests that find a fault.
 
 Reads lines of JSON: pytest's arguments, a file for its output, how many seconds of the processor a
-test may take, and words: tests that have one in their names, or in their files', come first. Answers
+test may take, and words: tests that have one in their names, or their files do, come first. Answers
 each with the id of the new process and, once that has ended, with its exit code, -signal where one
 ended it. The code under test is never imported here.
 """
