@@ -241,33 +241,34 @@ def test_without_fusedmlp_it_is_an_error_that_names_it(tmp_path):
     assert "gate_proj.weight" in done.stderr and "MISMATCH" in done.stderr
 
 
-def changed(folder, **changes):
-    """The model in `folder` with another mark."""
+def changed(folder, mark, **options):
+    """The model in `folder` with another mark, and with other sizes."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    config["quantization_config"] |= changes
-    file.write_text(json.dumps(config))
+    config["quantization_config"] |= mark
+    file.write_text(json.dumps(config | options))
     return hf.LlamaForCausalLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("mark", "message"),
     [
         ({"format": "q2_0"}, "quantization_config.format must be one of q1_0, got 'q2_0'; a newer"),
         ({"modules": ["decoder.mlp"]}, "LlamaForCausalLM has no decoder.mlp; load it by the class"),
         ({"modules": ["model.norm"]}, "has model.norm in one bit, and model.norm is no MLP"),
     ],
 )
-def test_a_wrong_mark_is_an_error(changes, message, tmp_path):
+def test_a_wrong_mark_is_an_error(mark, message, tmp_path):
     quantised().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=f"^fusedmlp: .*{message}"):
-        changed(tmp_path, **changes)
+        changed(tmp_path, mark)
 
 
 def test_an_mlp_that_cannot_be_in_one_bit_any_more(tmp_path):
     quantised().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"0.mlp in one bit, and .*: left, .* multiple of 128"):
-        hf.LlamaForCausalLM.from_pretrained(tmp_path, intermediate_size=200)
+    message = r"1.mlp in one bit, and model.layers.1.mlp \(LlamaMLP\): left, .* multiple of 128"
+    with pytest.raises(ValueError, match=message):
+        changed(tmp_path, {"modules": LAYERS[1:]}, intermediate_size=200)
 
 
 def test_from_pretrained_does_not_quantise(tmp_path):
