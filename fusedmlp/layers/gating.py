@@ -143,6 +143,7 @@ def _bottleneck(
             "GatingMechanism", input_dim, "bottleneck_factor", factor, multiple_of=multiple_of
         )
     if multiple_of is not None:
+        positive_int("GatingMechanism", "multiple_of", multiple_of)
         raise ValueError(
             "GatingMechanism: bottleneck_dim and multiple_of must not be given together, since "
             f"either sets the width, got bottleneck_dim={dim!r} and multiple_of={multiple_of!r}; "

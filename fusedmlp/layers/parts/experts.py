@@ -207,10 +207,11 @@ class StackedExperts(Stacked, Reader):
             return self._mixture(x, routing)
         activation = self._fused_activation()
         if activation is not None:
-            options = {
+            options: dict[str, Any] = {
                 "activation": activation, "packed": "up_gate" if self._gated else None,
-                "recompute": self._template[0].recompute,
             }  # fmt: skip
+            if self._template[0].recompute:
+                options["recompute"] = True
             return moe_mlp(x, routing, **self._parts(), **options)  # type: ignore[arg-type]
         flat, own = x.reshape(-1, x.shape[-1]), self._slices()
         y = by_expert(flat, routing, lambda rows, e: self._one(own[e], rows))

@@ -48,6 +48,9 @@ def hidden_width(
     scaled: Callable[[str, int, str, float], int] = scaled_width,
 ) -> int:
     """`hidden` where it is given, else `scaled(...)`, rounded up to a multiple of `multiple_of`."""
+    for name, value in (("hidden", hidden), ("multiple_of", multiple_of)):
+        if value is not None:
+            positive_int(owner, name, value)
     if hidden is not None:
         others = {} if isinstance(factor, Default) else {factor_name: factor}
         others |= {} if multiple_of is None else {"multiple_of": multiple_of}
@@ -56,13 +59,9 @@ def hidden_width(
                 f"{owner}: hidden and {name} must not be given together, since either sets the "
                 f"hidden width, got hidden={hidden!r} and {name}={value!r}; leave one out"
             )
-        positive_int(owner, "hidden", hidden)
         return hidden
     width = scaled(owner, dim, factor_name, factor)
-    if multiple_of is None:
-        return width
-    positive_int(owner, "multiple_of", multiple_of)
-    return -(-width // multiple_of) * multiple_of
+    return width if multiple_of is None else -(-width // multiple_of) * multiple_of
 
 
 class Off(NamedTuple):
