@@ -16,6 +16,9 @@ from ..kernels.arch.roof import Roof
 from ..kernels.device import arch_of, multiprocessors
 from ..layers.parts.around import hooked
 from ..layers.parts.block import DROPOUTS
+from ..patching.plan import child
+from ..patching.steps import paths
+from ..patching.swap import Patched
 from .blocks import Block, blocks_of
 from .expected import Expected, expected
 
@@ -80,13 +83,22 @@ def obstacle_lines(model: nn.Module) -> list[str]:
     own."""
     found: dict[str, list[str]] = {}
     for block in blocks_of(model):
-        for path, module in block.module.named_modules():
+        for path, module in _inside(block.module):
             for why in _obstacles(module):
-                name = f"{block.name}.{path}".strip(".") or "the layer"
+                name = f"{block.name}.{path}".lstrip(".")
                 found.setdefault(why, []).append(f"{name} ({type(module).__name__})")
         for why in _dtypes(block):
             found.setdefault(why, []).append(block.kind)
     return [f"{names[0]}{_more(len(names) - 1)} {why}" for why, names in found.items()]
+
+
+def _inside(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules that a fused call would take in, by their paths; of a patched module's others
+    nothing is fused."""
+    if not isinstance(module, Patched):
+        return [(path, inner) for path, inner in module.named_modules() if path]
+    between = paths(getattr(module._plan, "between", ()))
+    return [(path, child(module, path)) for path in (*module._plan.bypassed(), *between)]
 
 
 def _more(count: int) -> str:
@@ -101,7 +113,8 @@ def _obstacles(module: nn.Module) -> Iterator[str]:
 
 
 def _dtypes(block: Block) -> Iterator[str]:
-    dtypes = {p.dtype: None for p in block.module.parameters() if p.is_floating_point()}
+    matrices = (p for p in block.module.parameters() if p.dim() in (2, 3))
+    dtypes = {p.dtype: None for p in matrices if p.is_floating_point()}
     if refused := [str(d)[6:] for d in dtypes if d not in TRITON_DTYPES]:
         yield f"has parameters of {', '.join(refused)}, which no kernel takes: cast it to bfloat16"
     elif len(dtypes) > 1:

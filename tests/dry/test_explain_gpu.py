@@ -119,6 +119,30 @@ def test_a_hook_and_a_dtype_stand_in_the_way():
     assert "parameters of bfloat16, float32: a call takes one" in explained(layer)
 
 
+def test_what_is_outside_a_fused_call_does_not_stand_in_its_way():
+    layer = layers.FeedForward(64, glu_variant="swiglu", pre_norm=True).bfloat16()
+    layer.register_forward_hook(lambda *_: None)
+    layer.pre_norm.float()
+    assert not re.search("hooks|dtype", explained(layer))
+
+    class Layer(MLP):
+        """A block among the statements of a forward, beside a dropout of its own."""
+
+        def __init__(self):
+            super().__init__()
+            self.before, self.after = nn.Dropout(0.1), nn.Dropout(0.1)
+
+        def forward(self, x):
+            x = x + self.before(x)
+            h = nn.functional.silu(self.gate(x)) * self.up(x)
+            return x.sin() + self.down(self.after(h))
+
+    model = nn.Sequential(Layer())
+    assert fusedmlp.patch(model).patched
+    text = explained(model)
+    assert "0.after (Dropout) is at work" in text and "0.before" not in text
+
+
 def test_blocks_alike_share_a_line():
     model = nn.Sequential(*(MLP() for _ in range(3))).bfloat16()
     assert "finds its MLPs" in explained(model)

@@ -65,7 +65,9 @@ print("another:", len(hits))
 """
 
 
-@pytest.mark.parametrize("mode", ["eval", pytest.param("train", marks=pytest.mark.slow), "fp32"])
+@pytest.mark.parametrize(
+    "mode", ["eval", *(pytest.param(m, marks=pytest.mark.slow) for m in ("train", "fp32"))]
+)
 def test_a_warm_model_compiles_nothing(mode, tmp_path):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     env |= {"TRITON_CACHE_DIR": str(tmp_path)}
