@@ -54,6 +54,21 @@ class Patched:
         return (_rebuild, (self._own_class, self._plan), *state)
 
 
+class _AsItsOwn(type):
+    """The class of patched classes. An instance of the model's own class is one of theirs: who
+    looks for a class by its name, as FSDP's wrap policies do, may find the first block's and means
+    all of that name."""
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        own = cls.__dict__.get("_own_class")
+        return super().__instancecheck__(instance) if own is None else isinstance(instance, own)
+
+
+@functools.cache
+def _metaclass(kind: type[type]) -> type[type]:
+    return _AsItsOwn if kind is type else type(kind.__name__, (_AsItsOwn, kind), {})
+
+
 _classes: dict[tuple[type, Plan, Any], type] = {}
 
 
@@ -83,7 +98,8 @@ def _make(own: type, plan: Plan) -> type:
     notes = {"__annotations__": dict(getattr(own, "__annotations__", {}))}
     body = {"_own_class": own, "_plan": plan, **methods, **notes}
     names = {"__module__": own.__module__, "__qualname__": own.__qualname__, "__doc__": own.__doc__}
-    return type(own.__name__, (Patched, own), body | names)
+    made: type = _metaclass(type(own))(own.__name__, (Patched, own), body | names)
+    return made
 
 
 def _unless_replaced(own: type, name: str, ours: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..backends import choice
 from ..layers.binary import BinaryGatedMLP
+from ..layers.parts.around import bare
 from ..layers.parts.widths import off_fast_loads
 from ..ops.binary_gated_mlp import OP
 from .around import by_accelerate, passed_over
@@ -49,7 +50,8 @@ def _refuse_wrapped(op: str, model: nn.Module) -> None:
             what = "wrapped by FSDP"
         elif isinstance(module, optimised) or module._compiled_call_impl is not None:
             what = "compiled"
-        elif any(hasattr(p, "placements") for p in module._parameters.values()):
+        elif bare(module) and any(hasattr(p, "placements") for p in module._parameters.values()):
+            # With a forward of its own (transformers' tp_plan) it is called, and knows its parts.
             what = "distributed, with DTensors for parameters"
         if what:
             raise ValueError(
