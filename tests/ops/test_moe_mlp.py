@@ -360,8 +360,8 @@ def test_every_way_of_cutting_gives_the_same_numbers(
     for module in (kernels, moe_mlp_bwd):
         monkeypatch.setattr(module, "fit_of", lambda *rows: Fit[loads.upper()])
         monkeypatch.setattr(module, "experts_fit", lambda *weights: Fit.TMA)
-    for name in ("moe_mlp-bias", "moe_mlp-plain-recompute-bias", "moe_mlp-top2-bias"):
-        check(MOE[name], MOE[name].inputs(45, 24, 72, torch.float16))
+    for name in ("moe_mlp-bias", "moe_mlp-plain-recompute-bias", "moe_mlp-top2-bias", "moe_linear"):
+        check(CASES[name], CASES[name].inputs(45, 24, 72, torch.float16))
 
 
 @pytest.mark.parametrize("T, block_m", [(1, 16), (64 * 16, 16), (64 * 17, 32), (64 * 64, 64),
