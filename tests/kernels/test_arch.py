@@ -145,10 +145,10 @@ def test_every_way_of_cutting_gives_the_same_numbers(
     }  # fmt: skip
     monkeypatch.setattr(device_module, "INTERPRETER", dataclasses.replace(interpreter, tiles=rows))
     monkeypatch.setattr(gated_linear, "fit_of", lambda *rows, weights: Fit[loads.upper()])
-    for name in ("gated_mlp-bias", "mlp-bias"):
+    for name in ("gated_mlp-bias", "mlp-bias", "masked_gated_mlp-1"):
         case = CASES[name]
         for key, numbers in compare(case, case.inputs(70, 48, 136, torch.float16)).items():
-            assert_close_to(*numbers, name=key)
+            assert_close_to(*numbers, name=f"{key} of {name}")
 
 
 @triton.jit
