@@ -109,4 +109,6 @@ def test_what_it_refuses(folder, tmp_path):
         [sys.executable, "-m", "fusedmlp.hub", str(tmp_path / "new"), "--repo-id", "a/b/c"],
         capture_output=True, text=True,
     )  # fmt: skip
-    assert done.returncode == 2 and "OWNER/NAME, got 'a/b/c'" in done.stderr.splitlines()[-1]
+    usage, *_, error = done.stderr.splitlines()
+    assert done.returncode == 2 and "OWNER/NAME, got 'a/b/c'" in error
+    assert usage.startswith("usage: python -m fusedmlp.hub ")

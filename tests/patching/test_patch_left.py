@@ -1,5 +1,7 @@
 """What patch() leaves, or calls, and the reason that its report gives."""
 
+from types import MethodType
+
 import pytest
 import torch
 from layer_checks import Stranger
@@ -248,3 +250,20 @@ def test_a_plan_that_bypasses_nothing():
         assert torch.equal(model.blocks[0](torch.ones(2)), torch.full((2,), 2.0))
     finally:
         del REGISTERED[Alone]
+
+
+def test_an_activation_that_kernelize_gave_a_forward(monkeypatch):
+    """It has its class's own or another kernel of the same function: a fused call may pass it by. A
+    forward that is bound to something else, on a class that is not registered or beside a hook may
+    do anything."""
+    act = nn.SiLU()
+    act.forward = MethodType(nn.SiLU.forward, act)
+    assert reason(replaced(act=act)).startswith("act has a forward of its own")
+    monkeypatch.setattr(nn.SiLU, "kernel_layer_name", "SiLU", raising=False)
+    report = fusedmlp.patch(replaced(act=act))
+    assert [entry.op for entry in report.patched] == ["gated_mlp"]
+    hook = act.register_forward_hook(lambda *_: None)
+    assert "hooks" in reason(replaced(act=act))
+    hook.remove()
+    act.forward = MethodType(nn.SiLU.forward, nn.SiLU())
+    assert reason(replaced(act=act)).startswith("act has a forward of its own")
