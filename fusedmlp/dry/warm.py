@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backends.op import TRITON_DTYPES
 from ..kernels.device import INTERPRETED
 from ..layers.parts.block import positive_int
 from .blocks import Block, backward, blocks_of, forward, stand_ins, unchanged
@@ -60,7 +62,8 @@ def warmup(model: nn.Module, tokens: int | Iterable[int], *, gpu: str | None = N
         tokens: the number of rows, or several.
         gpu: None: run on the GPU. "H100", "H200" or "B200": compile for one that is not here, into
             Triton's cache (TRITON_CACHE_DIR), which that machine then has to be given. Weights of
-            one block are taken to lie in either order.
+            one block are taken to lie in either order. Without a GPU PyTorch has no autocast of
+            CUDA: torch.autocast("cpu", dtype) is in its place.
 
     Nothing changes: no gradient, buffer, attribute, mode or random state, and no hook on a block is
     called. A bar on a terminal shows how far it is, by tqdm where that is installed.
@@ -129,7 +132,7 @@ def _without_gpu(blocks: Sequence[Block], sizes: Sequence[int], name: str) -> Wa
     # Blocks alike compile alike, since nobody knows where their weights will lie.
     own = {block.alike(): block for block in blocks}.values()
     jobs = [(block, rows, way) for block in own for rows in sizes for way in (_ordered, _reversed)]
-    with _autocast_of_cuda(), compiling(gpu.arch, gpu.multiprocessors) as hits:
+    with _autocast(), compiling(gpu.arch, gpu.multiprocessors) as hits:
         left = _run_all(jobs)
     return _told(blocks, hits, left)
 
@@ -180,31 +183,36 @@ def _reversed(block: Block) -> dict[str, Tensor]:
 
 def _placed(block: Block, step: int) -> dict[str, Tensor]:
     """Stand-ins on the CPU, one behind the other as the GPU's allocator would have them, or in the
-    opposite order, in memory that nobody touches."""
+    opposite order, in memory that nobody touches; in autocast's dtype, whose copies kernels see."""
     own = [*block.module.parameters(), *block.module.buffers()][::step]
     spans = [1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in own]
     starts, end = [], 0
     for t, span in zip(own, spans, strict=True):
         starts.append(end)
-        end += -(-max(span, 1) * t.itemsize // _APART) * _APART
+        end += -(-max(span, 1) * _dtype(t).itemsize // _APART) * _APART
     memory = torch.empty(end + _APART, dtype=torch.uint8)
     memory = memory[-memory.data_ptr() % _APART :]
     at = {id(t): start for t, start in zip(own, starts, strict=True)}
 
     def place(t: Tensor) -> Tensor:
         room = memory[at[id(t)] :]
-        room = room[: room.numel() // t.itemsize * t.itemsize].view(t.dtype)
+        dtype = _dtype(t)
+        room = room[: room.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         return room.as_strided(t.shape, t.stride()).detach()
 
     return stand_ins(block, place)
 
 
-@contextlib.contextmanager
-def _autocast_of_cuda() -> Iterator[None]:
-    """CPU tensors are cast as CUDA's would be."""
-    enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    with torch.autocast("cpu", dtype=dtype, enabled=enabled):
-        yield
+def _dtype(t: Tensor) -> torch.dtype:
+    cast = torch.is_autocast_enabled("cpu") and t.dtype in TRITON_DTYPES
+    return torch.get_autocast_dtype("cpu") if cast else t.dtype
+
+
+def _autocast() -> AbstractContextManager[Any]:
+    """CPU tensors are cast as CUDA's would be; that of the CPU, if it is in force, stays."""
+    if not torch.is_autocast_enabled("cuda"):
+        return contextlib.nullcontext()
+    return torch.autocast("cpu", dtype=torch.get_autocast_dtype("cuda"))
 
 
 class _Bar:

@@ -54,10 +54,10 @@ def hidden_width(
     if hidden is not None:
         others = {} if isinstance(factor, Default) else {factor_name: factor}
         others |= {} if multiple_of is None else {"multiple_of": multiple_of}
-        for name, value in others.items():
+        for name, other in others.items():
             raise ValueError(
                 f"{owner}: hidden and {name} must not be given together, since either sets the "
-                f"hidden width, got hidden={hidden!r} and {name}={value!r}; leave one out"
+                f"hidden width, got hidden={hidden!r} and {name}={other!r}; leave one out"
             )
         return hidden
     width = scaled(owner, dim, factor_name, factor)
