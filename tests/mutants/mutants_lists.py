@@ -260,6 +260,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "what is added where mask_e is not has the least key whatever it is",
     ),
     Equivalent(
+        "kernels/moe/topk_route.py",
+        "if bias_ptr is None and not BY_LOGITS:",
+        "if bias_ptr is None:",
+        "by logits the key is theirs already",
+    ),
+    Equivalent(
         "kernels/hyper/score_grads.py",
         "if P.rank1 > 0 or P.rank2 > 0:",
         "if P.rank1 > 0:",
