@@ -332,6 +332,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "nn.Parameter detaches what it is given",
     ),
     Equivalent(
+        "fusedmlp/weights/gguf_file.py",
+        "elif version < min(VERSIONS):",
+        "elif version < max(VERSIONS):",
+        "versions 2 and 3 are neighbours: what is neither and below 3 is below 2",
+    ),
+    Equivalent(
         "fusedmlp/hyperglu/chunked.py",
         "return torch.zeros_like(v)",
         "return torch.ones_like(v)",
