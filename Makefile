@@ -31,7 +31,7 @@ KERNEL ?=
 LIMIT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test quick lint execute gate gate-triton gate-csrc docs floors mutants prove families bench
+.PHONY: help test quick lint execute gate gate-triton gate-csrc bound docs floors mutants prove families bench
 
 # $(call needs,MODULE,EXTRA): one error where a Python module is not there.
 needs = @$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("$(1)") or \
@@ -78,6 +78,10 @@ gate-csrc: ## the half of it that is csrc/'s: build the extension, then look int
 	$(needs_nvcc)
 	$(CSRC_BUILD)
 	$(CSRC_GATE)
+
+bound: ## upper bounds of every kernel's speed by its machine code, against the committed table
+	$(call needs,triton,test)
+	$(BENCH) gate bound $(if $(ARCH),--arch $(ARCH))
 
 docs: ## the documentation site, into build/site
 	$(call needs,mkdocs,docs)

@@ -1,8 +1,10 @@
 """`predict`: what can be computed without a GPU: FLOPs, bytes, what autograd keeps, the roofline
 time, and the tile that would run.
 
-Nothing here is measured. With --compile the ahead-of-time gate adds what the compiler says of each
-tile's kernel, hence how many blocks fit a multiprocessor at once.
+Nothing here is measured. Beside the roofline of a whole op stands the sum over its kernels, each by
+its upper bound from machine code (`gate bound`), in a checkout. With --compile the ahead-of-time
+gate adds what the compiler says of each tile's kernel, hence how many blocks fit a multiprocessor
+at once.
 """
 
 from __future__ import annotations
@@ -24,14 +26,15 @@ import torch
 
 from ..backends.op import OPS, Kernel
 from ..kernels import pick
-from ..kernels.arch import Arch
 from ..kernels.arch.roof import Roof
 from ..kernels.arch.tile import Fit, Tile
 from ..kernels.device import pretend
 from ..kernels.moe.grouped import most_tiles
 from ..kernels.tiles import fit_of
 from . import machine
+from .least import least_ms
 from .machine import ARCH_OF, ROOFS
+from .occupancy import blocks_at_once
 from .options import Record, Refusal, collecting, subparser, write_json
 from .render import number, say, size, table
 from .saved import saved_bytes
@@ -41,8 +44,6 @@ from .work import Work
 
 # Beside its GEMM a launcher may run these, which sum what the GEMM stored.
 HELPERS = ("reduce_kernel", "_sums_kernel", "_bias_kernel", "_dprob_kernel")
-REGISTERS = 65536  # of each multiprocessor
-RESERVED_SHARED = 1024  # of each block, for the system
 COMPUTED = "computed from datasheets; nothing was measured"
 
 
@@ -115,34 +116,24 @@ def _grouped_launch(
     return PlannedLaunch(kernel.name, tile, count, count / roof.multiprocessors, 1)
 
 
-def blocks_at_once(
-    arch: Arch, tile: Tile, registers: int, shared: int, tensor_memory: int = 0
-) -> int:
-    """Blocks that fit one multiprocessor by registers, shared and tensor memory, and threads."""
-    by_threads = arch.threads // (32 * tile.num_warps)
-    # A warp gets registers in units of 256.
-    per_warp = math.ceil(registers * 32 / 256) * 256
-    by_registers = REGISTERS // per_warp // tile.num_warps if registers else by_threads
-    by_shared = (arch.shared_memory + RESERVED_SHARED) // (shared + RESERVED_SHARED)
-    by_tensors = arch.tensor_memory // tensor_memory if tensor_memory else by_threads
-    return min(by_registers, by_shared, by_tensors, by_threads)
-
-
 def predict(work: Work, phase: str) -> list[Record]:
-    """One record per GPU of machine.ROOFS."""
-    flops, moved = work.flops(phase), work.bytes(phase)
-    return [
-        {
-            "kind": "predict", **work.identity(), "phase": phase, "model": work.model,
-            "gpu": roof.name, "flops": flops, "bytes": moved,
-            "saved_bytes": saved_bytes(work, phase, ARCH_OF[roof.name]),
-            "roofline_ms": roof.milliseconds(flops, moved, work.dtype),
-            "bound": roof.bound(flops, moved, work.dtype),
-            "launches": [_launch_record(launch) for launch in launches(work, phase, roof)],
-            "source": COMPUTED,
-        }
-        for roof in ROOFS.values()
-    ]  # fmt: skip
+    """One record per GPU of machine.ROOFS. least_ms: as least.py sums it, or None."""
+    return [_predicted(work, phase, roof) for roof in ROOFS.values()]
+
+
+def _predicted(work: Work, phase: str, roof: Roof) -> Record:
+    flops, moved, arch = work.flops(phase), work.bytes(phase), ARCH_OF[roof.name]
+    planned = launches(work, phase, roof)
+    return {
+        "kind": "predict", **work.identity(), "phase": phase, "model": work.model,
+        "gpu": roof.name, "flops": flops, "bytes": moved,
+        "saved_bytes": saved_bytes(work, phase, arch),
+        "roofline_ms": roof.milliseconds(flops, moved, work.dtype),
+        "bound": roof.bound(flops, moved, work.dtype),
+        "least_ms": least_ms(work, phase, planned, roof, arch),
+        "launches": [_launch_record(launch) for launch in planned],
+        "source": COMPUTED,
+    }  # fmt: skip
 
 
 def _launch_record(launch: PlannedLaunch) -> Record:
@@ -153,14 +144,17 @@ def _launch_record(launch: PlannedLaunch) -> Record:
 
 
 def show(records: Sequence[Record]) -> None:
-    """FLOPs, bytes and roofline times: one row per work and phase, a column per GPU."""
+    """FLOPs, bytes and roofline times: one row per work and phase, a column per GPU. Behind the
+    roofline of the whole op stands the sum over its kernels, where the bound table has them."""
     rows: dict[tuple[str, ...], list[str]] = {}
     for r in records:
         shape = f"{r['M']}x{r['D']}x{r['H']}"
         key = (r["case"], r["activation"], r["dtype"], r["model"] or "-", shape, r["phase"])
         cells = [number(r["flops"] / 1e9), size(r["bytes"]), _saved(r)]
         row = rows.setdefault(key, cells)
-        row.append(f"{number(r['roofline_ms'])} {r['bound']}")
+        least = r.get("least_ms")
+        by_kernels = f", kernels {number(least)}" if least is not None else ""
+        row.append(f"{number(r['roofline_ms'])} {r['bound']}{by_kernels}")
     named = ("case", "activation", "dtype", "model", "M x D x H", "phase")
     header = (*named, "GFLOP", "bytes", "saved")
     gpus = [f"{name} ms, bound" for name in ROOFS]

@@ -1,5 +1,6 @@
 """`gate`: the ahead-of-time gate of the Triton kernels as a subcommand of the bench; `gate
-execute`, which runs what it compiles, and `gate fill-cache`, which keeps it."""
+execute`, which runs what it compiles, `gate bound`, which says how fast it can be, and `gate
+fill-cache`, which keeps it."""
 
 from __future__ import annotations
 
@@ -13,7 +14,17 @@ from .kernels import __doc__ as about, add_arguments, run
 
 __all__ = ["main", "register"]
 
-_EXECUTE = "gate.execute.command"
+# Commands that need a checkout: what each does, and how it is called.
+_OTHERS = {
+    "execute": (
+        "run every compiled kernel on a CPU and judge its numbers",
+        ("gate execute --brief", "gate execute --arch sm_90 --match 'moe_.* tile'"),
+    ),
+    "bound": (
+        "an upper bound of each kernel's speed, computed from its machine code",
+        ("gate bound --arch sm_90 --kernel gated_linear_fwd", "gate bound --update"),
+    ),
+}
 Commands = argparse._SubParsersAction
 
 
@@ -26,14 +37,16 @@ def register(subparsers: Commands[argparse.ArgumentParser]) -> None:
         subparsers, "gate", "compile every Triton kernel for every architecture, without a GPU",
         (
             "gate --brief", "gate --arch sm_90 sm_103", "gate --brief --json gate.json",
-            "gate execute --brief", "gate fill-cache build/carry --extension",
+            "gate execute --brief", "gate bound --arch sm_90",
+            "gate fill-cache build/carry --extension",
         ),
         main,
     )  # fmt: skip
     parser.description = about
     add_arguments(parser)
     others = parser.add_subparsers(metavar="COMMAND", title="other commands")
-    _register_execute(others)
+    for name in _OTHERS:
+        _register(others, name)
     filling = others.add_parser(
         "fill-cache", help="compile what a campaign will launch into a folder to carry",
         description=fill.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -42,19 +55,15 @@ def register(subparsers: Commands[argparse.ArgumentParser]) -> None:
     filling.set_defaults(main=fill.main)
 
 
-def _missing(args: argparse.Namespace) -> int:
-    raise Refusal(rooms.missing("gate execute"))
+def _register(others: Commands[argparse.ArgumentParser], name: str) -> None:
+    if not rooms.has(f"gate.{name}.command"):
 
+        def missing(args: argparse.Namespace) -> int:
+            raise Refusal(rooms.missing(f"gate {name}"))
 
-def _register_execute(subparsers: Commands[argparse.ArgumentParser]) -> None:
-    if not rooms.has(_EXECUTE):
-        subparsers.add_parser("execute", help="needs a checkout").set_defaults(main=_missing)
+        others.add_parser(name, help="needs a checkout").set_defaults(main=missing)
         return
-    command = importlib.import_module(".execute.command", __package__)
-    execute = subparser(
-        subparsers, "execute", "run every compiled kernel on a CPU and judge its numbers",
-        ("gate execute --brief", "gate execute --arch sm_90 --match 'moe_.* tile'"),
-        command.run,
-    )  # fmt: skip
-    execute.description = command.__doc__
-    command.add_arguments(execute)
+    command = importlib.import_module(f".{name}.command", __package__)
+    parser = subparser(others, name, *_OTHERS[name], command.run)
+    parser.description = command.__doc__
+    command.add_arguments(parser)

@@ -15,6 +15,8 @@ from typing import Any
 
 from ... import running
 from .. import rooms
+from ..gate.bound import table as bound_table
+from ..gate.bound.row import Bound
 from ..options import Refusal, subparser, writable, write_text
 from ..work import ops
 from . import plots, tables
@@ -46,8 +48,14 @@ class Places:
         return self.results / "plots"
 
 
-def markdown(ledgers: Sequence[Ledger], drawn: Sequence[plots.Plot], folder: str) -> str:
-    """The whole of RESULTS.md. folder: where the plots lie, seen from there."""
+def markdown(
+    ledgers: Sequence[Ledger],
+    drawn: Sequence[plots.Plot],
+    folder: str,
+    bounds: Sequence[Bound] = (),
+) -> str:
+    """The whole of RESULTS.md. folder: where the plots lie, seen from there. bounds: of the table
+    that `gate bound` commits."""
     parts = [HEAD, "## State\n", tables.state(ledgers, ops()), ""]
     parts += ["## Targets\n", tables.target_table(ledgers), ""]
     rooflines = [plot for plot in drawn if plot.name.startswith("roofline-")]
@@ -65,6 +73,8 @@ def markdown(ledgers: Sequence[Ledger], drawn: Sequence[plots.Plot], folder: str
             parts.append(f"## {title}\n")
         for ledger in with_any.values():
             parts += [f"{tables.provenance(ledger)}:\n", section(ledger), ""]
+    if bounds:
+        parts += ["## Bound table\n", bound_table.markdown(bounds), ""]
     if ledgers:
         parts += ["## Ledgers\n", *tables.steps(ledgers), ""]
     return "\n".join(parts)
@@ -103,7 +113,8 @@ def render(places: Places) -> tuple[dict[Path, str], list[plots.Plot]]:
     ledgers = collect(places.results, places.made_up)
     drawn = plots.plots_of(ledgers, ops())
     folder = places.plots.relative_to(places.markdown.parent).as_posix()
-    texts = {places.markdown: markdown(ledgers, drawn, folder)}
+    bounds = bound_table.read(places.results / "bound" / "table.json")
+    texts = {places.markdown: markdown(ledgers, drawn, folder, bounds)}
     if places.readme.exists():
         block = tables.readme(ledgers, ops())
         old = places.readme.read_text(encoding="utf-8")

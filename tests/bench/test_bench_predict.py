@@ -59,6 +59,28 @@ def test_what_is_kept_for_a_backward(case, phase):
     assert found == (KEPT[case] if phase in ("backward", "both") else None)
 
 
+@pytest.mark.parametrize("phase", ("forward", "backward", "both"))
+@pytest.mark.parametrize("case", ("gated_linear", "gated_mlp", "mlp", "moe_mlp"))
+def test_the_sum_over_kernels_is_no_less_than_the_roofline(case, phase):
+    for record in predict.predict(work(case), phase):
+        least = record["least_ms"]
+        assert least is not None and least >= 0.999 * record["roofline_ms"]
+        # A backward's epilogue lies in the open, so an op is not twice what a roofline says.
+        assert least < 4 * record["roofline_ms"]
+    (h100, *_) = predict.predict(work("gated_linear", dtype="float32"), "forward")
+    assert h100["least_ms"] is None
+
+
+def test_a_last_wave_counts_whole():
+    def least(H):
+        (h100, *_) = predict.predict(work(M=4096, D=4096, H=H), "forward")
+        return h100["least_ms"]
+
+    # 32 x 33 tiles are 8 waves on 132 multiprocessors; one column of tiles more begins a ninth.
+    assert least(33 * 128) < 1.02 * least(32 * 128)
+    assert least(34 * 128) > 1.1 * least(33 * 128)
+
+
 def test_launches_follow_the_table_of_tiles():
     h100 = ROOFS["H100"]
     (launch,) = predict.launches(work(), "forward", h100)

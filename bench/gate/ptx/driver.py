@@ -97,6 +97,22 @@ class Emulated:
 
         return launch
 
+    def packed(
+        self, source: Any, metadata: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...]
+    ) -> _Arguments:
+        """The parameters of a launch; Finding where the driver would refuse a tensor map."""
+        call = _Arguments(Regions(self.fresh), list(metadata.tensordesc_meta or ()))
+        for (parameter, kind), value in zip(source.signature.items(), arguments, strict=True):
+            call.add(parameter, kind, value)
+        size = grid[0] * grid[1] * grid[2] * metadata.global_scratch_size
+        memory = scratch(size)
+        call.params.append(_bytes(call.regions.tensor("scratch", memory) if size else 0, 8))
+        call.params.append(bytes(8))  # of the profiler
+        if call.refusals:
+            why = "; ".join(call.refusals)
+            raise Finding(label(source.fn), f"cuTensorMapEncodeTiled would refuse {why}")
+        return call
+
     def launch(
         self,
         source: Any,
@@ -108,17 +124,7 @@ class Emulated:
         name = label(source.fn)
         if self.edit:
             text = self.edit(name, text)
-        call = _Arguments(Regions(self.fresh), list(metadata.tensordesc_meta or ()))
-        for (parameter, kind), value in zip(source.signature.items(), arguments, strict=True):
-            call.add(parameter, kind, value)
-        blocks = grid[0] * grid[1] * grid[2]
-        size = blocks * metadata.global_scratch_size
-        memory = scratch(size)
-        call.params.append(_bytes(call.regions.tensor("scratch", memory) if size else 0, 8))
-        call.params.append(bytes(8))  # of the profiler
-        if call.refusals:
-            why = "; ".join(call.refusals)
-            raise Finding(name, f"cuTensorMapEncodeTiled would refuse {why}")
+        call = self.packed(source, metadata, grid, arguments)
         if self.calls is not None:
             self.calls.append(Call(name, text, grid, metadata.shared, tuple(call.params)))
             return

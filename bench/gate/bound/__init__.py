@@ -1,0 +1,1 @@
+"""What each kernel can reach at best, by its machine code: `gate bound`. See README.md."""
