@@ -31,7 +31,7 @@ KERNEL ?=
 LIMIT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test quick lint execute gate gate-triton gate-csrc bound docs floors mutants prove families bench
+.PHONY: help test quick lint execute gate gate-triton gate-csrc bound docs floors mutants prove families patch-sweep bench
 
 # $(call needs,MODULE,EXTRA): one error where a Python module is not there.
 needs = @$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("$(1)") or \
@@ -103,6 +103,10 @@ prove: ## two provers that others wrote look at the kernels of sm_80; installs t
 families: ## docs/models.md: the experts of each family of transformers, their gates and routers
 	$(call needs,transformers,test)
 	$(PYTHON) tests/families
+
+patch-sweep: ## docs/patch_sweep.md: what patch() does to every model type; half an hour, resumable
+	$(call needs,transformers,test)
+	$(BENCH) patch-sweep
 
 bench: ## errors against float64, and times or, without a GPU, computed times
 	$(call needs,torch,bench)

@@ -26,6 +26,7 @@ COMMANDS = {
     "plots": "report.plots",
     "table": "experiments.table",
     "lm": "experiments.lm",
+    "patch-sweep": "experiments.patch_sweep",
 }
 
 EPILOG = f"""\

@@ -1,190 +1,201 @@
-"""What patch() does to every model type of transformers: a table, made from tiny configurations.
-
-    python -m fusedmlp.bench.experiments.patch_sweep > docs/patched-models.md
+"""`patch-sweep`: what patch() does to every model type of transformers, as a page.
 
 Of each type one model is built of its own configuration class, small, on the CPU where that goes
-and on the meta device where it does not. Every patched block is run beside its own forward, in eval
-and in training with the same seed; the largest difference is in the table.
+and on the meta device where it does not. Every kind of patched dense block is run beside its own
+forward. A row is kept as it is found, so a command that was interrupted goes on from there.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-import inspect
+import hashlib
 import io
+import json
 import os
 import re
 import signal
-import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 import fusedmlp
-from fusedmlp.patching.dense import Dense
-from fusedmlp.patching.plan import child
-from fusedmlp.patching.report import Report
-from fusedmlp.patching.swap import Patched
 
-SECONDS = 60  # for one type
-LARGEST = 30_000_000  # parameters of a model with values
-_SMALL: dict[str, Any] = {
-    **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "embed_dim", "embedding_size",
-                     "word_embed_proj_dim", "projection_dim", "conv_dim"), 32),
-    **dict.fromkeys(("intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim",
-                     "ffn_hidden_size", "hidden_dim", "moe_intermediate_size", "n_inner",
-                     "shared_expert_intermediate_size", "intermediate_size_mlp"), 48),
-    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers",
-                     "decoder_layers", "num_decoder_layers", "depth", "num_encoder_layers"), 2),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads", "num_key_value_heads",
-                     "encoder_attention_heads", "decoder_attention_heads"), 4),
-    **dict.fromkeys(("head_dim", "d_kv"), 8),
-    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),
-    "num_experts_per_tok": 2, "vocab_size": 99, "max_position_embeddings": 64, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2, "num_mel_bins": 8, "image_size": 32, "patch_size": 8,
-    "max_source_positions": 16, "max_target_positions": 16,
-}  # fmt: skip
+from ..options import count, need, subparser, writable, write_text
+from .patch_sweep_models import built, difference
+
+ROOT = Path(fusedmlp.__file__).parents[1]
+PAGE, KEPT = ROOT / "docs" / "patch_sweep.md", ROOT / "build" / "patch_sweep.jsonl"
+HEAD = """\
+# Model types of transformers, patched
+
+`make patch-sweep` wrote this page with transformers {version}: {all} model types, {fused} of them
+with a fused block, {silent} without a line in the report. Of each, one model was built of its own
+configuration class, small where its configuration allows, and patched in float32 on a CPU, where
+the PyTorch reference runs. [Speed up my model](patch.md) says what the words mean.
+
+* Lines: of the report; fused, in part and left add up to them.
+* Error: the largest difference between a patched dense block and its own forward, in eval and in
+  training, relative to the largest output or 1. Experts have theirs on [their page](models.md).
+  None where a model was too large to have values, or a block needs more than x.
+* Left: how many lines and why; one reason may stand for many layers.
+
+| model type | lines | fused | in part | left | error | why left |
+|---|---|---|---|---|---|---|
+"""
 
 
 class Row(NamedTuple):
+    """failed: why no model was built, or why its blocks were not run."""
+
     kind: str
-    blocks: int
-    fused: int
-    partly: int
-    left: tuple[str, ...]
-    error: float | None
-    failed: str | None = None
+    lines: int = 0
+    fused: int = 0
+    partly: int = 0
+    left: dict[str, int] = {}  # noqa: RUF012 - never written
+    error: float | None = None
+    failed: str = ""
+
+    def line(self) -> str:
+        why = "; ".join(f"{n} {reason}" for reason, n in self.left.items()) or self.failed
+        error = "" if self.error is None else f"{self.error:.0e}"
+        cells = (self.kind, self.lines, self.fused, self.partly, sum(self.left.values()), error)
+        return f"| {' | '.join(map(str, cells))} | {_cell(why)} |"
 
 
-def small(cls: Any, **changes: Any) -> Any:
-    """A small configuration, and of it those of its parts."""
-    takes = set(inspect.signature(cls.__init__).parameters) | set(vars(cls))
-    with contextlib.suppress(Exception):
-        takes |= set(vars(cls()))
-    takes |= set(getattr(cls, "attribute_map", {}))
-    own = {k: v for k, v in (_SMALL | changes).items() if k in takes}
-    for name, kind in (getattr(cls, "sub_configs", None) or {}).items():
-        if inspect.isclass(kind) and hasattr(kind, "model_type") and kind.model_type:
-            own[name] = small(kind).to_dict()
-    return cls(**own)
+def _cell(text: str) -> str:
+    """Without what a table or emphasis is made of."""
+    return re.sub(r"([_*])", r"\\\1", re.sub(r"\s+", " ", text).replace("|", "/"))
 
 
 class Late(BaseException):
     """No Exception: whatever suppresses those must not go on."""
 
 
-def built(cls: Any, model_class: Any) -> nn.Module | None:
-    """Small on the CPU; else, of its own sizes and perhaps two layers, on meta."""
-    layers = {k: 2 for k, v in _SMALL.items() if v == 2 and "layer" in k}
-    for config in (
-        lambda: small(cls),
-        lambda: small(cls, num_key_value_heads=2),
-        lambda: cls(**{k: v for k, v in layers.items() if hasattr(cls(), k)}),
-        cls,
-    ):
-        with contextlib.suppress(Exception):
-            with torch.device("meta"):
-                model: nn.Module = model_class._from_config(config())
-            if sum(p.numel() for p in model.parameters()) > LARGEST:
-                return model
-            with contextlib.suppress(Exception):
-                return model_class._from_config(config())
-            return model
-    return None
-
-
-def differences(model: nn.Module) -> float | None:
-    """The largest difference between a block and its own forward, of outputs of about 1."""
-    found: list[float] = []
-    for block in model.modules():
-        plan = getattr(type(block), "_plan", None)
-        if not isinstance(block, Patched) or not isinstance(plan, Dense):
-            continue
-        first = child(block, plan.first[0])
-        width: Any = getattr(first, "in_features", None) or getattr(first, "nx", 0)
-        x = torch.randn(2, 5, width)
-        own = plan.original(block._own_class)
-        args = [x] if plan.cut is None else [x] * len(plan.cut.names)
-        ours = getattr(block, plan.method if plan.cut is None else "_fused_run")
-        if next(block.parameters()).is_meta:
-            continue
-        for training in (False, True):
-            was = {m: m.training for m in block.modules()}
-            block.train(training)
-            with torch.no_grad():
-                outs = []
-                for run in (lambda: own(block, *args), lambda: ours(*args)):  # noqa: B023
-                    torch.manual_seed(0)
-                    outs.append(run())
-            found.append(float((outs[0] - outs[1]).abs().max() / outs[0].abs().max().clamp(1)))
-            for m, mode in was.items():
-                m.training = mode
-    return max(found, default=None)
-
-
 def row(kind: str, cls: Any, model_class: Any) -> Row:
     model = built(cls, model_class)
     if model is None:
-        return Row(kind, 0, 0, 0, (), None, "no small model could be built")
-    report: Report = fusedmlp.patch(model)
-    left = tuple(f"{e.kind}: {e.detail}" for e in report.left if not e.partly)
-    partly, fused = len(report.partly), len(report.patched) - len(report.partly)
+        return Row(kind, failed="no model could be built of its configuration's defaults")
+    report = fusedmlp.patch(model)
+    partly = len(report.partly)
+    reasons = (f"{e.kind}: {e.detail}" for e in report.left if not e.partly)
+    found = Row(kind, len(report.entries), len(report.patched) - partly, partly, Counter(reasons))
     try:
-        error, failed = differences(model), None
-    except Exception as problem:  # a block that cannot be called on x alone
-        error, failed = None, f"{type(problem).__name__}: {problem}".partition("\n")[0][:120]
-    return Row(kind, len(report.entries), fused, partly, left, error, failed)
+        return found._replace(error=difference(model))
+    except Exception:  # a block that cannot be called on x alone
+        return found
 
 
-def rows(kinds: list[str]) -> list[Row]:
+def _limited(kind: str, seconds: int) -> Row | None:
+    """None for a type without a model of its own."""
     from transformers import MODEL_MAPPING
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+    try:
+        cls: Any = CONFIG_MAPPING[kind]
+        model_class: Any = MODEL_MAPPING[cls]
+    except (KeyError, ValueError):  # some are mapped to names that transformers does not have
+        return None
+    model_class = model_class[0] if isinstance(model_class, tuple) else model_class
+    torch.manual_seed(0)
+    signal.setitimer(
+        signal.ITIMER_PROF, seconds
+    )  # of this process alone, however loaded the machine
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return row(kind, cls, model_class)
+    except Late:
+        return Row(kind, failed=f"not done in {seconds} s")
+    except Exception as problem:
+        return Row(kind, failed=f"{type(problem).__name__}: {problem}".partition("\n")[0][:150])
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _digest() -> str:
+    """What rows hang on: rows of other sources are found anew."""
+    import transformers
+
+    text = f"{transformers.__version__} {torch.__version__}".encode()
+    sources = sorted((ROOT / "fusedmlp" / "patching").glob("*.py"))
+    return hashlib.sha256(b"".join([text, *(p.read_bytes() for p in sources)])).hexdigest()[:12]
+
+
+def _kept(digest: str) -> dict[str, Row | None]:
+    if not KEPT.exists():
+        return {}
+    records = map(json.loads, KEPT.read_text(encoding="utf-8").splitlines())
+    return {
+        r["kind"]: None if r["row"] is None else Row(*r["row"])
+        for r in records
+        if r["digest"] == digest
+    }
+
+
+def rows(kinds: Sequence[str], seconds: int) -> Iterator[Row]:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
     def late(*_: Any) -> None:
-        raise Late(f"more than {SECONDS} s")
+        raise Late
 
-    signal.signal(signal.SIGALRM, late)
-    found = []
+    signal.signal(signal.SIGPROF, late)
+    digest = _digest()
+    known = _kept(digest)
+    KEPT.parent.mkdir(exist_ok=True)
     for kind in kinds or list(CONFIG_MAPPING):
-        signal.alarm(SECONDS)
-        try:
-            cls: Any = CONFIG_MAPPING[kind]
-            model_class: Any = MODEL_MAPPING[cls]
-            model_class = model_class[0] if isinstance(model_class, tuple) else model_class
-            torch.manual_seed(0)
-            with contextlib.redirect_stdout(io.StringIO()):
-                found.append(row(kind, cls, model_class))
-        except KeyError:
-            continue  # no model of its own
-        except (Exception, Late) as problem:
-            found.append(Row(kind, 0, 0, 0, (), None, f"{type(problem).__name__}: {problem}"[:150]))
-        finally:
-            signal.alarm(0)
-        print(found[-1], file=sys.stderr, flush=True)
-    return found
+        if kind not in known:
+            known[kind] = _limited(kind, seconds)
+            record = {"kind": kind, "digest": digest, "row": known[kind]}
+            with KEPT.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        if (found := known[kind]) is not None:
+            yield found
 
 
-def table(found: list[Row]) -> str:
-    lines = [
-        "| model type | lines | fused | partly | left | largest error |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in found:
-        why = Counter(re.sub(r"\s+", " ", reason) for reason in r.left)
-        left = "; ".join(f"{count} {reason}" for reason, count in why.items())
-        error = "" if r.error is None else f"{r.error:.1e}"
-        cells = (r.kind, r.blocks, r.fused, r.partly, r.failed or left, error)
-        lines.append(f"| {' | '.join(str(c).replace('|', '/') for c in cells)} |")
-    fused = sum(bool(r.fused + r.partly) for r in found)
-    silent = sum(not r.blocks and r.failed is None for r in found)
-    lines.append(f"\n{len(found)} types, {fused} with a fused block, {silent} without a line.")
-    return "\n".join(lines)
+def page(found: Sequence[Row]) -> str:
+    import transformers
+
+    head = HEAD.format(
+        version=transformers.__version__,
+        all=len(found),
+        fused=sum(bool(r.fused + r.partly) for r in found),
+        silent=sum(not r.lines and not r.failed for r in found),
+    )
+    return head + "".join(f"{r.line()}\n" for r in found)
 
 
-if __name__ == "__main__":
+def main(args: argparse.Namespace) -> int:
+    need("transformers", "patch-sweep's models")
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
-    print(table(rows(sys.argv[1:])))
+    torch.set_num_threads(1)
+    found = []
+    for r in rows(args.types, args.seconds):
+        print(r.line(), flush=True)
+        found.append(r)
+    if not args.types:
+        write_text(args.page, page(found))
+    return 0
+
+
+def register(subparsers: Any) -> None:
+    parser = subparser(
+        subparsers,
+        "patch-sweep",
+        "what patch() does to every model type of transformers; writes docs/patch_sweep.md",
+        ("patch-sweep", "patch-sweep llama bert"),
+        main,
+    )
+    parser.add_argument(
+        "types", nargs="*", metavar="TYPE", help="model types to print; default: all, and the page"
+    )
+    parser.add_argument(
+        "--seconds", type=count, default=120, help="of CPU time for one type; default: 120"
+    )
+    parser.add_argument(
+        "--page", type=writable, default=str(PAGE), help="default: the page in docs"
+    )
