@@ -15,8 +15,6 @@ from typing import Any
 
 from ... import running
 from .. import rooms
-from ..gate.bound import table as bound_table
-from ..gate.bound.row import Bound
 from ..options import Refusal, subparser, writable, write_text
 from ..work import ops
 from . import plots, tables
@@ -49,13 +47,10 @@ class Places:
 
 
 def markdown(
-    ledgers: Sequence[Ledger],
-    drawn: Sequence[plots.Plot],
-    folder: str,
-    bounds: Sequence[Bound] = (),
+    ledgers: Sequence[Ledger], drawn: Sequence[plots.Plot], folder: str, bounds: str = ""
 ) -> str:
-    """The whole of RESULTS.md. folder: where the plots lie, seen from there. bounds: of the table
-    that `gate bound` commits."""
+    """The whole of RESULTS.md. folder: where the plots lie, seen from there. bounds: the table that
+    `gate bound` commits."""
     parts = [HEAD, "## State\n", tables.state(ledgers, ops()), ""]
     parts += ["## Targets\n", tables.target_table(ledgers), ""]
     rooflines = [plot for plot in drawn if plot.name.startswith("roofline-")]
@@ -74,7 +69,7 @@ def markdown(
         for ledger in with_any.values():
             parts += [f"{tables.provenance(ledger)}:\n", section(ledger), ""]
     if bounds:
-        parts += ["## Bound table\n", bound_table.markdown(bounds), ""]
+        parts += ["## Bound table\n", bounds, ""]
     if ledgers:
         parts += ["## Ledgers\n", *tables.steps(ledgers), ""]
     return "\n".join(parts)
@@ -108,13 +103,19 @@ def with_block(readme: str, block: str, path: Path) -> str:
     return f"{before}{BEGIN}\n\n{block}\n\n{END}{after}"
 
 
+def _bounds(results: Path) -> str:
+    """The bound table of a folder of results, if it has one."""
+    table = rooms.load("gate.bound.table", "report")
+    found = table.read(results / "bound" / "table.json")
+    return str(table.markdown(found)) if found else ""
+
+
 def render(places: Places) -> tuple[dict[Path, str], list[plots.Plot]]:
     """(text files by path, plots)."""
     ledgers = collect(places.results, places.made_up)
     drawn = plots.plots_of(ledgers, ops())
     folder = places.plots.relative_to(places.markdown.parent).as_posix()
-    bounds = bound_table.read(places.results / "bound" / "table.json")
-    texts = {places.markdown: markdown(ledgers, drawn, folder, bounds)}
+    texts = {places.markdown: markdown(ledgers, drawn, folder, _bounds(places.results))}
     if places.readme.exists():
         block = tables.readme(ledgers, ops())
         old = places.readme.read_text(encoding="utf-8")

@@ -75,7 +75,7 @@ def _registers(sections: Mapping[str, bytes]) -> dict[str, int]:
 
 
 def layouts(cubin: bytes) -> dict[str, Layout]:
-    """Of every kernel of a cubin, by its mangled name."""
+    """The layout of every kernel of a cubin, by its mangled name."""
     sections = dict(_sections(cubin))
     registers = _registers(sections)
     found = {}

@@ -55,7 +55,7 @@ class Machine:
 
     @property
     def device_bytes_a_clock(self) -> float:
-        """Of one multiprocessor."""
+        """The share of one multiprocessor."""
         return self.device_bytes / (self.clock_ghz * 1e9) / self.multiprocessors
 
 

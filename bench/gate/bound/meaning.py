@@ -123,7 +123,7 @@ def _imad(i: Instruction) -> Made:
         if not is_wide and not is_high:
             total = wide(a) * wide(b) + wide(c) + sum(map(_one, inn))
             return (word(total), *([None] * (len(to) - 1)))
-        product = a * b if unsigned else _exact(signed(a), signed(b))
+        product = a * b if unsigned else signed(a) * signed(b)
         total = _modulo(product) + wide(c)
         if isinstance(total, int):
             total &= (1 << 64) - 1
@@ -131,10 +131,6 @@ def _imad(i: Instruction) -> Made:
         return (low, high, *([None] * (len(to) - 2))) if is_wide else (high,)
 
     return tuple(to), step
-
-
-def _exact(a: Value, b: Value) -> Value:
-    return a * b
 
 
 def _modulo(product: Value) -> Value:

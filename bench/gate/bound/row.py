@@ -52,7 +52,7 @@ class Bound:
         return math.ceil(K / self.block[2])
 
     def clocks(self, K: int) -> Clocks:
-        """Of one tile of depth K, unit by unit; the block's own order is shared by all blocks that
+        """A tile of depth K, unit by unit; the block's own order is shared by all blocks that
         a multiprocessor holds, for they run side by side."""
         n = self.steps(K)
         found = {u: v + n * self.step[u] for u, v in self.each.items()}

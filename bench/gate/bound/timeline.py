@@ -50,8 +50,7 @@ class Totals:
 
 @dataclass
 class Timeline:
-    """One role's time so far. warps: on each scheduler; whole: all warps of the role, which share
-    what one of them asks of TMA or of tcgen05."""
+    """One role's time so far. warps: of the role, on each scheduler."""
 
     machine: Machine
     warps: float
@@ -66,7 +65,6 @@ class Timeline:
     copies: deque[float] = field(default_factory=deque)
     barriers: dict[int, list[float]] = field(default_factory=dict)
     waited: Counter[int] = field(default_factory=Counter)
-    pending: float = 0
     drains: int = 0
     exposed: int = 0
     count: int = 0

@@ -30,7 +30,7 @@ class State:
         self.special = special
         self.shared: dict[tuple[int, int], Value] = {}
         # Unknown register -> (bits that are known, their values), for flags kept in a register.
-        self.bits: dict[str, tuple[int, int]] = {}
+        self.bits: dict[str, tuple[int, Value]] = {}
         self.lost: dict[str, str] = {}  # register -> what left it unknown
         self.load: Callable[[int, int], int | None] = lambda address, size: None
 

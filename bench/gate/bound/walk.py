@@ -222,8 +222,7 @@ def _forget_flags(s: State, i: Instruction) -> None:
     if name != i.operands[1] or not bits.startswith("0x"):
         return
     known, value = s.bits.get(name, (0, 0)) if old is None else (0xFFFFFFFF, old)
-    if isinstance(value, int):
-        s.bits[name] = known & ~int(bits, 0), value
+    s.bits[name] = known & ~int(bits, 0), value
 
 
 def trapped(code: Code, at: int | None) -> bool:

@@ -138,7 +138,7 @@ def test_a_way_to_a_trap_is_not_taken():
 
 
 def test_control_codes():
-    # Of `S2R R9, SR_TID.X` of a kernel for sm_90: it frees scoreboard 2 and waits for none.
+    # `S2R R9, SR_TID.X` of a kernel for sm_90: it frees scoreboard 2 and waits for none.
     control = control_of(0x000EA20000002100)
     assert (control.writes, control.reads, control.waits) == (2, 7, 0)
     assert control_of(0x044FE400000006FF).waits == 4
