@@ -27,6 +27,7 @@ from .dry.lines import (
 )
 from .kernels.device import arch_of, capability_of
 from .kernels.pick import LAST
+from .kernels.plans import plans_are_off
 from .layers.parts.block import positive_int
 from .layers.parts.widths import Reader, off_fast_loads
 from .patching.swap import Patched
@@ -164,6 +165,8 @@ def explain(
     lines += loader.describe(capability_of(device) if device else 0)
     lines.append(_device_line(torch.device("cpu")))
     lines.append(_device_line(device) if device else "cuda tensors: none, torch finds no GPU")
+    off = plans_are_off()
+    lines.append(f"launch plans: {f'none, {off}' if off else 'on'}")
     lines.append("second derivatives, torch.func, forward-mode AD: reference")
     lines.append(f"ops: {', '.join(public_ops())}")
     lines += [_last_launch(kernel) for kernel in sorted(LAST.keys() | choice.SERVED.keys())]

@@ -28,7 +28,12 @@ def halves(t: Tensor, packed: Packed, dim: int = -1) -> tuple[Tensor, Tensor]:
 
 def rows(t: Tensor) -> Tensor:
     """(..., D) as (M, D). A view, unless the leading dimensions cannot be merged by strides."""
-    return t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def unrows(t: Tensor, like: Tensor) -> Tensor:
+    """(M, H) with the leading dimensions of `like`, whose `rows` there are M of."""
+    return t if like.dim() == 2 else t.view(*like.shape[:-1], t.shape[-1])
 
 
 def empty_pair(like: Tensor, M: int, H: int, packed: Packed | None) -> Tensor:

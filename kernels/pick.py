@@ -8,9 +8,20 @@ from typing import Any
 from .arch import Arch
 from .arch.tile import SKINNY_M, Fit, Tile, cdiv
 from .device import arch_of, multiprocessors
+from .plans import recording
 
-# kernel -> what it was last launched with, for explain().
-LAST: dict[str, Tile] = {}
+
+class _Last(dict[str, Tile]):
+    """kernel -> the tile of its last launch."""
+
+    def __setitem__(self, kernel: str, tile: Tile) -> None:
+        super().__setitem__(kernel, tile)
+        if recorder := recording():
+            recorder.chosen.append((self, {kernel: tile}))
+
+
+# For explain().
+LAST = _Last()
 
 
 def _usable(arch: Arch, kernel: str, size: int, fit: Fit, few: bool) -> list[Tile]:

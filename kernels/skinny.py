@@ -12,6 +12,7 @@ from torch import Tensor
 from .activations import act_of
 from .arch.tile import Tile, cdiv
 from .epilogues import store_fwd
+from .plans import noted
 from .tiles import compiler_options, load_tile, multiply, precision, store_tile, unweave
 
 
@@ -126,14 +127,14 @@ def launch_split(
     parts = x.new_empty((splits, 2 if gated else 1, M, H), dtype=torch.float32)
     shared = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **compiler_options(tile)}
     columns = cdiv(H, tile.block_n)
-    _partial_kernel[columns, splits](
+    noted(_partial_kernel)[columns, splits](
         x, w_gate, w_up, parts, M, H, D, depth,
         *x.stride(), *w_gate.stride(), *(w_up.stride() if w_up is not None else (0, 0)),
         BLOCK_K=tile.block_k, INTERLEAVED=interleaved, MASK_K=D % tile.block_k != 0,
         PRECISION=precision(x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
     )  # fmt: skip
-    reduce_kernel[columns,](
+    noted(reduce_kernel)[columns,](
         parts, b_gate, b_up, h, g, u, M, H, splits, *strides,
         **act_of(activation), GATED=gated, **shared,
     )  # fmt: skip

@@ -122,10 +122,10 @@ def pick(op: str, x: Tensor, name: str = "x") -> str:
 SERVED: dict[str, str] = {}
 
 
-def launcher(row: Kernel) -> Callable[..., Any]:
-    """A kernel's two launchers as one, which chooses when it is called. That of csrc/ raises
-    `loader.Unfit` before anything is enqueued."""
-    kernel, triton = row.name, row.triton
+def launcher(row: Kernel, triton: Callable[..., Any]) -> Callable[..., Any]:
+    """A kernel's launcher of csrc/ and `triton`, its other one, as one, which chooses when it is
+    called. That of csrc/ raises `loader.Unfit` before anything is enqueued."""
+    kernel = row.name
     cuda, few_rows = row.cuda_row.launch, row.cuda_row.few_rows
 
     @functools.wraps(triton)

@@ -14,11 +14,14 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 from ..kernels.device import INTERPRETED
+from ..kernels.plans import planned
 from . import driver
 from .choice import launcher
 from .op import KERNELS, MISSING, NAMESPACE, Kernel, add_kernel
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+# kernel -> its Triton launcher, by launch plans.
+BY_PLANS: dict[str, Callable[..., Any]] = {}
 
 
 def on_its_device(impl: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,7 +53,8 @@ def define(
     """
     row = Kernel(schema, triton, fake, **rest)
     add_kernel(row)
-    impl = row.triton if row.cuda is None else launcher(row)
+    by_plans = BY_PLANS[row.name] = planned(row.triton)
+    impl = by_plans if row.cuda is None else launcher(row, by_plans)
     _LIBRARY.define(schema)
     _LIBRARY.impl(row.name, on_its_device(impl), "CUDA")
     if INTERPRETED:
@@ -66,7 +70,7 @@ def serve_cpu() -> None:
     come here is `choice.pick`'s to say."""
     if not INTERPRETED:  # the interpreter takes them already
         for row in KERNELS.values():
-            _LIBRARY.impl(row.name, row.triton, "CPU")
+            _LIBRARY.impl(row.name, BY_PLANS[row.name], "CPU")
 
 
 def _count(row: Kernel, *shapes: Any, out_shape: object = None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,16 +17,17 @@ def like_q(op: str, tensors: Mapping[str, Optional]) -> None:
     """Every tensor shares q's floating dtype and device; only q, k and v must be there."""
     q = tensors["q"]
     assert q is not None
-    if not q.dtype.is_floating_point:
-        raise TypeError(f"{op}: q must have a floating dtype, got {q.dtype}")
+    dtype, device = q.dtype, q.device
+    if not dtype.is_floating_point:
+        raise TypeError(f"{op}: q must have a floating dtype, got {dtype}")
     for name, t in tensors.items():
         if t is None and name not in ("k", "v"):
             continue
-        if not isinstance(t, Tensor) or t.dtype is not q.dtype:
+        if not isinstance(t, Tensor) or t.dtype is not dtype:
             got = t.dtype if isinstance(t, Tensor) else type(t).__name__
-            raise TypeError(f"{op}: {name} must have q's dtype {q.dtype}, got {got}")
-        if t.device != q.device:
-            raise ValueError(f"{op}: {name} must be on q's device {q.device}, got {t.device}")
+            raise TypeError(f"{op}: {name} must have q's dtype {dtype}, got {got}")
+        if t.device != device:
+            raise ValueError(f"{op}: {name} must be on q's device {device}, got {t.device}")
 
 
 def options(op: str, kind: str, norm: str) -> None:
@@ -88,3 +90,15 @@ def _mixing(
     if d is not None:
         check.shape(op, f"d{n}", d, heads, L)
     return int(L)
+
+
+def flat(tensors: Sequence[Optional], leading: int) -> Sequence[Optional]:
+    """q, k, v, c1 and c2 with one leading dimension in place of so many."""
+    if leading == 1:
+        return tensors
+    return [
+        t
+        if t is None or i not in (0, 1, 2, 3, 7)
+        else t.reshape(math.prod(t.shape[:leading]), *t.shape[leading:])
+        for i, t in enumerate(tensors)
+    ]

@@ -30,7 +30,7 @@ from ..backends.flops import Shapes
 from ..backends.op import ONE_BIT, Cuda, Op, kernel, register
 from ..kernels.binary import binary_gated_linear as _triton
 from ..kernels.launches import binary as launches
-from ..packing import empty_gated, rows, split_pair
+from ..packing import empty_gated, rows, split_pair, unrows
 from ..weights.binary import BinaryWeight
 from . import binary_linear, gated_act
 from .binary_linear import planes
@@ -178,7 +178,7 @@ def binary_gated_linear(
     if dtype := check.autocast_dtype(OP, x):
         x, b_gate, b_up = check.cast(dtype, x, b_gate, b_up)  # type: ignore[assignment]
     check.like_x(OP, x, b_gate=b_gate, b_up=b_up)
-    H = check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
+    check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
     tensors = (*planes(w_gate, w_up), b_gate, b_up)
     if choice.pick(OP, x) == "reference":
         arguments: tuple[Any, ...] = (x, *tensors, activation)
@@ -187,7 +187,7 @@ def binary_gated_linear(
         h = BinaryGatedLinearFunction.apply(rows(x), *tensors, activation)
     else:
         h, _ = fwd(rows(x), *tensors, activation, True, False)
-    return h.view(*x.shape[:-1], H)
+    return unrows(h, x)
 
 
 def projection_flops(shapes: Shapes) -> int:

@@ -38,7 +38,7 @@ from ..backends.flops import Shapes
 from ..backends.op import ONE_BIT, Op, kernel, register
 from ..kernels.binary import backward as _triton_bwd
 from ..kernels.launches import binary as launches
-from ..packing import rows
+from ..packing import rows, unrows
 from ..weights.binary import BinaryWeight
 from . import binary_gated_linear, binary_linear
 from .binary_linear import planes
@@ -180,7 +180,7 @@ def binary_gated_mlp(
         *weights, _, _, _ = tensors
         h, _ = binary_gated_linear.fwd(rows(x), *weights[:4], b_gate, b_up, activation, True, False)
         y = binary_linear.fwd(h, *weights[4:], b_down)
-    return y.view(*x.shape[:-1], D_out)
+    return unrows(y, x)
 
 
 def _flops(shapes: Shapes) -> int:

@@ -38,7 +38,7 @@ from ..backends.derivatives import differentiable, save
 from ..backends.op import ONE_BIT, Cuda, Op, kernel, register
 from ..kernels.binary import backward as _triton_bwd, binary_linear as _triton
 from ..kernels.launches import binary as launches
-from ..packing import rows
+from ..packing import rows, unrows
 from ..weights.binary import BinaryWeight
 
 OP = "binary_linear"
@@ -165,7 +165,7 @@ def binary_linear(x: Tensor, w: BinaryWeight, b: Tensor | None = None) -> Tensor
         return reference.binary_linear(x, w.qweight, w.scales, b)
     apply = BinaryLinearFunction.apply if check.wants_grad(x, w.scales, b) else fwd
     y = apply(rows(x), *planes(w), b)
-    return y.view(*x.shape[:-1], H)
+    return unrows(y, x)
 
 
 register(

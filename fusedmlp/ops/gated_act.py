@@ -25,7 +25,7 @@ from ..backends.flops import no_products
 from ..backends.op import Op, kernel, register
 from ..kernels.dense import gated_act as _triton
 from ..kernels.launches import dense as launches
-from ..packing import Packed, empty_pair, halves, rows, split_pair
+from ..packing import Packed, empty_pair, halves, rows, split_pair, unrows
 
 OP = "gated_act"
 
@@ -133,7 +133,7 @@ def gated_act(
     g2, u2 = rows(g), None if u is None else rows(u)
     apply = GatedActFunction.apply if check.wants_grad(g, u) else _forward
     h = apply(g2, u2, activation, packed)
-    return h.view(*g.shape[:-1], h.shape[-1])
+    return unrows(h, g)
 
 
 register(

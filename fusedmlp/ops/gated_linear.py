@@ -31,7 +31,7 @@ from ..backends.flops import rows_times
 from ..backends.op import HOPPER_AND_NEWER, Cuda, Op, kernel, register
 from ..kernels.dense import gated_linear as _triton
 from ..kernels.launches import dense as launches
-from ..packing import Packed, empty_gated, halves, rows, split_pair
+from ..packing import Packed, empty_gated, halves, rows, split_pair, unrows
 from . import gated_act
 
 OP = "gated_linear"
@@ -260,7 +260,7 @@ def gated_linear(
         h = GatedLinearFunction.apply(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
     else:
         h, _ = project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
-    return h.view(*x.shape[:-1], h.shape[-1])
+    return unrows(h, x)
 
 
 register(

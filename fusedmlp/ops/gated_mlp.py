@@ -34,7 +34,7 @@ from ..backends import choice
 from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
-from ..packing import Packed, join_pair, rows, split_pair
+from ..packing import Packed, join_pair, rows, split_pair, unrows
 from . import gated_act, gated_linear
 
 OP = "gated_mlp"
@@ -163,7 +163,7 @@ def gated_mlp(
     else:
         h, _ = gated_linear.project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
         y = F.linear(h, w_down, b_down)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return unrows(y, x)
 
 
 register(

@@ -22,7 +22,6 @@ Source: Lu and Yang, HyperMLP, arXiv 2602.12601.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -199,17 +198,13 @@ def hyper_attention(
         rest = ("offset", True, shortcut1, shortcut2, True, True, eps)
         return reference.hyper_attention(*tensors, kind, norm, *rest)  # type: ignore[call-arg]
     lead = q.shape[:-3]
-    B = math.prod(lead)
-    flat = tuple(
-        t if t is None or i not in (0, 1, 2, 3, 7) else t.reshape(B, *t.shape[len(lead) :])
-        for i, t in enumerate(tensors)
-    )
+    flat = check_hyper.flat(tensors, len(lead))
     options = (norm != "none", shortcut1, shortcut2, eps)
     if check.wants_grad(*tensors):
         out = HyperAttentionFunction.apply(*flat, *options)
     else:
         out, *_ = fwd(*flat, *options)
-    return out.view(*lead, *out.shape[1:])
+    return out if len(lead) == 1 else out.view(*lead, *out.shape[1:])
 
 
 register(

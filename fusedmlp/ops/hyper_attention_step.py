@@ -145,14 +145,9 @@ def hyper_attention_step(
             "backend('reference')"
         )
     lead = q.shape[:-2]
-    flat = [
-        t
-        if t is None or i not in (0, 1, 2, 3, 7)
-        else t.reshape(math.prod(lead), *t.shape[len(lead) :])
-        for i, t in enumerate(tensors)
-    ]
+    flat = check_hyper.flat(tensors, len(lead))
     out = step(*flat[:3], position, *flat[3:], norm != "none", shortcut1, shortcut2, eps)
-    return out.view(*lead, *out.shape[1:])
+    return out if len(lead) == 1 else out.view(*lead, *out.shape[1:])
 
 
 def _call_flops(shapes: Shapes) -> int:

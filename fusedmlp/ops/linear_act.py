@@ -28,7 +28,7 @@ from ..backends.flops import no_products, rows_times
 from ..backends.op import HOPPER_AND_NEWER, Cuda, Op, kernel, register
 from ..kernels.dense import linear_act as _triton
 from ..kernels.launches import dense as launches
-from ..packing import rows
+from ..packing import rows, unrows
 
 OP = "linear_act"
 
@@ -159,7 +159,7 @@ def linear_act(
         h = LinearActFunction.apply(rows(x), w, b, activation)
     else:
         h, _ = fwd(rows(x), w, b, activation, True, False)
-    return h.view(*x.shape[:-1], h.shape[-1])
+    return unrows(h, x)
 
 
 register(

@@ -40,7 +40,7 @@ from ..backends.flops import Shapes, no_products, rows_times
 from ..backends.op import BIT_PLANES, Cuda, Op, kernel, register
 from ..kernels.launches import masked as launches
 from ..kernels.masked import backward as _triton_bwd, masked_gated_linear as _triton
-from ..packing import rows
+from ..packing import rows, unrows
 from ..weights.masks import PackedMasks, check_logits, pack
 
 OP = "masked_gated_linear"
@@ -242,7 +242,7 @@ def masked_gated_linear(
         h = MaskedGatedLinearFunction.apply(rows(x), w, tensor, activation)
     else:
         h, _ = fwd(rows(x), w, planes_of(tensor), activation, True, False)
-    return h.view(*x.shape[:-1], h.shape[-1])
+    return unrows(h, x)
 
 
 def projection_flops(shapes: Shapes) -> int:

@@ -36,7 +36,7 @@ from ..backends import choice
 from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import BIT_PLANES, OPS, Op, register
-from ..packing import rows
+from ..packing import rows, unrows
 from ..weights.masks import PackedMasks
 from . import masked_gated_linear
 
@@ -143,7 +143,7 @@ def masked_gated_mlp(
         planes = masked_gated_linear.planes_of(tensors[2])
         h, _ = masked_gated_linear.fwd(tensors[0], w, planes, activation, True, False)
         y = F.linear(h, w_down, b_down)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return unrows(y, x)
 
 
 register(

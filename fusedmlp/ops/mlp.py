@@ -26,7 +26,7 @@ from ..backends import choice
 from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
-from ..packing import rows
+from ..packing import rows, unrows
 from . import linear_act
 
 OP = "mlp"
@@ -122,7 +122,7 @@ def mlp(
     else:
         h, _ = linear_act.fwd(rows(x), w_in, b_in, activation, True, False)
         y = F.linear(h, w_out, b_out)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return unrows(y, x)
 
 
 register(

@@ -25,7 +25,7 @@ from ..backends.derivatives import differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
 from ..check.experts import check_one_choice, check_routing
-from ..packing import rows
+from ..packing import rows, unrows
 from ..reference import Routing
 from . import moe_mlp
 
@@ -100,7 +100,7 @@ def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) 
     else:
         run = MoELinearFunction.apply if check.wants_grad(x, w, b) else _forward
         y = run(flat, w, b, routing.tokens, routing.offsets)
-    return y.view(*x.shape[:-1], N)
+    return unrows(y, x)
 
 
 register(

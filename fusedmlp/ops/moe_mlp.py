@@ -47,7 +47,7 @@ from ..backends.op import Op, kernel, register
 from ..check.experts import autocast_prob, check_experts, check_routing
 from ..kernels.launches import moe as launches
 from ..kernels.moe import backward as _triton_bwd, moe_mlp as _triton
-from ..packing import Packed, halves, join_pair, rows
+from ..packing import Packed, halves, join_pair, rows, unrows
 from ..reference import Routing
 from .gated_linear import transposed
 
@@ -403,7 +403,7 @@ def moe_mlp(
     if choice.pick(OP, x) == "reference":
         arguments = (flat, routing, *tensors, activation, packed)
         y = by_reference(reference.moe_mlp, *arguments, recompute=recompute and wants_grad)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return unrows(y, x)
     k = routing.k
     order = Order(routing.tokens, routing.offsets, None if k == 1 else routing.rows, k)
     prob = routing.prob if routing.prob.dim() == 1 else routing.prob.reshape(-1)
@@ -412,7 +412,7 @@ def moe_mlp(
     else:
         h, _ = _first(flat, *order[:2], w_gate, w_up, b_gate, b_up, activation, packed, True, False)
         y = _second(h, order, w_down, None, None, b_down, prob)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return unrows(y, x)
 
 
 def _choices_times(*weights: str) -> Callable[[Shapes], int]:

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.plans import unplanned
+
 
 @contextmanager
 def poison(each: Callable[[Tensor], object] = lambda t: None) -> Iterator[None]:
     """Fill memory from torch.empty, empty_like and new_empty with NaN: an unwritten element
-    shows. each: called with every tensor so made. Where torch._dynamo is first imported inside, it
-    is no longer filled from there on."""
+    shows. each: called with every tensor so made. Launchers run as they are written, without plans.
+    Where torch._dynamo is first imported inside, it is no longer filled from there on."""
     empties = (torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")
     originals = [(owner, name, getattr(owner, name)) for owner, name in empties]
 
@@ -41,7 +43,8 @@ def poison(each: Callable[[Tensor], object] = lambda t: None) -> Iterator[None]:
         for owner, name, original in originals:
             setattr(owner, name, poisoned(original))
         sys.meta_path.insert(0, finder)
-        yield
+        with unplanned():
+            yield
     finally:
         sys.meta_path.remove(finder)
         restore()

@@ -17,6 +17,7 @@ from ..activations import act_of
 from ..arch.tile import cdiv
 from ..epilogues import store_bwd
 from ..pick import LAST, pick_tile
+from ..plans import noted
 from ..tiles import (
     column_parts,
     dot,
@@ -218,7 +219,7 @@ def binary_linear_dx(
     kernel = "binary_linear_dx"
     tile = LAST[kernel] = pick_tile(kernel, dy1, M, D, fit_of(dy1, dy2, dx))
     read = tile.block_m, tile.block_k, tile.tma
-    _dx_kernel[grid_of(tile, dy1, M, D)](
+    noted(_dx_kernel)[grid_of(tile, dy1, M, D)](
         rows_of(dy1, *read), q1, s1, rows_of(dy2, *read), q2, s2,
         rows_of(dx, tile.block_m, tile.block_n // tile.subtiles, tile.tma),
         M, N, D, *dy1.stride(), dx.stride(0),
@@ -245,7 +246,7 @@ def binary_gated_mlp_bwd(
     rows = *split_pair(gu, None), *split_pair(dgu, None), h if want_h else None
     tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fit_of(dy, *rows))
     part = tile.block_n // tile.subtiles
-    _dh_kernel[grid_of(tile, dy, M, H)](
+    noted(_dh_kernel)[grid_of(tile, dy, M, H)](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), q_down, s_down,
         *(rows_of(t, tile.block_m, part, tile.tma) for t in rows),
         M, N, H, *dy.stride(), **act_of(activation),
@@ -263,7 +264,7 @@ def binary_linear_ds(dy: Tensor, x: Tensor, qweight: Tensor, dtype: torch.dtype)
         return ds.zero_().to(dtype)
     kernel = "binary_linear_ds"
     tile = LAST[kernel] = pick_tile(kernel, dy, N, D, fit_of(dy, x))
-    _ds_kernel[grid_of(tile, dy, N, D)](
+    noted(_ds_kernel)[grid_of(tile, dy, N, D)](
         rows_of(dy, tile.block_k, tile.block_m, tile.tma),
         rows_of(x, tile.block_k, tile.block_n, tile.tma),
         qweight, ds, M, N, D, *dy.stride(), *x.stride(),

@@ -23,6 +23,7 @@ from ..activations import act_of
 from ..arch.tile import Tile, cdiv
 from ..epilogues import store_fwd
 from ..pick import LAST, pick_splits, pick_tile
+from ..plans import noted
 from ..skinny import reduce_kernel
 from ..tiles import (
     column_parts,
@@ -191,12 +192,12 @@ def _launch_split(
     parts = x.new_empty((splits, 2 if gated else 1, M, H), dtype=torch.float32)
     shared = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **compiler_options(tile)}
     columns = cdiv(H, tile.block_n)
-    _partial_kernel[columns, splits](
+    noted(_partial_kernel)[columns, splits](
         x, *weights, parts, M, H, D, depth, *x.stride(),
         BLOCK_K=tile.block_k, MASK_K=D % tile.block_k != 0, PRECISION=precision(x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
     )  # fmt: skip
-    reduce_kernel[columns,](
+    noted(reduce_kernel)[columns,](
         parts, *biases, *outputs, M, H, splits, *strides,
         **act_of(activation), GATED=gated, **shared,
     )  # fmt: skip
@@ -224,7 +225,7 @@ def launch_fwd(
         return
     block_out = tile.block_n // tile.subtiles
     options = gemm_options(tile, D % tile.block_k != 0, precision(x.dtype))
-    _fwd_kernel[grid_of(tile, x, M, H)](
+    noted(_fwd_kernel)[grid_of(tile, x, M, H)](
         rows_of(x, tile.block_m, tile.block_k, tile.tma), *weights, *biases,
         *(rows_of(t, tile.block_m, block_out, tile.tma) for t in outputs),
         M, H, D, *x.stride(), *strides, **act_of(activation), **options,

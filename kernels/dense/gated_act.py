@@ -15,6 +15,7 @@ from torch import Tensor
 from ...packing import Packed, empty_pair, interleaved, split_pair
 from ..activations import act_of
 from ..arch.tile import cdiv
+from ..plans import noted
 from ..tiles import half_vector, load_tile, store_tile, unweave, weave
 
 ELEMENTS = 2048  # a program: 128 threads with two 16-byte loads of bf16 each per tensor
@@ -176,7 +177,7 @@ def act_fwd(g: Tensor, u: Tensor | None, activation: str) -> Tensor:
         grid, options = _grid(M, H)
         g, u, in_turn = _in_turn(g, u)
         u_strides = (0, 0) if u is None else u.stride()
-        _fwd_kernel[grid](
+        noted(_fwd_kernel)[grid](
             g, u, h, M, H, *g.stride(), *u_strides, h.stride(0),
             **act_of(activation), INTERLEAVED=in_turn, **options,
         )  # fmt: skip
@@ -193,7 +194,7 @@ def act_bwd(
         grid, options = _grid(M, H)
         g, u, in_turn = _in_turn(g, u)
         u_strides = (0, 0) if u is None else u.stride()
-        _bwd_kernel[grid](
+        noted(_bwd_kernel)[grid](
             dh, g, u, dg, du, M, H, *dh.stride(), *g.stride(), *u_strides,
             dg.stride(0), 0 if du is None else du.stride(0),
             **act_of(activation), INTERLEAVED=in_turn, **options,

@@ -27,6 +27,7 @@ from ..activations import act_of
 from ..arch.tile import cdiv, finer
 from ..epilogues import store_bwd, store_fwd
 from ..pick import LAST, pick_splits, pick_tile
+from ..plans import noted
 from ..skinny import launch_split
 from ..stacked import Stacked, run, stacked_of
 from ..tiles import (
@@ -222,7 +223,7 @@ def launch_fwd(
 
     def launch(both: Stacked | None) -> None:
         weights = (gate, up) if both is None else (both.descriptor, None)
-        _fwd_kernel[grid_of(tile, x, M, H)](
+        noted(_fwd_kernel)[grid_of(tile, x, M, H)](
             rows_of(x, tile.block_m, tile.block_k, tile.tma), *weights, b_gate, b_up,
             *(rows_of(t, tile.block_m, block_out, tile.tma) for t in (h, g, u)),
             M, H, D, *x.stride(), *gate_strides, *up_strides, *strides,
@@ -270,7 +271,7 @@ def launch_bwd(
     )
     dg_out = rows_of(dg, tile.block_m, block_out * dg.shape[1] // H, tile.tma)
     options = gemm_options(tile, D % tile.block_k != 0, precision(dy.dtype))
-    _bwd_kernel[grid_of(tile, dy, M, H)](
+    noted(_bwd_kernel)[grid_of(tile, dy, M, H)](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), down,
         g_out, u_out, dg_out, du_out, h_out, sums,
         M, H, D, *dy.stride(), *down_strides, *g.stride(), dg.stride(0), H,

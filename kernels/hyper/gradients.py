@@ -11,6 +11,7 @@ from torch import Tensor
 from ..arch.tile import cdiv
 from ..device import multiprocessors
 from ..pick import hyper_tile
+from ..plans import noted
 from .backward import coefficient_kernel, dk_kernel, dq_kernel, dv_kernel, dz1_kernel, dz2_kernel
 from .plan import Core, HyperCall, heads_last, mix_of, plan_launch, rows
 from .slots import Bands, slots_kernel
@@ -48,21 +49,21 @@ class _Backward:
     def make_coefficient(self, out: Tensor) -> None:
         launch = plan_launch("hyper_attention_dz2", self.call)
         self.coefficient = self.do.new_empty((self.B, self.H, self.T), dtype=torch.float32)
-        coefficient_kernel[cdiv(self.T, launch.plan.block) * self.B * self.H,](
+        noted(coefficient_kernel)[cdiv(self.T, launch.plan.block) * self.B * self.H,](
             rows(self.do), rows(out), self.core.n_ptr, self.coefficient, self.T, self.eps,
             **launch.options,
         )  # fmt: skip
 
     def make_dz2(self, c: Tensor, dz: Tensor) -> None:
         launch = plan_launch("hyper_attention_dz2", self.call)
-        dz2_kernel[launch.programs,](
+        noted(dz2_kernel)[launch.programs,](
             self.core, rows(self.do), rows(c), dz, launch.scratch(self.q, 2),
             self.B, self.T, self.L, **launch.options,
         )  # fmt: skip
 
     def make_dz1(self, c: Tensor, dz: Tensor) -> None:
         launch = plan_launch("hyper_attention_dz1", self.call)
-        dz1_kernel[launch.programs,](
+        noted(dz1_kernel)[launch.programs,](
             self.core, rows(self.do), rows(c), dz, self.coefficient,
             launch.scratch(self.q, 5), self.B, self.T,
             self.L, **launch.options,
@@ -74,7 +75,7 @@ class _Backward:
         grad = heads_last(self.q)
         parts = cdiv(dq, min(hyper_tile(name, self.q).block_k, dq))
         launch = plan_launch(name, self.call, parts=parts)
-        kernel[launch.programs,](
+        noted(kernel)[launch.programs,](
             self.core, rows(self.do), rows(grad), self.coefficient, launch.scratch(self.q, 10),
             B, T, self.L, parts, **launch.options,
         )  # fmt: skip
@@ -85,7 +86,7 @@ class _Backward:
         grad = heads_last(self.v)
         parts = cdiv(dv, min(hyper_tile("hyper_attention_dv", self.q).block_n, dv))
         launch = plan_launch("hyper_attention_dv", self.call, parts=parts)
-        dv_kernel[launch.programs,](
+        noted(dv_kernel)[launch.programs,](
             self.core, rows(self.do), rows(grad), launch.scratch(self.q, 6), B, T, self.L, parts,
             **launch.options,
         )  # fmt: skip
@@ -116,7 +117,7 @@ class _Backward:
         made = (bands(first, plan.block_r1), bands(second, plan.block_r2))
         for which, band in ((1, made[0]), (2, made[0] if plan.glu else None), (3, made[1])):
             if band is not None:
-                slots_kernel[launch.programs,](
+                noted(slots_kernel)[launch.programs,](
                     self.core, rows(self.do), z2, band, self.coefficient,
                     launch.scratch(self.q, 6), self.B, splits, self.T, self.L, WHICH=which,
                     **launch.options,

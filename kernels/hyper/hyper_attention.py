@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..arch.tile import cdiv
 from ..pick import hyper_tile
+from ..plans import noted
 from ..tiles import dot, rounded
 from .band import (
     clear,
@@ -226,17 +227,17 @@ def hyper_attention_fwd(
     if c1 is not None:
         tiles = cdiv(T, hyper_tile("hyper_attention_h1", q).block_m)
         launch = plan_launch("hyper_attention_h1", call, count=B * Q * tiles)
-        _h1_kernel[launch.programs,](
+        noted(_h1_kernel)[launch.programs,](
             core, rows(c1), h1, launch.scratch(q, 2), B, T, L, **launch.options
         )
     if c2 is not None:
         launch = plan_launch("hyper_attention_h2", call)
-        _h2_kernel[launch.programs,](
+        noted(_h2_kernel)[launch.programs,](
             core, rows(c2), h2, launch.scratch(q, 4), B, T, L, eps, **launch.options
         )
     parts = cdiv(dv, min(hyper_tile("hyper_attention_out", q).block_n, dv))
     launch = plan_launch("hyper_attention_out", call, parts=parts)
-    _out_kernel[launch.programs,](
+    noted(_out_kernel)[launch.programs,](
         core, rows(out), launch.scratch(q, 6), B, T, L, eps, parts, **launch.options
     )
     return out, h1, h2, n

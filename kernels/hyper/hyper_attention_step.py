@@ -25,6 +25,7 @@ from torch import Tensor
 from ..arch.tile import Tile, cdiv
 from ..device import multiprocessors
 from ..pick import LAST, hyper_tile
+from ..plans import noted
 from ..tiles import compiler_options, rounded
 from .band import fresh, gate_of, rows_of, slots_of
 from .hyper_attention import norm_of
@@ -346,12 +347,12 @@ def hyper_attention_step(
     )  # fmt: skip
     c1_rows, c2_rows = (rows(None if c is None else c.unsqueeze(2)) for c in (c1, c2))
     columns = cdiv(dv, plan.block_v)
-    _scores_kernel[B, Q, parts](core, position, S, h1, N, L, chunk, parts, **options)
-    _gate_kernel[B, H, parts](
+    noted(_scores_kernel)[B, Q, parts](core, position, S, h1, N, L, chunk, parts, **options)
+    noted(_gate_kernel)[B, H, parts](
         core, c1_rows, position, S, h1, A, h2, square, N, L, chunk, parts, **options
     )
-    _values_kernel[B, H * columns, parts](
+    noted(_values_kernel)[B, H * columns, parts](
         core, c2_rows, position, A, h2, square, shares, N, L, chunk, parts, eps, **options
     )
-    _sum_kernel[B * H, columns](shares, out, position, N, chunk, parts, **options)
+    noted(_sum_kernel)[B * H, columns](shares, out, position, N, chunk, parts, **options)
     return out

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..activations import act_of
 from ..arch.tile import cdiv
 from ..pick import LAST, pick_tile
+from ..plans import noted
 from ..tiles import (
     column_parts,
     dot,
@@ -227,7 +228,7 @@ def masked_gated_linear_ev(
     if M and H:
         block_n = min(triton.next_power_of_2(H), ELEMENTS)
         block_m = ELEMENTS // block_n
-        _ev_kernel[cdiv(M, block_m) * cdiv(H, block_n),](
+        noted(_ev_kernel)[cdiv(M, block_m) * cdiv(H, block_n),](
             dh, gt, ev, h if want_h else None, M, H, *dh.stride(),
             **act_of(activation), N_M=planes - 1, BLOCK_M=block_m, BLOCK_N=block_n,
             num_warps=4, enable_fp_fusion=True,
@@ -246,7 +247,7 @@ def masked_gated_linear_dx(ev: Tensor, w: Tensor, planes: Tensor) -> Tensor:
     tile = LAST[kernel] = pick_tile(kernel, ev, M, D, fit_of(ev[0], dx, weights=(w,)))
     # Here the weight's columns are the result's, and its rows are summed over.
     weight, *w_strides, k_major = weight_of(w, tile.block_k, tile.block_n, tile.tma)
-    _dx_kernel[grid_of(tile, ev, M, D)](
+    noted(_dx_kernel)[grid_of(tile, ev, M, D)](
         slices_of(ev, tile.block_m, tile.block_k, tile.tma), weight, words_of(planes),
         rows_of(dx, tile.block_m, tile.block_n, tile.tma), M, D, H, *w_strides,
         K_MAJOR=k_major, **masked_options(tile, ev, planes.shape[2]),
@@ -273,7 +274,7 @@ def masked_gated_linear_dw(
     fit = fit_of(ev[0], x, wanted_w, dlogits[0] if want_dlogits else None)
     tile = LAST[kernel] = pick_tile(kernel, x, H, D, fit)
     block_out = tile.block_n // tile.subtiles
-    _dw_kernel[grid_of(tile, x, H, D)](
+    noted(_dw_kernel)[grid_of(tile, x, H, D)](
         slices_of(ev, tile.block_k, tile.block_m, tile.tma),
         rows_of(x, tile.block_k, tile.block_n, tile.tma),
         w, words_of(planes),

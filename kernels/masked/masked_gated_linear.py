@@ -24,6 +24,7 @@ from torch import Tensor
 from ..activations import act_of
 from ..arch.tile import Tile, narrower
 from ..pick import LAST, pick_splits, pick_tile
+from ..plans import noted
 from ..tiles import (
     column_parts,
     compiler_options,
@@ -211,7 +212,7 @@ def masked_gated_linear_fwd(
         tile = narrower(tile)  # or the largest spill: psi needs g, t - g and h at once
     weight, *w_strides, k_major = weight_of(w, tile.block_n, tile.block_k, tile.tma)
     block_out = tile.block_n // tile.subtiles
-    _fwd_kernel[grid_of(tile, x, M, H)](
+    noted(_fwd_kernel)[grid_of(tile, x, M, H)](
         rows_of(x, tile.block_m, tile.block_k, tile.tma), weight, words_of(planes),
         rows_of(outputs[0], tile.block_m, block_out, tile.tma),
         slices_of(outputs[1], tile.block_m, block_out, tile.tma),

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arch.tile import cdiv
+from ..plans import noted
 from ..tiles import INTERPRETED, dot, load_tile, load_weight
 
 _PACK = {"BLOCK_H": 16, "BLOCK_D": 128, "num_warps": 4, "enable_fp_fusion": True}
@@ -166,5 +167,5 @@ def pack_masks(logits: Tensor) -> Tensor:
     planes = empty_planes(logits)
     if planes.numel():
         grid = cdiv(H, _PACK["BLOCK_H"]), cdiv(D, _PACK["BLOCK_D"])
-        _pack_kernel[grid](logits, planes, H, D, *logits.stride(), N_M=n_m, **_PACK)
+        noted(_pack_kernel)[grid](logits, planes, H, D, *logits.stride(), N_M=n_m, **_PACK)
     return planes

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..activations import act_of
 from ..arch.tile import Tile, cdiv
+from ..plans import noted
 from ..tiles import compiler_options, load_tile, precision, store_tile
 from .masks import multiply_masked, words_of
 
@@ -116,10 +117,10 @@ def launch_split(
         "N_M": n_m, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, **compiler_options(tile)
     }  # fmt: skip
     columns = cdiv(H, tile.block_n)
-    _partial_kernel[columns, splits](
+    noted(_partial_kernel)[columns, splits](
         x, w, words_of(planes), parts, M, H, D, depth, *x.stride(), *w.stride(),
         BLOCK_K=tile.block_k, MASK_K=D % tile.block_k != 0,
         PRECISION=precision(x.dtype), num_warps=tile.num_warps, num_stages=tile.num_stages,
         **shared,
     )  # fmt: skip
-    _reduce_kernel[columns,](parts, h, gt, M, H, splits, **act_of(activation), **shared)
+    noted(_reduce_kernel)[columns,](parts, h, gt, M, H, splits, **act_of(activation), **shared)

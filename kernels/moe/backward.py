@@ -23,6 +23,7 @@ from ..activations import act_of
 from ..arch.tile import Tile, cdiv, finer
 from ..epilogues import store_column_sums
 from ..pick import LAST, pick_grouped_tile
+from ..plans import noted
 from ..tiles import (
     column_parts,
     dot,
@@ -303,7 +304,7 @@ def _column_sums_kernel(
 
 def _column_sums(sums: Tensor, out: Tensor, offsets: Tensor, block_m: int) -> Tensor:
     E, N = out.shape
-    _column_sums_kernel[E, cdiv(N, BIAS_COLUMNS)](
+    noted(_column_sums_kernel)[E, cdiv(N, BIAS_COLUMNS)](
         sums, out, offsets, E, N, BLOCK_M=block_m, BLOCK_N=BIAS_COLUMNS, BLOCK_E=block_e(E),
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
@@ -313,7 +314,7 @@ def _column_sums(sums: Tensor, out: Tensor, offsets: Tensor, block_m: int) -> Te
 def _dprob(dots: Tensor, like: Tensor, tokens: Tensor, offsets: Tensor, E: int) -> Tensor:
     dprob = torch.empty_like(like)
     parts, R = dots.shape
-    _dprob_kernel[cdiv(R, 128),](
+    noted(_dprob_kernel)[cdiv(R, 128),](
         dots, dprob, tokens, offsets, R, E, parts, BLOCK_M=128, num_warps=4, enable_fp_fusion=True
     )
     return dprob
@@ -371,7 +372,7 @@ def moe_dh(
     dots = _new_dots(prob, tile, H, D, b_down) if want_dprob else None
     down, *strides, k_major = experts_of(w_down.mT, tile.block_n, tile.block_k, tile.tma)
     options = grouped_options(tile, E, D % tile.block_k != 0, precision(dy.dtype))
-    _dh_kernel[grouped_grid(tile, dy, R, E, H)](
+    noted(_dh_kernel)[grouped_grid(tile, dy, R, E, H)](
         dy, down, g, u, prob, dg, du, h if want_h else None, dots, sums, tokens, offsets,
         R, E, H, D, R // T, most, *dy.stride(), *strides, g.stride(0), dg.stride(0), prob.stride(0),
         **act, K_MAJOR=k_major, **options,
@@ -412,7 +413,7 @@ def _down_bias(
         dots = dy.new_empty((columns, R), dtype=torch.float32)
     sums = dy.new_empty((most, D), dtype=torch.float32) if len(db) else None
     own = dots[len(dots) - columns :] if dots is not None else None
-    _down_bias_kernel[most, columns](
+    noted(_down_bias_kernel)[most, columns](
         dy, prob, b, own, sums, tokens, offsets, R, E, D, R // T, *dy.stride(),
         0 if prob is None else prob.stride(0), *((0, 0) if b is None else b.stride()),
         BLOCK_M=BIAS_ROWS, BLOCK_N=BIAS_COLUMNS, BLOCK_E=block_e(E),
@@ -466,7 +467,7 @@ def fill_wgrad(
     k = max(_choices(a, a_tokens), _choices(b, b_tokens))
     fit = min(fit_of(a, b), experts_fit(dw))
     tile = LAST["moe_wgrad"] = pick_grouped_tile("moe_wgrad", a, N, 1, fit)
-    _wgrad_kernel[E * cdiv(N, tile.block_m) * cdiv(K, tile.block_n),](
+    noted(_wgrad_kernel)[E * cdiv(N, tile.block_m) * cdiv(K, tile.block_n),](
         a, b, dw, a_tokens, b_tokens, offsets, N, K, k,
         *a.stride(), *b.stride(), dw.stride(0), dw.stride(1),
         **_wgrad_options(tile, precision(a.dtype)),

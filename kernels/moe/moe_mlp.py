@@ -25,6 +25,7 @@ from ..activations import act_of
 from ..arch.tile import Tile, cdiv
 from ..epilogues import store_fwd
 from ..pick import LAST, pick_grouped_tile
+from ..plans import noted
 from ..stacked import Stacked, run, stacked_of
 from ..tiles import (
     column_parts,
@@ -327,7 +328,7 @@ def moe_up(
 
     def launch(both: Stacked | None) -> None:
         weights = (gate, up) if both is None else (both.descriptor, None)
-        _up_kernel[grouped_grid(tile, x, R, E, H)](
+        noted(_up_kernel)[grouped_grid(tile, x, R, E, H)](
             x, *weights, b_gate, b_up, h if want_h else None, g, u, tokens, offsets,
             E, H, D, R // T, *x.stride(), *gate_strides, *up_strides, h.stride(0),
             0 if g is None else g.stride(0),
@@ -376,7 +377,7 @@ def moe_down(
     by_tma = tile.tma and not gather
     rows, rows2 = (rows_of(t, tile.block_m, tile.block_k, by_tma) for t in (a, a2))
     options = grouped_options(tile, E + 1, K % tile.block_k != 0, precision(a.dtype))
-    _down_kernel[grouped_grid(tile, a, T, E + 1, N)](
+    noted(_down_kernel)[grouped_grid(tile, a, T, E + 1, N)](
         rows, first, rows2, second, b, prob, y, tokens, offsets, E, N, K,
         *a.stride(), *strides, *strides2, *((0, 0) if b is None else b.stride()),
         0 if prob is None else prob.stride(0),
@@ -397,7 +398,7 @@ def moe_combine(r: Tensor, rows: Tensor, offsets: Tensor, prob: Tensor | None, k
     T, N = y.shape
     if y.numel() == 0:
         return y
-    _combine_kernel[cdiv(T, COMBINED[0]), cdiv(N, COMBINED[1])](
+    noted(_combine_kernel)[cdiv(T, COMBINED[0]), cdiv(N, COMBINED[1])](
         r, prob, y, rows, offsets, T, offsets.shape[0] - 2, N, k,
         0 if prob is None else prob.stride(0), BLOCK_M=COMBINED[0], BLOCK_N=COMBINED[1],
         num_warps=4, enable_fp_fusion=True,

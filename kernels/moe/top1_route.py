@@ -22,6 +22,7 @@ from torch import Tensor
 from ..arch.tile import cdiv
 from ..device import multiprocessors
 from ..exponentials import exp
+from ..plans import noted
 from ..tiles import rounded
 
 ELEMENTS = 4096  # of a (tokens, experts) tile: 32 a thread
@@ -310,7 +311,7 @@ def chunk_of(like: Tensor, T: int, E: int, block: int) -> int:
 def _launch(call: RouteCall) -> None:
     T, chunks = call.expert.shape[0], call.histograms.shape[0]
     options = _blocks(call.E)
-    _count_kernel[chunks,](
+    noted(_count_kernel)[chunks,](
         call.logits, call.expert, call.prob, call.lse, call.rank, call.histograms, call.sums,
         T, call.E, call.chunk, *((0, 0) if call.logits is None else call.logits.stride()),
         **options,
@@ -323,7 +324,7 @@ def place(call: RouteCall) -> None:
     numbers, by chunks of so many."""
     T, chunks = call.rank.shape[0], call.histograms.shape[0]
     options = _blocks(call.E)
-    _place_kernel[chunks,](
+    noted(_place_kernel)[chunks,](
         call.expert, call.rank, call.histograms, call.sums, call.tokens, call.rows, call.offsets,
         call.counts, call.mean, T, call.E, call.chunk, chunks, call.capacity,
         BLOCK_C=options["BLOCK_T"], **options,
@@ -353,7 +354,7 @@ def top1_route_bwd(
     if T:
         options = _blocks(E)
         strides = tuple(0 if t is None else t.stride(0) for t in (dprob, dmean, dlse))
-        _bwd_kernel[cdiv(T, options["BLOCK_T"]),](
+        noted(_bwd_kernel)[cdiv(T, options["BLOCK_T"]),](
             logits, expert, dprob, dmean, dlse, dlogits, T, E, *logits.stride(), *strides,
             **options,
         )  # fmt: skip

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..arch.tile import cdiv
 from ..exponentials import exp
+from ..plans import noted
 from ..tiles import rounded
 from .top1_route import RouteCall, chunk_of, empty_groups, place, softmax
 
@@ -343,7 +344,7 @@ def topk_route_fwd(
     chunks, R = cdiv(T, chunk), T * k
     new = lambda *shape: counts.new_empty(shape)  # noqa: E731
     rank, histograms, sums = new(R), new(chunks, E), mean.new_empty((chunks, E))
-    _choose_kernel[chunks,](
+    noted(_choose_kernel)[chunks,](
         logits, bias, expert, prob, lse, rank, histograms, sums, T, E, k, chunk, groups,
         choice.topk_group, *logits.stride(), 0 if bias is None else bias.stride(0),
         form.eps, form.least, form.scale, SCORE=form.score, NORM=form.norm,
@@ -373,7 +374,7 @@ def topk_route_bwd(
     dlogits = logits.new_empty((T, E))
     if T:
         block_e = _power(E)
-        _bwd_kernel[cdiv(T, _blocks(block_e)["BLOCK_T"]),](
+        noted(_bwd_kernel)[cdiv(T, _blocks(block_e)["BLOCK_T"]),](
             logits, expert, dprob, dmean, dlse, dlogits, T, E, k, *logits.stride(),
             *((0, 0) if dprob is None else dprob.stride()),
             *(0 if t is None else t.stride(0) for t in (dmean, dlse)),

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arch.tile import cdiv
+from ..plans import noted
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def tree_path_fwd(logits: Tensor, depth: int) -> Tensor:
     T = logits.shape[0]
     path = empty_path(logits, depth)
     if T:
-        _path_kernel[cdiv(T, 128),](
+        noted(_path_kernel)[cdiv(T, 128),](
             logits, path, T, *logits.stride(), DEPTH=depth, BLOCK_T=128,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

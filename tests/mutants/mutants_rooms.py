@@ -128,6 +128,7 @@ ROWS: tuple[Row, ...] = (
     Row("kernels", ("kernels/moe/*.py",), (*ROUTED, LAUNCHES)),
     Row("kernels", ("kernels/hyper/*.py",), (*HYPER, LAUNCHES)),
     Row("kernels", ("kernels/binary/*.py",), (*BINARY, LAUNCHES)),
+    Row("kernels", ("kernels/plans.py",), ("tests/kernels/test_plans.py",)),
     Row(
         "kernels",
         ("kernels/activations.py", "kernels/exponentials.py"),

@@ -8,6 +8,8 @@ from unittest import mock
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from fusedmlp.kernels.plans import unplanned
+
 
 @contextmanager
 def noted(note: Callable[[str, dict[str, Any]], object]) -> Iterator[None]:
@@ -22,7 +24,7 @@ def noted(note: Callable[[str, dict[str, Any]], object]) -> Iterator[None]:
 
         return mock.patch.object(kind, "run", launch)
 
-    with noting(InterpretedFunction), noting(JITFunction):
+    with noting(InterpretedFunction), noting(JITFunction), unplanned():
         yield
 
 
