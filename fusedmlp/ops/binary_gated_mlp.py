@@ -36,7 +36,7 @@ from ..backends import choice, library
 from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import Shapes
 from ..backends.op import ONE_BIT, Op, kernel, register
-from ..kernels.binary import backward as _triton_bwd
+from ..kernels.later import Later
 from ..kernels.launches import binary as launches
 from ..packing import rows, unrows
 from ..weights.binary import BinaryWeight
@@ -44,6 +44,7 @@ from . import binary_gated_linear, binary_linear
 from .binary_linear import planes
 
 OP = "binary_gated_mlp"
+_triton_bwd = Later("binary.backward")
 
 
 def _bwd_fake(

@@ -36,12 +36,14 @@ from ..backends import choice, library
 from ..backends.cuda import binary as cuda_binary
 from ..backends.derivatives import differentiable, save
 from ..backends.op import ONE_BIT, Cuda, Op, kernel, register
-from ..kernels.binary import backward as _triton_bwd, binary_linear as _triton
+from ..kernels.binary import binary_linear as _triton
+from ..kernels.later import Later
 from ..kernels.launches import binary as launches
 from ..packing import rows, unrows
 from ..weights.binary import BinaryWeight
 
 OP = "binary_linear"
+_triton_bwd = Later("binary.backward")
 
 
 def check_weight(op: str, name: str, w: BinaryWeight, device: torch.device) -> tuple[int, int]:

@@ -34,12 +34,13 @@ from ..backends.derivatives import differentiable, save
 from ..backends.flops import Shape, Shapes, hyper_gradients, hyper_scores
 from ..backends.op import Op, kernel, register
 from ..check import hyper as check_hyper
-from ..kernels.hyper import gradients as _triton_bwd, hyper_attention as _triton
 from ..kernels.hyper.plan import heads_last
+from ..kernels.later import Later
 from ..kernels.launches import hyper as launches
 from ..reference.hyper import Kind, Norm
 
 OP = "hyper_attention"
+_triton, _triton_bwd = Later("hyper.hyper_attention"), Later("hyper.gradients")
 NAMES = ("q", "k", "v", "c1", "u1", "vt1", "d1", "c2", "u2", "vt2", "d2")
 Optional = Tensor | None
 

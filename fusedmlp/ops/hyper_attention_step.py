@@ -32,12 +32,13 @@ from ..backends import choice, library
 from ..backends.flops import Shape, Shapes, hyper_pair
 from ..backends.op import Op, kernel, register
 from ..check import hyper as check_hyper
-from ..kernels.hyper import hyper_attention_step as _triton
+from ..kernels.later import Later
 from ..kernels.launches import hyper as launches
 from ..reference.hyper import Kind, Norm
 from .hyper_attention import NAMES
 
 OP = "hyper_attention_step"
+_triton = Later("hyper.hyper_attention_step")
 Optional = Tensor | None
 
 

@@ -38,12 +38,14 @@ from ..backends.cuda import masked as cuda_masked
 from ..backends.derivatives import differentiable, save
 from ..backends.flops import Shapes, no_products, rows_times
 from ..backends.op import BIT_PLANES, Cuda, Op, kernel, register
+from ..kernels.later import Later
 from ..kernels.launches import masked as launches
-from ..kernels.masked import backward as _triton_bwd, masked_gated_linear as _triton
+from ..kernels.masked import masked_gated_linear as _triton
 from ..packing import rows, unrows
 from ..weights.masks import PackedMasks, check_logits, pack
 
 OP = "masked_gated_linear"
+_triton_bwd = Later("masked.backward")
 
 
 def check_projection(

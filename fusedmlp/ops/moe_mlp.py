@@ -45,13 +45,15 @@ from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import Shape, Shapes, no_products, rows_times
 from ..backends.op import Op, kernel, register
 from ..check.experts import autocast_prob, check_experts, check_routing
+from ..kernels.later import Later
 from ..kernels.launches import moe as launches
-from ..kernels.moe import backward as _triton_bwd, moe_mlp as _triton
+from ..kernels.moe import moe_mlp as _triton
 from ..packing import Packed, halves, join_pair, rows, unrows
 from ..reference import Routing
 from .gated_linear import transposed
 
 OP = "moe_mlp"
+_triton_bwd = Later("moe.backward")
 
 
 def _up_fake(

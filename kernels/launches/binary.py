@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ... import reference
-from ..binary.backward import binary_gated_mlp_bwd, binary_linear_ds, binary_linear_dx
 from ..binary.binary_gated_linear import binary_gated_linear_fwd
 from ..binary.binary_linear import binary_linear_fwd
+from ..later import Later
 from .launch import Launch, Shapes, Tensors, sizes_of_one
 
 SIZE = 4096, 4096, 12288
 RAGGED = 4093, 4093, 1021
+_backward = Later("binary.backward")
 
 
 def _shapes(*names: str) -> Callable[..., Shapes]:
@@ -62,7 +63,7 @@ def _dx(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Te
     """Operands of two weights in training, as gate and up are; else of one."""
     dh, q, s = second = (t["dh"], t["q_gate"], t["s_gate"])
     dh2, q2, s2 = second if training else (None, None, None)
-    return {"dx": binary_linear_dx(dh, q, s, dh2, q2, s2, t["x"].shape[1])}
+    return {"dx": _backward.binary_linear_dx(dh, q, s, dh2, q2, s2, t["x"].shape[1])}
 
 
 def _dx_reference(t: Mapping[str, Tensor]) -> Tensors:
@@ -72,7 +73,7 @@ def _dx_reference(t: Mapping[str, Tensor]) -> Tensors:
 
 def _bwd(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
     down = t["q_down"], t["s_down"]
-    dgu, h = binary_gated_mlp_bwd(t["dy"], *down, t["gu"], activation, training)
+    dgu, h = _backward.binary_gated_mlp_bwd(t["dy"], *down, t["gu"], activation, training)
     return {"dgu": dgu, "h": h}
 
 
@@ -85,7 +86,7 @@ def _bwd_reference(t: Mapping[str, Tensor]) -> Tensors:
 
 
 def _ds(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
-    return {"ds": binary_linear_ds(t["dh"], t["x"], t["q_gate"], t["s_gate"].dtype)}
+    return {"ds": _backward.binary_linear_ds(t["dh"], t["x"], t["q_gate"], t["s_gate"].dtype)}
 
 
 def _ds_reference(t: Mapping[str, Tensor]) -> Tensors:

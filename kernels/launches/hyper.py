@@ -12,9 +12,7 @@ from torch import Tensor
 
 from ... import reference
 from ..arch import INTERPRETER
-from ..hyper.gradients import hyper_attention_bwd
-from ..hyper.hyper_attention import hyper_attention_fwd
-from ..hyper.hyper_attention_step import hyper_attention_step
+from ..later import Later
 from ..pick import hyper_tile
 from .launch import Extra, Launch, Shapes, Size, Tensors
 
@@ -27,6 +25,10 @@ RANK, BATCH, DECODING = 16, 4, 8
 SCALES = {"q": 0.125, "u1": 0.02, "vt1": 0.02, "d1": 0.1, "u2": 0.02, "vt2": 0.02, "d2": 0.1}
 TOKENS, D = 4 * 4096, 1024
 _BF16 = torch.bfloat16
+
+hyper_attention_fwd = Later("hyper.hyper_attention").hyper_attention_fwd
+hyper_attention_bwd = Later("hyper.gradients").hyper_attention_bwd
+hyper_attention_step = Later("hyper.hyper_attention_step").hyper_attention_step
 
 
 def core(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ... import reference
 from ..arch.tile import SKINNY_M
-from ..masked.backward import masked_gated_linear_dw, masked_gated_linear_dx, masked_gated_linear_ev
+from ..later import Later
 from ..masked.masked_gated_linear import masked_gated_linear_fwd
 from ..masked.masks import pack_masks
 from .dense import RAGGED, SIZE, new
@@ -19,6 +19,7 @@ from .launch import Extra, Launch, Shapes, Tensors, sizes_of_one
 
 M, D, H = SIZE
 _BF16 = torch.bfloat16
+_backward = Later("masked.backward")
 
 
 def _shapes(masks: int, *names: str) -> Callable[..., Shapes]:
@@ -52,7 +53,7 @@ def _fwd_reference(t: Mapping[str, Tensor]) -> Tensors:
 
 
 def _dx(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
-    return {"dx": masked_gated_linear_dx(t["ev"], t["w"], t["planes"])}
+    return {"dx": _backward.masked_gated_linear_dx(t["ev"], t["w"], t["planes"])}
 
 
 def _dx_reference(t: Mapping[str, Tensor]) -> Tensors:
@@ -63,7 +64,9 @@ def _dx_reference(t: Mapping[str, Tensor]) -> Tensors:
 
 def _dw(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
     w = t["w"]
-    dw, dmasks = masked_gated_linear_dw(t["ev"], t["x"], w, t["planes"], True, True, w.dtype)
+    dw, dmasks = _backward.masked_gated_linear_dw(
+        t["ev"], t["x"], w, t["planes"], True, True, w.dtype
+    )
     return {"dw": dw, "dmasks": dmasks}
 
 
@@ -83,7 +86,7 @@ def _dw_extras() -> Iterator[Extra]:
         ):  # fmt: skip
             ev, planes = new(1 + n_m, M, H, dtype=dtype), new(H, D // 8, n_m, dtype=torch.uint8)
             arguments = (ev, x, w, planes, *wanted, torch.float32)
-            call = functools.partial(masked_gated_linear_dw, *arguments)
+            call = functools.partial(_backward.masked_gated_linear_dw, *arguments)
             yield f"{variant} alone", dtype, call
 
 
@@ -126,7 +129,7 @@ def _by_masks(call: Callable[..., object], *names: str) -> Callable[[], Iterator
 
 
 def _ev(dh: Tensor, gt: Tensor) -> object:
-    return masked_gated_linear_ev(dh, gt, "silu", True)
+    return _backward.masked_gated_linear_ev(dh, gt, "silu", True)
 
 
 PACK = Launch("pack_masks", everywhere=_by_masks(pack_masks, "logits"))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ... import reference
 from ...packing import halves
 from ..arch.tile import Fit, Tile
-from ..moe.backward import moe_bias_grad, moe_dh, moe_wgrad
+from ..later import Later
 from ..moe.moe_mlp import moe_combine, moe_down, moe_up
 from ..moe.top1_route import route_to_fwd, top1_route_bwd, top1_route_fwd
 from ..moe.topk_route import Choice, Form, topk_route_bwd, topk_route_fwd
@@ -27,6 +27,7 @@ EXPERTS = 8
 T, D, H, E = SIZE = 8192, 5120, 8192, 16
 RAGGED = 8191, 5119, 1021, E
 _BF16, _FLOAT32 = torch.bfloat16, torch.float32
+_backward = Later("moe.backward")
 Call = Callable[[Mapping[str, Tensor], bool, str], Tensors]
 Reference = Callable[[Mapping[str, Tensor]], Tensors]
 
@@ -122,7 +123,7 @@ def _interleaved_dh() -> Iterator[Extra]:
     for kind, (t, d, h, e) in _KINDS.items():
         first = (new(t, d), *_route_of(t), new(t), new(e, d, h), new(2, t, h), new(e, d))
         arguments = (*first, "silu", "interleaved", True, True, True, True)
-        yield from calls(moe_dh, {f"interleaved{kind}": arguments})
+        yield from calls(_backward.moe_dh, {f"interleaved{kind}": arguments})
 
 
 def _empty_route(k: int = 1) -> tuple[Tensor, Tensor]:
@@ -160,7 +161,7 @@ def _down_extras() -> Iterator[Extra]:
 
 def _dh(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
     b = t["b_down"] if training else None
-    dgu, h, dprob, _, _ = moe_dh(
+    dgu, h, dprob, _, _ = _backward.moe_dh(
         t["dy"], *_route(t), t["prob"], t["w_down"], t["gu"], b, activation, None, True, True,
         training, training,
     )  # fmt: skip
@@ -185,11 +186,11 @@ def _dh_extras() -> Iterator[Extra]:
         new(T, D), *_empty_route(8), new(8 * T), new(E, D, H), new(2, 8 * T, H), new(E, D), "silu",
         None, True, True, True, True,
     )  # fmt: skip
-    return calls(moe_dh, {"plain dh": plain, "top 8": many})
+    return calls(_backward.moe_dh, {"plain dh": plain, "top 8": many})
 
 
 def _wgrad(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
-    return {"dw": moe_wgrad(t["dg"], t["x"], *_route(t), False, True)}
+    return {"dw": _backward.moe_wgrad(t["dg"], t["x"], *_route(t), False, True)}
 
 
 def _wgrad_reference(t: Mapping[str, Tensor]) -> Tensors:
@@ -204,7 +205,7 @@ def _wgrad_extras() -> Iterator[Extra]:
         "both gathered": (x, x, *route, True, True),
         "top 8": (new(8 * T, H), x, *_empty_route(8), False, True),
     }
-    return calls(moe_wgrad, arguments)
+    return calls(_backward.moe_wgrad, arguments)
 
 
 def _launch(
@@ -236,7 +237,7 @@ WGRAD = _launch("moe_wgrad", _wgrad, _wgrad_reference, _wgrad_extras, "dg", "x")
 
 
 def _bias_extras() -> Iterator[Extra]:
-    return calls(moe_bias_grad, {"bias": (new(T, D), *_empty_route())})
+    return calls(_backward.moe_bias_grad, {"bias": (new(T, D), *_empty_route())})
 
 
 def _combine_extras() -> Iterator[Extra]:

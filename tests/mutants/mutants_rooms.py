@@ -115,6 +115,7 @@ ONE_BIT = (
     "tests/ops/test_binary_errors.py",
     "tests/layers/test_layers_binary.py",
 )
+PLANS = ("tests/kernels/test_plans.py", "tests/kernels/test_later.py")
 GEMMS = ("tests/backends/test_csrc_gated_linear.py",)
 PORTABLE = "tests/backends/test_csrc_portable.py"
 
@@ -128,7 +129,7 @@ ROWS: tuple[Row, ...] = (
     Row("kernels", ("kernels/moe/*.py",), (*ROUTED, LAUNCHES)),
     Row("kernels", ("kernels/hyper/*.py",), (*HYPER, LAUNCHES)),
     Row("kernels", ("kernels/binary/*.py",), (*BINARY, LAUNCHES)),
-    Row("kernels", ("kernels/plans.py",), ("tests/kernels/test_plans.py",)),
+    Row("kernels", ("kernels/plans.py", "kernels/later.py"), PLANS),
     Row(
         "kernels",
         ("kernels/activations.py", "kernels/exponentials.py"),
