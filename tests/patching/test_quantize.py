@@ -168,3 +168,12 @@ def test_saved_models_are_loaded_on_meta():
     quantize_model(fresh)
     fresh.load_state_dict(model.state_dict(), assign=True)
     assert torch.equal(fresh(X), model(X))
+
+
+def test_what_is_in_one_bit_already_is_passed_by():
+    """In training or packed: neither found nor left."""
+    model = nn.ModuleList([BinaryGatedMLP(128, 256), LlamaLike()])
+    report = quantize_model(model)
+    assert [layer.name for layer in report.layers] == ["1"] and not report.left
+    again = quantize_model(model)
+    assert not again.layers and not again.left
