@@ -209,6 +209,16 @@ def test_the_layout_of_a_block_is_replicated_unless_the_sequence_is_sharded():
     assert TensorParallelMLP().layout == Replicate()
 
 
+def test_a_plan_of_a_model_that_was_unpatched_since():
+    model = patched()
+    plan = tensor_parallel_plan(model)
+    fusedmlp.unpatch(model)
+    for name, style in plan.items():
+        block = model.get_submodule(name)
+        with pytest.raises(ValueError, match=f"_plan: {type(block).__name__} must be a block that"):
+            style._apply(block, None)
+
+
 def test_plans_of_unpatched_models():
     for plan_of in (tensor_parallel_plan, expert_parallel_plan):
         with pytest.raises(
