@@ -152,6 +152,42 @@ FAULTS: tuple[Fault, ...] = (
         "nan = e;",
         "a lane's last NaN is chosen, not its first",
     ),
+    Fault(
+        "fusedmlp/patching/form.py",
+        'index = torch.randint(E, (T, k), generator=generator, device="cpu")',
+        'index = torch.randint(E, (T, k), device="cpu")',
+        "patch() draws from the program's own random numbers",
+    ),
+    Fault(
+        "fusedmlp/patching/experts.py",
+        'vars(module).pop("_router", None)',
+        "pass",
+        "unpatch() leaves an attribute behind",
+    ),
+    Fault(
+        "fusedmlp/patching/one_bit.py",
+        "and not patched:",
+        "and patched:",
+        "blocks that are in one bit already are reported as left",
+    ),
+    Fault(
+        "fusedmlp/ops/topk_route.py",
+        "ctx.set_materialize_grads(False)",
+        "ctx.set_materialize_grads(True)",
+        "an output that nobody uses makes a gradient NaN",
+    ),
+    Fault(
+        "fusedmlp/ops/moe_mlp.py",
+        "*arguments, recompute=recompute and wants_grad)",
+        "*arguments)",
+        "recompute on the reference saves all the same",
+    ),
+    Fault(
+        "kernels/hyper/gradients.py",
+        "(u2, d2) if any(need[8:]) else None",
+        "(u2, d2) if any(need[4:]) else None",
+        "gradients that nobody wants are computed",
+    ),
     # ---- what only a GPU would show
     Fault(
         "kernels/tiles.py",
@@ -183,7 +219,31 @@ FAULTS: tuple[Fault, ...] = (
         "ahead = tl.minimum(tl.maximum(ahead, -first), L - first)",
         "one d past the last head is read",
     ),
+    Fault(
+        "kernels/moe/moe_mlp.py",
+        "A_TMA: tl.constexpr = TMA and not GATHER",
+        "A_TMA: tl.constexpr = TMA",
+        "gathered rows are read as if they lay together",
+    ),
+    Fault(
+        "kernels/moe/moe_mlp.py",
+        "num_warps=4, enable_fp_fusion=True,",
+        "num_warps=4, enable_fp_fusion=False,",
+        "a launch without fusion",
+    ),
+    Fault(
+        "csrc/moe_route.h",
+        "kMaxChunk = 1024",
+        "kMaxChunk = 1025",
+        "a chunk that is no whole number of warps",
+    ),
     # ---- refusals and small things
+    Fault(
+        "fusedmlp/distributed/plans.py",
+        "if not isinstance(module, Patched) or not isinstance(module._plan, kinds):",
+        "if False:",
+        "a plan of an unpatched block is taken",
+    ),
     Fault(
         "fusedmlp/ops/masked_gated_linear.py",
         "if size != [H, D]:",
