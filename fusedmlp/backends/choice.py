@@ -86,6 +86,12 @@ def always_reference(x: Tensor) -> bool:
     return _chosen == "reference" or (_chosen == "auto" and not x.is_cuda) or transformed()
 
 
+def for_cpu(x: Tensor) -> bool:
+    """Whether an op that runs its reference on `x` may take what backends/cpu has in its place. A
+    reference that was asked for is the formula itself."""
+    return _chosen == "auto" and x.device.type in ("cpu", "meta") and not transformed()
+
+
 def pick(op: str, x: Tensor, name: str = "x") -> str:
     """Return the backend for `op`: "triton", "cuda" or "reference". `x` is a sample tensor, and
     `name` is what errors call it.

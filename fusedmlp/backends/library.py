@@ -22,6 +22,7 @@ from .op import KERNELS, MISSING, NAMESPACE, Kernel, add_kernel
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 # kernel -> its Triton launcher, by launch plans.
 BY_PLANS: dict[str, Callable[..., Any]] = {}
+FOR_CPU: set[str] = set()  # ops without a row, which no kernel stands behind
 
 
 def on_its_device(impl: Callable[..., Any]) -> Callable[..., Any]:
@@ -62,6 +63,50 @@ def define(
     torch.library.register_fake(f"{NAMESPACE}::{row.name}", row.fake, lib=_LIBRARY)
     register_flop_formula(row.call.overloadpacket)(functools.partial(_count, row))
     return row.call
+
+
+def define_for_cpu(
+    schema: str,
+    impl: Callable[..., Any],
+    fake: Callable[..., Any],
+    flops: Callable[..., int],
+    backward: Callable[..., Any] | None = None,
+) -> Any:
+    """Register `fusedmlp::<schema>` for CPU tensors alone: what `auto` runs there in the place of a
+    formula (backends/cpu), opaque to torch.compile; returns the callable overload.
+
+    backward: of ctx, whose saved tensors are the arguments, and the result's gradient. It stays
+    with the op, so that an exported program has gradients too."""
+    name = schema.partition("(")[0]
+    FOR_CPU.add(name)
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, impl, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", _one_by_one(name), lib=_LIBRARY)
+    if backward is not None:
+        torch.library.register_autograd(
+            f"{NAMESPACE}::{name}", backward, setup_context=_keep_inputs, lib=_LIBRARY
+        )
+    call = getattr(getattr(torch.ops, NAMESPACE), name)
+    register_flop_formula(call)(flops)
+    return call.default
+
+
+def _keep_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _one_by_one(name: str) -> Callable[..., Any]:
+    """The vmap of an op with one result: a batch of gradients is a loop over them."""
+
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[torch.Tensor, int]:
+        call = getattr(getattr(torch.ops, NAMESPACE), name).default
+        pick = lambda i: (  # noqa: E731
+            a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)
+        )
+        return torch.stack([call(*pick(i)) for i in range(info.batch_size)]), 0
+
+    return vmap
 
 
 @functools.cache

@@ -26,11 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends import choice
+from ..backends.cpu import trees as cpu
 from ..check import layer as check_layer
 from ..ops.moe_linear import moe_linear
 from ..ops.top1_route import route_to
 from ..ops.tree_path import tree_path
 from .feedforward import FeedForward
+from .parts.around import bare
 from .parts.block import positive_int
 from .parts.experts import StackedExperts
 from .parts.stacked import Stacked
@@ -205,14 +208,13 @@ class FastFeedForward(nn.Module):
         """x (..., dim) -> y (..., dim), or with return_aux (y, aux)."""
         check_layer.check_x("FastFeedForward", x, self.dim, self.routers.weight.dtype)
         flat = x.reshape(-1, self.dim)
-        logits = self.routers(flat)
         aux = flat.new_zeros((), dtype=torch.float32)
         if self.training and self.soft_routing_during_train:
-            y, aux = self._soft(flat, logits)
+            y, aux = self._soft(flat, self.routers(flat))
             if self.hardening_coef or self.load_balancing_alpha:
                 self.aux_loss = aux
         else:
-            y = self._hard(flat, logits)
+            y = self._hard(flat)
         y = self.project_out(y)
         if self.master is not None:
             k = self.master_mix.sigmoid()
@@ -226,9 +228,14 @@ class FastFeedForward(nn.Module):
     def _leaves(self, logits: Tensor) -> Tensor:
         return tree_path(logits, depth=self.depth)[:, -1] - (self.num_experts - 1)
 
-    def _hard(self, x: Tensor, logits: Tensor) -> Tensor:
+    def _hard(self, x: Tensor) -> Tensor:
         ones = x.new_ones(x.shape[0], dtype=torch.float32)
-        routing = route_to(self._leaves(logits), ones, self.num_experts)
+        own = self.routers
+        if bare(own) and choice.for_cpu(x) and cpu.worth_a_walk(x, own.weight):
+            leaves = cpu.walk(x, own.weight, own.bias, self.depth)[:, -1] - (self.num_experts - 1)
+        else:
+            leaves = self._leaves(own(x))
+        routing = route_to(leaves, ones, self.num_experts)
         return cast(Tensor, self.experts(self.project_in(x), routing))
 
     def _soft(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,6 +334,10 @@ class PathWeightedFFF(Reader):
             )
         check_layer.check_x("PathWeightedFFF", x, self.input_width, self.w1s.dtype)
         flat = x.reshape(-1, self.input_width)
+        own = (self.w1s, self.b1s, self.w2s, self.b2s)
+        if choice.for_cpu(flat) and not torch.is_autocast_enabled("cpu"):
+            y = cpu.path_weighted(flat, *own, self.depth, self.activation)
+            return y.view(*x.shape[:-1], self.output_width)
         logits = F.linear(flat, self.w1s, self.b1s)
         path = tree_path(logits, depth=self.depth)
         weights = self.activation(logits.gather(1, path).abs())

@@ -24,6 +24,7 @@ from torch.autograd import Function
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.cpu import binary as cpu
 from ..backends.cuda import binary as cuda_binary
 from ..backends.derivatives import differentiable, save
 from ..backends.flops import Shapes
@@ -182,7 +183,7 @@ def binary_gated_linear(
     tensors = (*planes(w_gate, w_up), b_gate, b_up)
     if choice.pick(OP, x) == "reference":
         arguments: tuple[Any, ...] = (x, *tensors, activation)
-        return reference.binary_gated_linear(*arguments)
+        return cpu.binary_gated_linear(*arguments)
     if check.wants_grad(x, *tensors):
         h = BinaryGatedLinearFunction.apply(rows(x), *tensors, activation)
     else:

@@ -33,6 +33,7 @@ from torch.autograd import Function
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.cpu import binary as cpu
 from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import Shapes
 from ..backends.op import ONE_BIT, Op, kernel, register
@@ -174,7 +175,7 @@ def binary_gated_mlp(
     if choice.pick(OP, x) == "reference":
         arguments: tuple[Any, ...] = (x, *tensors, activation)
         again = recompute and check.wants_grad(x, *tensors)
-        return by_reference(reference.binary_gated_mlp, *arguments, recompute=again)
+        return by_reference(cpu.binary_gated_mlp, *arguments, recompute=again)
     if check.wants_grad(x, *tensors):
         y = BinaryGatedMLPFunction.apply(rows(x), *tensors, activation, recompute)
     else:

@@ -33,6 +33,7 @@ from torch.autograd import Function
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.cpu import binary as cpu
 from ..backends.cuda import binary as cuda_binary
 from ..backends.derivatives import differentiable, save
 from ..backends.op import ONE_BIT, Cuda, Op, kernel, register
@@ -164,7 +165,7 @@ def binary_linear(x: Tensor, w: BinaryWeight, b: Tensor | None = None) -> Tensor
     if b is not None:
         check.shape(OP, "b", b, H)
     if choice.pick(OP, x) == "reference":
-        return reference.binary_linear(x, w.qweight, w.scales, b)
+        return cpu.binary_linear(x, w.qweight, w.scales, b)
     apply = BinaryLinearFunction.apply if check.wants_grad(x, w.scales, b) else fwd
     y = apply(rows(x), *planes(w), b)
     return unrows(y, x)

@@ -31,6 +31,7 @@ from torch.autograd import Function
 
 from .. import check, reference
 from ..backends import choice
+from ..backends.cpu import remade
 from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
@@ -156,6 +157,8 @@ def gated_mlp(
     check.down(OP, "w_down", w_down, H, "b_down", b_down)
     tensors = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     if choice.pick(OP, x) == "reference":
+        if not recompute and remade.keeps_less(*tensors):
+            return remade.gated_mlp(*tensors, activation, packed)
         again = recompute and check.wants_grad(*tensors)
         return by_reference(reference.gated_mlp, *tensors, activation, packed, recompute=again)
     if check.wants_grad(*tensors):

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.cpu import hyper as cpu
 from ..backends.flops import Shape, Shapes, hyper_pair
 from ..backends.op import Op, kernel, register
 from ..check import hyper as check_hyper
@@ -139,6 +140,8 @@ def hyper_attention_step(
     q, k, v, *mixings = tensors
     if choice.pick(OP, q, "q") == "reference":
         rest: tuple[Any, ...] = (*mixings, kind, norm, shortcut1, shortcut2, eps)
+        if choice.for_cpu(q) and not check.wants_grad(*tensors):
+            return cpu.step(q, k, v, position, *rest)
         return reference.hyper_attention_step(q, k, v, position, *rest)
     if check.wants_grad(*tensors):
         raise RuntimeError(

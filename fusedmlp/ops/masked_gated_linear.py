@@ -34,6 +34,7 @@ from torch.autograd import Function
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.cpu import remade
 from ..backends.cuda import masked as cuda_masked
 from ..backends.derivatives import differentiable, save
 from ..backends.flops import Shapes, no_products, rows_times
@@ -238,6 +239,8 @@ def masked_gated_linear(
     check.like_x(OP, x, ("w",), w=w)
     check_projection(OP, x, w, masks, activation, packed)
     if choice.pick(OP, x) == "reference":
+        if remade.keeps_less(x, w, tensor_of(masks)):
+            return remade.masked_gated_mlp(x, w, tensor_of(masks), None, None, activation)
         return reference.masked_gated_linear(x, w, unpacked(masks), activation)
     tensor = tensor_of(masks)
     if check.wants_grad(x, w, tensor):

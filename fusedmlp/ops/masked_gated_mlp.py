@@ -33,6 +33,7 @@ from torch.autograd import Function
 
 from .. import check, reference
 from ..backends import choice
+from ..backends.cpu import remade
 from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import BIT_PLANES, OPS, Op, register
@@ -133,6 +134,9 @@ def masked_gated_mlp(
     H = masked_gated_linear.check_projection(OP, x, w, masks, activation, packed)
     check.down(OP, "w_down", w_down, H, "b_down", b_down)
     if choice.pick(OP, x) == "reference":
+        held = (x, w, masked_gated_linear.tensor_of(masks), w_down, b_down)
+        if not recompute and remade.keeps_less(*held):
+            return remade.masked_gated_mlp(*held, activation)
         plain = (x, w, masked_gated_linear.unpacked(masks), w_down, b_down)
         again = recompute and check.wants_grad(*plain)
         return by_reference(reference.masked_gated_mlp, *plain, activation, recompute=again)

@@ -23,6 +23,7 @@ from torch.autograd import Function
 
 from .. import check, reference
 from ..backends import choice
+from ..backends.cpu import remade
 from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
@@ -115,6 +116,8 @@ def mlp(
     check.down(OP, "w_out", w_out, H, "b_out", b_out)
     tensors = (x, w_in, w_out, b_in, b_out)
     if choice.pick(OP, x) == "reference":
+        if not recompute and remade.keeps_less(*tensors):
+            return remade.mlp(*tensors, activation)
         again = recompute and check.wants_grad(*tensors)
         return by_reference(reference.mlp, *tensors, activation, recompute=again)
     if check.wants_grad(*tensors):

@@ -21,6 +21,7 @@ from torch.autograd import Function
 
 from .. import check, reference
 from ..backends import choice
+from ..backends.cpu import experts as cpu
 from ..backends.derivatives import differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
@@ -96,7 +97,8 @@ def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) 
     check_routing(OP, x, routing, E, uses_prob=False)
     flat = rows(x)
     if choice.pick(OP, x) == "reference":
-        y = reference.moe_linear(flat, routing, w, b)
+        formula = cpu.moe_linear if choice.for_cpu(x) else reference.moe_linear
+        y = formula(flat, routing, w, b)
     else:
         run = MoELinearFunction.apply if check.wants_grad(x, w, b) else _forward
         y = run(flat, w, b, routing.tokens, routing.offsets)

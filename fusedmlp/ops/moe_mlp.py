@@ -41,6 +41,7 @@ from torch.autograd import Function
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.cpu import experts as cpu
 from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import Shape, Shapes, no_products, rows_times
 from ..backends.op import Op, kernel, register
@@ -404,7 +405,8 @@ def moe_mlp(
     flat = rows(x)
     if choice.pick(OP, x) == "reference":
         arguments = (flat, routing, *tensors, activation, packed)
-        y = by_reference(reference.moe_mlp, *arguments, recompute=recompute and wants_grad)
+        formula = cpu.moe_mlp if choice.for_cpu(x) else reference.moe_mlp
+        y = by_reference(formula, *arguments, recompute=recompute and wants_grad)
         return unrows(y, x)
     k = routing.k
     order = Order(routing.tokens, routing.offsets, None if k == 1 else routing.rows, k)

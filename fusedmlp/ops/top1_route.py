@@ -31,6 +31,8 @@ from torch.autograd import Function
 
 from .. import check, reference
 from ..backends import choice, library
+from ..backends.cpu import routing as cpu
+from ..backends.cpu.eager import readable
 from ..backends.cuda import route as cuda_route
 from ..backends.derivatives import differentiable, save
 from ..backends.flops import no_products
@@ -158,6 +160,8 @@ def top1_route(logits: Tensor, *, capacity: int | None = None) -> Routing:
     check_capacity(OP, capacity)
     flat = rows(logits)
     if choice.pick(OP, logits, "logits") == "reference":
+        if choice.for_cpu(flat) and readable(flat) and flat.shape[0] == 1:
+            return cpu.top1_route_one(flat)
         return reference.top1_route(flat, capacity)
     if check.wants_grad(logits):
         return Routing(*Top1RouteFunction.apply(flat, capacity))
@@ -214,6 +218,8 @@ def route_to(
         raise ValueError(f"{op}: num_experts must be at least 1, got {num_experts}")
     check_capacity(op, capacity)
     if choice.pick(op, prob, "prob") == "reference":
+        if choice.for_cpu(prob) and readable(expert) and expert.shape == (1,):
+            return cpu.route_one(expert, prob, num_experts)
         return reference.route_to(expert, prob, num_experts, capacity)
     return Routing(expert, prob, *given(expert.reshape(-1), num_experts, capacity))
 

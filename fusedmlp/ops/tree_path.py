@@ -7,16 +7,20 @@ above 0, else (at 0 and at NaN too) to 2n + 1.
 | path | (..., depth + 1) | int64 | path[..., 0] = 0, the root; path[..., depth] - (2^depth - 1) is the leaf, from the left |
 
 No gradient. One launch, which finds the logits of all nodes made: a path needs depth of them, and
-whoever makes them pays for 2^depth - 1 a token. Source: Belcak and Wattenhofer, Fast Feedforward
+whoever makes them pays for 2^depth - 1 a token; backends/cpu/trees.py makes no others, where that is
+faster. Source: Belcak and Wattenhofer, Fast Feedforward
 Networks, arXiv 2308.14711.
 """  # noqa: E501
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .. import reference
 from ..backends import choice, library
+from ..backends.cpu import trees as cpu
+from ..backends.cpu.eager import readable
 from ..backends.flops import no_products
 from ..backends.op import Op, kernel, register
 from ..kernels.launches import moe as launches
@@ -59,7 +63,10 @@ def tree_path(logits: Tensor, *, depth: int) -> Tensor:
         )
     flat = rows(logits.detach())
     if choice.pick(OP, logits, "logits") == "reference":
-        path = reference.tree_path(flat, depth)
+        if choice.for_cpu(flat) and readable(flat) and flat.shape[0] == 1:
+            path = torch.tensor([cpu.path_of_one(flat, depth)])
+        else:
+            path = reference.tree_path(flat, depth)
     else:
         path = fwd(flat, depth)
     return path.view(*logits.shape[:-1], depth + 1)

@@ -211,19 +211,20 @@ def route_to(
     chosen_by, E = expert.reshape(-1), num_experts
     inside = (chosen_by >= 0) & (chosen_by < E)
     chosen, order = torch.where(inside, chosen_by, E).sort(stable=True)
-    starts = torch.searchsorted(chosen, torch.arange(E + 1, device=expert.device))
-    counts = starts.diff()
-    place = torch.arange(chosen_by.shape[0], device=expert.device)
+    experts = torch.arange(E + 2, device=expert.device)
+    offsets = torch.searchsorted(chosen, experts, out_int32=True)
+    counts = offsets[:-1].diff()
     if capacity is not None:
         # Dropped choices move behind all others, in their own order.
-        late = place - starts[chosen] >= capacity
+        place = torch.arange(chosen_by.shape[0], device=expert.device)
+        late = place - offsets[chosen] >= capacity
         bucket = torch.empty_like(chosen).scatter_(0, order, torch.where(late, E, chosen))
         chosen, order = bucket.sort(stable=True)
-    last = torch.arange(E + 2, device=expert.device)
-    offsets = torch.searchsorted(chosen, last)
-    rows = torch.empty_like(order).scatter_(0, order, place)
-    as_int = lambda t: t.to(torch.int32)  # noqa: E731
-    return Routing(expert, prob, as_int(order), as_int(rows), as_int(offsets), as_int(counts))
+        offsets = torch.searchsorted(chosen, experts, out_int32=True)
+    tokens = order.to(torch.int32)
+    place = torch.arange(chosen_by.shape[0], dtype=torch.int32, device=expert.device)
+    rows = torch.empty_like(place).scatter_(0, order, place)
+    return Routing(expert, prob, tokens, rows, offsets, counts)
 
 
 def load_balancing_loss(routing: Routing, kept_only: bool = False) -> Tensor:
@@ -293,13 +294,17 @@ def moe_mlp(
             return mlp(rows, gate, down, bg, bd, activation)
         return gated_mlp(rows, gate, up, down, bg, bu, bd, activation, packed)
 
-    y = by_expert(x, routing, run)
+    return weighted(by_expert(x, routing, run), routing, x.dtype)
+
+
+def weighted(y: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+    """The sum over a token's choices of prob * y, of whose rows t k + j is that of choice j."""
     # Not prob * y alone: a NaN probability must leave a dropped choice's row 0.
     scaled = routing.prob.reshape(-1, 1) * y
     if routing.k == 1:
-        return torch.where(routing.kept.view(-1, 1), scaled.to(x.dtype), 0)
+        return torch.where(routing.kept.view(-1, 1), scaled.to(dtype), 0)
     each = torch.where(routing.kept.view(-1, 1), scaled, 0).unflatten(0, routing.expert.shape)
-    return each.sum(1).to(x.dtype)
+    return each.sum(1).to(dtype)
 
 
 def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) -> Tensor:

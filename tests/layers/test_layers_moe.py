@@ -348,8 +348,11 @@ def test_path_weighted_routes_each_level_to_its_own_nodes(monkeypatch):
     monkeypatch.setattr(
         fff, "moe_linear", lambda x, r, w, b: seen.append(len(w)) or moe_linear(x, r, w, b)
     )
-    PathWeightedFFF(DIM, 2, 5)(draw(3, DIM))
+    with fusedmlp.backend("reference"):
+        PathWeightedFFF(DIM, 2, 5)(draw(3, DIM))
     assert seen == [1, 2, 4]
+    PathWeightedFFF(DIM, 2, 5)(draw(3, DIM))
+    assert seen == [1, 2, 4]  # one product of all nodes in use
 
 
 def test_path_weighted_shapes_and_counts():

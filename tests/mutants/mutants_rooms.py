@@ -310,6 +310,15 @@ ROWS: tuple[Row, ...] = (
     Row("backends", ("fusedmlp/backends/flops.py",), ("tests/ops/test_flops.py",)),
     Row(
         "backends",
+        ("fusedmlp/backends/cpu/*.py",),
+        (
+            "tests/backends/test_cpu.py",
+            "tests/ops/test_binary.py",
+            "tests/layers/test_layers_moe.py",
+        ),
+    ),
+    Row(
+        "backends",
         ("fusedmlp/backends/*.py",),
         (
             EACH_OP,

@@ -1,0 +1,19 @@
+"""Whether the host may read values and choose by them: nobody traces, and nothing is fake."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def readable(t: Tensor) -> bool:
+    return (
+        not torch.compiler.is_compiling()
+        and type(t) is Tensor
+        and t.device.type == "cpu"
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -1,0 +1,117 @@
+"""Experts on the CPU: rows in expert order, a product for each expert in use, and back.
+
+The mathematics is that of `reference.moe_mlp` and `reference.moe_linear`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...packing import Packed
+from ...reference import Routing
+from ...reference.activations import resolve
+from ...reference.dense import gated_act, gated_mlp, mlp
+from ...reference.moe import weighted
+from .eager import needs_grad, readable
+from .grouped import busy, product
+
+
+class _Rows:
+    """A routing's rows in expert order."""
+
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
+        self._expert: Tensor | None = None
+
+    def gather(self, x: Tensor) -> Tensor:
+        k = self.routing.k
+        return x.index_select(0, self.routing.tokens if k == 1 else self.routing.tokens // k)
+
+    def linear(self, a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        """a w[e]' + b[e] of each row's expert e."""
+        y = product(a, w, self.routing.offsets)
+        return y if b is None else y + b.index_select(0, self.expert)
+
+    @property
+    def expert(self) -> Tensor:
+        """The expert of each row; any where none takes it."""
+        if self._expert is None:
+            chosen = self.routing.expert.reshape(-1).index_select(0, self.routing.tokens)
+            self._expert = chosen.clamp(0, self.routing.num_experts - 1)
+        return self._expert
+
+
+def moe_mlp(
+    x: Tensor,
+    routing: Routing,
+    w_gate: Tensor,
+    w_up: Tensor | None,
+    w_down: Tensor,
+    b_gate: Tensor | None = None,
+    b_up: Tensor | None = None,
+    b_down: Tensor | None = None,
+    activation: str = "silu",
+    packed: Packed | None = None,
+) -> Tensor:
+    """The sum over a token's choices of prob * the expert's MLP; x (T, D)."""
+    weights = (w_gate, w_up, w_down, b_gate, b_up, b_down)
+    if readable(routing.offsets) and x.shape[0] == 1 and not needs_grad(x, routing.prob, *weights):
+        return _one_token(x, routing, weights, activation, packed)
+    rows = _Rows(routing)
+    a = rows.gather(x)
+    g = rows.linear(a, w_gate, b_gate)
+    if w_up is None and packed is None:
+        row, scalars = resolve(activation)
+        h = row.reference(g, *scalars)
+    else:
+        u = None if w_up is None else rows.linear(a, w_up, b_up)
+        h = gated_act(g, u, activation, packed)
+    y = rows.linear(h, w_down, b_down)
+    return _weighted(y.index_select(0, routing.rows), routing, x.dtype)
+
+
+def _one_token(
+    x: Tensor,
+    routing: Routing,
+    weights: tuple[Tensor | None, ...],
+    activation: str,
+    packed: Packed | None,
+) -> Tensor:
+    """Each of its experts is a dense block, for which nothing is gathered."""
+    made = []
+    for e, start, end in busy(routing.offsets.tolist()):
+        gate, up, down, bg, bu, bd = (None if t is None else t.select(0, e) for t in weights)
+        if up is None and packed is None:
+            y = mlp(x, gate, down, bg, bd, activation)
+        else:
+            y = gated_mlp(x, gate, up, down, bg, bu, bd, activation, packed)
+        made += (end - start) * [y]
+    if not made:
+        return x.new_zeros(1, weights[2].shape[1])
+    if routing.k == 1:
+        return (routing.prob.view(1, 1) * made[0]).to(x.dtype)
+    shares = routing.prob.view(-1).index_select(0, routing.tokens[: len(made)])
+    return (shares.unsqueeze(1) * torch.cat(made)).sum(0, keepdim=True).to(x.dtype)
+
+
+def _weighted(y: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
+    """`weighted`, which chooses among kept and dropped rows, where some are dropped."""
+    if not readable(routing.offsets) or routing.offsets[-2] != routing.tokens.shape[0]:
+        return weighted(y, routing, dtype)
+    scaled = routing.prob.reshape(-1, 1) * y
+    return (scaled if routing.k == 1 else scaled.view(-1, routing.k, y.shape[1]).sum(1)).to(dtype)
+
+
+def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) -> Tensor:
+    """x w[e]' + b[e] with each token's own expert e, 0 for a dropped token; x (T, K)."""
+    rows = _Rows(routing)
+    y = rows.linear(rows.gather(x), w, b).index_select(0, routing.rows)
+    return y if b is None else torch.where(routing.kept.view(-1, 1), y, 0)
+
+
+def weighted_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor) -> Tensor:
+    """sum over a token's choices of prob * (x w[e]' + b[e]); x (T, K)."""
+    rows = _Rows(routing)
+    y = rows.linear(rows.gather(x), w, b)
+    return _weighted(y.index_select(0, routing.rows), routing, x.dtype)

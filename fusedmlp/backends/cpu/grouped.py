@@ -1,0 +1,138 @@
+"""Products of the experts in use, each once, in one operation that torch.compile does not open.
+
+| | | |
+|---|---|---|
+| product | row r of expert e: a[r] w[e]' | 0 for rows that no expert takes |
+| outer | expert e: sum over its rows r of a[r]' b[r] | 0 for an expert without rows |
+
+| tensor | shape | |
+|---|---|---|
+| a, b | (R, K), (R, N) | rows in expert order |
+| w | (E, N, K) | any strides |
+| offsets | (E + 2,) | of `fusedmlp.Routing` |
+
+The derivatives of either are the other and itself, so that any order of them costs no more than its
+products. An expert without rows costs nothing but its part of a gradient.
+"""
+
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_right
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..library import define_for_cpu
+from .eager import needs_grad, readable
+
+# What PyTorch's grouped product takes. It walks all experts; few rows are faster in a loop.
+_GROUPED = (torch.float32, torch.bfloat16, torch.float16)
+# From this size on malloc asks the system for each block anew, whose pages of 4 KiB are made one
+# by one as they are written: 16 ms for 32 MiB. Huge ones take 0.8 ms.
+_FROM_SYSTEM = 32 << 20
+_MOSTLY_IDLE = 4 << 20  # the same, where most of the block stays 0
+
+
+def busy(ends: list[int]) -> Iterator[tuple[int, int, int]]:
+    """(expert, its first row, the row behind its last) of the experts in use."""
+    row = 0
+    while row < ends[-2]:
+        e = bisect_right(ends, row) - 1
+        yield e, row, ends[e + 1]
+        row = ends[e + 1]
+
+
+def _fits(t: Tensor) -> bool:
+    """Whether the grouped product takes its strides: matrices of rows or columns that lie 16 bytes
+    or a multiple apart."""
+    unit, other = (-2, -1) if 1 == t.stride(-2) <= t.size(-2) <= t.stride(-1) else (-1, -2)
+    apart = t.stride(other)
+    return t.stride(unit) == 1 and apart >= t.size(unit) and apart * t.element_size() % 16 == 0
+
+
+def _by_groups(experts: int, rows: int, a: Tensor, b: Tensor) -> bool:
+    # It pads the rows of its result to 16 bytes, which would not be what the fake says.
+    whole = b.shape[-1] * b.element_size() % 16 == 0
+    return a.dtype in _GROUPED and rows >= 2 * experts and whole and _fits(a) and _fits(b)
+
+
+def _fresh(like: Tensor, *shape: int) -> Tensor:
+    """Zeros from the system, whose memory costs nothing until it is written to."""
+    pages = mmap.mmap(
+        -1, prod(shape) * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    )
+    pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
+
+
+def _product(a: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    ends = offsets.tolist()
+    kept, rows = ends[-2], a.shape[0]
+    if _by_groups(w.shape[0], kept, a, w.mT):
+        made = F.grouped_mm(a[:kept], w.mT, offs=offsets[1:-1])
+        return made if kept == rows else F.pad(made, (0, 0, 0, rows - kept))
+    out = a.new_empty(rows, w.shape[1])
+    for e, start, end in busy(ends):
+        torch.mm(a[start:end], w[e].t(), out=out[start:end])
+    out[kept:].zero_()
+    return out
+
+
+def _outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    ends = offsets.tolist()
+    kept, shape = ends[-2], (len(ends) - 2, a.shape[1], b.shape[1])
+    size, parts = prod(shape) * a.element_size(), list(busy(ends))
+    if size >= _FROM_SYSTEM or (size >= _MOSTLY_IDLE and 2 * len(parts) < shape[0]):
+        out = _fresh(a, *shape)
+    elif _by_groups(shape[0], kept, a.t(), b):
+        return F.grouped_mm(a[:kept].t(), b[:kept], offs=offsets[1:-1])
+    else:
+        out = a.new_zeros(shape)
+    for e, start, end in parts:
+        torch.mm(a[start:end].t(), b[start:end], out=out[e])
+    return out
+
+
+def _product_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    a, w, offsets = ctx.saved_tensors
+    da = product_op(dy, w.mT, offsets) if ctx.needs_input_grad[0] else None
+    if not ctx.needs_input_grad[1]:
+        return da, None, None
+    # Laid out as w is: autograd copies another layout into a parameter's own.
+    turned = w.stride(1) < w.stride(2)
+    return da, outer_op(a, dy, offsets).mT if turned else outer_op(dy, a, offsets), None
+
+
+def _outer_backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    a, b, offsets = ctx.saved_tensors
+    da = product_op(b, dw, offsets) if ctx.needs_input_grad[0] else None
+    db = product_op(a, dw.mT, offsets) if ctx.needs_input_grad[1] else None
+    return da, db, None
+
+
+product_op = define_for_cpu(
+    "experts_product(Tensor a, Tensor w, Tensor offsets) -> Tensor",
+    _product,
+    lambda a, w, offsets: a.new_empty(a.shape[0], w.shape[1]),
+    lambda a, w, offsets, **_: 2 * a[0] * prod(w[1:]),
+    _product_backward,
+)
+outer_op = define_for_cpu(
+    "experts_outer(Tensor a, Tensor b, Tensor offsets) -> Tensor",
+    _outer,
+    lambda a, b, offsets: a.new_empty(offsets.shape[0] - 2, a.shape[1], b.shape[1]),
+    lambda a, b, offsets, **_: 2 * a[0] * a[1] * b[1],
+    _outer_backward,
+)
+
+
+def product(a: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
+    """a[r] w[e]' for the rows r of every expert e, 0 for rows of none; with all derivatives."""
+    if readable(offsets) and not needs_grad(a, w):
+        return _product(a, w, offsets)
+    return product_op(a, w, offsets)

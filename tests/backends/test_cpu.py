@@ -1,0 +1,212 @@
+"""What `auto` runs on CPU tensors, beside the formulas in whose place it stands."""
+
+import pytest
+import torch
+from op_checks import check
+from torch.utils.flop_counter import FlopCounterMode
+
+import fusedmlp
+from fusedmlp import layers, reference
+from fusedmlp.backends.cpu import grouped, trees
+from fusedmlp.hyperglu import HyperGLU, HyperGLUConfig
+from fusedmlp.testing import CASES
+from fusedmlp.testing.memory import kept_bytes
+
+SIZES = ((1, 40, 24), (19, 40, 24), (150, 136, 32))
+
+
+def draw(*shape, dtype=torch.float64, grad=True):
+    return torch.randn(shape, dtype=dtype, requires_grad=grad)
+
+
+def both(call):
+    """call() by `auto`, and by the formula."""
+    made = []
+    for name in ("auto", "reference"):
+        with fusedmlp.backend(name):
+            made.append(call())
+    return made
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_keeps_the_rule(name, size):
+    """Results and first gradients of every op's every case, by the rule of the kernels."""
+    check(CASES[name], CASES[name].inputs(*size, torch.float32))
+
+
+@pytest.mark.parametrize("name", [n for n, case in CASES.items() if not case.forward_only])
+def test_second_derivatives(name):
+    case = CASES[name]
+    inputs = case.inputs(17, 24, 16, torch.float64)
+    leaves = [t.requires_grad_() for n, t in inputs.items() if n not in case.draws]
+
+    def call():
+        first = torch.autograd.grad(case.run(inputs).square().sum(), leaves, create_graph=True)
+        of = sum(g.square().sum() for g in first)
+        return first + torch.autograd.grad(of, leaves, allow_unused=True, materialize_grads=True)
+
+    torch.testing.assert_close(*both(call))
+
+
+def experts(E, D=8, H=12, dtype=torch.float64):
+    return [draw(E, *s, dtype=dtype) for s in ((H, D), (H, D), (D, H))]
+
+
+@pytest.mark.parametrize("capacity", (None, 1, 5))
+@pytest.mark.parametrize("T, E, k", ((0, 3, 1), (1, 1, 1), (1, 7, 3), (9, 40, 1), (60, 4, 2)))
+def test_experts_of_every_kind_of_routing(T, E, k, capacity):
+    """Without tokens, of one expert, mostly idle, grouped; with indices that no expert has."""
+    torch.manual_seed(T)
+    x, prob, stacks = draw(T, 8), draw(T, k), experts(E)
+    expert = torch.randint(-1, E + 1, (T, k))
+    leaves = [x, prob, *stacks]
+
+    def call():
+        routing = fusedmlp.route_to(expert, prob, E, capacity=capacity)
+        y = fusedmlp.moe_mlp(x, routing, *stacks)
+        with torch.no_grad():
+            again = fusedmlp.moe_mlp(x, routing, *stacks)
+        return y, again, routing[:6], torch.autograd.grad(y.square().sum(), leaves)
+
+    torch.testing.assert_close(*both(call))
+
+
+def test_a_gradient_of_mostly_idle_experts_is_zeros_of_the_system():
+    stacks = [w.float().detach().requires_grad_() for w in experts(256, 64, 128)]
+    x, z = draw(3, 64, dtype=torch.float32), torch.randn(3, 256)
+
+    def call():
+        y = fusedmlp.moe_mlp(x, fusedmlp.top1_route(z), *stacks)
+        return torch.autograd.grad(y.square().sum(), stacks)
+
+    ours, theirs = both(call)
+    torch.testing.assert_close(ours, theirs)
+    idle = torch.ones(256, dtype=torch.bool).index_fill(0, z.argmax(-1), False)
+    assert not any(g[idle].any() for g in ours)
+    stacks[0].grad = ours[0]  # memory like any other's
+    torch.optim.SGD(stacks[:1], lr=0.1).step()
+    assert grouped._MOSTLY_IDLE < ours[0].nbytes < grouped._FROM_SYSTEM
+
+
+def test_compiled_experts_do_the_work_of_those_in_use():
+    """The same products as eager, and no graph for each expert."""
+    torch._dynamo.reset()
+    calls = []
+
+    def backend(graph, inputs):
+        calls.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return graph
+
+    switch = layers.SwitchFFN(16, 32, ff_kwargs={"mult": 1, "glu_variant": "swiglu"}).eval()
+    x = torch.randn(5, 16)
+    with torch.no_grad():
+        compiled = torch.compile(switch, backend=backend, fullgraph=True)(x)
+    torch.testing.assert_close(compiled, switch(x))
+    assert sum("experts_product" in call for call in calls) == 2  # gate and up are one
+    assert sum("linear" in call for call in calls) == 1  # of the router
+
+
+def test_gradients_may_be_batched():
+    x, stacks, routing = draw(4, 8), experts(3), fusedmlp.top1_route(torch.randn(4, 3).double())
+    y = fusedmlp.moe_mlp(x, routing, *stacks)
+    ways = torch.randn(2, *y.shape, dtype=y.dtype)
+    each = [torch.autograd.grad(y, stacks, way, retain_graph=True) for way in ways]
+    together = torch.autograd.grad(y, stacks, ways, is_grads_batched=True)
+    torch.testing.assert_close(together, tuple(map(torch.stack, zip(*each, strict=True))))
+
+
+def test_flops_are_those_of_the_rows():
+    x, stacks = draw(6, 8), experts(5)
+    with FlopCounterMode(display=False) as counter:
+        routing = fusedmlp.top1_route(torch.randn(6, 5))
+        fusedmlp.moe_mlp(x, routing._replace(prob=routing.prob.double()), *stacks)
+    assert counter.get_total_flops() == 2 * 6 * 3 * 8 * 12
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("row", ([1.0, 3, 3, 2], [0.0, float("nan"), 1, 2], [1, float("inf")],
+                                 [float("-inf")] * 3, [5.0]))  # fmt: skip
+def test_a_routing_of_one_token(row, dtype):
+    z = torch.tensor([row], dtype=dtype, requires_grad=True)
+
+    def call():
+        routing = fusedmlp.top1_route(z)
+        total = routing.prob.sum() + routing.mean_prob.square().sum() + routing.log_sum_exp.sum()
+        return tuple(routing), torch.autograd.grad(total, z)
+
+    torch.testing.assert_close(*both(call), equal_nan=True)
+    assert fusedmlp.top1_route(z).counts.is_contiguous()
+
+
+@pytest.mark.parametrize("T", (1, 7))
+def test_a_walk_finds_the_path(T):
+    tree = layers.FastFeedForward(16, 5).eval()
+    x = torch.randn(T, 16)
+    own = tree.routers
+    path = trees.walk(x, own.weight, own.bias, tree.depth)
+    assert torch.equal(path, reference.tree_path(own(x), tree.depth))
+    assert not trees.worth_a_walk(x, own.weight)
+    assert trees.worth_a_walk(torch.empty(T, 4096), torch.empty(255, 4096)) or T > 1
+    assert trees.worth_a_walk(torch.empty(256, 256), torch.empty(511, 256))
+
+
+def test_a_large_tree_walks():
+    tree = layers.FastFeedForward(1056, 9, mult=1 / 132).eval()
+    assert trees.worth_a_walk(torch.empty(1, 1056), tree.routers.weight)
+    for T in (1, 40):
+        x = torch.randn(T, 1056)
+        torch.testing.assert_close(*both(lambda x=x: tree(x)))
+
+
+@pytest.mark.parametrize("T", (1, 6))
+def test_a_path_of_weighted_nodes(T):
+    tree, x = layers.PathWeightedFFF(16, 3, 8).double(), draw(T, 16)
+    leaves = [x, *tree.parameters()]
+
+    def call():
+        with torch.no_grad():
+            plain = tree(x)
+        y = tree(x)
+        return plain, y, torch.autograd.grad(y.square().sum(), leaves)
+
+    torch.testing.assert_close(*both(call))
+
+
+@pytest.mark.parametrize("kind", ("glu", "relu"))
+def test_a_step_reads_what_its_position_sees(kind):
+    """What lies past it may be anything."""
+    layer = HyperGLU(HyperGLUConfig(n_embd=16, n_head=2, block_size=24, attn_kind=kind)).eval()
+    x = torch.randn(2, 9, 16)
+    expected = layer(x)
+    _, cache = layer.prefill(x[:, :8])
+    cache.k[:, :, 8:] = float("nan")
+    cache.v[:, :, 8:] = float("nan")
+    y, _ = layer.step(x[:, 8], cache)
+    torch.testing.assert_close(y, expected[:, 8], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("D", (256, 200))
+@pytest.mark.parametrize("rows", (0, 1, 2, 16, 17))
+def test_one_bit_weights_by_bytes(rows, D, dtype):
+    w = fusedmlp.quantize_binary(torch.randn(24, D), pad=D % 128 != 0)
+    x, b = draw(rows, D, dtype=dtype, grad=False), draw(24, dtype=dtype, grad=False)
+    torch.testing.assert_close(*both(lambda: fusedmlp.binary_linear(x, w, b)), atol=0.02, rtol=0.02)
+    wide, exact = x.double(), w.dequantize(torch.float64)
+    y = fusedmlp.binary_linear(wide, w)
+    torch.testing.assert_close(y, wide @ exact.T)
+
+
+def test_what_blocks_keep():
+    """In units of M H: g and u; z; t and g_i. Compiled code keeps what its compiler chooses."""
+    M, D, H = 64, 16, 32
+    x, first, last, masks = draw(M, D), draw(H, D), draw(D, H), draw(4, H, D)
+    unit = M * H * x.element_size()
+    kept = lambda f, *t: kept_bytes(lambda: f(*t), t) / unit  # noqa: E731
+    assert kept(fusedmlp.gated_mlp, x, first, draw(H, D), last) == 2
+    assert kept(fusedmlp.mlp, x, first, last) == 1
+    assert kept(fusedmlp.masked_gated_mlp, x, first, masks, last) == 5
+    assert kept(fusedmlp.masked_gated_linear, x, first, masks) == 5
+    with fusedmlp.backend("reference"):
+        assert kept(fusedmlp.gated_mlp, x, first, draw(H, D), last) == 4
