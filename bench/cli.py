@@ -18,6 +18,7 @@ from .options import INTERRUPTED, PROG, Refusal
 COMMANDS = {
     "check": "check",
     "time": "timing.command",
+    "cpu": "cpu.command",
     "predict": "predict",
     "tune": "timing.tune",
     "gate": "gate.command",

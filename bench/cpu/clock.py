@@ -1,0 +1,46 @@
+"""Processor time of calls in one process and one thread, in turns, so that what else runs on the
+machine meets all of them alike."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from statistics import median
+
+Call = Callable[[], object]
+SHORTEST = 0.02  # seconds of one call's turn
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of the first of two calls to the second, round by round: the median, and the middle half."""
+
+    middle: float
+    low: float
+    high: float
+
+
+def _turn(call: Call, times: int) -> float:
+    start = time.process_time()
+    for _ in range(times):
+        call()
+    return (time.process_time() - start) / times
+
+
+def turns(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, `rounds` times, the calls taking turns."""
+    for call in calls.values():
+        call(), call()
+    times = {n: max(1, round(SHORTEST / max(_turn(c, 1), 1e-6))) for n, c in calls.items()}
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            found[name].append(_turn(call, times[name]))
+    return found
+
+
+def ratio(first: list[float], second: list[float]) -> Ratio:
+    ordered = sorted(a / b for a, b in zip(first, second, strict=True))
+    quarter = len(ordered) // 4
+    return Ratio(median(ordered), ordered[quarter], ordered[-1 - quarter])
