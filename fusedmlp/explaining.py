@@ -164,6 +164,11 @@ def explain(
     device = torch.device("cuda") if torch.cuda.is_available() else None
     lines += loader.describe(capability_of(device) if device else 0)
     lines.append(_device_line(torch.device("cpu")))
+    if choice.chosen() == "auto":
+        lines.append(
+            "of these, experts, trees, one-bit weights, steps of HyperGLU and what blocks keep for "
+            "backward: fusedmlp/backends/cpu, tested against the reference"
+        )
     lines.append(_device_line(device) if device else "cuda tensors: none, torch finds no GPU")
     off = plans_are_off()
     lines.append(f"launch plans: {f'none, {off}' if off else 'on'}")

@@ -195,6 +195,9 @@ class StackedExperts(Stacked, Reader):
         parts = {name: stacked.unbind() for name, stacked in self._stacks()}
         return [{name: views[i] for name, views in parts.items()} for i in range(self.num_experts)]
 
+    def _slice(self, i: int) -> dict[str, Tensor]:
+        return {name: stacked[i] for name, stacked in self._stacks()}
+
     def _one(self, own: dict[str, Tensor], x: Tensor) -> Tensor:
         """x through the expert whose tensors are `own`, one of `_slices`."""
         self._template[0].train(self.training)
@@ -213,8 +216,10 @@ class StackedExperts(Stacked, Reader):
             if self._template[0].recompute:
                 options["recompute"] = True
             return moe_mlp(x, routing, **self._parts(), **options)  # type: ignore[arg-type]
-        flat, own = x.reshape(-1, x.shape[-1]), self._slices()
-        y = by_expert(flat, routing, lambda rows, e: self._one(own[e], rows))
+        flat, own = x.reshape(-1, x.shape[-1]), self._slice
+        if torch.is_grad_enabled():  # a gradient in one piece, not one of full size for each expert
+            own = self._slices().__getitem__
+        y = by_expert(flat, routing, lambda rows, e: self._one(own(e), rows))
         scaled = (routing.prob.unsqueeze(1) * y).to(y.dtype)
         return torch.where(routing.kept.unsqueeze(1), scaled, 0).view(x.shape)
 
