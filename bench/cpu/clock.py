@@ -14,7 +14,7 @@ SHORTEST = 0.02  # seconds of one call's turn
 
 @dataclass(frozen=True)
 class Ratio:
-    """Of the first of two calls to the second, round by round: the median, and the middle half."""
+    """The first of two calls over the second, round by round: the median, and the middle half."""
 
     middle: float
     low: float

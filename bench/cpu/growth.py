@@ -9,7 +9,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ... import masked_gated_mlp, reference
 from ...layers import PathWeightedFFF
@@ -54,7 +53,7 @@ def _path(depth: int) -> Calls:
 
 def _masks(n_m: int) -> Calls:
     x, w, down = torch.randn(256, WIDTH), torch.randn(1024, WIDTH), torch.randn(WIDTH, 1024)
-    tensors: list[Tensor] = [x, w, torch.randn(n_m, 1024, WIDTH), down]
+    tensors: Any = [x, w, torch.randn(n_m, 1024, WIDTH), down]
     torch._dynamo.reset()
     formula = torch.compile(reference.masked_gated_mlp)
     return {
@@ -84,7 +83,7 @@ def peak_bytes(call: Callable[[], object]) -> int:
     """The most that PyTorch's allocator held at once for the call."""
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
+    events = profile.profiler.kineto_results.events()
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         if event.name() == "[memory]":

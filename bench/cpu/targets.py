@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -61,7 +61,7 @@ def _eval(run: Call) -> Call:
     return call
 
 
-def _trained(run: Callable[[], Any], parameters: list[Tensor]) -> Call:
+def _trained(run: Callable[[], Any], parameters: Sequence[Tensor]) -> Call:
     """Forward and backward of the sum, gradients dropped as an optimizer drops them."""
 
     def call() -> None:

@@ -29,6 +29,7 @@ def experts_loop(x: Tensor, router: Tensor, experts: Sequence[Sequence[Tensor]])
 def leaves_by_mask(tree: FastFeedForward, x: Tensor) -> Tensor:
     """FastFeedForward in eval: a router a level for all tokens, then every leaf asks who is its."""
     node = torch.zeros(x.shape[0], dtype=torch.int64)
+    assert tree.routers.bias is not None
     for _ in range(tree.depth):
         weight, bias = tree.routers.weight[node], tree.routers.bias[node]
         node = 2 * node + 1 + ((x * weight).sum(-1) + bias > 0).long()
@@ -45,6 +46,7 @@ def leaves_by_mask(tree: FastFeedForward, x: Tensor) -> Tensor:
 def path_by_gathers(tree: PathWeightedFFF, x: Tensor) -> Tensor:
     """PathWeightedFFF with a copy of its node's weights for each token."""
     node, y = torch.zeros(x.shape[0], dtype=torch.int64), torch.zeros(())
+    assert tree.b1s is not None and tree.b2s is not None
     for _ in range(tree.depth + 1):
         z = (x * tree.w1s[node]).sum(-1) + tree.b1s[node]
         out = torch.bmm(x.unsqueeze(1), tree.w2s[node]).squeeze(1) + tree.b2s[node]
@@ -53,7 +55,7 @@ def path_by_gathers(tree: PathWeightedFFF, x: Tensor) -> Tensor:
     return y
 
 
-def transformers_experts(E: int, width: int, k: int) -> tuple[nn.Module, dict[str, Callable]]:  # type: ignore[type-arg]
+def transformers_experts(E: int, width: int, k: int) -> tuple[nn.Module, dict[str, Callable]]:
     """Qwen3-MoE's experts, and their forward (x, expert, prob) by each of WAYS."""
     from transformers import Qwen3MoeConfig
     from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
@@ -68,7 +70,7 @@ def transformers_experts(E: int, width: int, k: int) -> tuple[nn.Module, dict[st
     def by(way: str) -> Callable[..., Tensor]:
         def run(x: Tensor, expert: Tensor, prob: Tensor) -> Tensor:
             config._experts_implementation = way
-            return experts(x, expert, prob)  # type: ignore[no-any-return]
+            return experts(x, expert, prob)
 
         return run
 

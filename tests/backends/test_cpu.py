@@ -159,9 +159,12 @@ def test_a_large_tree_walks():
         torch.testing.assert_close(*both(lambda x=x: tree(x)))
 
 
+@pytest.mark.parametrize("biases", (True, False))
 @pytest.mark.parametrize("T", (1, 6))
-def test_a_path_of_weighted_nodes(T):
+def test_a_path_of_weighted_nodes(T, biases):
     tree, x = layers.PathWeightedFFF(16, 3, 8).double(), draw(T, 16)
+    if not biases:
+        tree.b1s = tree.b2s = None
     leaves = [x, *tree.parameters()]
 
     def call():

@@ -72,9 +72,12 @@ def test_padded_widths():
     latent = mlp(x)
     latent.sum().backward()
     assert mlp.down_proj.weight.grad.shape == (96, 200)
-    assert torch.equal(mlp.pack()(x), latent)
+    torch.testing.assert_close(mlp.pack()(x), latent)  # by bytes, in another order of sums
     again = BinaryLinear.from_packed(mlp.gate_proj.packed)
-    assert again.in_features == 96 and torch.equal(again(x), mlp.gate_proj(x))
+    assert again.in_features == 96
+    with backend("reference"):
+        assert torch.equal(mlp(x), latent)
+        assert torch.equal(again(x), mlp.gate_proj(x))
 
 
 def test_gradient_is_straight_through():

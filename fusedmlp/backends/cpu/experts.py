@@ -57,7 +57,7 @@ def moe_mlp(
     """The sum over a token's choices of prob * the expert's MLP; x (T, D)."""
     weights = (w_gate, w_up, w_down, b_gate, b_up, b_down)
     if readable(routing.offsets) and x.shape[0] == 1 and not needs_grad(x, routing.prob, *weights):
-        return _one_token(x, routing, weights, activation, packed)
+        return _one_token(x, routing, weights, w_down, activation, packed)
     rows = _Rows(routing)
     a = rows.gather(x)
     g = rows.linear(a, w_gate, b_gate)
@@ -75,20 +75,22 @@ def _one_token(
     x: Tensor,
     routing: Routing,
     weights: tuple[Tensor | None, ...],
+    w_down: Tensor,
     activation: str,
     packed: Packed | None,
 ) -> Tensor:
     """Each of its experts is a dense block, for which nothing is gathered."""
-    made = []
+    made: list[Tensor] = []
     for e, start, end in busy(routing.offsets.tolist()):
         gate, up, down, bg, bu, bd = (None if t is None else t.select(0, e) for t in weights)
+        assert gate is not None and down is not None
         if up is None and packed is None:
             y = mlp(x, gate, down, bg, bd, activation)
         else:
             y = gated_mlp(x, gate, up, down, bg, bu, bd, activation, packed)
         made += (end - start) * [y]
     if not made:
-        return x.new_zeros(1, weights[2].shape[1])
+        return x.new_zeros(1, w_down.shape[1])
     if routing.k == 1:
         return (routing.prob.view(1, 1) * made[0]).to(x.dtype)
     shares = routing.prob.view(-1).index_select(0, routing.tokens[: len(made)])
@@ -110,7 +112,7 @@ def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) 
     return y if b is None else torch.where(routing.kept.view(-1, 1), y, 0)
 
 
-def weighted_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor) -> Tensor:
+def weighted_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None) -> Tensor:
     """sum over a token's choices of prob * (x w[e]' + b[e]); x (T, K)."""
     rows = _Rows(routing)
     y = rows.linear(rows.gather(x), w, b)

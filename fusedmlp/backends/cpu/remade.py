@@ -62,7 +62,7 @@ class ActDownFunction(Function):
         with torch.enable_grad():
             pre = [t.detach().requires_grad_(n) for t, n in zip(pre, need_pre, strict=True)]
             h = ctx.options[0](*pre)
-        grads = [None] * len(pre)
+        grads: list[Tensor | None] = [None] * len(pre)
         if any(need_pre):
             wanted = [t for t in pre if t.requires_grad]
             found = iter(torch.autograd.grad(h, wanted, dy if w is None else dy @ w))

@@ -40,9 +40,10 @@ def worth_a_walk(x: Tensor, w: Tensor) -> bool:
     return bool(N * D >= 1 << 19) if T == 1 else N >= 127 and T * N * D >= 1 << 22
 
 
-def walk(x: Tensor, w: Tensor, b: Tensor, depth: int) -> Tensor:
+def walk(x: Tensor, w: Tensor, b: Tensor | None, depth: int) -> Tensor:
     """The path (T, depth + 1) of x (T, D) past routers w (N, D), b (N,); no gradient."""
-    x, w, b = x.detach(), w.detach(), b.detach()
+    x, w = x.detach(), w.detach()
+    b = w.new_zeros(w.shape[0]) if b is None else b.detach()
     if x.shape[0] == 1:
         row, node, path = x[0], 0, [0]
         for _ in range(depth):
@@ -60,9 +61,9 @@ def walk(x: Tensor, w: Tensor, b: Tensor, depth: int) -> Tensor:
 def path_weighted(
     x: Tensor,
     w1: Tensor,
-    b1: Tensor,
+    b1: Tensor | None,
     w2: Tensor,
-    b2: Tensor,
+    b2: Tensor | None,
     depth: int,
     activation: Callable[[Tensor], Tensor],
 ) -> Tensor:
@@ -73,7 +74,10 @@ def path_weighted(
         nodes = path_of_one(logits, depth)
         path = torch.tensor([nodes])
         weights = activation(logits.gather(1, path).abs())
-        y = weights @ b2.index_select(0, path[0])
+        if b2 is None:
+            y = x.new_zeros(1, w2.shape[2])
+        else:
+            y = weights @ b2.index_select(0, path[0])
         for node, weight in zip(nodes, weights[0].tolist(), strict=True):
             y.addmm_(x, w2.select(0, node), alpha=weight)
         return y

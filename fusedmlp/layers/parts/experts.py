@@ -216,9 +216,11 @@ class StackedExperts(Stacked, Reader):
             if self._template[0].recompute:
                 options["recompute"] = True
             return moe_mlp(x, routing, **self._parts(), **options)  # type: ignore[arg-type]
-        flat, own = x.reshape(-1, x.shape[-1]), self._slice
+        flat = x.reshape(-1, x.shape[-1])
+        own: Callable[[int], dict[str, Tensor]] = self._slice
         if torch.is_grad_enabled():  # a gradient in one piece, not one of full size for each expert
-            own = self._slices().__getitem__
+            slices = self._slices()
+            own = lambda e: slices[e]  # noqa: E731
         y = by_expert(flat, routing, lambda rows, e: self._one(own(e), rows))
         scaled = (routing.prob.unsqueeze(1) * y).to(y.dtype)
         return torch.where(routing.kept.unsqueeze(1), scaled, 0).view(x.shape)
