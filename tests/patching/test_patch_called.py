@@ -224,3 +224,27 @@ def test_a_model_with_lora_trains_alike(way):
     merged = ours.merge_and_unload()
     torch.testing.assert_close(merged(**inputs).logits, plain(**inputs).logits)
     assert not fusedmlp.patch(merged).partly
+
+
+class Whole(nn.Module):
+    """A projection whose weight is whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features, self.out_features = 8, 12
+        weight = torch.arange(96, dtype=torch.int8).view(12, 8) % 5 - 2
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype).T
+
+
+def test_a_backend_is_chosen_by_a_floating_parameter():
+    """The first is of whole numbers, which no kernel takes."""
+    block, x = GatedMLP(), torch.randn(3, 8)
+    block.w1 = Whole()
+    expected = block(x)
+    with fusedmlp.backend("triton"):
+        (entry,) = fusedmlp.patch(nn.Sequential(block)).patched
+        torch.testing.assert_close(block(x), expected)
+    assert "on triton" in str(entry)
