@@ -300,3 +300,27 @@ def test_source_that_is_not_what_runs():
     )
     kind = type("Told", (Layer,), {"forward": forward})
     assert not fusedmlp.patch(kind()).patched
+
+
+class Annotated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(8, 12), nn.GELU(), nn.Linear(12, 8)
+
+    def forward(self, x):
+        def twice(t: torch.Tensor) -> torch.Tensor:
+            return 2 * t
+
+        h = twice(x)
+        h = self.act(self.fc1(h))
+        h = self.fc2(h)
+        return x + twice(h)
+
+
+def test_annotations_inside_are_compiled_as_their_file_has_them():
+    """This file takes no annotations from a __future__, which the compiling one does."""
+    block = Annotated()
+    expected = block(X)
+    (entry,) = fusedmlp.patch(Model(block)).patched
+    assert entry.op == "mlp"
+    torch.testing.assert_close(block(X), expected)
