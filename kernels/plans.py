@@ -8,22 +8,24 @@ can see of them:
 
 | operand | in the key |
 |---|---|
-| tensor | dtype, shape, strides, address modulo 16, all that Triton specialises on |
+| tensor | dtype, device, shape, strides, address modulo 16, all that Triton specialises on |
 | weight: a tensor whose name begins with "w" | the address itself, so that its descriptors are constants |
 | tensor beside the tensor before it | their distance, if under 16 bytes: do elements take turns? |
 | anything else | its value |
 | the process | device, Triton's driver, how float32 is multiplied |
 
 A plan keeps no tensor alive. There is none in the interpreter, on a pretended GPU, inside `unplanned`,
-where a hook watches launches or Triton debugs or instruments kernels, or with a Triton that this file
-does not know: launchers then run as they are written.
+where a hook watches launches or Triton debugs or instruments kernels, with a Triton that this file
+does not know, or under FUSEDMLP_PLANS=0: launchers then run as they are written.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import functools
 import inspect
+import os
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,6 +60,7 @@ _UNPLANNED = object()
 
 _local = threading.local()
 _unplanned = 0
+_counting = threading.Lock()
 
 
 class Unplannable(Exception):
@@ -68,11 +71,13 @@ class Unplannable(Exception):
 def unplanned() -> Iterator[None]:
     """Inside, launchers run as they are written."""
     global _unplanned
-    _unplanned += 1
+    with _counting:
+        _unplanned += 1
     try:
         yield
     finally:
-        _unplanned -= 1
+        with _counting:
+            _unplanned -= 1
 
 
 def recording() -> Recorder | None:
@@ -175,6 +180,9 @@ class Recorder(TorchFunctionMode):
         new = [t for t in tensors if id(t) not in self.names]
         writes = "out" in kwargs or (name.endswith("_") and name != "__getitem__")
         if not new and not writes:
+            return made
+        if writes and any(id(t) not in self.names for t in memory.values()):
+            self.why = self.why or f"{name} changes a tensor that is neither given nor made"
             return made
         view = not writes
         for t in new:
@@ -282,6 +290,7 @@ class _Writer:
     def launch(self, step: _Launch) -> str:
         grid = ", ".join(map(str, (*step.grid, 1, 1)[:3]))
         compiled = step.compiled
+        self.constant(compiled)  # unloads its function when nobody holds it
         run, function, packed = map(
             self.constant, (compiled.run, compiled.function, compiled.packed_metadata)
         )
@@ -320,9 +329,13 @@ class _Writer:
             if self.is_scratch(step):
                 lines += [self.scratch(step.made)]
                 continue
+            before = self.addressed | self.needed
             for t in made:
                 lines += self.pointer(names[id(t)], t.data_ptr() % 16)
-            lines += [self.call(step)]
+            line = self.call(step)
+            met = self.needed | {names[id(t)] for t in made}
+            last = sorted(n for n in met - before if n[0] == "t")
+            lines += [f"{' = '.join(last)} = None", line] if last else [line]
         if self.scratch_bytes:
             new = self.constant(Tensor.new_empty)
             lines += self.pointer("scratch", 0)
@@ -396,16 +409,23 @@ def _record(launcher: Callable[..., Any], arguments: tuple[Any, ...], fixed: fro
         a.detach() if isinstance(a, Tensor) and first[id(a)] != i else a
         for i, a in enumerate(arguments)
     )
-    recorder = Recorder(arguments, fixed)
+    recorder: Recorder | None = Recorder(arguments, fixed)
     _local.recorder = recorder
     try:
-        with recorder:
+        with recorder:  # type: ignore[union-attr]
             result = launcher(*arguments)
+    except torch.OutOfMemoryError:  # a record holds every tensor until its end
+        recorder = None
     finally:
         _local.recorder = None
+    if recorder is None:
+        return launcher(*arguments), _UNPLANNED
     try:
         return result, _write(recorder, result)
     except Unplannable:
+        return result, _UNPLANNED
+    except Exception as error:
+        warnings.warn(f"{launcher.__name__}: no launch plan: {error!r}", stacklevel=2)
         return result, _UNPLANNED
 
 
@@ -435,10 +455,11 @@ def _value(a: Any) -> Any:
 
 
 # What goes into a key of a weight and of another tensor. last: the address of the tensor before.
-_WEIGHT = "k{i} = a{i}.dtype, a{i}.shape, a{i}.stride(), a{i}.data_ptr()"
+_WEIGHT = "k{i} = a{i}.dtype, a{i}.get_device(), a{i}.shape, a{i}.stride(), a{i}.data_ptr()"
 _OTHER = """p = a{i}.data_ptr()
     {indent}near, last = p - last, p
-    {indent}k{i} = a{i}.dtype, a{i}.shape, a{i}.stride(), p % 16, near if -16 < near < 16 else 16"""
+    {indent}near = near if -16 < near < 16 else 16
+    {indent}k{i} = a{i}.dtype, a{i}.get_device(), a{i}.shape, a{i}.stride(), p % 16, near"""
 
 
 @functools.cache
@@ -486,6 +507,8 @@ def plans_are_off() -> str | None:
     """Why this process makes no plans, or None where it does."""
     if INTERPRETED:
         return "Triton interprets kernels"
+    if os.environ.get("FUSEDMLP_PLANS", "1") == "0":
+        return "FUSEDMLP_PLANS is 0"
     if triton.__version__[:3] not in KNOWN:
         return f"Triton {triton.__version__} is none of {', '.join(KNOWN)}"
     return None
@@ -518,7 +541,7 @@ def planned(launcher: Callable[..., Any]) -> Callable[..., Any]:
         else:
             result, plan = _record(launcher, arguments, weights)
         with lock:
-            if len(plans) >= MOST:
+            if key not in plans and len(plans) >= MOST:
                 del plans[next(iter(plans))]
             plans[key] = plan
         return result

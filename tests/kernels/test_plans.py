@@ -58,11 +58,14 @@ def test_tensors_side_by_side():
 
 
 def test_what_has_no_plan():
-    """An element, another tensor, and a place in a storage are in no key."""
+    """An element, another tensor, and a place in a storage are in no key; and a record needs more
+    memory than a call."""
     found = in_compiler(plan_driver.planned_or_not)
     assert found == {
         "_reads": [False],
         "_uses_another": [False],
+        "_changes_another": [False],
+        "_runs_out_of_memory": [False],
         "_asks_for_its_place": [False],
         "_well": [True],
     }
@@ -95,6 +98,17 @@ def test_threads_and_forgetting():
 
 def test_a_plan_keeps_nothing_alive():
     assert in_compiler(plan_driver.kept_alive) == [False, False]
+
+
+def test_a_plan_gives_memory_back_as_soon_as_its_launcher():
+    assert in_compiler(plan_driver.given_back) == ["a0", "t2"]
+
+
+def test_an_environment_variable_turns_plans_off(monkeypatch):
+    monkeypatch.setattr(plans, "INTERPRETED", False)
+    assert plans.plans_are_off() is None
+    monkeypatch.setenv("FUSEDMLP_PLANS", "0")
+    assert plans.plans_are_off() == "FUSEDMLP_PLANS is 0"
 
 
 def test_explain_knows_the_tile_of_a_plan():

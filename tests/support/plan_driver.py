@@ -5,6 +5,7 @@ import contextlib
 import gc
 import itertools
 import random
+import sys
 import threading
 import weakref
 from dataclasses import dataclass
@@ -509,6 +510,27 @@ def _uses_another(kernel):
     return launcher
 
 
+def _changes_another(kernel):
+    def launcher(x: Tensor) -> Tensor:
+        ELSEWHERE.zero_()
+        plans.noted(kernel)[(1,)](x, 3)
+        return x.new_empty(3)
+
+    return launcher
+
+
+def _runs_out_of_memory(kernel):
+    """Where a record keeps what a call would have given back."""
+
+    def launcher(x: Tensor) -> Tensor:
+        if plans.recording():
+            raise torch.OutOfMemoryError("full")
+        plans.noted(kernel)[(1,)](x, 3)
+        return x.new_empty(3)
+
+    return launcher
+
+
 def _asks_for_its_place(kernel):
     def launcher(x: Tensor) -> Tensor:
         plans.noted(kernel)[(1,)](x, x.storage_offset())
@@ -532,7 +554,9 @@ def planned_or_not():
     """launcher -> whether its calls have a plan"""
     found = {}
     with machine() as made:
-        for maker in (_reads, _uses_another, _asks_for_its_place, _well):
+        makers = (_reads, _uses_another, _changes_another, _runs_out_of_memory,
+                  _asks_for_its_place, _well)  # fmt: skip
+        for maker in makers:
             launcher = plans.planned(maker(_Kernel(made)))
             for _ in range(4):
                 launcher(torch.zeros(64))
@@ -544,3 +568,34 @@ def of_another_triton():
     with mock.patch.object(triton, "__version__", "9.0.0"):
         launcher = KERNELS["gated_act_fwd"].triton
         return plans.planned(launcher) is launcher
+
+
+def given_back():
+    """The tensors that a plan still holds when it launches, of three that functions make one of
+    another."""
+
+    def launcher(x: Tensor) -> Tensor:
+        twice = x * 2
+        more = twice + 1
+        plans.noted(kernel)[(1,)](more, 3)
+        return x.new_empty(3)
+
+    with machine() as made:
+        kernel = _Kernel(made)
+        planned = plans.planned(launcher)
+        for _ in range(4):
+            planned(torch.zeros(64))
+        (plan,) = planned.plans.values()
+        held = []
+        launch = plan.__globals__
+        (run,) = (k for k, v in launch.items() if getattr(v, "__name__", "") == "run")
+        own = launch[run]
+
+        def look(*args):
+            frame = sys._getframe(1)
+            held.extend(n for n, v in frame.f_locals.items() if isinstance(v, Tensor))
+            return own(*args)
+
+        launch[run] = look
+        planned(torch.zeros(64))
+    return held
