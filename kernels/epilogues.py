@@ -7,7 +7,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .tiles import half_vector, load_tile, store_tile, weave
+from .arch.tile import Tile, cdiv
+from .tiles import INTERPRETED, column_parts, half_vector, load_tile, store_tile, weave
+
+# Rows of a wgmma that one warp has.
+SUM_ROWS = tl.constexpr(16)
 
 
 @triton.jit
@@ -62,10 +66,87 @@ def store_fwd(
 
 
 @triton.jit
-def store_column_sums(value, sums_ptr, tile_m, n0, H, BLOCK_N: tl.constexpr):
+def store_column_sums(
+    value, sums_ptr, tile_m, n0, H, BLOCK_N: tl.constexpr, SLICES: tl.constexpr = 1
+):
+    """Column sums of each of SLICES parts of a tile's rows. Where a part is one warp's rows, no
+    other warp is waited for."""
+    offs_m = tile_m * SLICES + tl.arange(0, SLICES)
     offs_n = n0 + tl.arange(0, BLOCK_N)
-    row = sums_ptr + tl.cast(tile_m, tl.int64) * H
-    tl.store(row + offs_n, tl.sum(value, 0), mask=offs_n < H)
+    sums = tl.sum(tl.reshape(value, (SLICES, value.shape[0] // SLICES, BLOCK_N)), 1)
+    rows = sums_ptr + offs_m.to(tl.int64)[:, None] * H
+    tl.store(rows + offs_n[None, :], sums, mask=offs_n[None, :] < H)
+
+
+@triton.jit
+def _read_beside(
+    t, stride_r, stride_c, m0, n0, M, H, like, TMA: tl.constexpr, MOST: tl.constexpr
+):  # fmt: skip
+    """The tile of an (M, H) matrix in the shape of `like`. What TMA has loaded is put into the
+    threads that have `like`: else Triton computes the activation in both layouts, for what is made
+    of `like` and for what is not."""
+    tile = load_tile(
+        t, stride_r, stride_c, m0, n0, M, H, like.shape[0], like.shape[1], TMA, True, MOST
+    )
+    if TMA and not INTERPRETED:
+        tile = tl.inline_asm_elementwise(
+            "mov.b16 $0, $1;", "=h,h,f", [tile, like], dtype=tile.dtype, is_pure=False, pack=1
+        )
+    return tile
+
+
+@triton.jit
+def _store_bwd_part(
+    dh,
+    gate,
+    up,
+    dg,
+    du,
+    h,
+    sums_ptr,
+    tile_m,
+    tiles_m,
+    m0,
+    n0,
+    M,
+    H,
+    stride_dgm,
+    stride_hm,
+    scalars,
+    ACT: tl.constexpr,
+    UP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TMA: tl.constexpr,
+    GATED: tl.constexpr,
+    TURNS: tl.constexpr,
+    MOST: tl.constexpr,
+):
+    SLICES: tl.constexpr = BLOCK_M // SUM_ROWS if TMA else 1
+    value, slope = ACT(gate.to(tl.float32), *scalars)
+    grad = dh * slope
+    if GATED:
+        up = up.to(tl.float32)
+        grad_up = dh * value
+        if UP is not None:
+            up, up_slope = UP(up, *scalars)
+            grad_up = grad_up * up_slope
+        if du is not None:
+            store_tile(du, stride_dgm, m0, n0, M, H, grad_up, BLOCK_M, BLOCK_N, TMA)
+        if sums_ptr is not None:
+            up_sums_ptr = sums_ptr + tl.cast(tiles_m, tl.int64) * SLICES * H
+            store_column_sums(grad_up, up_sums_ptr, tile_m, n0, H, BLOCK_N, SLICES)
+        grad = grad * up
+        value = value * up
+    if TURNS:
+        both = weave(grad, grad_up, BLOCK_M, BLOCK_N)
+        store_tile(dg, stride_dgm, m0, 2 * n0, M, 2 * H, both, BLOCK_M, 2 * BLOCK_N, TMA)
+    else:
+        store_tile(dg, stride_dgm, m0, n0, M, H, grad, BLOCK_M, BLOCK_N, TMA)
+    if sums_ptr is not None:
+        store_column_sums(grad, sums_ptr, tile_m, n0, H, BLOCK_N, SLICES)
+    if h is not None:
+        store_tile(h, stride_hm, m0, n0, M, H, value, BLOCK_M, BLOCK_N, TMA, MOST)
 
 
 @triton.jit
@@ -92,38 +173,38 @@ def store_bwd(
     UP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SUBTILES: tl.constexpr,
     TMA: tl.constexpr,
     GATED: tl.constexpr,
 ):
-    """dg = dh psi(u) act'(g), du = dh act(g) psi'(u), h = act(g) psi(u) of one (part of a) tile,
-    and their column sums; psi(u) = u where UP is None. Rows past M have dh = 0, so they add nothing
-    to a sum. With du = None dg holds both, (M, 2H), interleaved."""
+    """dg = dh psi(u) act'(g), du = dh act(g) psi'(u), h = act(g) psi(u) of a tile, in SUBTILES
+    column parts, and their column sums; psi(u) = u where UP is None. Rows past M have dh = 0, so
+    they add nothing to a sum. With du = None dg holds both, (M, 2H), interleaved.
+
+    By TMA g and u are read in boxes of several parts, as wide as their descriptors say: each is
+    waited for at once."""
     TURNS: tl.constexpr = GATED and du is None
     MOST: tl.constexpr = half_vector(dg.dtype.element_ty) if TURNS and not TMA else None
-    gate = load_tile(g, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA, True, MOST)
-    gate = gate.to(tl.float32)
-    value, slope = ACT(gate, *scalars)
-    grad = dh * slope
-    if GATED:
-        up = load_tile(u, stride_gm, stride_gh, m0, n0, M, H, BLOCK_M, BLOCK_N, TMA, True, MOST)
-        up = up.to(tl.float32)
-        grad_up = dh * value
-        if UP is not None:
-            up, up_slope = UP(up, *scalars)
-            grad_up = grad_up * up_slope
-        if du is not None:
-            store_tile(du, stride_dgm, m0, n0, M, H, grad_up, BLOCK_M, BLOCK_N, TMA)
-        if sums_ptr is not None:
-            up_sums_ptr = sums_ptr + tl.cast(tiles_m, tl.int64) * H
-            store_column_sums(grad_up, up_sums_ptr, tile_m, n0, H, BLOCK_N)
-        grad = grad * up
-        value = value * up
-    if TURNS:
-        both = weave(grad, grad_up, BLOCK_M, BLOCK_N)
-        store_tile(dg, stride_dgm, m0, 2 * n0, M, 2 * H, both, BLOCK_M, 2 * BLOCK_N, TMA)
-    else:
-        store_tile(dg, stride_dgm, m0, n0, M, H, grad, BLOCK_M, BLOCK_N, TMA)
-    if sums_ptr is not None:
-        store_column_sums(grad, sums_ptr, tile_m, n0, H, BLOCK_N)
-    if h is not None:
-        store_tile(h, stride_hm, m0, n0, M, H, value, BLOCK_M, BLOCK_N, TMA, MOST)
+    PART: tl.constexpr = BLOCK_N // SUBTILES
+    BOX: tl.constexpr = g.block_shape[1] if TMA else PART
+    boxes = column_parts(dh, BLOCK_M, BLOCK_N, BLOCK_N // BOX)
+    for j in tl.static_range(BLOCK_N // BOX):
+        n1 = n0 + j * BOX
+        parts = column_parts(boxes[j], BLOCK_M, BOX, BOX // PART)
+        gate = _read_beside(g, stride_gm, stride_gh, m0, n1, M, H, boxes[j], TMA, MOST)
+        gates = column_parts(gate, BLOCK_M, BOX, BOX // PART)
+        ups = gates
+        if GATED:
+            up = _read_beside(u, stride_gm, stride_gh, m0, n1, M, H, boxes[j], TMA, MOST)
+            ups = column_parts(up, BLOCK_M, BOX, BOX // PART)
+        for i in tl.static_range(BOX // PART):
+            _store_bwd_part(
+                parts[i], gates[i], ups[i], dg, du, h, sums_ptr, tile_m, tiles_m,
+                m0, n1 + i * PART, M, H, stride_dgm, stride_hm, scalars, ACT, UP,
+                BLOCK_M, PART, TMA, GATED, TURNS, MOST,
+            )  # fmt: skip
+
+
+def sums_rows(tile: Tile, M: int) -> int:
+    """Rows of partial column sums that store_bwd makes."""
+    return cdiv(M, tile.block_m) * (tile.block_m // SUM_ROWS.value if tile.tma else 1)

@@ -5,8 +5,7 @@ Host code asks a row for what it has and never for its name, so a new generation
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from . import binary, dense, hyper, masked, moe
@@ -59,8 +58,8 @@ class Arch:
     def with_row(self, kernel: str, size: int, tiles: tuple[Tile, ...]) -> Arch:
         key = kernel, size
         if key in self.hyper:
-            return dataclasses.replace(self, hyper={**self.hyper, key: tiles})
-        return dataclasses.replace(self, tiles={**self.tiles, key: tiles})
+            return replace(self, hyper={**self.hyper, key: tiles})
+        return replace(self, tiles={**self.tiles, key: tiles})
 
     def resembles(self, other: Arch) -> bool:
         """Would kernels compiled for the one run on the other, but for its shared memory? The same
@@ -76,6 +75,8 @@ class Arch:
 _FP32 = {**dense.FP32, **masked.FP32, **moe.FP32, **binary.FP32}
 _MMA = {**_FP32, **dense.MMA, **masked.MMA, **moe.MMA, **binary.MMA}
 _TMA = {**_FP32, **dense.TMA, **masked.TMA, **moe.TMA, **binary.TMA}
+# Registers that hold g and u are spilled beside tcgen05's accumulators, read from tensor memory.
+_TCGEN05 = {key: tuple(replace(tile, box=None) for tile in row) for key, row in _TMA.items()}
 _INTERPRETED = {
     **dense.INTERPRETED,
     **masked.INTERPRETED,
@@ -91,10 +92,10 @@ ARCHES: dict[str, Arch] = {
         Arch("sm_86", 86, "mma.sync", 101_376, 1536, _MMA, hyper.MMA),
         # The GPU that the tiles are made for.
         Arch("sm_90", 90, "wgmma", 232_448, 2048, _TMA, hyper.WGMMA, (H100, H200), thorough=True),
-        Arch("sm_100", 100, "tcgen05", 232_448, 2048, _TMA, hyper.TMA, (B200,)),
-        Arch("sm_103", 103, "tcgen05", 232_448, 2048, _TMA, hyper.TMA),
+        Arch("sm_100", 100, "tcgen05", 232_448, 2048, _TCGEN05, hyper.TMA, (B200,)),
+        Arch("sm_103", 103, "tcgen05", 232_448, 2048, _TCGEN05, hyper.TMA),
         # Thor, which CUDA 12 called sm_101.
-        Arch("sm_110", 110, "tcgen05", 232_448, 1536, _TMA, hyper.TMA),
+        Arch("sm_110", 110, "tcgen05", 232_448, 1536, _TCGEN05, hyper.TMA),
         Arch("sm_120", 120, "mma.sync", 101_376, 1536, _MMA, hyper.MMA),
     )
 }

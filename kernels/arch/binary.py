@@ -51,7 +51,8 @@ TMA: Tiles = {
         *_FEW,
     ),
     ("binary_gated_linear_fwd", 2): (
-        Tile(128, 64, 64, 8, 4, loads="tma"),
+        # A K step is a group of weights, whose scales, gathered by 2 bytes, are loaded once.
+        Tile(128, 64, 128, 8, 3, loads="tma"),
         _ANY,
         *_FEW,
     ),

@@ -53,28 +53,28 @@ TMA: Tiles = {
     ),
     ("gated_linear_bwd", 2): (
         # 128x256 spills: its accumulator takes 128 of 255 registers, the dGLU epilogue the rest.
-        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma"),
-        Tile(64, 128, 64, 4, 4, subtiles=4, loads="tma"),
+        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma", box=64),
+        Tile(64, 128, 64, 4, 3, subtiles=4, loads="tma", box=64),
         ELEMENT,
     ),
     ("linear_act_bwd", 2): (
-        Tile(128, 256, 64, 8, 3, subtiles=8, loads="tma"),
-        Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma"),
-        Tile(64, 128, 64, 4, 4, subtiles=4, loads="tma"),
+        Tile(128, 256, 64, 8, 3, subtiles=8, loads="tma", box=64),
+        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma", box=128),
+        Tile(64, 128, 64, 4, 4, subtiles=4, loads="tma", box=64),
         ELEMENT,
     ),
 }
 INTERPRETED: Tiles = {
     (kernel, size): (
-        Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="tma", group_m=2),
+        Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="tma", group_m=2, box=box),
         Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="element", group_m=2),
         *(INTERPRETED_SKINNY if kernel.endswith("_fwd") else ()),
     )
-    for kernel, subtiles in (
-        ("gated_linear_fwd", 2),
-        ("linear_act_fwd", 1),
-        ("gated_linear_bwd", 4),
-        ("linear_act_bwd", 2),
+    for kernel, subtiles, box in (
+        ("gated_linear_fwd", 2, None),
+        ("linear_act_fwd", 1, None),
+        ("gated_linear_bwd", 4, 16),
+        ("linear_act_bwd", 2, 32),
     )
     for size in (2, 4)
 }

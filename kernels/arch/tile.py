@@ -35,7 +35,8 @@ class Tile:
     subtiles: the epilogue handles the tile in that many column parts, so that fewer registers are
     live. loads: "tma" moves tiles by TMA descriptors under a persistent grid; "vector" by pointers,
     16 bytes a thread; "element" makes no demand on strides or sizes. group_m: rows of tiles visited
-    together, for L2.
+    together, for L2. box: columns of g and u that a backward's epilogue reads by TMA at once and
+    waits for once, several parts, in registers until their turn; None is one part.
     """
 
     block_m: int
@@ -46,10 +47,15 @@ class Tile:
     subtiles: int = 1
     loads: Literal["tma", "vector", "element"] = "vector"
     group_m: int = 8
+    box: int | None = None
 
     @property
     def tma(self) -> bool:
         return self.loads == "tma"
+
+    @property
+    def box_columns(self) -> int:
+        return min(self.block_n, max(self.box or 0, self.block_n // self.subtiles))
 
     @property
     def needs(self) -> Fit:
@@ -70,6 +76,13 @@ class Tile:
 def finer(tile: Tile) -> Tile:
     """`tile` with twice as many column parts: for an epilogue that holds gate and up at once."""
     return replace(tile, subtiles=2 * tile.subtiles)
+
+
+@functools.lru_cache(1024)
+def unboxed(tile: Tile) -> Tile:
+    """`tile` whose epilogue reads g and u part by part: for an activation of u too, which needs the
+    registers."""
+    return replace(tile, box=None)
 
 
 @functools.lru_cache(1024)

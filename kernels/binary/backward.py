@@ -138,7 +138,6 @@ def _dh_kernel(
     PRECISION: tl.constexpr,
 ):
     """dh = dy w_down, which goes into dg, du and h, all (M, H) with contiguous rows."""
-    PART: tl.constexpr = BLOCK_N // SUBTILES
     groups = tl.cdiv(H, 128)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_h = tl.cdiv(H, BLOCK_N)
@@ -150,12 +149,10 @@ def _dh_kernel(
             tl.zeros((BLOCK_M, BLOCK_N), tl.float32), dy, stride_ym, stride_yn, q_ptr, s_ptr,
             m0, h0, M, N, groups, BLOCK_M, BLOCK_N, BLOCK_K, TMA, MASK_K, PRECISION,
         )  # fmt: skip
-        parts = column_parts(dh, BLOCK_M, BLOCK_N, SUBTILES)
-        for i in tl.static_range(SUBTILES):
-            store_bwd(
-                parts[i], g, u, dg, du, h, None, tile_m, tiles_m, m0, h0 + i * PART, M, H,
-                H, 1, H, H, scalars, ACT, UP, BLOCK_M, PART, TMA, True,
-            )  # fmt: skip
+        store_bwd(
+            dh, g, u, dg, du, h, None, tile_m, tiles_m, m0, h0, M, H, H, 1, H, H, scalars, ACT, UP,
+            BLOCK_M, BLOCK_N, SUBTILES, TMA, True,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -246,9 +243,10 @@ def binary_gated_mlp_bwd(
     rows = *split_pair(gu, None), *split_pair(dgu, None), h if want_h else None
     tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fit_of(dy, *rows))
     part = tile.block_n // tile.subtiles
+    widths = (tile.box_columns, tile.box_columns, part, part, part)
     noted(_dh_kernel)[grid_of(tile, dy, M, H)](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), q_down, s_down,
-        *(rows_of(t, tile.block_m, part, tile.tma) for t in rows),
+        *(rows_of(t, tile.block_m, n, tile.tma) for t, n in zip(rows, widths, strict=True)),
         M, N, H, *dy.stride(), **act_of(activation),
         **gemm_options(tile, N % tile.block_k != 0, precision(dy.dtype)),
     )  # fmt: skip

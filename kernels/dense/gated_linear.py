@@ -24,8 +24,8 @@ from torch import Tensor
 
 from ...packing import Packed, empty_gated, empty_pair, interleaved, split_pair
 from ..activations import act_of
-from ..arch.tile import cdiv, finer
-from ..epilogues import store_bwd, store_fwd
+from ..arch.tile import finer, unboxed
+from ..epilogues import store_bwd, store_fwd, sums_rows
 from ..pick import LAST, pick_splits, pick_tile
 from ..plans import noted
 from ..skinny import launch_split
@@ -173,14 +173,11 @@ def _bwd_kernel(
             m0, n0, 0, D, M, H, D,
             BLOCK_M, BLOCK_N, BLOCK_K, TMA, DOWN_K_MAJOR, True, MASK_K, PRECISION,
         )  # fmt: skip
-        PART: tl.constexpr = BLOCK_N // SUBTILES
-        parts = column_parts(dh, BLOCK_M, BLOCK_N, SUBTILES)
-        for i in tl.static_range(SUBTILES):
-            store_bwd(
-                parts[i], g, u, dg, du, h, sums_ptr, tile_m, tiles_m, m0, n0 + i * PART, M, H,
-                stride_gm, stride_gh, stride_dgm, stride_hm, scalars, ACT, UP,
-                BLOCK_M, PART, TMA, GATED,
-            )  # fmt: skip
+        store_bwd(
+            dh, g, u, dg, du, h, sums_ptr, tile_m, tiles_m, m0, n0, M, H,
+            stride_gm, stride_gh, stride_dgm, stride_hm, scalars, ACT, UP,
+            BLOCK_M, BLOCK_N, SUBTILES, TMA, GATED,
+        )  # fmt: skip
 
 
 def launch_fwd(
@@ -260,20 +257,20 @@ def launch_bwd(
     fit = fit_of(dy, g, u, dg, du, h, weights=(w_down,))
     tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fit)
     act = act_of(activation)
+    if act["UP"] is not None:
+        tile = unboxed(tile)
     if not tile.tma and (dg.shape[1] != H or act["UP"] is not None):
         tile = finer(tile)
-    tiles_m = cdiv(M, tile.block_m)
-    sums = dy.new_empty((halves, tiles_m, H), dtype=torch.float32) if want_db else None
+    sums = dy.new_empty((halves, sums_rows(tile, M), H), dtype=torch.float32) if want_db else None
     down, *down_strides, k_major = weight_of(w_down.t(), tile.block_n, tile.block_k, tile.tma)
     block_out = tile.block_n // tile.subtiles
-    g_out, u_out, du_out, h_out = (
-        rows_of(t, tile.block_m, block_out, tile.tma) for t in (g, u, du, h)
-    )
+    g_in, u_in = (rows_of(t, tile.block_m, tile.box_columns, tile.tma) for t in (g, u))
+    du_out, h_out = (rows_of(t, tile.block_m, block_out, tile.tma) for t in (du, h))
     dg_out = rows_of(dg, tile.block_m, block_out * dg.shape[1] // H, tile.tma)
     options = gemm_options(tile, D % tile.block_k != 0, precision(dy.dtype))
     noted(_bwd_kernel)[grid_of(tile, dy, M, H)](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), down,
-        g_out, u_out, dg_out, du_out, h_out, sums,
+        g_in, u_in, dg_out, du_out, h_out, sums,
         M, H, D, *dy.stride(), *down_strides, *g.stride(), dg.stride(0), H,
         **act, DOWN_K_MAJOR=k_major, **options,
     )  # fmt: skip
