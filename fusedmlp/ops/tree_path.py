@@ -64,7 +64,7 @@ def tree_path(logits: Tensor, *, depth: int) -> Tensor:
     flat = rows(logits.detach())
     if choice.pick(OP, logits, "logits") == "reference":
         if choice.for_cpu(flat) and readable(flat) and flat.shape[0] == 1:
-            path = torch.tensor([cpu.path_of_one(flat, depth)])
+            path = torch.tensor([cpu.path_of_one(flat, depth)], device="cpu")
         else:
             path = reference.tree_path(flat, depth)
     else:

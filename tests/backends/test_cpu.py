@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusedmlp
 from fusedmlp import layers, reference
-from fusedmlp.backends.cpu import grouped, trees
+from fusedmlp.backends.cpu import binary as cpu_binary, grouped, routing as cpu_routing, trees
 from fusedmlp.hyperglu import HyperGLU, HyperGLUConfig
 from fusedmlp.testing import CASES
 from fusedmlp.testing.memory import kept_bytes
@@ -47,6 +47,51 @@ def test_second_derivatives(name):
         return first + torch.autograd.grad(of, leaves, allow_unused=True, materialize_grads=True)
 
     torch.testing.assert_close(*both(call))
+
+
+def forget():
+    cpu_binary._signs.cache_clear()
+    cpu_routing._steps.cache_clear()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_default_device_changes_nothing(name):
+    """Neither inside torch.device(...) nor, by what is kept, after it."""
+    case = CASES[name]
+    for rows in (1, 19):
+        inputs = case.inputs(rows, 24, 16, torch.float32)
+        with torch.no_grad():
+            expected = case.run(inputs)
+            forget()
+            with torch.device("meta"):
+                inside = case.run(inputs)
+            torch.testing.assert_close((inside, case.run(inputs)), (expected, expected))
+
+
+def test_trees_under_a_default_device():
+    made = (layers.PathWeightedFFF(8, 8, 3), layers.FastFeedForward(8, 9))
+    for layer in (m.eval() for m in made):
+        for rows in (1, 40):
+            x = draw(rows, 8, dtype=torch.float32, grad=False)
+            with torch.no_grad():
+                expected = layer(x)
+                forget()
+                with torch.device("meta"):
+                    inside = layer(x)
+                torch.testing.assert_close((inside, layer(x)), (expected, expected))
+
+
+def test_a_traced_program_routes_tokens_that_it_has_not_seen():
+    seen, other = torch.tensor([[0.0, 5, 0, 0]]), torch.tensor([[9.0, 5, 0, 0]])
+    packed = fusedmlp.quantize_binary(torch.randn(8, 128))
+    x, y = torch.randn(2, 1, 128)
+    for call, first, second in (
+        (lambda t: fusedmlp.top1_route(t).offsets, seen, other),
+        (lambda t: fusedmlp.route_to(t, torch.ones(1), 4).counts, *torch.tensor([[1], [0]])),
+        (lambda t: fusedmlp.binary_linear(t, packed), x, y),
+    ):
+        traced = torch.jit.trace(call, (first,), check_trace=False)
+        torch.testing.assert_close(traced(second), call(second))
 
 
 def experts(E, D=8, H=12, dtype=torch.float64):

@@ -17,7 +17,7 @@ from fusedmlp.backends.cuda.gated_linear import variant
 from fusedmlp.bench import check, variants
 from fusedmlp.bench.campaign import worker
 from fusedmlp.bench.options import Refusal
-from fusedmlp.bench.report import ledger, plots, summary, tables, targets
+from fusedmlp.bench.report import drawing, ledger, plots, summary, tables, targets
 from fusedmlp.bench.rivals import RIVALS
 from fusedmlp.bench.timing import calls, command as timing, session
 from fusedmlp.bench.timing.session import Options
@@ -372,10 +372,10 @@ def test_a_table_has_forced_variants_and_a_plot_has_not():
     assert "1.25 ms" in row
     (drawn,) = [p for p in plots.plots_of([book(records)], ["gated_linear"]) if "panels" in p.data]
     (panel,) = drawn.data["panels"].values()
-    assert set(panel) == {"fusedmlp", "fusedmlp-cuda", "quack"}
-    names = plots._ours_first(set(panel))
+    assert set(panel["lines"]) == {"fusedmlp", "fusedmlp-cuda", "quack"}
+    names = drawn.data["providers"]
     assert names == ["fusedmlp", "fusedmlp-cuda", "quack"]
-    looks = [plots._look(name, names) for name in names]
+    looks = [drawing._look(name, names) for name in names]
     assert looks[0] != looks[1]
     assert looks[0]["color"] == looks[1]["color"] == "black" != looks[2]["color"]
 

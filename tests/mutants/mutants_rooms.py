@@ -115,7 +115,7 @@ ONE_BIT = (
     "tests/ops/test_binary_errors.py",
     "tests/layers/test_layers_binary.py",
 )
-PLANS = ("tests/kernels/test_plans.py", "tests/kernels/test_later.py")
+PLANS = ("tests/kernels/test_launch_plans.py", "tests/kernels/test_later.py")
 GEMMS = ("tests/backends/test_csrc_gated_linear.py",)
 PORTABLE = "tests/backends/test_csrc_portable.py"
 

@@ -30,7 +30,8 @@ _BYTES = GROUP // 8  # of a group's signs
 @functools.lru_cache(maxsize=4)
 def _signs(dtype: torch.dtype) -> Tensor:
     """(256, 8): +1 and -1 of each byte's bits, the lowest first."""
-    bits = (torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1
+    byte, place = (torch.arange(n, device="cpu") for n in (256, 8))
+    bits = (byte.unsqueeze(1) >> place) & 1
     return (2 * bits - 1).to(dtype)
 
 
@@ -52,13 +53,13 @@ def _few_rows(x: Tensor, qweight: Tensor, scales: Tensor) -> Tensor:
     octets = F.pad(x.to(wide), (0, G * GROUP - D)).view(M, -1, 8)
     # Byte e of place j has the number 256 j + e.
     sums = (octets @ _signs(wide).t()).view(M, -1)
-    places = torch.arange(G * _BYTES, dtype=torch.int32)
+    places = torch.arange(G * _BYTES, dtype=torch.int32, device="cpu")
     picked = (_bytes(qweight) + 256 * places).view(-1)
     if M == 1:
         each = sums.view(-1).index_select(0, picked).view(H, G, _BYTES).sum(2)
         return (each * scales.to(wide)).sum(1).unsqueeze(0).to(x.dtype)
     factors = scales.to(wide).repeat_interleave(_BYTES, 1).view(-1)
-    first = torch.arange(0, H * G * _BYTES, G * _BYTES, dtype=torch.int32)
+    first = torch.arange(0, H * G * _BYTES, G * _BYTES, dtype=torch.int32, device="cpu")
     y = F.embedding_bag(
         picked, sums.t().contiguous(), first, mode="sum", per_sample_weights=factors
     )

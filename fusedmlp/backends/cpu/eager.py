@@ -1,4 +1,8 @@
-"""Whether the host may read values and choose by them: nobody traces, and nothing is fake."""
+"""Whether the host may read values and choose by them: nobody traces, and nothing is fake.
+
+Constants of this room are made with device="cpu": a caller's torch.device(...) would put them
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from torch import Tensor
 def readable(t: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
         and type(t) is Tensor
         and t.device.type == "cpu"
         and not torch._C._len_torch_dispatch_stack()

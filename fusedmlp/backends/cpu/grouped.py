@@ -17,6 +17,7 @@ products. An expert without rows costs nothing but its part of a gradient.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -62,11 +63,13 @@ def _by_groups(experts: int, rows: int, a: Tensor, b: Tensor) -> bool:
 
 
 def _fresh(like: Tensor, *shape: int) -> Tensor:
-    """Zeros from the system, whose memory costs nothing until it is written to."""
+    """Zeros from the system, whose memory costs nothing until it is written to. Its storage cannot
+    be resized."""
     pages = mmap.mmap(
         -1, prod(shape) * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     )
-    pages.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError, AttributeError):  # a kernel without large pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 

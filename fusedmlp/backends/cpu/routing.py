@@ -13,9 +13,9 @@ from ...reference import Routing, top1_route
 @functools.lru_cache(maxsize=64)
 def _steps(E: int) -> tuple[Tensor, Tensor]:
     """Windows of the first are the counts, of the second the offsets, of one choice."""
-    counts = torch.zeros(2 * E, dtype=torch.int32)
+    counts = torch.zeros(2 * E, dtype=torch.int32, device="cpu")
     counts[E] = 1
-    return counts, (torch.arange(2 * E + 3) >= E + 1).to(torch.int32)
+    return counts, (torch.arange(2 * E + 3, device="cpu") >= E + 1).to(torch.int32)
 
 
 def _one(chosen: int, expert: Tensor, prob: Tensor, E: int, *rest: Tensor) -> Routing:
@@ -23,7 +23,7 @@ def _one(chosen: int, expert: Tensor, prob: Tensor, E: int, *rest: Tensor) -> Ro
     counts, offsets = _steps(E)
     counts = counts[from_end : from_end + E].clone()
     offsets = offsets[from_end : from_end + E + 2].clone()
-    only = torch.zeros(1, dtype=torch.int32)
+    only = torch.zeros(1, dtype=torch.int32, device="cpu")
     return Routing(expert, prob, only, only, offsets, counts, *rest)
 
 

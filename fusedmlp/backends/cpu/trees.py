@@ -50,8 +50,8 @@ def walk(x: Tensor, w: Tensor, b: Tensor | None, depth: int) -> Tensor:
             logit = torch.dot(row, w.select(0, node)).item() + b.select(0, node).item()
             node = 2 * node + (2 if logit > 0 else 1)
             path.append(node)
-        return torch.tensor([path])
-    nodes = [torch.zeros(x.shape[0], dtype=torch.int64)]
+        return torch.tensor([path], device="cpu")
+    nodes = [torch.zeros(x.shape[0], dtype=torch.int64, device="cpu")]
     for _ in range(depth):
         logit = torch.linalg.vecdot(x, w.index_select(0, nodes[-1])) + b.index_select(0, nodes[-1])
         nodes.append(2 * nodes[-1] + 1 + (logit > 0))
@@ -72,7 +72,7 @@ def path_weighted(
     logits = F.linear(x, w1, b1)
     if readable(x) and x.shape[0] == 1 and not needs_grad(x, w1, b1, w2, b2):
         nodes = path_of_one(logits, depth)
-        path = torch.tensor([nodes])
+        path = torch.tensor([nodes], device="cpu")
         weights = activation(logits.gather(1, path).abs())
         if b2 is None:
             y = x.new_zeros(1, w2.shape[2])
