@@ -10,10 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -41,6 +40,8 @@ def empty_model(folder: Path) -> nn.Module:
     import transformers
     from transformers.quantizers.auto import AutoHfQuantizer
 
+    from .pretrained import NAME
+
     # Never code that lies beside the configuration.
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     settings = _quantization(config)
@@ -50,7 +51,9 @@ def empty_model(folder: Path) -> nn.Module:
     try:
         quantizer = AutoHfQuantizer.from_config(copy.deepcopy(settings), pre_quantized=True)
         return _converted(config, quantizer)
-    except Exception:  # the quantiser's package is not here
+    except ImportError:  # the quantiser's package is not here
+        if settings.get("quant_method") == NAME:
+            raise
         return _stood_in(_built(config), settings)
 
 
@@ -60,9 +63,12 @@ def _built(config: Any, dtype: Any = None) -> Any:
 
     config = copy.deepcopy(config)  # a model built of it writes into it
     config.dtype = dtype or config.dtype
+    # Its own may name a kernel, which would be fetched. Attention does not run here.
+    config._attn_implementation = "eager"
     names = getattr(config, "architectures", None) or []
     cls: Any = next((c for n in names if (c := getattr(transformers, n, None))), None)
-    with torch.device("meta"):
+    # Below get_kernel, which modules of models import by name: they keep what they find.
+    with _in_place_of("get_kernel_hub", _unfetched), torch.device("meta"):
         if cls is not None:
             model = cls._from_config(config)
         else:
@@ -89,14 +95,33 @@ def _converted(config: Any, quantizer: Any) -> Any:
     """By transformers' own quantiser."""
     from transformers.utils.import_utils import get_current_accelerator
 
+    here = get_current_accelerator()
+    lacks: ImportError | None = None
     # It asks for a GPU, which a report needs not, and says what it would do without.
-    with contextlib.suppress(Exception), _quiet():
-        quantizer.validate_environment(device_map=None, weights_only=True)
+    try:
+        with _quiet(), _in_place_of("get_kernel_hub", _unfetched):
+            quantizer.validate_environment(device_map=here and {"": here}, weights_only=True)
+    except ImportError as error:
+        lacks = error  # what transformers itself has modules for is converted without the package
+    except RuntimeError:
+        pass  # no GPU
     if hasattr(quantizer.quantization_config, "dequantize"):
         quantizer.quantization_config.dequantize = False  # True where it found no GPU
     model = _built(config, quantizer.update_dtype(config.dtype))
-    # No kernel runs, so none is fetched. Asked for on a CPU, they keep mxfp4 as it is.
-    with mock.patch("transformers.integrations.hub_kernels.get_kernel"), torch.device("meta"):
+    try:
+        _convert(quantizer, model)
+    except (AttributeError, NameError):  # names of the package, perhaps
+        if lacks is None:
+            raise
+        raise lacks from None
+    return model
+
+
+def _convert(quantizer: Any, model: Any) -> None:
+    from transformers.utils.import_utils import get_current_accelerator
+
+    # No kernel runs, so None is one. Asked for on a CPU, they keep mxfp4 as it is.
+    with _in_place_of("get_kernel", lambda *_, **__: None), torch.device("meta"):
         quantizer.preprocess_model(
             model=model, dtype=model.dtype, device_map=None, checkpoint_files=None,
             use_kernels=get_current_accelerator() is None,
@@ -109,7 +134,28 @@ def _converted(config: Any, quantizer: Any) -> Any:
                 quantizer.get_quantize_ops().convert(
                     weight, model=model, full_layer_name=path, missing_keys=set()
                 )
-    return model
+
+
+def _unfetched(name: str, **_: Any) -> None:
+    # transformers goes on without a kernel that it cannot find, where it has code of its own.
+    raise FileNotFoundError(f"no kernel is fetched for a report, and {name} is one")
+
+
+@contextlib.contextmanager
+def _in_place_of(name: str, function: Callable[..., None]) -> Iterator[None]:
+    """Has `function` where transformers has the one that fetches kernels: another thread that loads
+    a model meanwhile meets it too."""
+    from transformers.integrations import hub_kernels
+
+    own = getattr(hub_kernels, name, None)
+    if own is None:  # the package that fetches is not here
+        yield
+        return
+    setattr(hub_kernels, name, function)
+    try:
+        yield
+    finally:
+        setattr(hub_kernels, name, own)
 
 
 @contextlib.contextmanager

@@ -7,8 +7,9 @@ import torch
 from patch_models import build
 from torch import nn
 from transformers import LlamaForCausalLM
+from transformers.integrations import hub_kernels
 
-from fusedmlp.patching.checkpoint import _quantization, empty_model
+from fusedmlp.patching.checkpoint import _in_place_of, _quantization, empty_model
 
 PARTS = [f"mlp.{n}_proj" for n in ("gate", "up", "down")] + [f"self_attn.{n}_proj" for n in "qkvo"]
 ALL = {f"model.layers.{i}.{part}" for i in (0, 1) for part in PARTS} | {"lm_head"}
@@ -38,7 +39,7 @@ def of_llama(folder, **settings):
 @pytest.mark.parametrize("row", range(len(SETTINGS)))
 def test_what_a_quantiser_leaves(row, tmp_path):
     settings, stays = SETTINGS[row]
-    model = of_llama(tmp_path, quantization_config={"quant_method": "gptq", **settings})
+    model = of_llama(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4, **settings})
     linear = {n: m for n, m in model.named_modules() if type(m).__name__ == "Linear"}
     assert set(linear) == ALL
     assert {n for n, m in linear.items() if isinstance(m, nn.Linear)} == set(filter(stays, ALL))
@@ -53,7 +54,7 @@ def test_a_quantised_model_of_conv1d(tmp_path):
     config.architectures = ["GPT2LMHeadModel"]
     found = {}
     for method in ("gptq", "awq"):
-        config.quantization_config = {"quant_method": method}
+        config.quantization_config = {"quant_method": method, "bits": 4}
         config.save_pretrained(tmp_path)
         found[method] = empty_model(tmp_path).transformer.h[1].mlp.c_fc
     fc = found["gptq"]
@@ -69,6 +70,33 @@ def test_parts_that_stay_float32(tmp_path, monkeypatch):
     kept = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
     names = [n for n, _ in model.named_parameters()]
     assert kept == {n for n in names if ".mlp." in n or ".v_proj." in n} != set(names)
+
+
+def test_a_model_that_asks_for_a_kernel_as_it_is_built(tmp_path, monkeypatch):
+    """By a function that its module has imported by name. It is told that there is none."""
+    of_llama(tmp_path)  # saves its configuration
+    fetched, fetch = [], lambda name, **_: fetched.append(name)
+    monkeypatch.setattr(hub_kernels, "get_kernel_hub", fetch, raising=False)
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda: True)
+    get_kernel, built = hub_kernels.get_kernel, LlamaForCausalLM.__init__
+
+    def building(self, config):
+        get_kernel("some/kernel", version=1)
+        built(self, config)
+
+    monkeypatch.setattr(LlamaForCausalLM, "__init__", building)
+    with pytest.raises(FileNotFoundError, match="no kernel is fetched for a report, .*some/kernel"):
+        empty_model(tmp_path)
+    assert not fetched and hub_kernels.get_kernel_hub is fetch
+    get_kernel("some/kernel", version=1)
+    assert fetched == ["some/kernel"]
+
+
+def test_nothing_takes_the_place_of_what_is_not_there(monkeypatch):
+    monkeypatch.delattr(hub_kernels, "get_kernel_hub", raising=False)
+    with _in_place_of("get_kernel_hub", lambda: None):
+        assert not hasattr(hub_kernels, "get_kernel_hub")
+    assert not hasattr(hub_kernels, "get_kernel_hub")
 
 
 def test_settings_of_the_text_model_alone():

@@ -6,6 +6,7 @@ it is installed (the extra test-quantised). Where it is not, transformers cannot
 stand-ins take the places of the projections that the package converts, which the table names.
 """
 
+import json
 import re
 from importlib.util import find_spec
 from unittest import mock
@@ -133,6 +134,36 @@ def test_of_a_checkpoint(name, tmp_path, capsys):
     cls = saved(name, tmp_path)
     expected = said(cls.from_pretrained(tmp_path))
     assert len(expected) > 1 and report(tmp_path, capsys) == expected
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    (
+        "evil/kernel",
+        "evil/kernel@main:attention",
+        {"text_config": "evil/kernel"},
+        {"vision_config": "evil/kernel"},
+    ),
+)
+def test_of_a_configuration_that_names_a_kernel(kernel, tmp_path, capsys, monkeypatch):
+    """A report fetches none, where the package that would is installed."""
+    fetched = []
+
+    def get_kernel(name, **_):
+        fetched.append(name)
+        raise OSError("no network")
+
+    cls = saved("gemma3 that sees", tmp_path)
+    expected = said(cls.from_pretrained(tmp_path))
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"attn_implementation": kernel}))
+    monkeypatch.setattr(hf.integrations.hub_kernels, "is_kernels_available", lambda: True)
+    monkeypatch.setattr(hf.integrations.hub_kernels, "get_kernel", get_kernel)
+    assert len(expected) > 1 and report(tmp_path, capsys) == expected and not fetched
+    with pytest.raises(ValueError, match="no network"):
+        cls._from_config(hf.AutoConfig.from_pretrained(tmp_path))
+    assert fetched == ["evil/kernel"]
 
 
 BITS_4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
