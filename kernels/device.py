@@ -4,6 +4,7 @@ whether Triton interprets."""
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -45,11 +46,27 @@ def _arch_of_gpu(index: int) -> Arch:
 _pretended: tuple[Arch, int] | None = None
 
 
+class _Here(threading.local):
+    """What holds in the thread of a dry run (fusedmlp/dry) and in no other: the GPU that it
+    pretends, the backend that it chose."""
+
+    gpu: tuple[Arch, int] | None = None
+    backend: str | None = None
+
+
+HERE = _Here()
+
+
 @contextmanager
 def pretend(arch: Arch, multiprocessors: int) -> Iterator[None]:
     """Inside, every tensor is taken to lie on such a GPU: how launches are planned for a GPU that
-    is not there, or with another table of tiles."""
+    is not there, or with another table of tiles. In every thread, since autograd's launch too; in a
+    dry run in its own alone."""
     global _pretended
+    if HERE.gpu:
+        with pretend_here(arch, multiprocessors):
+            yield
+        return
     previous, _pretended = _pretended, (arch, multiprocessors)
     try:
         yield
@@ -57,15 +74,25 @@ def pretend(arch: Arch, multiprocessors: int) -> Iterator[None]:
         _pretended = previous
 
 
+@contextmanager
+def pretend_here(arch: Arch, multiprocessors: int) -> Iterator[None]:
+    """`pretend` in this thread alone: autograd runs what is on a CPU in the thread that asks."""
+    previous, HERE.gpu = HERE.gpu, (arch, multiprocessors)
+    try:
+        yield
+    finally:
+        HERE.gpu = previous
+
+
 def pretended() -> bool:
     """Is a GPU pretended, so that launches may take CPU tensors?"""
-    return _pretended is not None
+    return (HERE.gpu or _pretended) is not None
 
 
 def arch_of(device: torch.device) -> Arch:
     """The row that serves `device`: the newest not newer than it; CPU tensors get INTERPRETER."""
-    if _pretended:
-        return _pretended[0]
+    if gpu := HERE.gpu or _pretended:
+        return gpu[0]
     if device.type == "cpu":
         return INTERPRETER
     return _arch_of_gpu(_index(device))
@@ -73,8 +100,8 @@ def arch_of(device: torch.device) -> Arch:
 
 def capability_of(device: torch.device) -> int:
     """10 * major + minor of the GPU itself, which may be newer than its row; 0 for a CPU."""
-    if _pretended:
-        return _pretended[0].capability
+    if gpu := HERE.gpu or _pretended:
+        return gpu[0].capability
     return 0 if device.type == "cpu" else _capability(_index(device))
 
 
@@ -85,8 +112,8 @@ def _multiprocessors(index: int) -> int:
 
 def multiprocessors(device: torch.device) -> int:
     """How many blocks run side by side; 3 in the interpreter, so that persistent loops do loop."""
-    if _pretended:
-        return _pretended[1]
+    if gpu := HERE.gpu or _pretended:
+        return gpu[1]
     if device.type == "cpu":
         return 3
     return _multiprocessors(_index(device))

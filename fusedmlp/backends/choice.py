@@ -3,22 +3,23 @@
 `auto`, the default, takes the PyTorch reference for CPU tensors; for CUDA tensors the CUDA kernels
 that `loader.PROVEN` names, where they take the tensors, and else Triton. On a CUDA tensor the
 reference runs only when asked for, and a backend that cannot run the tensors at hand raises. The
-choice is process-wide, like torch.backends: autograd's worker threads must see it too.
+choice is process-wide, like torch.backends: autograd's worker threads must see it too. That of a
+dry run holds in its thread alone.
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from contextlib import ContextDecorator
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator, contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..kernels.arch.tile import SKINNY_M
-from ..kernels.device import INTERPRETED, pretended
+from ..kernels.device import HERE, INTERPRETED, pretended
 from ..transforms import transformed
 from .cuda import loader
 from .op import TRITON_DTYPES, Kernel
@@ -34,6 +35,27 @@ def _known(name: str, source: str) -> str:
 
 
 _chosen: str = _known(os.environ.get("FUSEDMLP_BACKEND", "auto"), "FUSEDMLP_BACKEND")
+
+
+def _choose(name: str) -> str:
+    """Put `name` in force; returns what was."""
+    global _chosen
+    previous = chosen()
+    if HERE.backend:
+        HERE.backend = name
+    else:
+        _chosen = name
+    return previous
+
+
+@contextmanager
+def choose_here(name: str) -> Iterator[None]:
+    """Inside, `name` is in force in this thread alone, and so is what `backend` chooses."""
+    previous, HERE.backend = HERE.backend, name
+    try:
+        yield
+    finally:
+        HERE.backend = previous
 
 
 class backend(ContextDecorator):  # noqa: N801 - it is used like a function
@@ -58,16 +80,14 @@ class backend(ContextDecorator):  # noqa: N801 - it is used like a function
     """
 
     def __init__(self, name: str) -> None:
-        global _chosen
-        self._previous, _chosen = _chosen, _known(name, "backend")
+        self._previous = _choose(_known(name, "backend"))
         self._name = name
 
     def __enter__(self) -> None:
         """It is in force since it was made."""
 
     def __exit__(self, *_: object) -> None:
-        global _chosen
-        _chosen = self._previous
+        _choose(self._previous)
 
     def __call__(self, function: _F) -> _F:
         self.__exit__()  # a decorator is in force during calls alone
@@ -83,13 +103,14 @@ class backend(ContextDecorator):  # noqa: N801 - it is used like a function
 def always_reference(x: Tensor) -> bool:
     """Whether every op runs its reference on `x`. Inside transforms of torch.func and forward-mode
     AD it does, whatever was chosen: kernels have no tangents."""
-    return _chosen == "reference" or (_chosen == "auto" and not x.is_cuda) or transformed()
+    name = HERE.backend or _chosen
+    return name == "reference" or (name == "auto" and not x.is_cuda) or transformed()
 
 
 def for_cpu(x: Tensor) -> bool:
     """Whether an op that runs its reference on `x` may take what backends/cpu has in its place. A
     reference that was asked for is the formula itself."""
-    return _chosen == "auto" and x.device.type in ("cpu", "meta") and not transformed()
+    return chosen() == "auto" and x.device.type in ("cpu", "meta") and not transformed()
 
 
 def pick(op: str, x: Tensor, name: str = "x") -> str:
@@ -101,13 +122,13 @@ def pick(op: str, x: Tensor, name: str = "x") -> str:
     """
     if always_reference(x):
         return "reference"
-    on_gpu = x.is_cuda
-    if _chosen == "cuda":
+    chosen = HERE.backend or _chosen
+    if chosen == "cuda":
         if not torch.compiler.is_compiling():
             for kernel in loader.kernels_of(op) or (None,):
                 loader.require(op, kernel, x)
         return "cuda"
-    if not on_gpu and not INTERPRETED and not pretended():
+    if not x.is_cuda and not INTERPRETED and not pretended():
         raise RuntimeError(
             f"{op}: backend 'triton' needs CUDA tensors, got {x.device.type}; for Triton's "
             "interpreter on CPU tensors set TRITON_INTERPRET=1 before Python starts"
@@ -117,7 +138,7 @@ def pick(op: str, x: Tensor, name: str = "x") -> str:
             f"{op}: {name} must be bfloat16, float16 or float32 on backend 'triton', got "
             f"{x.dtype}; backend('reference') takes any floating dtype"
         )
-    if _chosen == "auto" and loader.PROVEN and not torch.compiler.is_compiling():
+    if chosen == "auto" and loader.PROVEN and not torch.compiler.is_compiling():
         kernels = loader.kernels_of(op)
         if kernels and all(loader.proven(kernel, x) for kernel in kernels):
             return "cuda"
@@ -136,12 +157,12 @@ def launcher(row: Kernel, triton: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(triton)
     def launch(x: Tensor, *args: Any) -> Any:
-        SERVED[kernel] = "triton"
-        if _chosen == "cuda":
+        SERVED[kernel], chosen = "triton", HERE.backend or _chosen
+        if chosen == "cuda":
             result = cuda(loader.require(kernel, kernel, x), x, *args)
             SERVED[kernel] = "cuda"
             return result
-        proven = loader.proven(kernel, x) if _chosen == "auto" else None
+        proven = loader.proven(kernel, x) if chosen == "auto" else None
         if proven is not None:
             try:
                 if not few_rows and x.shape[0] <= SKINNY_M:
@@ -161,9 +182,9 @@ def launcher(row: Kernel, triton: Callable[..., Any]) -> Callable[..., Any]:
 
 def elsewhere(here: str) -> str | None:
     """What CUDA tensors would take, where `here`, on a CPU, is the reference for want of a GPU."""
-    return "triton" if here == "reference" and _chosen == "auto" else None
+    return "triton" if here == "reference" and chosen() == "auto" else None
 
 
 def chosen() -> str:
     """The name in force: what `backend()` or FUSEDMLP_BACKEND asked for."""
-    return _chosen
+    return HERE.backend or _chosen

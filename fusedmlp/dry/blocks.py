@@ -1,22 +1,25 @@
 """The fused blocks of a model: its layers of this package and its patched modules, and how each is
 called on rows of nothing.
 
-A block is called beside its model: on stand-ins of its parameters and buffers, so that neither
-gradients nor running statistics see it, and without the hooks that stand on the block itself.
+A block is called beside its model: a copy of its modules on stand-ins of its parameters and
+buffers, so that neither gradients nor running statistics nor another thread see it, and hooks are
+not called.
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .. import layers
 from ..hyperglu import HyperGLU
@@ -24,6 +27,7 @@ from ..layers import GMLP
 from ..layers.glu import GLUBase
 from ..layers.gmlp import GMLPBlock
 from ..layers.ngpt import SwiGLU
+from ..layers.parts.around import HOOKS
 from ..patching.plan import child
 from ..patching.swap import Patched
 
@@ -108,17 +112,6 @@ def _width(module: nn.Module) -> int:
     return next(int(m.in_features) for m in module.modules() if hasattr(m, "in_features"))  # type: ignore[arg-type]
 
 
-class _Beside(nn.Module):
-    """A block as a module of its own, for functional_call."""
-
-    def __init__(self, block: Block) -> None:
-        super().__init__()
-        self.module, self._call = block.module, block.call
-
-    def forward(self, *inputs: Tensor) -> Any:
-        return self._call(self.module, *inputs)
-
-
 def stand_ins(block: Block, make: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     """What `make` makes of each parameter and buffer of the block, by its name."""
     module = block.module
@@ -128,8 +121,52 @@ def stand_ins(block: Block, make: Callable[[Tensor], Tensor]) -> dict[str, Tenso
 
 def forward(block: Block, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> Any:
     """The block's call on `inputs`, with `tensors` in the place of its own."""
-    own = {f"module.{name}": t for name, t in tensors.items()}
-    return functional_call(_Beside(block), own, inputs)
+    own = (*block.module.named_parameters(), *block.module.named_buffers())
+    at = {id(t): tensors[name] for name, t in own}
+    return block.call(_beside(block.module, at), *inputs)
+
+
+def _beside(module: nn.Module, at: dict[int, Any]) -> nn.Module:
+    """A module of the same classes on the tensors that `at` has for its own, by id. What a call may
+    write to is its own too: attributes that are tensors, lists, dicts, sets, and whatever holds
+    those or the module. Other objects are shared."""
+    inner = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    at |= {id(m): m.__class__.__new__(m.__class__) for m in inner}
+
+    def leaf(value: Any) -> Any:
+        if id(value) in at:
+            return at[id(value)]
+        if isinstance(value, Tensor):
+            return at.setdefault(id(value), value.detach().clone())
+        if isinstance(value, set):
+            return set(value)
+        if isinstance(value, MethodType):
+            return MethodType(value.__func__, leaf(value.__self__))
+        if isinstance(value, partial):
+            parts = value.func, value.args, value.keywords
+            if any(leaf(part) is not part for part in tree_leaves(parts)):  # else it is a setting
+                function, args, keywords = copy(parts)
+                return partial(function, *args, **keywords)
+        return value
+
+    def copy(values: Any) -> Any:
+        return tree_map(leaf, values)
+
+    for m in inner:
+        attributes = {k: _silent(v) if k in HOOKS else copy(v) for k, v in vars(m).items()}
+        vars(at[id(m)]).update(attributes)
+    return at[id(module)]
+
+
+def _silent(hooks: dict[int, Any]) -> dict[int, Any]:
+    """As many hooks, since a module without is fused otherwise. They do nothing, except PyTorch's
+    own: those make weights (pruning, weight_norm)."""
+    own = {k: (getattr(h, "__module__", None) or "").startswith("torch.") for k, h in hooks.items()}
+    return OrderedDict((k, h if own[k] else _nothing) for k, h in hooks.items())
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
 
 
 def backward(out: Any, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> None:
@@ -142,15 +179,8 @@ def backward(out: Any, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]
 
 
 @contextmanager
-def unchanged(module: nn.Module) -> Iterator[None]:
-    """Whatever a call leaves in the module's attributes, and what it draws, is as if it had not
-    been."""
-    before = [(m, dict(vars(m))) for m in module.modules()]
+def drawing_nothing(module: nn.Module) -> Iterator[None]:
+    """Whatever a call draws is as if it had not been."""
     devices = {p.device for p in module.parameters() if p.is_cuda}
-    try:
-        with torch.random.fork_rng([d.index for d in devices if d.index is not None]):
-            yield
-    finally:
-        for m, attributes in before:
-            vars(m).clear()
-            vars(m).update(attributes)
+    with torch.random.fork_rng([d.index for d in devices if d.index is not None]):
+        yield

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +17,8 @@ from ..backends.op import NAMESPACE
 from ..kernels.arch import Arch
 from ..kernels.arch.tile import Tile
 from ..kernels.pick import LAST
-from .blocks import Block, backward, forward, stand_ins, unchanged
-from .driver import Untouched, launch_nothing, unwritten
+from .blocks import Block, backward, drawing_nothing, forward, stand_ins
+from .driver import Untouched, here, launch_nothing, replaced, unwritten
 
 
 @dataclass(frozen=True)
@@ -51,35 +50,25 @@ class _Noting(Untouched):
         return made
 
 
-@contextmanager
-def _noting_ops(ops: dict[str, None]) -> Iterator[None]:
+def _noting_ops(ops: dict[str, None]) -> AbstractContextManager[None]:
     pick = choice.pick
 
     def noting(op: str, *rest: Any) -> str:
         ops[op] = None
         return pick(op, *rest)
 
-    choice.pick = noting  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        choice.pick = pick
+    return replaced(choice, "pick", here(noting, pick))
 
 
 def expected(block: Block, rows: int, arch: Arch, multiprocessors: int) -> list[Expected]:
     """A forward of `rows` rows, and in training its backward. Raises what the block's call
     raises where it reads results on the way."""
-    with unchanged(block.module), launch_nothing(arch, multiprocessors):
+    with launch_nothing(arch, multiprocessors), drawing_nothing(block.module):
         tensors = stand_ins(block, unwritten)
         training = block.module.training and any(t.requires_grad for t in tensors.values())
         found: list[Expected] = []
-        last = dict(LAST)
-        try:
-            with torch.set_grad_enabled(training):
-                _run(block, rows, tensors, training, found)
-        finally:
-            LAST.clear()
-            LAST.update(last)
+        with torch.set_grad_enabled(training):
+            _run(block, rows, tensors, training, found)
     return found
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..backends.op import TRITON_DTYPES
 from ..kernels.device import INTERPRETED
 from ..layers.parts.block import positive_int
-from .blocks import Block, backward, blocks_of, forward, stand_ins, unchanged
+from .blocks import Block, backward, blocks_of, drawing_nothing, forward, stand_ins
 from .driver import compiling, listening
 from .lines import GPUS, named_gpu
 
@@ -65,8 +65,11 @@ def warmup(model: nn.Module, tokens: int | Iterable[int], *, gpu: str | None = N
             one block are taken to lie in either order. Without a GPU PyTorch has no autocast of
             CUDA: torch.autocast("cpu", dtype) is in its place.
 
-    Nothing changes: no gradient, buffer, attribute, mode or random state, and no hook on a block is
-    called. A bar on a terminal shows how far it is, by tqdm where that is installed.
+    Nothing changes: no gradient, buffer, mode or random state, no attribute that is a tensor, list,
+    dict, set or deque. No hook is called but PyTorch's own, which make weights (pruning). Other
+    threads may compute meanwhile, the model itself too; numbers that they draw then from PyTorch's
+    own generators, they draw again after it. Calls that plan or warm up wait for one another. A bar
+    on a terminal shows how far it is, by tqdm where that is installed.
 
     Returns a `Warmup`; its str() names the blocks that could not be run, with the reason.
 
@@ -159,7 +162,7 @@ def _run_all(jobs: Sequence[tuple[Block, int, Any]]) -> list[str]:
 def _run(block: Block, rows: int, tensors: dict[str, Tensor]) -> None:
     training = block.module.training and any(t.requires_grad for t in tensors.values())
     like = next((t for t in tensors.values() if t.is_floating_point()), block.like)
-    with unchanged(block.module), torch.set_grad_enabled(training):
+    with drawing_nothing(block.module), torch.set_grad_enabled(training):
         inputs = block.inputs(rows, like.detach())
         inputs = tuple(t.requires_grad_(training and t.is_floating_point()) for t in inputs)
         out = forward(block, tensors, inputs)

@@ -390,6 +390,7 @@ ROWS: tuple[Row, ...] = (
         "package",
         ("fusedmlp/dry/*.py", "fusedmlp/explaining.py"),
         (
+            "tests/dry/test_apart.py",
             "tests/dry/test_explain_gpu.py",
             "tests/dry/test_warmup.py",
             "tests/layers/test_layers_every.py",
