@@ -36,7 +36,7 @@ class Entry:
         bytes_ = f" ({self.spared:,} bytes)" if self.spared else ""
         runs = f"on {self.backend}"
         if self.elsewhere is not None:
-            runs = f"(on CUDA: {self.elsewhere}; here: {self.backend})"
+            runs = f"on CUDA: {self.elsewhere}; here: {self.backend}"
         own = f"{where}: {self.op} {runs}, {self.detail}{bytes_}"
         return "; ".join((own, *self.slow))
 

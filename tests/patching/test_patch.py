@@ -54,7 +54,7 @@ def test_found_by_what_it_computes(block, op, detail):
     torch.manual_seed(0)
     torch.testing.assert_close(model(X), expected)
     assert f"patched, {op} {detail}" in repr(model) and f"patched, {op}" in fusedmlp.explain(model)
-    where = "(on CUDA: triton; here: reference)"
+    where = "on CUDA: triton; here: reference"
     line = f"blocks.0 ({type(block).__name__}): {op} {where}, {detail}"
     assert line in str(fusedmlp.patch(model))
 

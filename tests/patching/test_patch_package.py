@@ -34,7 +34,7 @@ def test_patch_report(tmp_path, capsys):
     assert cli.main(["patch-report", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert text.startswith(
-        "LlamaForCausalLM: 2 patched, 0 left\nmodel.layers.0.mlp (LlamaMLP): gated_mlp (on"
+        "LlamaForCausalLM: 2 patched, 0 left\nmodel.layers.0.mlp (LlamaMLP): gated_mlp on"
     )
     assert cli.main(["patch-report", str(tmp_path / "nowhere")]) == 2
     assert "MODEL_DIR must hold a config.json, got" in capsys.readouterr().err
@@ -52,7 +52,7 @@ def test_patch_report_of_a_quantised_checkpoint(tmp_path, capsys):
     assert cli.main(["patch-report", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert text.startswith("LlamaForCausalLM: 2 patched (2 in part), 0 left")
-    assert text.count("gated_act (on") == 2 and text.count("gate_proj is a gptq.Linear") == 2
+    assert text.count("gated_act on") == 2 and text.count("gate_proj is a gptq.Linear") == 2
     config.quantization_config = {
         "quant_method": "fp8",
         "modules_to_not_convert": ["model.layers.1.mlp"],
