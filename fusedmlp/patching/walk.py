@@ -6,6 +6,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -78,9 +79,13 @@ def _selected(model: nn.Module, only: Only) -> Callable[[str, nn.Module], bool]:
         raise TypeError(f"patch: only must be a pattern, patterns or a function, got {only!r}")
     if not patterns:
         raise ValueError("patch: only must hold a pattern, got none")
+    names = [name for name, _ in model.named_modules()]
     for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name, _ in model.named_modules()):
-            raise ValueError(f"patch: only must match names of modules, got {pattern!r}")
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = " and ".join(map(repr, get_close_matches(pattern, names, 2, 0)))
+            raise ValueError(
+                f"patch: only must match names of modules, such as {near}, got {pattern!r}"
+            )
     return lambda name, module: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -130,7 +130,8 @@ def test_only():
     assert names(only=["blocks.0", "*.2"]) == ["blocks.0", "blocks.2"]
     assert names(only=lambda name, module: isinstance(module, GatedMLP)) == ["blocks.2"]
     with pytest.raises(
-        ValueError, match=r"patch: only must match names of modules, got 'block\.0'"
+        ValueError,
+        match=r"only must match names of modules, such as 'blocks\.0' and .*, got 'block\.0'",
     ):
         names(only="block.0")
     with pytest.raises(TypeError, match="patch: only must be a pattern, patterns or a function"):
