@@ -13,6 +13,7 @@ from . import running
 from .backends import choice
 from .backends.cuda import loader
 from .backends.op import public_ops
+from .dry.driver import ONE
 from .dry.lines import (
     GPUS,
     TOKENS,
@@ -174,7 +175,8 @@ def explain(
     lines.append(f"launch plans: {f'none, {off}' if off else 'on'}")
     lines.append("second derivatives, torch.func, forward-mode AD: reference")
     lines.append(f"ops: {', '.join(public_ops())}")
-    lines += [_last_launch(kernel) for kernel in sorted(LAST.keys() | choice.SERVED.keys())]
+    with ONE:  # a dry run of another thread's has launches of its own there
+        lines += [_last_launch(kernel) for kernel in sorted(LAST.keys() | choice.SERVED.keys())]
     if layer is not None:
         lines += _layer(layer, planned, tokens or TOKENS)
     return "\n".join(lines)
