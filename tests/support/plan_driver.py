@@ -99,15 +99,21 @@ class Machine:
         return GPUTarget("cuda", 90, 32)
 
 
+def _compile(source, compile_=compiler.compile, **options):
+    """Nothing for a machine. A kernel keeps what compiled it, so that for other drivers it must
+    still be Triton."""
+    now = driver.active
+    return Compiled(now, source) if isinstance(now, Machine) else compile_(source, **options)
+
+
 @contextlib.contextmanager
 def machine():
     """Inside, ops on CPU tensors launch what is not compiled on a GPU that is not there."""
     made, previous = Machine(), driver._active
-    compile_ = lambda source, **options: Compiled(made, source)  # noqa: E731
     driver.set_active(made)
     try:
         with (
-            mock.patch.object(compiler, "compile", compile_),
+            mock.patch.object(compiler, "compile", _compile),
             mock.patch.object(plans, "pretended", lambda: False),
             mock.patch.object(plans, "RECORDED", 2),
             pretend(ARCHES["sm_90"], 132),
@@ -393,13 +399,19 @@ def under_settings():
 
 
 def of_the_machine_for_ptx():
-    """How many of 5 calls a machine sees that is no GPU."""
-    calls = []
-    g, u = torch.empty(2, 40, 64, dtype=torch.bfloat16)
-    with emulate(ARCHES["sm_80"], calls=calls), backend("triton"):
-        for _ in range(5):
+    """How many of 5 calls a machine sees that is no GPU, before a launch on the stand-in and, of
+    another layout, after it."""
+    seen = []
+    for dtype in (torch.bfloat16, torch.float16):
+        calls = []
+        g, u = torch.empty(2, 40, 64, dtype=dtype)
+        with emulate(ARCHES["sm_80"], calls=calls), backend("triton"):
+            for _ in range(5):
+                BY_PLANS["gated_act_fwd"](g, u, "silu")
+        seen.append(len(calls))
+        with machine():
             BY_PLANS["gated_act_fwd"](g, u, "silu")
-    return len(calls)
+    return seen
 
 
 def on_other_boundaries():
