@@ -14,8 +14,7 @@ BENCH = $(PYTHON) -m fusedmlp.cli bench
 SITE = NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 # Each op once, and the rules that every file, row, page and docstring obeys.
-QUICK = tests/ops/test_each_op.py tests/kernels tests/backends/test_backend.py tests/house \
-	--ignore tests/house/test_examples.py
+QUICK = tests/ops/test_each_op.py tests/kernels tests/backends/test_backend.py tests/house
 
 # `make floors ENVIRONMENTS=oldest` runs that one alone.
 ENVIRONMENTS ?=
@@ -31,7 +30,7 @@ KERNEL ?=
 LIMIT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test quick lint execute gate gate-triton gate-csrc bound docs floors mutants prove families patch-sweep bench
+.PHONY: help test long quick lint execute gate gate-triton gate-csrc bound docs floors mutants prove families patch-sweep bench
 
 # $(call needs,MODULE,EXTRA): one error where a Python module is not there.
 needs = @$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("$(1)") or \
@@ -47,9 +46,13 @@ needs_nvcc = @command -v "$(NVCC)" > /dev/null || { echo "make $@: needs nvcc, w
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-test: ## the whole suite, but for what is marked slow
+test: ## the suite, but for what tests/long.txt lists and what is marked slow
 	$(call needs,pytest,test)
 	$(PYTEST) -n $(JOBS)
+
+long: ## what tests/long.txt lists: whole commands, torch.compile, large grids
+	$(call needs,pytest,test)
+	$(PYTEST) -n $(JOBS) -m "long and not slow"
 
 quick: ## each op once and the rules of the house, in two minutes on two cores
 	$(call needs,pytest,test)

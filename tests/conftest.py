@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -57,13 +58,29 @@ def launched():
         yield names
 
 
+LONG = Path(__file__).with_name("long.txt")
+
+
 def pytest_collection_modifyitems(config, items):
-    """A test of another machine says nothing here: it is left out, not passed or skipped."""
+    """A test of another machine says nothing here: it is left out, not passed or skipped. So are
+    those of long.txt, but where their file or their mark is asked for."""
+    listed = {line for line in LONG.read_text().splitlines() if line and line[0] != "#"}
+    named = {Path(argument.partition("::")[0]).resolve() for argument in config.args}
+    by_mark = "long" in config.option.markexpr
     others = {"gpu" if DEVICE == "cpu" else "interpreter"}
     if not shutil.which("nvcc"):
         others.add("nvcc")
     if not importlib.util.find_spec("fusedmlp._C"):
         others.add("extension")
-    here = {item: others.isdisjoint(mark.name for mark in item.iter_markers()) for item in items}
+
+    def runs(item):
+        test, _, _ = item.nodeid.partition("[")
+        long = not listed.isdisjoint((test, test.partition("::")[0]))
+        if long:
+            item.add_marker(pytest.mark.long)
+        wanted = by_mark or not long or item.path in named
+        return wanted and others.isdisjoint(mark.name for mark in item.iter_markers())
+
+    here = {item: runs(item) for item in items}
     config.hook.pytest_deselected(items=[item for item in items if not here[item]])
     items[:] = [item for item in items if here[item]]

@@ -1,0 +1,36 @@
+"""tests/long.txt: what it lists is there, and runs where it is asked for."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LISTED = [
+    line for line in (ROOT / "tests/long.txt").read_text().splitlines() if line and line[0] != "#"
+]
+
+
+@pytest.mark.parametrize("line", LISTED)
+def test_a_listed_test_is_there(line):
+    file, _, test = line.partition("::")
+    text = (ROOT / file).read_text()
+    assert not test or re.search(rf"^def {test}\(", text, re.MULTILINE)
+    assert LISTED.count(line) == 1 and (not test or file not in LISTED)
+
+
+@pytest.mark.parametrize(
+    ("asked", "runs"),
+    [
+        (["tests/hub", "tests/prove/test_prove.py"], {"prove"}),
+        (["-m", "long", "tests/hub"], {"hub"}),
+    ],
+)
+def test_long_tests_run_where_their_file_or_mark_is_named(asked, runs):
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist", *asked]
+    command += ["-o", "addopts=-m 'not slow'"]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    of = {"hub": "::test_its_own_tests_pass", "prove": "::test_a_tool_that_does_not_install"}
+    assert {room for room, test in of.items() if test in out} == runs
