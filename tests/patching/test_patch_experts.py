@@ -11,6 +11,7 @@ from transformers.integrations.moe import use_experts_implementation
 
 import fusedmlp
 from fusedmlp.patching import experts_forward
+from fusedmlp.patching.form import is_experts
 
 D, H, E, T, K = 8, 12, 3, 7, 2
 
@@ -159,3 +160,14 @@ def test_an_expert_of_another_rank_adds_nothing(where):
         empty = experts_forward(experts, x[:0], index[:0], weights[:0])
     torch.testing.assert_close(y, experts(x, index, weights.where(~away, 0)))
     assert not none.any() and empty.shape == (0, D)
+
+
+@pytest.mark.parametrize(("first", "second"), itertools.product((2, 3), repeat=2))
+def test_experts_are_stacked_in_both_weights(first, second):
+    """A gate of a module's own makes no experts of one whose other weight is a matrix."""
+    module = nn.Module()
+    for name, dim in (("gate_up_proj", first), ("down_proj", second)):
+        module.register_parameter(name, nn.Parameter(torch.zeros((2,) * dim)))
+    assert not is_experts(module)
+    module._apply_gate = lambda h: h
+    assert is_experts(module) == (first == second == 3)
