@@ -162,7 +162,7 @@ def test_an_expert_of_another_rank_adds_nothing(where):
     assert not none.any() and empty.shape == (0, D)
 
 
-@pytest.mark.parametrize(("first", "second"), itertools.product((2, 3), repeat=2))
+@pytest.mark.parametrize(("first", "second"), [*itertools.product((2, 3), repeat=2)])
 def test_experts_are_stacked_in_both_weights(first, second):
     """A gate of a module's own makes no experts of one whose other weight is a matrix."""
     module = nn.Module()
@@ -171,3 +171,11 @@ def test_experts_are_stacked_in_both_weights(first, second):
     assert not is_experts(module)
     module._apply_gate = lambda h: h
     assert is_experts(module) == (first == second == 3)
+
+
+def test_a_parameter_that_is_none_is_none_of_the_experts():
+    experts = made(Plain)
+    experts.register_parameter("scale", None)
+    (entry,) = fusedmlp.patch(nn.ModuleList([experts])).patched
+    assert {name for name, _ in experts._plan.matrices(experts)} == {"gate_up_proj", "down_proj"}
+    assert entry.op == "moe_mlp"

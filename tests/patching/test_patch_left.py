@@ -10,6 +10,7 @@ from torch import nn
 
 import fusedmlp
 from fusedmlp.patching import Plan
+from fusedmlp.patching.find import find
 from fusedmlp.patching.walk import REGISTERED
 
 
@@ -216,6 +217,70 @@ def test_experts_of_a_class_that_nobody_knows():
     assert reason(Model(StrangeExperts())).endswith(
         "StrangeExperts makes of its weights is not known"
     )
+
+
+class Bank(StrangeExperts):
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Parameter(torch.zeros(2, 4, 4))
+
+
+@pytest.mark.parametrize(("weights", "known"), [(Bank, False), (nn.Bilinear, True)])
+def test_two_stacks_are_experts_and_one_is_not(weights, known):
+    """A class whose name says nothing, by what it holds: a Bilinear has one stack."""
+    module = weights(4, 4, 2) if known else weights()
+    found = find(module)
+    assert found is None if known else found.endswith("Bank makes of its weights is not known")
+
+
+def test_matrices_are_of_the_projections_that_are_read():
+    block = GatedMLP()
+    plan = find(block)
+    weights = {"w1.weight", "w2.weight", "w3.weight"}
+    assert {name for name, _ in plan.matrices(block)} == weights
+    block.w1.register_forward_hook(lambda *_: None)  # which is called, then
+    assert {name for name, _ in plan.matrices(block)} == weights - {"w1.weight"}
+
+
+class Undecided(nn.Module):
+    """Its chunk cannot be followed."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def feed_forward_chunk(self, t):
+        return self.parts[1](self.parts[0](t)) if t.sum() > 0 else t
+
+    def forward(self, t):
+        return self.feed_forward_chunk(t)
+
+
+@pytest.mark.parametrize(
+    ("parts", "names"),
+    [((nn.Linear(8, 8), nn.Linear(8, 8)), ["0"]), ((GatedMLP(), nn.ReLU()), ["0.parts.0"])],
+)
+def test_a_chunk_that_cannot_be_followed_is_named_unless_a_part_of_it_is(parts, names):
+    report = fusedmlp.patch(nn.ModuleList([Undecided(*parts)]))
+    assert [entry.name for entry in report.entries] == names
+
+
+class InAMethod(nn.Module):
+    """What leads from one projection to the other is in no one method."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def first(self, t):
+        return self.a(t).softmax(-1)
+
+    def forward(self, t):
+        return self.b(self.first(t))
+
+
+def test_what_leads_on_through_a_method_is_named():
+    assert "softmax" in reason(nn.ModuleList([InAMethod()]))
 
 
 @pytest.mark.parametrize("make", (nn.ReLU, lambda: nn.Linear(4, 4), Side))
