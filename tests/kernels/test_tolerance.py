@@ -187,6 +187,15 @@ def test_the_router_has_as_many_experts_as_models_have():
     assert experts == [8, 128, 128]
 
 
+def test_cases_are_what_their_names_say():
+    """A bias where the name has one; and routers with normalised shares and without."""
+    for name, case in CASES.items():
+        biases = [k for k in case.shapes(4, 16, 24) if k.startswith("b_") or k == "b"]
+        assert bool(biases) == ("bias" in name or name == "moe_linear"), name
+    norms = {case.options.get("norm", True) for case in CASES.values() if case.op == "topk_route"}
+    assert norms == {True, False}
+
+
 def test_poison_ends_before_dynamo_is_imported():
     """Or PyTorch would take the poisoned functions for its own, for good."""
     code = """

@@ -69,6 +69,8 @@ def test_x_in_any_floating_dtype_under_autocast(named):
     with torch.autocast("cpu", torch.bfloat16):
         for dtype in (torch.float32, torch.bfloat16):
             assert layer(draw(2, 4, D, dtype=dtype)).shape == (2, 4, D)
+        with pytest.raises(TypeError, match="x must be floating, got torch.int64"):
+            layer(torch.ones(2, 4, D, dtype=torch.int64))
 
 
 def test_a_replaced_linear_takes_what_it_takes():

