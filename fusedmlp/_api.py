@@ -14,6 +14,7 @@ from .backends.op import OPS, public_ops
 from .dry.warm import Warmup, warmup
 from .explaining import explain
 from .hyperglu import HyperGLU, HyperGLUConfig, HyperMLP
+from .invariance import batch_invariant
 from .layers import *  # noqa: F403
 from .layers.freeze import freeze_masks
 from .ops.top1_route import jitter, load_balancing_loss, router_z_loss
@@ -46,6 +47,7 @@ __all__ = [
     "QuantizationReport",
     "Warmup",
     "backend",
+    "batch_invariant",
     "explain",
     "freeze_masks",
     "jitter",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from ..invariance import invariant
 from .arch import Arch
 from .arch.tile import SKINNY_M, Fit, Tile, cdiv
 from .device import arch_of, multiprocessors
@@ -20,6 +21,8 @@ class _Last(dict[str, Tile]):
             recorder.chosen.append((self, {kernel: tile}))
 
 
+# Inside batch_invariant() a launch is cut as for so many rows, however many it has.
+ROWS = 1024
 # For explain().
 LAST = _Last()
 
@@ -41,7 +44,7 @@ def pick_tile(kernel: str, x: Any, M: int, N: int, fit: Fit) -> Tile:
     """The tile for an (M, N) result from rows like `x`: skinny up to SKINNY_M rows, else the first
     that gives every multiprocessor a tile, else the smallest. `fit`: what tiles.fit_of says of the
     operands."""
-    arch = arch_of(x.device)
+    arch, M = arch_of(x.device), ROWS if invariant() else M
     return _pick(arch, kernel, x.element_size(), M, N, fit, multiprocessors(x.device))
 
 
@@ -59,7 +62,7 @@ def _pick(
 def pick_grouped_tile(kernel: str, x: Any, T: int, groups: int, fit: Fit) -> Tile:
     """The tile for T rows in groups of their own: the smallest that holds a group's rows if all
     have as many, else the largest. A larger one multiplies rows that are not there."""
-    rows = cdiv(T, max(groups, 1))
+    rows = cdiv(ROWS if invariant() else T, max(groups, 1))
     return _pick_grouped(arch_of(x.device), kernel, x.element_size(), rows, fit)
 
 

@@ -12,7 +12,7 @@ can see of them:
 | weight: a tensor whose name begins with "w" | the address itself, so that its descriptors are constants |
 | tensor beside the tensor before it | their distance, if under 16 bytes: do elements take turns? |
 | anything else | its value |
-| the process | device, Triton's driver, how float32 is multiplied |
+| the process | device, Triton's driver, how float32 is multiplied, batch invariance |
 
 A plan keeps no tensor alive. There is none in the interpreter, on a pretended GPU, inside `unplanned`,
 where a hook watches launches or Triton debugs or instruments kernels, with a Triton that this file
@@ -39,6 +39,7 @@ from torch.overrides import TorchFunctionMode
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..invariance import invariant
 from .device import INTERPRETED, pretended
 
 # Versions whose CompiledKernel.run takes what is written below.
@@ -470,7 +471,7 @@ def _key_of(launcher: Callable[..., Any]) -> tuple[Callable[..., Any], frozenset
         i for i, (name, p) in enumerate(parameters.items())
         if name.startswith("w") and p.annotation in (Tensor, Tensor | None)
     )  # fmt: skip
-    lines, parts, tensors = ["last = 0"], ["driver", "device"], []
+    lines, parts, tensors = ["last = 0"], ["driver", "device", "invariant()"], []
     for i, parameter in enumerate(parameters.values()):
         kind = parameter.annotation
         parts.append(f"k{i}")
@@ -493,7 +494,9 @@ def _key_of(launcher: Callable[..., Any]) -> tuple[Callable[..., Any], frozenset
     given = ", ".join(f"{'*' * (p.kind is star)}a{i}" for i, p in enumerate(parameters.values()))
     source = f"def key(driver, device, {given}):\n" + "".join(f"    {line}\n" for line in lines)
     made: dict[str, Any] = {}
-    names = {"float32": torch.float32, "value": _value, "precision": _precision}
+    names = {
+        "float32": torch.float32, "value": _value, "precision": _precision, "invariant": invariant,
+    }  # fmt: skip
     exec(compile(source, "<key of a launch plan>", "exec"), names, made)
     made["key"].__doc__ = source
     return made["key"], weights

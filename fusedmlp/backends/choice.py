@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..invariance import invariant
 from ..kernels.arch.tile import SKINNY_M
 from ..kernels.device import HERE, INTERPRETED, pretended
 from ..transforms import transformed
@@ -109,8 +110,10 @@ def always_reference(x: Tensor) -> bool:
 
 def for_cpu(x: Tensor) -> bool:
     """Whether an op that runs its reference on `x` may take what backends/cpu has in its place. A
-    reference that was asked for is the formula itself."""
-    return chosen() == "auto" and x.device.type in ("cpu", "meta") and not transformed()
+    reference that was asked for is the formula itself, and so is one inside batch_invariant()."""
+    if invariant() or transformed():
+        return False
+    return chosen() == "auto" and x.device.type in ("cpu", "meta")
 
 
 def pick(op: str, x: Tensor, name: str = "x") -> str:
@@ -121,6 +124,8 @@ def pick(op: str, x: Tensor, name: str = "x") -> str:
     code and autograd reach without coming through here.
     """
     if always_reference(x):
+        if invariant():
+            _promised(op, x, name)
         return "reference"
     chosen = HERE.backend or _chosen
     if chosen == "cuda":
@@ -145,6 +150,22 @@ def pick(op: str, x: Tensor, name: str = "x") -> str:
     return "triton"
 
 
+def _promised(op: str, x: Tensor, name: str) -> None:
+    """Raise RuntimeError where batch_invariant() asks the reference for what it cannot promise."""
+    want, got = f"{name} must be", f"a tensor on {x.device.type}"
+    if transformed():
+        want, got = "it must run", "a transform of torch.func or forward-mode AD"
+    elif torch.compiler.is_compiling():
+        want, got = "it must run", "torch.compile on CPU tensors"
+    elif x.device.type in ("cpu", "meta"):
+        return
+    raise RuntimeError(
+        f"{op}: inside batch_invariant() {want} "
+        + ("outside of transforms and uncompiled" if want == "it must run" else "on the CPU")
+        + f" for backend 'reference', got {got}; leave batch_invariant(), or use backend('triton')"
+    )
+
+
 # kernel -> which of its launchers ran last, and where it was not the one preferred, why.
 SERVED: dict[str, str] = {}
 
@@ -159,10 +180,15 @@ def launcher(row: Kernel, triton: Callable[..., Any]) -> Callable[..., Any]:
     def launch(x: Tensor, *args: Any) -> Any:
         SERVED[kernel], chosen = "triton", HERE.backend or _chosen
         if chosen == "cuda":
+            if invariant():
+                raise loader.Unfit(
+                    f"{kernel}: backend must be 'auto' or 'triton' inside batch_invariant(), got "
+                    "'cuda', whose schedule goes by the number of rows; use backend('triton')"
+                )
             result = cuda(loader.require(kernel, kernel, x), x, *args)
             SERVED[kernel] = "cuda"
             return result
-        proven = loader.proven(kernel, x) if chosen == "auto" else None
+        proven = loader.proven(kernel, x) if chosen == "auto" and not invariant() else None
         if proven is not None:
             try:
                 if not few_rows and x.shape[0] <= SKINNY_M:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..invariance import batch_invariant, invariant
 from ..transforms import transformed
 
 Grads = tuple[Tensor | None, ...]
@@ -36,7 +37,7 @@ def save(
     needs it for a second derivative alone and it is dear.
     """
     ctx.save_for_backward(*inputs, *made)
-    ctx.num_inputs, ctx.options = len(inputs), options
+    ctx.num_inputs, ctx.options, ctx.invariant = len(inputs), options, invariant()
 
 
 def differentiable(
@@ -48,8 +49,9 @@ def differentiable(
     a graph of the backward is wanted. stand_in: from ctx and dy to what stands for a first input
     that was not saved, where the formula is linear in it; without one that raises RuntimeError.
 
-    Backward runs with autocast off, whatever is on around it: what was saved has the dtype that
-    forward computed in, so that there is nothing to cast.
+    Backward runs in the mode of batch_invariant() that forward ran in, and with autocast off,
+    whatever is on around it: what was saved has the dtype that forward computed in, so that there
+    is nothing to cast.
 
     Traced by torch.compile, it is the kernels: compiled code refuses a second backward itself.
     """
@@ -57,6 +59,9 @@ def differentiable(
     def decorate(kernels: Backward) -> Backward:
         @functools.wraps(kernels)
         def backward(ctx: Any, *grads: Tensor | None) -> Grads:
+            if ctx.invariant != invariant():
+                with batch_invariant(ctx.invariant):
+                    return backward(ctx, *grads)
             run = kernels
             if torch.is_grad_enabled() or transformed():
                 run = functools.partial(_by_formula, formula, stand_in)
@@ -79,6 +84,12 @@ def _by_formula(
     *grads: Tensor | None,
 ) -> Grads:
     needed, create_graph = ctx.needs_input_grad, torch.is_grad_enabled()
+    if ctx.invariant:
+        raise RuntimeError(
+            f"{formula.__name__}: create_graph must be False for what ran in batch_invariant(), "
+            "got True, or a transform of torch.func; such gradients are the formula's, which "
+            "promises nothing: compute them outside of it"
+        )
     with torch.enable_grad():
         inputs = list(ctx.saved_tensors[: ctx.num_inputs])
         if needed[0] and inputs[0] is None:
@@ -107,5 +118,7 @@ def by_reference(formula: Callable[..., Any], *arguments: Any, recompute: bool =
     """formula(*arguments); with `recompute` made again in backward, where torch can: inside
     torch.func it takes no checkpoints."""
     if recompute and not transformed():
+        if not torch.compiler.is_compiling():
+            formula = batch_invariant(invariant())(formula)
         return checkpoint(formula, *arguments, use_reentrant=False)
     return formula(*arguments)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from ..invariance import batch_invariant, invariant
 from ..kernels.device import INTERPRETED
 from ..kernels.plans import planned
 from . import driver
@@ -48,21 +49,55 @@ def define(
     fake: Callable[..., Any] = MISSING,
     **rest: Any,
 ) -> Any:
-    """Register `fusedmlp::<schema>` with torch and enter its row; returns the callable overload.
+    """Register `fusedmlp::<schema>` with torch and enter its row; returns what calls it.
 
-    The arguments are the fields of `Kernel`.
+    The arguments are the fields of `Kernel`. Compiled code cannot ask a thread for its mode when it
+    runs: inside batch_invariant() it calls a second op, `<name>_invariant`, which is always in it.
     """
     row = Kernel(schema, triton, fake, **rest)
     add_kernel(row)
-    by_plans = BY_PLANS[row.name] = planned(row.triton)
+    by_plans = BY_PLANS[row.name] = _by_widths(row, planned(row.triton))
     impl = by_plans if row.cuda is None else launcher(row, by_plans)
+    call = _enter(row, schema, impl)
+    always = _enter(row, schema.replace("(", "_invariant(", 1), batch_invariant()(impl))
+
+    @functools.wraps(call)
+    def either(*args: Any) -> Any:
+        return (always if invariant() and torch.compiler.is_compiling() else call)(*args)
+
+    either._schema = call._schema  # type: ignore[attr-defined]
+    return either
+
+
+def _enter(row: Kernel, schema: str, impl: Callable[..., Any]) -> Any:
+    name = schema.partition("(")[0]
     _LIBRARY.define(schema)
-    _LIBRARY.impl(row.name, on_its_device(impl), "CUDA")
+    _LIBRARY.impl(name, on_its_device(impl), "CUDA")
     if INTERPRETED:
-        _LIBRARY.impl(row.name, impl, "CPU")
-    torch.library.register_fake(f"{NAMESPACE}::{row.name}", row.fake, lib=_LIBRARY)
-    register_flop_formula(row.call.overloadpacket)(functools.partial(_count, row))
-    return row.call
+        _LIBRARY.impl(name, impl, "CPU")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", row.fake, lib=_LIBRARY)
+    call = getattr(getattr(torch.ops, NAMESPACE), name)
+    register_flop_formula(call)(functools.partial(_count, row))
+    return call.default
+
+
+def _by_widths(row: Kernel, impl: Callable[..., Any]) -> Callable[..., Any]:
+    """Inside batch_invariant() the rows of the first argument lie one behind the other, from 16
+    bytes on: a tile is chosen by that too. Products over all rows have one batch to agree with."""
+    if row.result not in ("MH", "MD"):
+        return impl
+
+    @functools.wraps(impl)
+    def launch(first: torch.Tensor, *args: Any) -> Any:
+        if invariant() and not _lies_by_width(first):
+            first = first.new_empty(first.shape).copy_(first)
+        return impl(first, *args)
+
+    return launch
+
+
+def _lies_by_width(t: torch.Tensor) -> bool:
+    return t.is_contiguous() and t.stride(-2) == t.shape[-1] and t.data_ptr() % 16 == 0
 
 
 def define_for_cpu(

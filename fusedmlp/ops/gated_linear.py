@@ -29,10 +29,12 @@ from ..backends.cuda import gated_linear as cuda_gated_linear
 from ..backends.derivatives import differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import HOPPER_AND_NEWER, Cuda, Op, kernel, register
+from ..invariance import invariant
 from ..kernels.dense import gated_linear as _triton
 from ..kernels.launches import dense as launches
 from ..packing import Packed, empty_gated, halves, rows, split_pair, unrows
 from . import gated_act
+from .linear_act import outer, product
 
 OP = "gated_linear"
 
@@ -145,7 +147,7 @@ def transposed(w: Tensor) -> bool:
 
 def weight_grad(w: Tensor, dy: Tensor, x: Tensor) -> Tensor:
     """dy' x, laid out as w is: autograd copies another layout into a parameter's own."""
-    return (x.t() @ dy).t() if transposed(w) else dy.t() @ x
+    return outer(x, dy).t() if transposed(w) else outer(dy, x)
 
 
 def projection_grads(
@@ -160,12 +162,14 @@ def projection_grads(
     GEMM."""
     need_x, need_gate, need_up = needed
     if packed:
-        dx = dgu @ w_gate if need_x else None
+        dx = product(dgu, w_gate.t()) if need_x else None
         return dx, weight_grad(w_gate, dgu, x) if need_gate else None, None
     assert w_up is not None
     dg, du = split_pair(dgu, None)
-    dx = dg @ w_gate if need_x else None
-    if dx is not None:
+    dx = product(dg, w_gate.t()) if need_x else None
+    if dx is not None and invariant():
+        dx += product(du, w_up.t())
+    elif dx is not None:
         # In place as addmm_ is, whose FLOPs PyTorch's counter leaves out.
         torch.addmm(dx, du, w_up, out=dx)
     dw_gate = weight_grad(w_gate, dg, x) if need_gate else None

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -37,6 +36,7 @@ from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
 from ..packing import Packed, join_pair, rows, split_pair, unrows
 from . import gated_act, gated_linear
+from .linear_act import product
 
 OP = "gated_mlp"
 
@@ -61,7 +61,7 @@ class GatedMLPFunction(Function):
         )
         inputs = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
         save(ctx, inputs, (activation, packed), None if recompute else gu)
-        return F.linear(h, w_down, b_down)
+        return product(h, w_down, b_down)
 
     @staticmethod
     @differentiable(reference.gated_mlp)
@@ -165,7 +165,7 @@ def gated_mlp(
         y = GatedMLPFunction.apply(rows(x), *tensors[1:], activation, packed, recompute)
     else:
         h, _ = gated_linear.project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
-        y = F.linear(h, w_down, b_down)
+        y = product(h, w_down, b_down)
     return unrows(y, x)
 
 

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -40,6 +39,7 @@ from ..backends.op import BIT_PLANES, OPS, Op, register
 from ..packing import rows, unrows
 from ..weights.masks import PackedMasks
 from . import masked_gated_linear
+from .linear_act import outer, product
 
 OP = "masked_gated_mlp"
 
@@ -64,7 +64,7 @@ class MaskedGatedMLPFunction(Function):
         h, gt = masked_gated_linear.fwd(x, w, planes, activation, True, not recompute)
         inputs = (x, w, masks, w_down, b_down)
         save(ctx, inputs, (activation,), planes, None if recompute else gt)
-        return F.linear(h, w_down, b_down)
+        return product(h, w_down, b_down)
 
     @staticmethod
     @differentiable(_formula)
@@ -77,8 +77,8 @@ class MaskedGatedMLPFunction(Function):
         if need_x or need_w or need_masks or need_wd:
             if gt is None:
                 _, gt = masked_gated_linear.fwd(x, w, planes, activation, False, True)
-            evs, h = masked_gated_linear.ev(dy @ w_down, gt, activation, need_wd)
-            dw_down = dy.t() @ h if need_wd else None
+            evs, h = masked_gated_linear.ev(product(dy, w_down.t()), gt, activation, need_wd)
+            dw_down = outer(dy, h) if need_wd else None
             grads = masked_gated_linear.projection_grads(
                 evs, x, w, planes, masks.dtype, (need_x, need_w, need_masks)
             )
@@ -146,7 +146,7 @@ def masked_gated_mlp(
     else:
         planes = masked_gated_linear.planes_of(tensors[2])
         h, _ = masked_gated_linear.fwd(tensors[0], w, planes, activation, True, False)
-        y = F.linear(h, w_down, b_down)
+        y = product(h, w_down, b_down)
     return unrows(y, x)
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -47,7 +46,7 @@ class MLPFunction(Function):
     ) -> Tensor:
         h, z = linear_act.fwd(x, w_in, b_in, activation, True, not recompute)
         save(ctx, (x, w_in, w_out, b_in, b_out), (activation,), None if recompute else z)
-        return F.linear(h, w_out, b_out)
+        return linear_act.product(h, w_out, b_out)
 
     @staticmethod
     @differentiable(reference.mlp)
@@ -61,13 +60,13 @@ class MLPFunction(Function):
         dx = dw_in = db_in = dw_out = None
         if need_dz:
             dz, h, db = linear_act.bwd(dy, w_out, z, activation, need_wo, need_bi)
-            dx = dz @ w_in if need_x else None
-            dw_in = dz.t() @ x if need_wi else None
+            dx = linear_act.product(dz, w_in.t()) if need_x else None
+            dw_in = linear_act.outer(dz, x) if need_wi else None
             db_in = db.view(-1) if need_bi else None
         elif need_wo:
             h = linear_act.act(z, activation)
         if need_wo:
-            dw_out = dy.t() @ h
+            dw_out = linear_act.outer(dy, h)
         db_out = dy.sum(0) if need_bo else None
         return dx, dw_in, dw_out, db_in, db_out, None, None
 
@@ -124,7 +123,7 @@ def mlp(
         y = MLPFunction.apply(rows(x), *tensors[1:], activation, recompute)
     else:
         h, _ = linear_act.fwd(rows(x), w_in, b_in, activation, True, False)
-        y = F.linear(h, w_out, b_out)
+        y = linear_act.product(h, w_out, b_out)
     return unrows(y, x)
 
 

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import gates
+from .rows import elementwise
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
 BSILU_ALPHA = 1.67  # SUGAR's B-SiLU, arXiv 2505.22074: (x + a) sigmoid(x) - a / 2
@@ -90,10 +91,11 @@ class Resolved(NamedTuple):
     scalars: tuple[float, ...]
 
     def phi(self, g: Tensor) -> Tensor:
-        return self.row.reference(g, *self.scalars)
+        return elementwise(lambda t: self.row.reference(t, *self.scalars), g)
 
     def psi(self, u: Tensor) -> Tensor:
-        return u if self.row.up is None else self.row.up(u, *self.scalars)
+        up = self.row.up
+        return u if up is None else elementwise(lambda t: up(t, *self.scalars), u)
 
 
 def bsilu(x: Tensor, alpha: float = BSILU_ALPHA) -> Tensor:

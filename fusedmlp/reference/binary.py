@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dense import gated_act
+from .rows import linear
 
 __all__ = [
     "binary_gated_linear",
@@ -57,9 +58,9 @@ def binary_linear(x: Tensor, qweight: Tensor, scales: Tensor, b: Tensor | None =
     wide = torch.promote_types(x.dtype, scales.dtype)
     w = dequantize_binary(qweight, scales, x.shape[-1]).to(wide)
     if wide == x.dtype:
-        return F.linear(x, w, b)
+        return linear(x, w, b)
     with torch.autocast(x.device.type, enabled=False):  # which would round w to its own dtype
-        return F.linear(x.to(wide), w, None if b is None else b.to(wide)).to(x.dtype)
+        return linear(x.to(wide), w, None if b is None else b.to(wide)).to(x.dtype)
 
 
 def binary_gated_linear(

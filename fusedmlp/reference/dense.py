@@ -5,11 +5,11 @@ and up along its first dimension, (2H, D), in the order that `packed` names.
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..packing import Packed, halves
 from .activations import resolve
+from .rows import linear
 
 __all__ = [
     "gated_act",
@@ -42,8 +42,8 @@ def gated_linear(
     packed: Packed | None = None,
 ) -> Tensor:
     """act(x w_gate' + b_gate) * (x w_up' + b_up)."""
-    g = F.linear(x, w_gate, b_gate)
-    u = None if w_up is None else F.linear(x, w_up, b_up)
+    g = linear(x, w_gate, b_gate)
+    u = None if w_up is None else linear(x, w_up, b_up)
     return gated_act(g, u, activation, packed)
 
 
@@ -60,13 +60,12 @@ def gated_mlp(
 ) -> Tensor:
     """gated_linear(x) w_down' + b_down."""
     h = gated_linear(x, w_gate, w_up, b_gate, b_up, activation, packed)
-    return F.linear(h, w_down, b_down)
+    return linear(h, w_down, b_down)
 
 
 def linear_act(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str = "gelu") -> Tensor:
     """act(x w' + b)."""
-    row, scalars = resolve(activation)
-    return row.reference(F.linear(x, w, b), *scalars)
+    return resolve(activation).phi(linear(x, w, b))
 
 
 def mlp(
@@ -78,4 +77,4 @@ def mlp(
     activation: str = "gelu",
 ) -> Tensor:
     """linear_act(x) w_out' + b_out."""
-    return F.linear(linear_act(x, w_in, b_in, activation), w_out, b_out)
+    return linear(linear_act(x, w_in, b_in, activation), w_out, b_out)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import resolve
+from .rows import linear
 
 __all__ = [
     "masked_gated_linear",
@@ -34,10 +35,10 @@ def masked_gated_linear(x: Tensor, w: Tensor, masks: Tensor, activation: str = "
     The second factor is x w' less the first product: n_m + 1 products instead of 2 n_m.
     """
     gate = resolve(activation)
-    total = F.linear(x, w)
+    total = linear(x, w)
     h = torch.zeros_like(total)
     for m in hard_masks(masks, w.dtype):
-        g = F.linear(x, m * w)
+        g = linear(x, m * w)
         h = h + gate.phi(g) * gate.psi(total - g)
     return h
 
@@ -51,7 +52,7 @@ def masked_gated_mlp(
     activation: str = "silu",
 ) -> Tensor:
     """masked_gated_linear(x) w_down' + b_down."""
-    return F.linear(masked_gated_linear(x, w, masks, activation), w_down, b_down)
+    return linear(masked_gated_linear(x, w, masks, activation), w_down, b_down)
 
 
 def pack_masks(masks: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..packing import Packed
 from ..transforms import transformed
 from .dense import gated_mlp, mlp
+from .rows import linear
 
 __all__ = [
     "Routing",
@@ -310,7 +311,7 @@ def weighted(y: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
 def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) -> Tensor:
     """x w[e]' + b[e] with each token's own expert e; `prob` is not used."""
     ws, bs = w.unbind(), None if b is None else b.unbind()
-    run = lambda rows, e: F.linear(rows, ws[e], None if bs is None else bs[e])  # noqa: E731
+    run = lambda rows, e: linear(rows, ws[e], None if bs is None else bs[e])  # noqa: E731
     return by_expert(x, routing, run)
 
 

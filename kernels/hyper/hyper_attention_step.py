@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...invariance import invariant
 from ..arch.tile import Tile, cdiv
 from ..device import multiprocessors
 from ..pick import LAST, hyper_tile
@@ -279,7 +280,8 @@ def _plan(
 ) -> tuple[StepPlan, int, int]:
     """(constants, sources of a part, parts): four blocks a multiprocessor, if there are sources."""
     (_, Q, dq), (B, H, N, dv) = q.shape, v.shape
-    wanted = min(cdiv(4 * multiprocessors(q.device), B * H), MOST_PARTS)
+    steps = 1 if invariant() else B
+    wanted = min(cdiv(4 * multiprocessors(q.device), steps * H), MOST_PARTS)
     chunk = block_of(cdiv(N, wanted), tile.block_m)
     parts = cdiv(N, chunk)
     block_d, block_v = (min(block_of(width, 8), tile.block_n) for width in (dq, dv))
