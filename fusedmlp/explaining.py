@@ -26,8 +26,9 @@ from .dry.lines import (
     op_of,
     where_lines,
 )
+from .invariance import invariant
 from .kernels.device import arch_of, capability_of
-from .kernels.pick import LAST
+from .kernels.pick import LAST, ROWS
 from .kernels.plans import plans_are_off
 from .layers.parts.block import positive_int
 from .layers.parts.widths import Reader, off_fast_loads
@@ -173,6 +174,11 @@ def explain(
     lines.append(_device_line(device) if device else "cuda tensors: none, torch finds no GPU")
     off = plans_are_off()
     lines.append(f"launch plans: {f'none, {off}' if off else 'on'}")
+    if invariant():
+        lines.append(
+            f"batch invariance: on in this thread, as for {ROWS} rows, products by our own kernels "
+            "(batch_invariant(), FUSEDMLP_BATCH_INVARIANT)"
+        )
     lines.append("second derivatives, torch.func, forward-mode AD: reference")
     lines.append(f"ops: {', '.join(public_ops())}")
     with ONE:  # a dry run of another thread's has launches of its own there

@@ -53,6 +53,7 @@ def patch(
     dtype_check: bool = True,
     quantize: str | None = None,
     recompute: bool = False,
+    batch_invariant: bool = False,
 ) -> Report:
     """Run the MLPs of `model` through fusedmlp, in place: gated_mlp, mlp, moe_mlp.
 
@@ -75,6 +76,9 @@ def patch(
         recompute: gated MLPs save their input alone for backward and compute g and u again there,
             2 H values a token less for 4 D H FLOPs a token more; the report says which. A block
             that was patched before stays as it is.
+        batch_invariant: the patched modules run inside `batch_invariant()`, whoever calls them. A
+            call of one whose projections are not all fused raises TypeError. The rest of the model
+            promises nothing by it.
 
     Parameters, state_dict keys, hooks, device, dtype and the modules themselves stay. An MLP is
     left where a fused call would be something else: a projection that is tied, a dtype or an
@@ -95,21 +99,31 @@ def patch(
     """  # noqa: E501
     checked("patch", model)
     if quantize is None:
-        return _run(model, only, dtype_check, recompute)[0]
+        return _run(model, only, dtype_check, recompute, batch_invariant)[0]
     if only is not None:
         raise ValueError(f"patch: only must be None with quantize={quantize!r}, got {only!r}")
+    if batch_invariant:
+        raise ValueError(
+            f"patch: batch_invariant must be False with quantize={quantize!r}, got True; one-bit "
+            "layers keep the promise inside `with fusedmlp.batch_invariant()`"
+        )
     quantized = quantize_model(model, format=quantize)
     return dataclasses.replace(_run(model, only, dtype_check, recompute)[0], quantized=quantized)
 
 
 def _run(
-    model: nn.Module, only: Only, dtype_check: bool, recompute: bool = False
+    model: nn.Module,
+    only: Only,
+    dtype_check: bool,
+    recompute: bool = False,
+    invariant: bool = False,
 ) -> tuple[Report, list[nn.Module]]:
-    for name, given in (("dtype_check", dtype_check), ("recompute", recompute)):
+    options = {"dtype_check": dtype_check, "recompute": recompute, "batch_invariant": invariant}
+    for name, given in options.items():
         if not isinstance(given, bool):
             raise TypeError(f"patch: {name} must be True or False, got {given!r}")
     register_experts()
-    walk = Walk(model, only, dtype_check, recompute)
+    walk = Walk(model, only, dtype_check, recompute, invariant)
     try:
         walk.visit("", model)
     except BaseException:

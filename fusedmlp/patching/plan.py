@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
+from ..invariance import batch_invariant
 from ..layers.parts.around import hooked
 from .projection import called
 
@@ -16,12 +17,14 @@ from .projection import called
 class Plan:
     """How a module runs once patched. Frozen, hashable and picklable: it is part of a class.
 
-    method: the method of the module that `run` replaces.
+    method: the method of the module that `run` replaces. invariant: whether it runs inside
+    batch_invariant(), whoever calls it.
 
     Subclasses define `run`, and `op`: the name of the function that it calls.
     """
 
     method: str = "forward"
+    invariant: bool = field(default=False, kw_only=True)
 
     @property
     def op(self) -> str:
@@ -38,7 +41,7 @@ class Plan:
 
     def trial(self, module: nn.Module, *inputs: Tensor) -> Any:
         """What is fused of a call."""
-        return self.run(module, *inputs)
+        return self.within(module, *inputs)
 
     def bypassed(self) -> tuple[str, ...]:
         """Paths of the submodules whose parameters are read without calling them. Their hooks would
@@ -108,6 +111,20 @@ class Plan:
 
     def restore(self, module: nn.Module) -> None:
         """What unpatch() undoes of it."""
+
+    def within(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """`run`, in the plan's mode. Raises TypeError where another library's part of it promises
+        nothing."""
+        if not self.invariant:
+            return self.run(module, *args, **kwargs)
+        now, why = self.way(module)
+        if now != self.op:
+            raise TypeError(
+                f"patched {type(module).__name__}: with batch_invariant=True all of {self.op} must "
+                f"be fused, got {now or 'nothing'}, {why}; unpatch(model), or patch it without"
+            )
+        with batch_invariant():
+            return self.run(module, *args, **kwargs)
 
     def detail(self) -> str:
         """For the report and for the module's repr."""

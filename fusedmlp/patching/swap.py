@@ -32,6 +32,7 @@ class Patched:
         """For explain(). No public name: the module's own submodules may have it."""
         op, why = self._plan.way(self)  # type: ignore[arg-type]
         words = f"patched, {op or 'nothing fused'} {self._plan.detail()}".rstrip()
+        words += ", batch-invariant" if self._plan.invariant else ""
         return f"{words}; {why}" if why else words
 
     def extra_repr(self) -> str:
@@ -90,7 +91,7 @@ def _make(own: type, plan: Plan) -> type:
         kept = self._kept
         if kept is not None and (change := changed(self, kept)):
             raise passed_by(self, change)
-        return self._plan.run(self, *args, **kwargs)
+        return self._plan.within(self, *args, **kwargs)
 
     methods = plan.methods(own, run)
     methods[plan.method] = _unless_replaced(own, plan.method, methods[plan.method])

@@ -6,6 +6,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
@@ -110,10 +111,15 @@ class Walk:
     """One patch() over a model."""
 
     def __init__(
-        self, model: nn.Module, only: Only, dtype_check: bool, recompute: bool = False
+        self,
+        model: nn.Module,
+        only: Only,
+        dtype_check: bool,
+        recompute: bool = False,
+        invariant: bool = False,
     ) -> None:
         self.wanted, self.dtype_check = _selected(model, only), dtype_check
-        self.recompute = recompute
+        self.recompute, self.invariant = recompute, invariant
         self.entries: list[Entry] = []
         self.swapped: list[nn.Module] = []
         # parameter or module -> all names that lead to it
@@ -185,6 +191,7 @@ class Walk:
         if reason is None:
             assert isinstance(plan, Plan)
             plan = plan.recomputing() if self.recompute else plan
+            plan = replace(plan, invariant=True) if self.invariant else plan
             plan.prepare(module)
             swap(module, plan)
             self.swapped.append(module)

@@ -54,3 +54,17 @@ def differing(case, D, H, dtype, batches=BATCHES, *, device="cpu", seed=0, wante
             found += [(batch, f"{n} again") for n in among
                       if not torch.equal(bits(among[n]), bits(again[n]))]  # fmt: skip
     return found
+
+
+def executed(arch, name, dtype, size, batches, wanted="all"):
+    """`differing` of compiled kernels, for the process that compiles."""
+    from fusedmlp import backend
+    from fusedmlp.backends.library import serve_cpu
+    from fusedmlp.bench.gate.ptx import emulate
+    from fusedmlp.kernels.arch import ARCHES
+    from fusedmlp.testing import CASES
+
+    serve_cpu()
+    with emulate(ARCHES[arch]) as machine, backend("triton"):
+        found = differing(CASES[name], *size, dtype, batches, wanted=wanted)
+    return found, sorted({run.kernel for run in machine.runs})
