@@ -1,4 +1,4 @@
-"""The optional CUDA build; all else is in pyproject.toml.
+"""The optional CUDA build, and the links of the pages that ship; all else is in pyproject.toml.
 
 FUSEDMLP_CUDA=auto builds the extension iff nvcc is found (CUDACXX, CUDA_HOME, PATH), 1 fails
 without nvcc, 0 leaves the extension out. FUSEDMLP_CUDA_ARCHS overrides CMakeLists.txt's
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import posixpath
+import re
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from setuptools.build_meta import (
     prepare_metadata_for_build_wheel,
 )
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 __all__ = [  # the hooks of PEP 517 and PEP 660
     "build_editable",
@@ -42,6 +45,7 @@ ROOT = Path(__file__).resolve().parent
 # Kept between installs, so that a second one compiles only what has changed.
 BUILD = ROOT / "build" / str(sys.implementation.cache_tag)
 NEEDS = ["cmake>=3.25", "ninja>=1.11", "pybind11>=2.13"]  # as in the extra "cuda"
+LINK = re.compile(r"\[([^\]]+)\]\(([^)#:\s]+)(?:#[^)]*)?\)")  # to a file, not to an address
 WITHOUT = "FUSEDMLP_CUDA=0 installs fusedmlp without its CUDA extension"
 
 
@@ -49,6 +53,29 @@ def find_nvcc() -> str | None:
     home = os.environ.get("CUDA_HOME")
     asked = os.environ.get("CUDACXX") or (home and f"{home}/bin/nvcc") or "nvcc"
     return shutil.which(asked)
+
+
+class Pages(build_py):
+    """Names a file that stays in the repository where a page that ships has a link to it, as
+    docs/hooks.py does on the site."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # the pages are the repository's own
+            return
+        package = Path(self.build_lib, "fusedmlp")
+        for page in package.rglob("*.md"):
+
+            def named(link: re.Match[str], page: Path = page) -> str:
+                text, target = link.groups()
+                if (page.parent / target).exists():
+                    return link.group(0)
+                folder = page.parent.relative_to(package).as_posix()
+                path = posixpath.normpath(posixpath.join(folder, target))
+                return f"`{path}`" if text == path else f"{text} (`{path}` in the repository)"
+
+            text = page.read_text(encoding="utf-8")
+            page.write_text(LINK.sub(named, text), encoding="utf-8")
 
 
 class CMakeBuild(build_ext):
@@ -103,5 +130,5 @@ get_requires_for_build_editable = get_requires_for_build_wheel
 if __name__ == "__main__":
     setup(
         ext_modules=[Extension("fusedmlp._C", sources=[])] if NVCC else [],
-        cmdclass={"build_ext": CMakeBuild},
+        cmdclass={"build_ext": CMakeBuild, "build_py": Pages},
     )

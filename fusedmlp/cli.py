@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,20 +82,49 @@ def patch_report(folder: str) -> int:
     return 0 if report.patched else 1
 
 
+def _pages() -> dict[str, Path]:
+    """Each page by the name that `docs` takes, in the order of its list."""
+    root = Path(__file__).parent
+    pages = {p.stem: p for part in ("", "guides") for p in (root / "docs" / part).glob("*.md")}
+    pages |= {f"api/{page.stem}": page for page in (root / "docs/api").glob("*.md")}
+    pages |= {f"examples/{file.name}": file for file in (root / "examples").glob("*.*")}
+    return dict(sorted(pages.items(), key=lambda item: ("/" in item[0], item[0])))
+
+
+def _title(page: Path) -> str:
+    """The first line of a page's heading, or of a script's docstring."""
+    first = page.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("# ").removeprefix('"""').removesuffix('"""')
+
+
+def _reference(line: re.Match[str]) -> str:
+    """The signature and docstring of the public name on a line `::: name`."""
+    module, _, name = line.group(1).rpartition(".")
+    value = getattr(importlib.import_module(module), name)
+    try:
+        signature = str(inspect.signature(value))
+    except (TypeError, ValueError):  # no callable, or one without
+        signature = ""
+    return f"## {line.group(1)}{signature}\n\n{inspect.getdoc(value)}\n"
+
+
 def docs(name: str | None) -> int:
-    """The page of that name, or all names with their titles; exit code 2 for no page's name."""
-    folder = Path(__file__).parent / "docs"
-    pages = {page.stem: page for part in ("", "guides") for page in (folder / part).glob("*.md")}
+    """The page of that name, which may be a link's path, or all names with their titles; exit code
+    2 for no page's name."""
+    pages = _pages()
     if name is None:
-        for stem in sorted(pages):
-            print(f"{stem:16} {pages[stem].read_text(encoding='utf-8').partition(chr(10))[0][2:]}")
-        print(f"\nfusedmlp docs NAME prints a page; the files are in {folder}")
+        for known, page in pages.items():
+            print(f"{known:16} {_title(page)}")
+        print(f"\nfusedmlp docs NAME prints one; the files are in {Path(__file__).parent / 'docs'}")
         return 0
-    if name not in pages:
-        known = ", ".join(sorted(pages))
-        print(f"fusedmlp docs: PAGE must be one of {known}, got {name}", file=sys.stderr)
+    path = name.partition("#")[0].replace("../", "").removeprefix("docs/").removeprefix("guides/")
+    page = pages.get(path) or pages.get(path.removesuffix(".md"))
+    if page is None:
+        names = ", ".join(pages)
+        print(f"fusedmlp docs: PAGE must be one of {names}, got {name}", file=sys.stderr)
         return 2
-    print(pages[name].read_text(encoding="utf-8"), end="")
+    text = page.read_text(encoding="utf-8")
+    print(re.sub(r"^::: (\S+)$", _reference, text, flags=re.MULTILINE), end="")
     return 0
 
 
@@ -109,7 +141,12 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("patch-report", help="what patch() would do to a checkpoint")
     report.add_argument("model_dir", metavar="MODEL_DIR", help="a folder with a config.json")
     pages = commands.add_parser("docs", help="the pages of the documentation, or one of them")
-    pages.add_argument("page", nargs="?", metavar="PAGE", help="say moe; without it all names")
+    pages.add_argument(
+        "page",
+        nargs="?",
+        metavar="PAGE",
+        help="say moe, api/moe or examples/moe_fsdp2.py; without it all names",
+    )
     return parser
 
 

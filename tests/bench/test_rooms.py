@@ -2,7 +2,9 @@
 whose room is left out."""
 
 import ast
+import email
 import os
+import posixpath
 import re
 import shutil
 import subprocess
@@ -56,16 +58,44 @@ def test_the_wheel_holds_what_an_installed_user_can_run(wheel):
     assert {"check.py", "timing/command.py", "predict.py", "report/plots.py"} <= names
     assert not [name for name in names if name.startswith(tuple(f"{f}/" for f in folders))]
     assert not [f.filename for f in files if f.filename.startswith("tests")]
-    pages = {f.filename for f in files if f.filename.startswith("fusedmlp/docs/")}
-    assert pages == {
-        f"fusedmlp/docs/{page.relative_to(ROOT / 'docs')}"
-        for folder in ("", "guides")
-        for page in (ROOT / "docs" / folder).glob("*.md")
-    }
+    data = ("fusedmlp/docs/", "fusedmlp/examples/")
+    pages = {f.filename for f in files if f.filename.startswith(data)}
+    shipped = [*(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").glob("*.*")]
+    assert pages == {f"fusedmlp/{page.relative_to(ROOT)}" for page in shipped}
     sizes = Counter()
     for file in files:
         sizes[file.filename.split("/")[1]] += file.file_size
     assert sizes.most_common(1)[0][0] != "bench"
+
+
+def test_every_link_of_a_page_in_the_wheel_leads_somewhere(wheel):
+    archive = zipfile.ZipFile(wheel)
+    names = set(archive.namelist())
+    pages = {name: archive.read(name).decode() for name in names if name.endswith(".md")}
+    found = [
+        (name, target)
+        for name, text in pages.items()
+        if name.startswith("fusedmlp/")
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+        if not target.startswith("https:")
+    ]
+    assert ("fusedmlp/docs/guides/gguf.md", "../../examples/one_bit_gguf.py") in found
+    dead = [
+        (name, target)
+        for name, target in found
+        if posixpath.normpath(posixpath.join(posixpath.dirname(name), target)) not in names
+    ]
+    assert not dead
+    # What stays in the repository is named.
+    assert "(`README.md` in the repository)" in pages["fusedmlp/docs/README.md"]
+
+
+def test_the_metadata_says_where_the_pages_are(wheel):
+    archive = zipfile.ZipFile(wheel)
+    (name,) = [n for n in archive.namelist() if n.endswith(".dist-info/METADATA")]
+    metadata = email.message_from_bytes(archive.read(name))
+    assert metadata["Summary"].endswith("pages: fusedmlp docs")
+    assert "`fusedmlp docs`" in metadata.get_payload()
 
 
 def imported(path):

@@ -48,9 +48,9 @@ def test_every_file_of_ops_has_a_row_and_type_checkers_see_no_other():
 
 
 def test_linked_folders():
-    """kernels/ and bench/ are imported through symlinks, docs/ is read through one; kernels/ must
-    not be a package of its own."""
-    for name in ("kernels", "bench", "docs"):
+    """kernels/ and bench/ are imported through symlinks, docs/ and examples/ are read
+    through them; kernels/ must not be a package of its own."""
+    for name in ("kernels", "bench", "docs", "examples"):
         link = ROOT / "fusedmlp" / name
         assert link.is_symlink() and link.resolve() == ROOT / name
         assert not (ROOT / "kernels/__init__.py").exists()

@@ -131,9 +131,31 @@ def test_the_command_prints_the_pages(capsys):
     assert str(Path(fusedmlp.__file__).parent / "docs") in out
     assert cli.main(["docs", "saving"]) == 0
     assert capsys.readouterr().out == PAGES["guides/saving.md"].read_text()
+    assert cli.main(["docs", "../../examples/one_bit_gguf.py"]) == 0
+    assert capsys.readouterr().out == (ROOT / "examples/one_bit_gguf.py").read_text()
     assert cli.main(["docs", "nowhere"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("fusedmlp docs: PAGE must be one of README, ") and "nowhere" in line
+
+
+def test_the_command_takes_every_link_between_pages(capsys):
+    for name, page in PAGES.items():
+        for target, _ in LINK.findall(page.read_text()):
+            file = (page.parent / target).resolve()
+            if target and file.is_relative_to(DOCS) and not target.startswith("https:"):
+                relative = file.relative_to(DOCS).as_posix()  # as a reader of any folder types it
+                assert cli.main(["docs", relative]) == 0, (name, target)
+    capsys.readouterr()
+
+
+def test_the_command_prints_the_reference_with_docstrings(capsys):
+    for name, page in PAGES.items():
+        if paths := REFERENCE.findall(page.read_text()):
+            assert cli.main(["docs", name]) == 0
+            out = capsys.readouterr().out
+            assert ":::" not in out
+            for path in paths:
+                assert f"## {path}" in out and inspect.getdoc(resolve(path)) in out, path
 
 
 def test_names_in_the_index_exist():
