@@ -33,10 +33,14 @@ def columns(op: str, name: str, t: Tensor, size: Sequence[int], letter: str, of:
     """`t` is (..., D) by `size` (..., H, D) of the weight `of`, in which D is called `letter`."""
     own = t.shape
     if not own or own[-1] != size[-1]:
-        width = own[-1] if own else None
-        hint = transposed(of, size, (*size[:-2], size[-1], size[-2])) if width == size[-2] else ""
+        if own and own[-1] == size[-2]:
+            turned = (*size[:-2], size[-1], size[-2])
+            raise ValueError(
+                f"{op}: {of} must have shape {turned} beside {name} of shape {tuple(own)}, got "
+                f"{tuple(size)}{transposed(of, size, turned)}"
+            )
         raise ValueError(
-            f"{op}: {name} must be (..., {size[-1]}): {letter} of {of}; got {tuple(t.shape)}{hint}"
+            f"{op}: {name} must be (..., {size[-1]}): {letter} of {of}; got {tuple(own)}"
         )
 
 
@@ -52,10 +56,18 @@ def down(op: str, w_name: str, w: Tensor, H: int, b_name: str, b: Tensor | None)
     """The down projection w (D_out, H) and its bias (D_out,)."""
     D_out, width = matrix(op, w_name, w, "(D_out, H)")
     if width != H:
-        hint = transposed(w_name, w.shape, (width, H)) if D_out == H else ""
-        raise ValueError(f"{op}: {w_name} must have shape {(D_out, H)}, got {(D_out, width)}{hint}")
+        down_shape(op, w_name, w.shape, H)
     if b is not None:
         shape(op, b_name, b, D_out)
+
+
+def down_shape(op: str, name: str, got: Sequence[int], H: int) -> NoReturn:
+    """Of a down projection, or a stack of them, that has not H columns: with H rows it is
+    transposed, and what it should be is that turned."""
+    *experts, D_out, width = got
+    expected = (*experts, width if D_out == H else D_out, H)
+    hint = transposed(name, got, expected)
+    raise ValueError(f"{op}: {name} must have shape {expected}, got {tuple(got)}{hint}")
 
 
 def like_x(

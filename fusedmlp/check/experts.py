@@ -108,11 +108,8 @@ def check_experts(
     elif w_up is not None:
         check.shape(op, "w_up", w_up, E, N, D)
     D_out, H = w_down.shape[1], N // 2 if packed else N
-    if w_down.shape != (E, D_out, H) and D_out == H:
-        hint = check.transposed("w_down", w_down.shape, (E, w_down.shape[2], H))
-        raise ValueError(
-            f"{op}: w_down must have shape {(E, D_out, H)}, got {tuple(w_down.shape)}{hint}"
-        )
+    if w_down.shape[0] == E and w_down.shape[2] != H:
+        check.down_shape(op, "w_down", w_down.shape, H)
     check.shape(op, "w_down", w_down, E, D_out, H)
     if b_gate is not None:
         check.shape(op, "b_gate", b_gate, E, N)

@@ -55,7 +55,8 @@ def check_projection(
     H, D = binary_linear.check_weight(op, "w_gate", w_gate, x.device)
     check.columns(op, "x", x, w_gate.shape, "D", "w_gate")
     if binary_linear.check_weight(op, "w_up", w_up, x.device) != (H, D):
-        raise ValueError(f"{op}: w_up must have shape {(H, D)}, got {w_up.shape}")
+        hint = check.transposed("w_up", w_up.shape, (H, D))
+        raise ValueError(f"{op}: w_up must have shape {(H, D)}, got {w_up.shape}{hint}")
     for name, b in (("b_gate", b_gate), ("b_up", b_up)):
         if b is not None:
             check.shape(op, name, b, H)

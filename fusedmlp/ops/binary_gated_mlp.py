@@ -167,8 +167,7 @@ def binary_gated_mlp(
     H = binary_gated_linear.check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
     D_out, width = binary_linear.check_weight(OP, "w_down", w_down, x.device)
     if width != H:
-        hint = check.transposed("w_down", w_down.shape, (width, H)) if D_out == H else ""
-        raise ValueError(f"{OP}: w_down must have shape {(D_out, H)}, got {w_down.shape}{hint}")
+        check.down_shape(OP, "w_down", w_down.shape, H)
     if b_down is not None:
         check.shape(OP, "b_down", b_down, D_out)
     tensors: tuple[Any, ...] = (*planes(w_gate, w_up, w_down), b_gate, b_up, b_down)

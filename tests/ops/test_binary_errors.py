@@ -107,5 +107,5 @@ def test_a_transposed_weight_is_named():
     hint = "is \\(out, in\\), as nn.Linear's weight: is it transposed"
     with pytest.raises(ValueError, match=f"w_down must have shape .*; w_down {hint}"):
         fusedmlp.binary_gated_mlp(x, w, w, w)
-    with pytest.raises(ValueError, match=f"x must be .*; w {hint}"):
+    with pytest.raises(ValueError, match=f"w must have shape .*; w {hint}"):
         fusedmlp.binary_linear(torch.randn(2, 256), w)

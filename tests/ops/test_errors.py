@@ -9,6 +9,7 @@ from op_checks import PLAIN
 from torch import nn
 
 import fusedmlp
+from fusedmlp import _api
 from fusedmlp.packing import ORDERS
 from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.testing import CASES
@@ -67,37 +68,43 @@ def test_one_clear_error(name, argument, value, error, message, each_backend):
     assert str(caught.value).startswith(f"{case.op}: ")
 
 
-# case, the weight that is given transposed, what the message must say of the shapes
-TRANSPOSED = [
-    ("gated_linear", "w_gate", r"x must be \(\.\.\., 24\): D of w_gate; got \(4, 16\)"),
-    ("gated_linear", "w_up", r"w_up must have shape \(24, 16\), got \(16, 24\)"),
-    (
-        "gated_linear-gate_up-bias",
-        "w_gate",
-        r"x must be \(\.\.\., 48\): D of w_gate; got \(4, 16\)",
-    ),
-    ("gated_mlp", "w_down", r"w_down must have shape \(24, 24\), got \(24, 16\)"),
-    ("linear_act", "w", r"x must be \(\.\.\., 24\): D of w; got \(4, 16\)"),
-    ("mlp", "w_in", r"x must be \(\.\.\., 24\): D of w_in; got \(4, 16\)"),
-    ("mlp", "w_out", r"w_out must have shape \(24, 24\), got \(24, 16\)"),
-    (
-        "masked_gated_linear-1",
-        "masks",
-        r"masks must be \(1, 24, 16\): of w's shape, got \(1, 16, 24\)",
-    ),
-    ("moe_mlp", "w_gate", r"x must be \(\.\.\., 24\): D of w_gate; got \(4, 16\)"),
-    ("moe_mlp", "w_up", r"w_up must have shape \(\d+, 24, 16\), got \(\d+, 16, 24\)"),
-    ("moe_mlp", "w_down", r"w_down must have shape \(\d+, 24, 24\), got \(\d+, 24, 16\)"),
-]
+def weights():
+    """(case, the name of a weight, by what makes it transposed) of every op."""
+    for name, case in CASES.items():
+        for argument, w in weights_of(name).items():
+            if isinstance(w, fusedmlp.BinaryWeight):
+                turned = fusedmlp.quantize_binary(torch.randn(w.shape[1], w.shape[0]))
+                yield pytest.param(case, argument, turned, id=f"{name}-{argument}")
+            elif type(w) is torch.Tensor:
+                yield pytest.param(case, argument, w.mT, id=f"{name}-{argument}")
 
 
-@pytest.mark.parametrize("name, argument, message", TRANSPOSED)
-def test_a_transposed_weight_is_named(name, argument, message, each_backend):
-    inputs = good(name)
-    inputs[argument] = inputs[argument].mT
-    hint = f"; {argument} is (out, in), as nn.Linear's weight: is it transposed? Transpose it back"
-    with pytest.raises(ValueError, match=message + re.escape(hint)):
-        CASES[name].run(inputs)
+def weights_of(name):
+    # Sizes that differ, in whole groups of a one-bit weight.
+    arguments = CASES[name]._arguments(CASES[name].inputs(4, 128, 256, torch.float32), _api)
+    return {k: w for k, w in arguments.items() if k.startswith("w") or k == "masks"}
+
+
+WEIGHTS = list(weights())
+
+
+def test_each_op_with_a_weight_has_one_transposed():
+    ops = {param.values[0].op for param in WEIGHTS}
+    assert {case.op for name, case in CASES.items() if weights_of(name)} == ops and len(ops) > 9
+
+
+@pytest.mark.parametrize("case, argument, turned", WEIGHTS)
+def test_a_transposed_weight_is_named(case, argument, turned, each_backend):
+    """First of all, with the shape that it should have: what it meets is not blamed."""
+    given = case._arguments(case.inputs(4, 128, 256, torch.float32), _api)
+    right = tuple(given[argument].shape)
+    with pytest.raises(ValueError) as raised:
+        case.fn(**{**given, **case.options, argument: turned})
+    message = str(raised.value)
+    assert message.startswith(f"{case.op}: {argument} must "), message
+    assert f" {right}" in message and f", got {tuple(turned.shape)}; " in message
+    hint = f"{argument} is (out, in), as nn.Linear's weight: is it transposed? Transpose it back"
+    assert message.endswith(hint)
 
 
 def test_other_shapes_are_not_called_transposed():
