@@ -37,6 +37,7 @@ from .parts.activation import build, describe, name_of
 from .parts.around import bare
 from .parts.block import (
     build_norm,
+    calls,
     check_input,
     gated_block,
     plain_block,
@@ -207,8 +208,23 @@ class FeedForward(Reader):
         return gated_block(self, x, glu.proj, None, second, dropout, packed="up_gate", **options)
 
     def path(self) -> str:
-        """Where the activation of a plain block runs; a gated one's GLU layer says it itself."""
-        return describe(self.net[1]) if self.glu_variant == "none" else ""
+        """For explain(): the calls that the block makes as it is now."""
+        glu: Any
+        glu, *plain, dropout, second = self.net
+        act = plain[0] if plain else glu.activation
+        inner = (act,) if plain else (glu.proj, act)
+        if not bare(self.net, glu, *inner, dropout, second):
+            return "its modules one by one, since one of them has hooks"
+        if isinstance(glu, MaskedGLU):
+            if glu.mask_mode == "channel":
+                return f"{glu.path()}, linears too"
+            what = f"{name_of(act)!r}, {glu.described_masks()}"
+            return calls(dropout, "masked_gated_mlp", "masked_gated_linear", what)
+        if name_of(act) is None:
+            return describe(act)
+        if plain:
+            return calls(dropout, "mlp", "linear_act", describe(act))
+        return calls(dropout, "gated_mlp", "gated_linear", repr(name_of(act)))
 
     def _reads(self) -> Iterator[tuple[str, Tensor | int]]:
         first: Any = self.net[0]
@@ -219,7 +235,7 @@ class FeedForward(Reader):
     def extra_repr(self) -> str:
         own = "recompute=True" if self.recompute else ""
         # A GLU layer speaks for itself.
-        return self._noted(self.path(), own) if self.glu_variant == "none" else own
+        return self._noted(describe(self.net[1]), own) if self.glu_variant == "none" else own
 
 
 def drop_aliases(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -236,10 +236,16 @@ class MaskedGLU(Reader):
                 )
 
     def path(self) -> str:
-        """For explain(): where the activation runs."""
+        """For explain(): where the activation runs, and what masks."""
         if self.mask_mode == "channel":
             return f"{type(self.activation).__name__} in PyTorch"
-        return describe(self.activation)
+        return f"{describe(self.activation)}, {self.described_masks()}"
+
+    def described_masks(self) -> str:
+        """How many masks over elements there are, and what they are now."""
+        count = self.masks().shape[0]
+        kind = "logits" if self.packed is None else "frozen bits"
+        return f"{count} mask{'s' if count > 1 else ''} of {kind}"
 
     def _reads(self) -> Iterator[tuple[str, Tensor | int]]:
         if self.mask_mode == "element":

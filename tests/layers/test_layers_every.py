@@ -25,7 +25,9 @@ from torch import nn
 
 import fusedmlp
 from fusedmlp import layers
+from fusedmlp.layers import masked_glu
 from fusedmlp.layers.glu import GLUBase
+from fusedmlp.layers.parts import block
 
 # Their forward is that of another one here, all but the activation's name.
 TWINS = ("Bilinear", "ReGLU", "SwiGLU", "GeGLU", "BilinearMGLU", "ReMGLU", "GeMGLU", "MaskedGLU",
@@ -162,6 +164,57 @@ def packed():
 )  # fmt: skip
 def test_explain_says_which_calls_are_fused(layer, text):
     assert text in explained(layer())
+
+
+CALLS = ("gated_mlp", "gated_linear", "mlp", "linear_act", "masked_gated_mlp",
+         "masked_gated_linear")  # fmt: skip
+
+
+ELEMENT = ({"glu_variant": "mswiglu", "mask_mode": "element"},
+           {"glu_variant": "mglu", "mask_mode": "element", "num_masks": 4})  # fmt: skip
+PLAIN = ({}, {"activation": Stranger}, {"glu_variant": "swiglu"}, {"glu_variant": "mswiglu"})
+
+
+@pytest.mark.parametrize("dropout", (0.0, 0.5))
+@pytest.mark.parametrize(
+    "options, frozen, hook",
+    [
+        *((options, False, hook) for options in PLAIN for hook in ("", "net.0")),
+        *((options, frozen, "") for options in ELEMENT for frozen in (False, True)),
+    ],
+    ids=str,
+)
+def test_explain_names_the_call_that_a_block_makes(options, frozen, dropout, hook, monkeypatch):
+    """As it is now: frozen or not, with dropout at work or not, with hooks."""
+    layer = layers.FeedForward(8, 2, dropout, **options)
+    if frozen:
+        fusedmlp.freeze_masks(layer)
+    if hook:
+        layer.get_submodule(hook).register_forward_hook(lambda *_: None)
+    (line,) = [s for s in explained(layer).splitlines() if s.startswith("the layer (FeedForward)")]
+    called = []
+
+    def spied(module, name):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **k: called.append(name) or own(*a, **k))
+
+    for module in (block, masked_glu):
+        for name in CALLS:
+            if hasattr(module, name):
+                spied(module, name)
+    layer(draw(3, 8))
+    assert re.findall(rf"\b({'|'.join(CALLS)})\b", line) == called[:1], line
+    if "mask_mode" in options:
+        count = options.get("num_masks", 1)
+        kind = "frozen bits" if frozen else "logits"
+        assert f"{count} mask{'s' if count > 1 else ''} of {kind}" in line
+
+
+def test_explain_says_what_masks_of_experts_are():
+    made = layers.SwitchFFN(8, 2, ff_kwargs={"glu_variant": "mswiglu", "mask_mode": "element"})
+    assert "each: one masked_gated_mlp, 'silu', 1 mask of logits" in explained(made)
+    fusedmlp.freeze_masks(made)
+    assert "each: one masked_gated_mlp, 'silu', 1 mask of frozen bits" in explained(made)
 
 
 @pytest.mark.parametrize("layer", ("x", layers.SwiGLU))

@@ -119,9 +119,14 @@ def passes_through(dropout: nn.Module | None) -> bool:
 def block_path(dropout: nn.Module | None, *, activation: str, gated: bool) -> str:
     """For explain(): what gated_block, or plain_block, runs now."""
     whole, first = ("gated_mlp", "gated_linear") if gated else ("mlp", "linear_act")
+    return calls(dropout, whole, first, repr(activation))
+
+
+def calls(dropout: nn.Module | None, whole: str, first: str, what: str) -> str:
+    """One call of `whole`, or what stands for it around a dropout at work."""
     if passes_through(dropout):
-        return f"one {whole}, {activation!r}"
-    return f"{first}, {activation!r}, then {type(dropout).__name__} and a linear in PyTorch"
+        return f"one {whole}, {what}"
+    return f"{first}, {what}, then {type(dropout).__name__} and a linear in PyTorch"
 
 
 def gated_block(

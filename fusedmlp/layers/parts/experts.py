@@ -180,7 +180,7 @@ class StackedExperts(Stacked, Reader):
         """For explain(): whether the experts run as one call now."""
         activation = self._fused_activation()
         if activation is None:
-            return f"{self.num_experts} experts one by one in PyTorch"
+            return f"{self.num_experts} experts one by one in PyTorch, each: {self[0].path()}"
         return f"{self.num_experts} experts in one call, fused as {activation!r}"
 
     def _reads(self) -> Iterator[tuple[str, Tensor | int]]:
