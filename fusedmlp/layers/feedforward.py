@@ -44,6 +44,7 @@ from .parts.block import (
     positive_int,
     reset_others,
 )
+from .parts.freezing import Freezing
 from .parts.widths import Default, Reader, hidden_width
 
 GLU_VARIANTS: dict[str, Callable[[int, int, bool], GLUBase]] = {
@@ -63,7 +64,7 @@ MASKED_VARIANTS: dict[str, Callable[..., MaskedGLU]] = {
 VARIANTS = ("none", *GLU_VARIANTS, *MASKED_VARIANTS)
 
 
-class FeedForward(Reader):
+class FeedForward(Freezing, Reader):
     """net(pre_norm(x)): two projections with an activation or a gate between them.
 
     Args:

@@ -12,6 +12,8 @@ def freeze_masks(model: nn.Module) -> list[str]:
     """Freeze the masks of every layer in `model` that has logits over elements: `MaskedGLU` with
     mask_mode="element", inside a `FeedForward` or alone, and experts with such masks.
 
+    The layers that hold such a layer have it as a method of theirs.
+
     Returns the names of the layers that were frozen now; those frozen before stay as they are. The
     logits are parameters no more: make an optimizer afterwards, if any. To load a frozen model's
     state_dict, freeze a new model first.

@@ -43,6 +43,7 @@ from ..ops.gated_act import gated_act
 from ..ops.gated_mlp import gated_mlp
 from .parts.around import bare
 from .parts.block import positive_int, reset_tree
+from .parts.freezing import Freezing
 from .parts.widths import Default, Reader, hidden_width, scaled_width
 
 
@@ -271,7 +272,7 @@ class SwiGLU(Reader):
         return self._noted("recompute=True" if self.recompute else "")
 
 
-class NGPT(nn.Module):
+class NGPT(Freezing):
     """norm(h + alpha * (norm(net(h)) - h)), where h = norm(x).
 
     A drop-in for a feed-forward block together with its norm and its residual: y is the new hidden

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .parts.block import reset_tree
+from .parts.freezing import Freezing
 
 
-class ResidualWrapper(nn.Module):
+class ResidualWrapper(Freezing):
     """x + module(x), for any module that keeps the shape.
 
     Args:

@@ -31,9 +31,10 @@ from .feedforward import FeedForward
 from .parts.block import positive_int
 from .parts.capacity import capacity_of
 from .parts.experts import StackedExperts
+from .parts.freezing import Freezing
 
 
-class SwitchFFN(nn.Module):
+class SwitchFFN(Freezing):
     """(y, aux): y = p_e expert_e(x) by the router's first choice, and the auxiliary loss.
 
     Args:

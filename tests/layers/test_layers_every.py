@@ -210,6 +210,31 @@ def test_explain_names_the_call_that_a_block_makes(options, frozen, dropout, hoo
         assert f"{count} mask{'s' if count > 1 else ''} of {kind}" in line
 
 
+HOLDERS = {
+    "FeedForward": lambda: layers.FeedForward(8, **ELEMENT[0]),
+    "SwitchFFN": lambda: layers.SwitchFFN(8, 2, ff_kwargs=ELEMENT[0]),
+    "ResidualWrapper": lambda: layers.ResidualWrapper(layers.FeedForward(8, **ELEMENT[0])),
+    "NGPT": lambda: layers.NGPT(8, layers.FeedForward(8, **ELEMENT[0])),
+}
+
+
+@pytest.mark.parametrize("name", HOLDERS)
+def test_a_layer_that_holds_masks_freezes_them(name):
+    layer = HOLDERS[name]().eval()
+    x = draw(3, 8)
+    y = one(layer(x))
+    assert layer.freeze_masks()
+    assert "frozen bits" in explained(layer)
+    assert torch.equal(one(layer(x)), y)
+
+
+def test_a_layer_without_masks_says_what_to_freeze():
+    wanted = r"^freeze_masks: model must have a masked layer with mask_mode='element', got none in"
+    for layer in (layers.FeedForward(8), layers.SwitchFFN(8, 2), layers.NGPT(8)):
+        with pytest.raises(RuntimeError, match=wanted):
+            layer.freeze_masks()
+
+
 def test_explain_says_what_masks_of_experts_are():
     made = layers.SwitchFFN(8, 2, ff_kwargs={"glu_variant": "mswiglu", "mask_mode": "element"})
     assert "each: one masked_gated_mlp, 'silu', 1 mask of logits" in explained(made)
