@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = {str(page.relative_to(DOCS)): page for page in sorted(DOCS.rglob("*.md"))}
 # Not about one family: they have sections of their own.
-GENERAL = {"README.md", "device.md", "faq.md", "limits.md", "models.md", "patch_sweep.md",
-           "trainers.md"}  # fmt: skip
+GENERAL = {"README.md", "batch_invariance.md", "device.md", "faq.md", "limits.md", "models.md",
+           "patch_sweep.md", "trainers.md"}  # fmt: skip
 FAMILIES = [name for name in PAGES if "/" not in name and name not in GENERAL]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)]*))?\)")

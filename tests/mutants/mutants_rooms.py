@@ -165,6 +165,11 @@ ROWS: tuple[Row, ...] = (
         (*ACTIVATIONS, ERRORS),
     ),
     Row("reference", ("fusedmlp/reference/dense.py", "fusedmlp/reference/__init__.py"), DENSE),
+    Row(
+        "reference",
+        ("fusedmlp/reference/rows.py", "fusedmlp/invariance.py"),
+        ("tests/ops/test_batch_invariance.py",),
+    ),
     Row("reference", ("fusedmlp/reference/masked.py",), MASKED),
     Row("reference", ("fusedmlp/reference/moe.py",), ROUTED),
     Row("reference", ("fusedmlp/reference/hyper.py",), HYPER),
