@@ -39,7 +39,7 @@ from torch.overrides import TorchFunctionMode
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..invariance import invariant
+from ..invariance import STATE
 from .device import INTERPRETED, pretended
 
 # Versions whose CompiledKernel.run takes what is written below.
@@ -471,7 +471,7 @@ def _key_of(launcher: Callable[..., Any]) -> tuple[Callable[..., Any], frozenset
         i for i, (name, p) in enumerate(parameters.items())
         if name.startswith("w") and p.annotation in (Tensor, Tensor | None)
     )  # fmt: skip
-    lines, parts, tensors = ["last = 0"], ["driver", "device", "invariant()"], []
+    lines, parts, tensors = ["last = 0"], ["driver", "device", "mode.on"], []
     for i, parameter in enumerate(parameters.values()):
         kind = parameter.annotation
         parts.append(f"k{i}")
@@ -495,7 +495,7 @@ def _key_of(launcher: Callable[..., Any]) -> tuple[Callable[..., Any], frozenset
     source = f"def key(driver, device, {given}):\n" + "".join(f"    {line}\n" for line in lines)
     made: dict[str, Any] = {}
     names = {
-        "float32": torch.float32, "value": _value, "precision": _precision, "invariant": invariant,
+        "float32": torch.float32, "value": _value, "precision": _precision, "mode": STATE,
     }  # fmt: skip
     exec(compile(source, "<key of a launch plan>", "exec"), names, made)
     made["key"].__doc__ = source

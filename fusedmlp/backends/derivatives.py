@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..invariance import batch_invariant, invariant
+from ..invariance import STATE, batch_invariant
 from ..transforms import transformed
 
 Grads = tuple[Tensor | None, ...]
@@ -37,7 +37,7 @@ def save(
     needs it for a second derivative alone and it is dear.
     """
     ctx.save_for_backward(*inputs, *made)
-    ctx.num_inputs, ctx.options, ctx.invariant = len(inputs), options, invariant()
+    ctx.num_inputs, ctx.options, ctx.invariant = len(inputs), options, STATE.on
 
 
 def differentiable(
@@ -59,7 +59,7 @@ def differentiable(
     def decorate(kernels: Backward) -> Backward:
         @functools.wraps(kernels)
         def backward(ctx: Any, *grads: Tensor | None) -> Grads:
-            if ctx.invariant != invariant():
+            if ctx.invariant != STATE.on:
                 with batch_invariant(ctx.invariant):
                     return backward(ctx, *grads)
             run = kernels
@@ -119,6 +119,6 @@ def by_reference(formula: Callable[..., Any], *arguments: Any, recompute: bool =
     torch.func it takes no checkpoints."""
     if recompute and not transformed():
         if not torch.compiler.is_compiling():
-            formula = batch_invariant(invariant())(formula)
+            formula = batch_invariant(STATE.on)(formula)
         return checkpoint(formula, *arguments, use_reentrant=False)
     return formula(*arguments)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from ..invariance import batch_invariant, invariant
+from ..invariance import STATE, batch_invariant
 from ..kernels.device import INTERPRETED
 from ..kernels.plans import planned
 from . import driver
@@ -56,14 +56,17 @@ def define(
     """
     row = Kernel(schema, triton, fake, **rest)
     add_kernel(row)
-    by_plans = BY_PLANS[row.name] = _by_widths(row, planned(row.triton))
+    BY_PLANS[row.name] = planned(row.triton)
+    by_plans = _by_widths(row, BY_PLANS[row.name])
     impl = by_plans if row.cuda is None else launcher(row, by_plans)
     call = _enter(row, schema, impl)
     always = _enter(row, schema.replace("(", "_invariant(", 1), batch_invariant()(impl))
 
     @functools.wraps(call)
     def either(*args: Any) -> Any:
-        return (always if invariant() and torch.compiler.is_compiling() else call)(*args)
+        if STATE.on and torch.compiler.is_compiling():
+            return always(*args)
+        return call(*args)
 
     either._schema = call._schema  # type: ignore[attr-defined]
     return either
@@ -89,7 +92,7 @@ def _by_widths(row: Kernel, impl: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(impl)
     def launch(first: torch.Tensor, *args: Any) -> Any:
-        if invariant() and not _lies_by_width(first):
+        if STATE.on and not _lies_by_width(first):
             first = first.new_empty(first.shape).copy_(first)
         return impl(first, *args)
 
@@ -150,7 +153,7 @@ def serve_cpu() -> None:
     come here is `choice.pick`'s to say."""
     if not INTERPRETED:  # the interpreter takes them already
         for row in KERNELS.values():
-            _LIBRARY.impl(row.name, BY_PLANS[row.name], "CPU")
+            _LIBRARY.impl(row.name, _by_widths(row, BY_PLANS[row.name]), "CPU")
 
 
 def _count(row: Kernel, *shapes: Any, out_shape: object = None) -> int:

@@ -27,7 +27,7 @@ from ..backends.cuda import gated_linear as cuda_gated_linear
 from ..backends.derivatives import differentiable, save
 from ..backends.flops import no_products, rows_times
 from ..backends.op import HOPPER_AND_NEWER, Cuda, Op, kernel, register
-from ..invariance import invariant
+from ..invariance import STATE
 from ..kernels.dense import linear_act as _triton
 from ..kernels.launches import dense as launches
 from ..packing import rows, unrows
@@ -109,13 +109,13 @@ act = library.define(
 
 def product(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
     """x w' + b by cuBLAS; inside batch_invariant() by the forward's kernel."""
-    return fwd(x, w, b, "identity", True, False)[0] if invariant() else F.linear(x, w, b)
+    return fwd(x, w, b, "identity", True, False)[0] if STATE.on else F.linear(x, w, b)
 
 
 def outer(a: Tensor, b: Tensor) -> Tensor:
     """a' b, the sum over all rows, likewise. The kernel loads fast where rows are a multiple of 8,
     and the left operand along its rows."""
-    if not invariant():
+    if not STATE.on:
         return a.t() @ b
     if more := -a.shape[0] % 8:
         a, b = (F.pad(t, (0, 0, 0, more)) for t in (a, b))

@@ -136,8 +136,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "fusedmlp/reference/moe.py",
-        "run = lambda rows, e: F.linear(rows, ws[e], None if bs is None else bs[e])",
-        "run = lambda rows, e: F.linear(rows, ws[e], None if bs is None else bs[0])",
+        "run = lambda rows, e: linear(rows, ws[e], None if bs is None else bs[e])",
+        "run = lambda rows, e: linear(rows, ws[e], None if bs is None else bs[0])",
         "every expert has the first one's bias",
     ),
     Fault(
