@@ -148,10 +148,10 @@ def hyper_attention_step(
             f"{OP}: the kernels have no gradient; call it under torch.no_grad(), or "
             "backend('reference')"
         )
-    lead = q.shape[:-2]
-    flat = check_hyper.flat(tensors, len(lead))
+    leading = q.dim() - 2
+    flat = check_hyper.flat(tensors, leading)
     out = step(*flat[:3], position, *flat[3:], norm != "none", shortcut1, shortcut2, eps)
-    return out if len(lead) == 1 else out.view(*lead, *out.shape[1:])
+    return out if leading == 1 else out.view(*q.shape[:-2], *out.shape[1:])
 
 
 def _call_flops(shapes: Shapes) -> int:
