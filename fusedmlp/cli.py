@@ -118,12 +118,12 @@ def docs(name: str | None) -> int:
         print(f"\nfusedmlp docs NAME prints one; the files are in {Path(__file__).parent / 'docs'}")
         return 0
     path = name.partition("#")[0].replace("../", "").removeprefix("docs/").removeprefix("guides/")
-    page = pages.get(path) or pages.get(path.removesuffix(".md"))
-    if page is None:
+    found = pages.get(path) or pages.get(path.removesuffix(".md"))
+    if found is None:
         names = ", ".join(pages)
         print(f"fusedmlp docs: PAGE must be one of {names}, got {name}", file=sys.stderr)
         return 2
-    text = page.read_text(encoding="utf-8")
+    text = found.read_text(encoding="utf-8")
     print(re.sub(r"^::: (\S+)$", _reference, text, flags=re.MULTILINE), end="")
     return 0
 
