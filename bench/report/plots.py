@@ -253,15 +253,19 @@ def stale(plots: Sequence[Plot], folder: Path) -> list[Path]:
 def _ledgers(args: argparse.Namespace) -> list[Ledger]:
     """Those of the files, or else of the folder."""
     try:
+        if missing := [str(path) for path in args.files if not path.is_file()]:
+            raise Refusal(f"plots: FILE must be a file, got {', '.join(missing)}: not there")
         if args.files:
             return [load_own(path) for path in args.files]
         if not args.results.is_dir():
             raise Refusal(f"plots: --results must be a folder of ledgers, got {args.results}")
         return collect(args.results)
     except LedgerError as error:
+        if args.files:
+            raise Refusal(f"plots: {error}") from error
         raise Refusal(
-            "plots draws ledgers, which campaign writes; what --json of another command wrote is "
-            f"drawn by its name, plots FILE: {error}"
+            "plots: --results must be a folder of ledgers, which campaign writes; what --json of "
+            f"another command wrote is drawn by its own name, plots FILE: {error}"
         ) from error
 
 

@@ -24,6 +24,7 @@ are nanochat's.
 
 from __future__ import annotations
 
+import warnings
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -63,6 +64,13 @@ class _TransformerMLP(Reader):
                 f"{cls.__name__}: config must be an int or have an attribute n_embd, got {config!r}"
             )
         positive_int(cls.__name__, "n_embd", n_embd)
+        for name in ("bias", "dropout"):
+            if value := getattr(config, name, None):
+                warnings.warn(
+                    f"{cls.__name__}: config.{name} is {value!r}, and this layer has none: "
+                    f"FeedForward has; {cls.__name__}(config.n_embd) says that none is wanted",
+                    stacklevel=3,
+                )
         return n_embd
 
     @classmethod
@@ -87,7 +95,8 @@ class SwiGLUMLP(_TransformerMLP):
     """c_proj(silu(c_gate(x)) * c_up(x)), hidden width 8/3 n_embd rounded up to a multiple of 64.
 
     Args:
-        config: anything with the attribute `n_embd`, or that width itself.
+        config: anything with the attribute `n_embd`, or that width itself. A `bias` or `dropout`
+            of it that is at work is warned of, since the layer has neither.
         hidden: the hidden width itself.
         recompute: save x alone for backward, where the block is one call, and run the first GEMM
             again there.

@@ -147,11 +147,14 @@ def test_plots_of_what_is_no_ledger(tmp_path, capsys):
     assert bench.main([*argv, "--json", mine]) == 0
     (tmp_path / "text").write_text("no JSON")
     for arguments, said in (
-        (["--results", str(tmp_path)], "plots draws ledgers, which campaign writes"),
+        (
+            ["--results", str(tmp_path)],
+            "a folder of ledgers, which campaign writes",
+        ),
         (["--results", mine], "--results must be a folder of ledgers"),
         ([mine], "mine.json has no times to draw; time --json FILE, on a GPU, takes them"),
         ([str(tmp_path / "text")], "expected JSON"),
-        ([str(tmp_path / "none")], "No such file"),
+        ([str(tmp_path / "none")], "FILE must be a file"),
     ):
         assert bench.main(["plots", *arguments]) == 2
         (line,) = capsys.readouterr().err.splitlines()

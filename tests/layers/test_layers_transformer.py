@@ -267,3 +267,15 @@ def test_trains_from_the_meta_device(cls):
         losses.append(loss.item())
     assert losses[0] == pytest.approx(torch.log(torch.tensor(11.0)).item(), abs=0.02)
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("cls", CLASSES)
+def test_what_a_config_asks_for_in_vain_is_said(cls, recwarn):
+    cls(SimpleNamespace(n_embd=8, bias=False, dropout=0.0))
+    assert not recwarn
+    with pytest.warns(UserWarning) as said:
+        cls(SimpleNamespace(n_embd=8, bias=True, dropout=0.2))
+    assert [str(w.message).partition(", and")[0] for w in said] == [
+        f"{cls.__name__}: config.bias is True", f"{cls.__name__}: config.dropout is 0.2"
+    ]  # fmt: skip
+    assert all(w.filename == __file__ for w in said)
