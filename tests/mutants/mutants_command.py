@@ -43,10 +43,10 @@ def chosen(given: argparse.Namespace, seed: int) -> list[Mutant]:
     rows = draw.rows_of(given.room)
     if given.again:
         return list(draw.survived(json.loads(given.again.read_text())["mutants"], rows))
-    hand = [] if given.no_hand else list(draw.by_hand(rows))
-    kept = draw.named({mutant.path for mutant in hand}, given.file) if hand else []
-    hand = [mutant for mutant in hand if mutant.path in kept]
-    mutants = hand + list(draw.drawn(rows, given.count, seed, given.operator, given.file))
+    hand = [] if given.no_hand else draw.by_hand(rows)
+    # A glob may match files without a fault by hand; drawn() refuses one that matches none at all.
+    mutants = [mutant for mutant in hand if draw.matches(mutant.path, given.file)]
+    mutants += draw.drawn(rows, given.count, seed, given.operator, given.file)
     # One row after another, so that its tests run without a fault shortly before they run with one.
     return sorted(mutants, key=lambda m: draw.ROWS.index(draw.row_of(m.path)))
 

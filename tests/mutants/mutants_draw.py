@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +51,21 @@ def mutants_of(path: str, text: str) -> list[Mutant]:
     return (python_mutants if path.endswith(".py") else cuda_mutants)(path, text)
 
 
-def named(paths: Iterable[str], globs: Iterable[str]) -> list[str]:
+def named(paths: Iterable[str], globs: Sequence[str]) -> list[str]:
     """Those that a glob of `globs` matches; all where none is given."""
     paths = list(paths)
     for glob in globs:
-        if not any(Path(path).match(glob) for path in paths):
+        if not any(matches(path, [glob]) for path in paths):
             raise MutantError(f"--file must match a file of the rooms drawn from, got {glob}")
-    return [p for p in paths if not globs or any(Path(p).match(glob) for glob in globs)]
+    return [path for path in paths if matches(path, globs)]
+
+
+def matches(path: str, globs: Sequence[str]) -> bool:
+    return not globs or any(Path(path).match(glob) for glob in globs)
 
 
 def places(
-    rows: list[Row], operator: str | None = None, globs: Iterable[str] = ()
+    rows: list[Row], operator: str | None = None, globs: Sequence[str] = ()
 ) -> dict[str, dict[str, list[Mutant]]]:
     """room -> file -> its mutants, by one operator or all."""
     found: dict[str, dict[str, list[Mutant]]] = defaultdict(dict)
@@ -81,7 +85,7 @@ def drawn(
     count: int,
     seed: int,
     operator: str | None = None,
-    globs: Iterable[str] = (),
+    globs: Sequence[str] = (),
 ) -> Iterator[Mutant]:
     """`count` mutants of each room of these rows, no two of one line and operator.
 

@@ -9,6 +9,7 @@ import mutants_draw as draw
 import mutants_report as report
 import pytest
 from mutants_base import ROOT, Mutant, MutantError
+from mutants_lists import FAULTS
 from mutants_rooms import Row
 from mutants_sound import Sound, fingerprint
 from mutants_trial import Copy, Outcome, Trials
@@ -136,6 +137,17 @@ def test_a_run_from_end_to_end(toy, capsys, monkeypatch):
     assert "-    return 2 * n\n+    return 2 + n" in shown
     assert shown.split("\n")[-2].split() == ["all", *"10110", "50", "%"]
     assert '"survived": 1' in (toy / "found.json").read_text()
+
+
+def test_a_file_without_a_fault_by_hand(capsys):
+    assert "fusedmlp/packing.py" not in {fault.path for fault in FAULTS}
+    one = command.chosen(command.parse(["--file", "fusedmlp/packing.py", "--count", "1"]), 0)
+    assert [mutant.path for mutant in one] == ["fusedmlp/packing.py"]
+    both = ["--file", "fusedmlp/packing.py", "fusedmlp/reference/moe.py", "--count", "0"]
+    by_hand = command.chosen(command.parse(both), 0)
+    assert {mutant.path for mutant in by_hand} == {"fusedmlp/reference/moe.py"}
+    assert command.main(["--list", "--file", "fusedmlp/nothing.py"]) == 2
+    assert "got fusedmlp/nothing.py" in capsys.readouterr().err
 
 
 def test_survivors_are_found_again_and_a_line_that_is_gone_is_named(tmp_path, capsys):
