@@ -2,7 +2,8 @@
 
 FUSEDMLP_CUDA=auto builds the extension iff nvcc is found (CUDACXX, CUDA_HOME, PATH), 1 fails
 without nvcc, 0 leaves the extension out. FUSEDMLP_CUDA_ARCHS overrides CMakeLists.txt's
-architectures.
+architectures. FUSEDMLP_CUTLASS=auto builds fusedmlp._cutlass too iff nvidia-cutlass is installed
+where the build runs, 1 asks for it and fails without, 0 leaves it out.
 
 This file is two things. Installers import it as the build backend, setuptools' own but for what it
 asks for: CMake's tools, where there is an extension to build. Setuptools then runs it as a script.
@@ -44,7 +45,8 @@ __all__ = [  # the hooks of PEP 517 and PEP 660
 ROOT = Path(__file__).resolve().parent
 # Kept between installs, so that a second one compiles only what has changed.
 BUILD = ROOT / "build" / str(sys.implementation.cache_tag)
-NEEDS = ["cmake>=3.25", "ninja>=1.11", "pybind11>=2.13"]  # as in the extra "cuda"
+NEEDS = ["cmake>=3.25", "ninja>=1.11", "pybind11>=2.13"]  # of the extra "cuda"
+CUTLASS = "nvidia-cutlass>=4.2,<4.3"  # in that extra too, and asked for by FUSEDMLP_CUTLASS=1
 LINK = re.compile(r"\[([^\]]+)\]\(([^)#:\s]+)(?:#[^)]*)?\)")  # to a file, not to an address
 WITHOUT = "FUSEDMLP_CUDA=0 installs fusedmlp without its CUDA extension"
 
@@ -90,6 +92,7 @@ class CMakeBuild(build_ext):
             *(f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DPython_EXECUTABLE={sys.executable}"),
             *("-DCMAKE_BUILD_TYPE=Release", f"-DCMAKE_CUDA_COMPILER={NVCC}"),
             f"-DFUSEDMLP_CUDA_STRICT={'ON' if WANTED == '1' else 'OFF'}",
+            f"-DFUSEDMLP_CUTLASS={BY_CUTLASS[WANTED_CUTLASS]}",
             f"-DFUSEDMLP_CUDA_ARCHS={archs}" if archs else "-UFUSEDMLP_CUDA_ARCHS",
         ]
         cache = BUILD / "CMakeCache.txt"
@@ -114,15 +117,21 @@ class CMakeBuild(build_ext):
 WANTED = os.environ.get("FUSEDMLP_CUDA", "auto")
 if WANTED not in ("auto", "1", "0"):
     raise SystemExit(f"fusedmlp: FUSEDMLP_CUDA must be auto, 1 or 0, got {WANTED!r}")
+BY_CUTLASS = {"auto": "AUTO", "1": "ON", "0": "OFF"}  # as CMakeLists.txt calls it
+WANTED_CUTLASS = os.environ.get("FUSEDMLP_CUTLASS", "auto")
+if WANTED_CUTLASS not in BY_CUTLASS:
+    raise SystemExit(f"fusedmlp: FUSEDMLP_CUTLASS must be auto, 1 or 0, got {WANTED_CUTLASS!r}")
 NVCC = None if WANTED == "0" else find_nvcc()
 if WANTED == "1" and NVCC is None:
     raise SystemExit(
         "fusedmlp: FUSEDMLP_CUDA=1 needs nvcc: put it on PATH, or set CUDA_HOME or CUDACXX"
     )
+if WANTED_CUTLASS == "1" and NVCC is None:
+    raise SystemExit("fusedmlp: FUSEDMLP_CUTLASS=1 needs nvcc, as FUSEDMLP_CUDA=1 does")
 
 
 def get_requires_for_build_wheel(config_settings: dict[str, Any] | None = None) -> list[str]:
-    return NEEDS if NVCC else []
+    return [*NEEDS, *([CUTLASS] if WANTED_CUTLASS == "1" else [])] if NVCC else []
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel

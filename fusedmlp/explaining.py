@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import running
 from .backends import choice
 from .backends.cuda import loader
+from .backends.cutlass import loader as cutlass
 from .backends.op import public_ops
 from .dry.driver import ONE
 from .dry.lines import (
@@ -39,7 +40,7 @@ def _device_line(device: torch.device) -> str:
     try:
         x = torch.empty(0, dtype=torch.bfloat16, device=device)
         where = choice.pick("gated_linear", x)
-    except RuntimeError as error:
+    except (RuntimeError, loader.Unfit) as error:
         return f"{device.type} tensors: none: {error}"
     if where == "reference":
         asked = choice.chosen() == "reference"
@@ -51,14 +52,16 @@ def _device_line(device: torch.device) -> str:
         if choice.chosen() == "cuda":
             return f"{device.type} tensors: cuda (asked for)"
         return f"{device.type} tensors: cuda where it takes them, else triton"
+    if where == "cutlass":
+        return f"{device.type} tensors: cutlass (asked for)"
     arch = arch_of(device)
     return f"{device.type} tensors: triton, tiles of {arch.name}"
 
 
 def _last_launch(kernel: str) -> str:
     served = choice.SERVED.get(kernel, "triton")
-    if served == "cuda":
-        return f"last launch of {kernel}: cuda"
+    if served in ("cuda", "cutlass"):
+        return f"last launch of {kernel}: {served}"
     why = served.removeprefix("triton")
     return f"last launch of {kernel}: tile {LAST.get(kernel, 'none, it was empty')}{why}"
 
@@ -124,7 +127,7 @@ def explain(
     tokens: int | None = None,
 ) -> str:
     """A text of what runs where: this copy of the package, versions, the chosen backend, what the
-    CUDA extension holds or why it is not there, the backend of each device, and each kernel's last
+    extensions hold or why they are not there, the backend of each device, and each kernel's last
     launch.
 
     Of `layer`: which of its calls are fused, where they run, what stands in the way (dropout at
@@ -164,7 +167,8 @@ def explain(
         f"backend {choice.chosen()!r} (backend(), FUSEDMLP_BACKEND)",
     ]
     device = torch.device("cuda") if torch.cuda.is_available() else None
-    lines += loader.describe(capability_of(device) if device else 0)
+    capability = capability_of(device) if device else 0
+    lines += [*loader.describe(capability), cutlass.describe(capability)]
     lines.append(_device_line(torch.device("cpu")))
     if choice.chosen() == "auto":
         lines.append(

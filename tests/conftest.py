@@ -72,6 +72,8 @@ def pytest_collection_modifyitems(config, items):
         others.add("nvcc")
     if not importlib.util.find_spec("fusedmlp._C"):
         others.add("extension")
+    if not importlib.util.find_spec("cutlass_library"):
+        others.add("cutlass")
 
     def runs(item):
         test, _, _ = item.nodeid.partition("[")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from . import (
     binary as rivals_binary,
     cuda as rivals_cuda,
+    cutlass as rivals_cutlass,
     dense as rivals_dense,
     hyper as rivals_hyper,
     liger as rivals_liger,
@@ -20,6 +21,7 @@ FAMILIES = (
     rivals_dense,
     rivals_binary,
     rivals_cuda,
+    rivals_cutlass,
     rivals_hyper,
     rivals_liger,
     rivals_masked,

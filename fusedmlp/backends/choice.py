@@ -1,4 +1,4 @@
-"""Which implementation runs, and why: "triton", "cuda" or "reference".
+"""Which implementation runs, and why: "triton", "cuda", "cutlass" or "reference".
 
 `auto`, the default, takes the PyTorch reference for CPU tensors; for CUDA tensors the CUDA kernels
 that `loader.PROVEN` names, where they take the tensors, and else Triton. On a CUDA tensor the
@@ -23,10 +23,11 @@ from ..kernels.arch.tile import SKINNY_M
 from ..kernels.device import HERE, INTERPRETED, pretended
 from ..transforms import transformed
 from .cuda import loader
+from .cutlass import loader as cutlass
 from .op import TRITON_DTYPES, Kernel
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-BACKENDS = ("auto", "triton", "cuda", "reference")
+BACKENDS = ("auto", "triton", "cuda", "cutlass", "reference")
 
 
 def _known(name: str, source: str) -> str:
@@ -60,11 +61,13 @@ def choose_here(name: str) -> Iterator[None]:
 
 
 class backend(ContextDecorator):  # noqa: N801 - it is used like a function
-    """Run on one backend from here on: "auto", "triton", "cuda" or "reference". In a `with`, or as
-    a decorator, until its end.
+    """Run on one backend from here on: "auto", "triton", "cuda", "cutlass" or "reference". In a
+    `with`, or as a decorator, until its end.
 
     Process-wide while it is in force. A backend that cannot run the given tensors raises; it never
-    falls back. Raises ValueError for an unknown name.
+    falls back. Raises ValueError for an unknown name. "cuda" and "cutlass" hold some of an op's
+    kernels, and Triton runs its others: "cutlass" the forward products of `linear_act`,
+    `gated_linear` and the MLPs made of them.
 
     Examples:
         >>> import torch, fusedmlp
@@ -117,8 +120,8 @@ def for_cpu(x: Tensor) -> bool:
 
 
 def pick(op: str, x: Tensor, name: str = "x") -> str:
-    """Return the backend for `op`: "triton", "cuda" or "reference". `x` is a sample tensor, and
-    `name` is what errors call it.
+    """Return the backend for `op`: "triton", "cuda", "cutlass" or "reference". `x` is a sample
+    tensor, and `name` is what errors call it.
 
     Between triton and cuda each kernel chooses again at its launch (`launcher`), which compiled
     code and autograd reach without coming through here.
@@ -133,6 +136,11 @@ def pick(op: str, x: Tensor, name: str = "x") -> str:
             for kernel in loader.kernels_of(op) or (None,):
                 loader.require(op, kernel, x)
         return "cuda"
+    if chosen == "cutlass":
+        if not torch.compiler.is_compiling():
+            for kernel in cutlass.kernels_of(op) or (None,):
+                cutlass.require(op, kernel, x)
+        return "cutlass"
     if not x.is_cuda and not INTERPRETED and not pretended():
         raise RuntimeError(
             f"{op}: backend 'triton' needs CUDA tensors, got {x.device.type}; for Triton's "
@@ -171,22 +179,28 @@ SERVED: dict[str, str] = {}
 
 
 def launcher(row: Kernel, triton: Callable[..., Any]) -> Callable[..., Any]:
-    """A kernel's launcher of csrc/ and `triton`, its other one, as one, which chooses when it is
-    called. That of csrc/ raises `loader.Unfit` before anything is enqueued."""
+    """A kernel's launchers of csrc/ and `triton`, its other one, as one, which chooses when it is
+    called. Those of csrc/ raise `loader.Unfit` before anything is enqueued."""
     kernel = row.name
     cuda, few_rows = row.cuda_row.launch, row.cuda_row.few_rows
 
     @functools.wraps(triton)
     def launch(x: Tensor, *args: Any) -> Any:
         SERVED[kernel], chosen = "triton", HERE.backend or _chosen
+        by_cutlass = chosen == "cutlass" and row.cutlass is not None
+        if (chosen == "cuda" or by_cutlass) and invariant():
+            raise loader.Unfit(
+                f"{kernel}: backend must be 'auto' or 'triton' inside batch_invariant(), got "
+                f"{chosen!r}, whose schedule goes by the number of rows; use backend('triton')"
+            )
         if chosen == "cuda":
-            if invariant():
-                raise loader.Unfit(
-                    f"{kernel}: backend must be 'auto' or 'triton' inside batch_invariant(), got "
-                    "'cuda', whose schedule goes by the number of rows; use backend('triton')"
-                )
             result = cuda(loader.require(kernel, kernel, x), x, *args)
             SERVED[kernel] = "cuda"
+            return result
+        if by_cutlass:
+            assert row.cutlass is not None
+            result = row.cutlass(x, *args)
+            SERVED[kernel] = "cutlass"
             return result
         proven = loader.proven(kernel, x) if chosen == "auto" and not invariant() else None
         if proven is not None:

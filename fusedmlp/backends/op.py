@@ -74,6 +74,7 @@ class Kernel:
     triton: its Triton launcher. fake: its shape rule. flops: of a call, from its arguments with
     shapes in place of tensors. result: sizes of its result where it is a product with tiles in the
     table of kernels/arch. grouped: one product an expert. cuda: the kernel of csrc/, if any.
+    cutlass: the launcher of that of csrc/cutlass/, if any, with the arguments of the Triton one.
     launches: calls that the gate compiles, and with which its tiles are searched.
     """
 
@@ -84,6 +85,7 @@ class Kernel:
     result: str | None = None
     grouped: bool = False
     cuda: Cuda | None = None
+    cutlass: Callable[..., Any] | None = None
     launches: tuple[Launch, ...] = ()
 
     @property

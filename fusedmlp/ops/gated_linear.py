@@ -26,6 +26,7 @@ from torch.autograd import Function
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import gated_linear as cuda_gated_linear
+from ..backends.cutlass import dense as by_cutlass
 from ..backends.derivatives import differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import HOPPER_AND_NEWER, Cuda, Op, kernel, register
@@ -104,6 +105,7 @@ fwd = library.define(
     flops=lambda x, w_gate, w_up, *_: 2 * x[0] * (prod(w_gate) + prod(w_up)),
     result="MH",
     cuda=Cuda(cuda_gated_linear.gated_linear_fwd, HOPPER_AND_NEWER, few_rows=False),
+    cutlass=by_cutlass.gated_linear_fwd,
     launches=(launches.GATED_FWD,),
 )
 # dy (M, D), w_down (D, H) -> with dh = dy w_down: dgu, h, and the column sums of dg and of du,

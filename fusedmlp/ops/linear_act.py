@@ -24,6 +24,7 @@ from torch.autograd import Function
 from .. import check, reference
 from ..backends import choice, library
 from ..backends.cuda import gated_linear as cuda_gated_linear
+from ..backends.cutlass import dense as by_cutlass
 from ..backends.derivatives import differentiable, save
 from ..backends.flops import no_products, rows_times
 from ..backends.op import HOPPER_AND_NEWER, Cuda, Op, kernel, register
@@ -77,6 +78,7 @@ fwd = library.define(
     flops=lambda x, w, *_: 2 * x[0] * prod(w),
     result="MH",
     cuda=Cuda(cuda_gated_linear.linear_act_fwd, HOPPER_AND_NEWER, few_rows=False),
+    cutlass=by_cutlass.linear_act_fwd,
     launches=(launches.PLAIN_FWD,),
 )
 # dy (M, D), w_out (D, H) -> with dh = dy w_out: dz, h and the column sums of dz (1, H).

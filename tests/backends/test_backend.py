@@ -102,8 +102,8 @@ def test_explain_names_widths_that_no_fast_load_takes():
 def test_unknown_backends():
     result = python(RUN, FUSEDMLP_BACKEND="cublas")
     assert (
-        "FUSEDMLP_BACKEND: backend must be one of auto, triton, cuda, reference, got 'cublas'"
-        in result.stderr
+        "FUSEDMLP_BACKEND: backend must be one of auto, triton, cuda, cutlass, reference, "
+        "got 'cublas'" in result.stderr
     )
     with (
         pytest.raises(ValueError, match="backend: backend must be one of .*, got 'fast'"),

@@ -323,7 +323,7 @@ def test_ptx_wants_a_driver_as_new_as_the_build():
         (120, 13000, False), (120, 13020, True),
     ):  # fmt: skip
         with installed(driver=driver):
-            assert (not loader._too_old(extension, capability)) == fits
+            assert (not loader.too_old(extension, capability)) == fits
 
 
 def test_b300_takes_the_kernels_of_its_family():

@@ -15,8 +15,8 @@ import torch
 
 ROOT = Path(__file__).parents[2]
 LEFT_OUT = (".git", "build", "dist", "*.egg-info", "__pycache__", "*.so", ".*_cache", ".venv*")
-CLEAN = ("PYTHONPATH", "FUSEDMLP_CUDA", "FUSEDMLP_CUDA_ARCHS", "CUDA_HOME", "CUDACXX",
-         "TRITON_INTERPRET", "FUSEDMLP_BACKEND")  # fmt: skip
+CLEAN = ("PYTHONPATH", "FUSEDMLP_CUDA", "FUSEDMLP_CUDA_ARCHS", "FUSEDMLP_CUTLASS", "CUDA_HOME",
+         "CUDACXX", "TRITON_INTERPRET", "FUSEDMLP_BACKEND")  # fmt: skip
 
 SHOW = """
 import torch, fusedmlp, sys
@@ -75,10 +75,12 @@ def installed(tmp_path, built):
     "variables, builds",
     [({}, False), ({"CUDACXX": "{}/bin/nvcc"}, True), ({"CUDA_HOME": "{}"}, True),
      ({"PATH": "{}/bin"}, True), ({"PATH": "{}/bin", "FUSEDMLP_CUDA": "1"}, True),
-     ({"PATH": "{}/bin", "FUSEDMLP_CUDA": "0"}, False)],
+     ({"PATH": "{}/bin", "FUSEDMLP_CUDA": "0"}, False),
+     ({"PATH": "{}/bin", "FUSEDMLP_CUTLASS": "1"}, True),
+     ({"PATH": "{}/bin", "FUSEDMLP_CUTLASS": "0"}, True)],
 )  # fmt: skip
 def test_the_extra_is_asked_for_where_there_is_an_extension(variables, builds, tmp_path, nowhere):
-    """By the backend's hooks for wheels and for editable installs."""
+    """By the backend's hooks for wheels and for editable installs; CUTLASS only by name."""
     nvcc = tmp_path / "bin/nvcc"
     nvcc.parent.mkdir()
     nvcc.touch(mode=0o755)
@@ -89,20 +91,25 @@ def test_the_extra_is_asked_for_where_there_is_an_extension(variables, builds, t
     env = nowhere | {name: value.format(tmp_path) for name, value in variables.items()}
     asked = ast.literal_eval(good(run(sys.executable, "-c", ask, cwd=ROOT, env=env)))
     extra = re.search(r"^cuda = (\[.*\])", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert asked == 2 * [ast.literal_eval(extra[1]) if builds else []]
+    *tools, cutlass = ast.literal_eval(extra[1])
+    if variables.get("FUSEDMLP_CUTLASS") == "1":
+        tools.append(cutlass)
+    assert asked == 2 * [tools if builds else []]
 
 
 @pytest.mark.parametrize(
     "script", (["setup.py", "--version"], ["-c", "import setup"]), ids=" ".join
 )
 @pytest.mark.parametrize(
-    "value, message",
-    [("1", "FUSEDMLP_CUDA=1 needs nvcc: put it on PATH, or set CUDA_HOME or CUDACXX"),
-     ("yes", "FUSEDMLP_CUDA must be auto, 1 or 0, got 'yes'")],
+    "name, value, message",
+    [("CUDA", "1", "FUSEDMLP_CUDA=1 needs nvcc: put it on PATH, or set CUDA_HOME or CUDACXX"),
+     ("CUDA", "yes", "FUSEDMLP_CUDA must be auto, 1 or 0, got 'yes'"),
+     ("CUTLASS", "1", "FUSEDMLP_CUTLASS=1 needs nvcc, as FUSEDMLP_CUDA=1 does"),
+     ("CUTLASS", "on", "FUSEDMLP_CUTLASS must be auto, 1 or 0, got 'on'")],
 )  # fmt: skip
-def test_what_cannot_be_built_fails_loudly(value, message, script, nowhere):
+def test_what_cannot_be_built_fails_loudly(name, value, message, script, nowhere):
     """Run as a script by setuptools, and imported as the build backend."""
-    env = {**nowhere, "FUSEDMLP_CUDA": value}
+    env = {**nowhere, f"FUSEDMLP_{name}": value}
     result = run(sys.executable, *script, cwd=ROOT, env=env)
     assert result.returncode != 0 and message in result.stderr
 

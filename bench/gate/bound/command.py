@@ -24,7 +24,7 @@ from ....kernels.arch import ARCHES
 from ...options import Refusal, writable, write_text
 from ..compiling import unknown
 from ..csrc import BUILD, BuildError, compiler, objects
-from . import csrc, table
+from . import csrc, cutlass, table
 from .derive import all_bounds
 from .machine import MACHINES
 from .row import Bound
@@ -68,6 +68,10 @@ def _csrc(args: argparse.Namespace) -> Iterator[Bound]:
     for row in rows:
         for training in (True, False):
             yield csrc.derive(items[row.source], row, training)
+    for bound in cutlass.rows(items):
+        named = not args.kernel or bound.kernel in args.kernel
+        if named and bound.arch in (args.arch or MACHINES):
+            yield bound
 
 
 def run(args: argparse.Namespace) -> int:
@@ -85,10 +89,10 @@ def run(args: argparse.Namespace) -> int:
     if args.markdown:
         write_text(args.markdown, table.markdown(found) + "\n")
     if args.update:
-        kept = {b.key: b for b in before} | {b.key: b for b in found}
+        kept = {b.key: b for b in before} | {b.key: b for b in found if b.source != cutlass.SOURCE}
         table.write(kept.values(), {"triton": triton.__version__, "nvcc": _nvcc(args.build)})
         before = list(kept.values())
-    worse = table.fallen(found, before)
+    worse = table.fallen([b for b in found if b.source != cutlass.SOURCE], before)
     for line in worse:
         print(f"worse: {line}")
     print(f"{len(found)} bounds computed, {len(worse)} worse than the table or not derived")

@@ -90,20 +90,20 @@ def _check_sizes(op: str, M: int, H: int, D: int) -> None:
         raise unfit(op, "M, D and H below 2^31", f"M={M}, D={D}, H={H}")
 
 
-def _row_stride(t: Tensor) -> int:
+def row_stride(t: Tensor) -> int:
     # Whatever the tensor says of one row: there is no second.
     return t.shape[1] if t.shape[0] == 1 else t.stride(0)
 
 
-def _readable(t: Tensor) -> bool:
+def readable(t: Tensor) -> bool:
     """By TMA, 16 bytes at a time."""
-    outer = _row_stride(t)
+    outer = row_stride(t)
     return not (t.stride(1) != 1 or outer % 8 or outer < t.shape[1] or t.data_ptr() % 16)
 
 
 def matrix(op: str, name: str, t: Tensor) -> tuple[int, int]:
     """Address and row stride of a 16-bit matrix whose columns are a multiple of 8."""
-    if not _readable(t):
+    if not readable(t):
         raise unfit(
             op,
             f"{name} to start on 16 bytes, with columns contiguous and rows apart by a multiple "
@@ -111,7 +111,7 @@ def matrix(op: str, name: str, t: Tensor) -> tuple[int, int]:
             f"strides {tuple(t.stride())} for shape {tuple(t.shape)}, "
             f"{t.data_ptr() % 16} bytes off",
         )
-    return t.data_ptr(), _row_stride(t)
+    return t.data_ptr(), row_stride(t)
 
 
 def _bias(op: str, name: str, b: Tensor | None) -> int:
@@ -214,7 +214,7 @@ def _bwd(
         return dy.new_zeros((halves if want_db else 0, H))
     _check_sizes(op, M, H, D)
     tail = _tail(op, dy, activation)
-    if not _readable(dy):
+    if not readable(dy):
         dy = dy.clone(memory_format=torch.contiguous_format)
     at_dy, stride_dy = matrix(op, "dy", dy)
     at_down, stride_down = matrix(op, names.down, w_down)

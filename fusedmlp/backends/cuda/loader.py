@@ -99,7 +99,7 @@ def _needed(extension: Any, capability: int) -> int:
     return 1000 * major + (10 * minor if by_ptx else 0)
 
 
-def _too_old(extension: Any, capability: int) -> str:
+def too_old(extension: Any, capability: int) -> str:
     """What such a call needs of the driver and what is there, if it is older; else nothing."""
     have = driver.version()
     if not have or have >= (need := _needed(extension, capability)):
@@ -127,7 +127,7 @@ def find(kernel: str, capability: int) -> tuple[Callable[..., None] | None, str]
     archs = [arch for name, arch in extension.OPS if name == kernel]
     for arch in archs:
         if serves(arch, capability):
-            lack = _too_old(extension, capability)
+            lack = too_old(extension, capability)
             return _refusing(kernel, lack) if lack else extension.OPS[kernel, arch], arch
     if archs:
         own = any(not arch.removeprefix("sm_").isdigit() for arch in archs)
@@ -194,7 +194,7 @@ def describe(capability: int) -> list[str]:
             use = "needs such a GPU"
         elif not serves(arch, capability):
             use = f"not for this GPU, sm_{capability}"
-        elif lack := _too_old(extension, capability):
+        elif lack := too_old(extension, capability):
             use = lack
         elif (kernel, arch) in PROVEN:
             use = "taken by auto where it takes the tensors"

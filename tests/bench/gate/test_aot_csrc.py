@@ -151,6 +151,22 @@ def test_every_change_for_the_worse_is_named():
     assert compare([], {key: was}) == [f"{key}: gone"]
 
 
+def test_rows_of_a_module_that_was_not_built_are_not_gone(baseline, capsys):
+    """Those by CUTLASS, which is built where its package is; --update keeps them."""
+    was = {"registers": 168, "stack": 0, "spills": 0, "shared": 1024}
+    ours = Kernel("gemm_sm90", "gemm<1>", "sm_90a", 168, 0, 1024, 0, (), ())
+    theirs = Kernel(
+        "cutlass_sm90", "device_kernel<half_t, true>", "sm_90a", 168, 0, 1024, 0, (), ()
+    )
+    rows = {ours.key: was, theirs.key: was}
+    baseline.write_text(json.dumps({"nvcc": "13.0.88", "kernels": rows}))
+    assert not aot_csrc._judged("13.0.88", [ours])
+    assert f"not built, so not compared: {theirs.key}" in capsys.readouterr().out
+    assert aot_csrc._judged("13.0.88", [theirs]) == [f"{ours.key}: gone"]
+    aot_csrc._write_baseline("13.0.88", [ours])
+    assert json.loads(baseline.read_text())["kernels"].keys() == rows.keys()
+
+
 def test_no_build_and_an_old_build_are_refused(tmp_path, monkeypatch, capsys):
     with pytest.raises(BuildError, match=r"no CUDA objects; .*FUSEDMLP_CUDA=1 pip install -e \."):
         objects(tmp_path)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import bounded
 import pytest
 from compiled import in_compiler
 
-from fusedmlp.bench.gate.bound import table
+from fusedmlp.bench.gate.bound import cutlass, table
 from fusedmlp.bench.gate.bound.cubin import Layout
 from fusedmlp.bench.gate.bound.derive import Passed, together
 from fusedmlp.bench.gate.bound.loops import loops_of
@@ -277,6 +278,14 @@ def test_no_bound_falls(arch, kernel, variant):
     machine = MACHINES[arch]
     assert found.step["tensor"] * machine.tensor == pytest.approx(2 * found.products * m * n * k)
     assert 0.3 < found.share(1536) < found.share(4096) < 1
+
+
+def test_kernels_by_cutlass_are_rows_without_a_bound():
+    """Where they are built, and as the schedules of their sources have it."""
+    assert not list(cutlass.rows({"gated_linear_sm90": Path()}))
+    rows = list(cutlass.rows({"cutlass_sm90": Path(), "cutlass_sm100": Path()}))
+    assert len({row.key for row in rows}) == len(rows) == 8
+    assert all(row.why == cutlass.WHY and "not derived" in table.cells(row) for row in rows)
 
 
 def test_every_tile_of_16_bits_has_a_row():

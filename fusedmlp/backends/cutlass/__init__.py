@@ -1,0 +1,1 @@
+"""Forward products by CUTLASS's collectives: whether they are there, and their launchers."""
