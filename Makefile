@@ -14,7 +14,8 @@ BENCH = $(PYTHON) -m fusedmlp.cli bench
 SITE = NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 # Each op once, and the rules that every file, row, page and docstring obeys.
-QUICK = tests/ops/test_each_op.py tests/kernels tests/backends/test_backend.py tests/house
+QUICK = tests/ops/test_each_op.py tests/kernels tests/backends/test_backend.py tests/house \
+	-m "not slow and not long"
 
 # `make floors ENVIRONMENTS=oldest` runs that one alone.
 ENVIRONMENTS ?=

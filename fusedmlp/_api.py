@@ -16,7 +16,7 @@ from .explaining import explain
 from .hyperglu import HyperGLU, HyperGLUConfig, HyperMLP
 from .invariance import batch_invariant
 from .layers import *  # noqa: F403
-from .layers.freeze import freeze_masks
+from .layers.parts.freezing import freeze_masks
 from .ops.top1_route import jitter, load_balancing_loss, router_z_loss
 from .ops.topk_route import update_router_bias
 from .patching import patch, patched, register_patch, unpatch

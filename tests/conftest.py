@@ -63,9 +63,10 @@ LONG = Path(__file__).with_name("long.txt")
 
 def pytest_collection_modifyitems(config, items):
     """A test of another machine says nothing here: it is left out, not passed or skipped. So are
-    those of long.txt, but where their file or their mark is asked for."""
+    those of long.txt, but where their file, their folder or their mark is asked for."""
     listed = {line for line in LONG.read_text().splitlines() if line and line[0] != "#"}
     named = {Path(argument.partition("::")[0]).resolve() for argument in config.args}
+    named -= {LONG.parent, *LONG.parents}  # all tests are no folder of them
     by_mark = "long" in config.option.markexpr
     others = {"gpu" if DEVICE == "cpu" else "interpreter"}
     if not shutil.which("nvcc"):
@@ -80,7 +81,7 @@ def pytest_collection_modifyitems(config, items):
         long = not listed.isdisjoint((test, test.partition("::")[0]))
         if long:
             item.add_marker(pytest.mark.long)
-        wanted = by_mark or not long or item.path in named
+        wanted = by_mark or not long or not named.isdisjoint((item.path, *item.path.parents))
         return wanted and others.isdisjoint(mark.name for mark in item.iter_markers())
 
     here = {item: runs(item) for item in items}

@@ -62,7 +62,7 @@ def down(op: str, w_name: str, w: Tensor, H: int, b_name: str, b: Tensor | None)
 
 
 def down_shape(op: str, name: str, got: Sequence[int], H: int) -> NoReturn:
-    """Of a down projection, or a stack of them, that has not H columns: with H rows it is
+    """Raise for a down projection, or a stack of them, that has not H columns. With H rows it is
     transposed, and what it should be is that turned."""
     *experts, D_out, width = got
     expected = (*experts, width if D_out == H else D_out, H)

@@ -101,6 +101,8 @@ class MaskedGLU(Reader):
     mask: nn.Parameter
     packed: PackedMasks | None
 
+    LOGITS = "mask"  # for fusedmlp.freeze_masks
+
     def __init__(
         self,
         dim_in: int,
@@ -155,6 +157,11 @@ class MaskedGLU(Reader):
         """
         self.proj.reset_parameters()
         reset_others(self)
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether it has masks over elements, as logits or frozen."""
+        return self.mask_mode == "element"
 
     def freeze_masks(self) -> None:
         """Replace the logits `mask` by bits, `packed`, for good: num_masks bits a weight instead of

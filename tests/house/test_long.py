@@ -13,6 +13,13 @@ LISTED = [
 ]
 
 
+ELSEWHERE = [
+    f"--ignore={path.relative_to(ROOT)}"
+    for path in (ROOT / "tests").iterdir()
+    if path.is_dir() and path.name not in ("hub", "prove")
+]
+
+
 @pytest.mark.parametrize("line", LISTED)
 def test_a_listed_test_is_there(line):
     file, _, test = line.partition("::")
@@ -24,11 +31,13 @@ def test_a_listed_test_is_there(line):
 @pytest.mark.parametrize(
     ("asked", "runs"),
     [
-        (["tests/hub", "tests/prove/test_prove.py"], {"prove"}),
-        (["-m", "long", "tests/hub"], {"hub"}),
+        (["tests", *ELSEWHERE], set()),
+        (["tests/hub", "tests/prove/test_prove.py"], {"hub", "prove"}),
+        (["-m", "long", "tests", *ELSEWHERE], {"hub", "prove"}),
+        (["-m", "not slow and not long", "tests/hub"], set()),
     ],
 )
-def test_long_tests_run_where_their_file_or_mark_is_named(asked, runs):
+def test_long_tests_run_where_their_file_folder_or_mark_is_named(asked, runs):
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist", *asked]
     command += ["-o", "addopts=-m 'not slow'"]
     out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout

@@ -187,7 +187,11 @@ ROWS: tuple[Row, ...] = (
     # ---- layers
     Row(
         "layers",
-        ("fusedmlp/layers/freeze.py", "fusedmlp/layers/glu.py", "fusedmlp/layers/masked_glu.py"),
+        (
+            "fusedmlp/layers/parts/freezing.py",
+            "fusedmlp/layers/glu.py",
+            "fusedmlp/layers/masked_glu.py",
+        ),
         (*GLU, *LAYERS),
     ),
     Row(

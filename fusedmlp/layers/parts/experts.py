@@ -39,6 +39,8 @@ class StackedExperts(Stacked, Reader):
     routing; under torch.compile every expert then runs on every token.
     """
 
+    LOGITS = "net_0_mask"  # for fusedmlp.freeze_masks
+
     def __init__(self, num: int, make: Callable[[], FeedForward]) -> None:
         super().__init__()
         made = [make() for _ in range(num)]
