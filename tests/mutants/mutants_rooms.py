@@ -300,6 +300,11 @@ ROWS: tuple[Row, ...] = (
     # ---- around the ops
     Row(
         "backends",
+        ("fusedmlp/backends/cutlass/*.py",),
+        ("tests/backends/test_cutlass_backend.py",),
+    ),
+    Row(
+        "backends",
         ("fusedmlp/backends/cuda/*.py",),
         (
             "tests/backends/test_cuda_backend.py",
@@ -454,6 +459,7 @@ ROWS: tuple[Row, ...] = (
         ("csrc/tensor_map.*",),
         ("tests/backends/test_tensor_map.py", *GEMMS),
     ),
+    Row("csrc", ("csrc/cutlass/find.py",), ("tests/backends/test_cutlass_build.py",)),
     Row(
         "csrc",
         ("csrc/bindings.cpp", "csrc/*.h", "csrc/device.cuh"),
@@ -472,4 +478,8 @@ NOT_DRAWN: dict[str, str] = {
     "csrc/blackwell.cuh": "the same",
     "csrc/mma.cuh": "the same",
     "csrc/keep_log.py": "a wrapper of the build's commands",
+    "csrc/cutlass/*.cpp": "built where CUTLASS's headers are, in minutes; slow tests run it",
+    "csrc/cutlass/*.cu": "the same",
+    "csrc/cutlass/*.cuh": "the same",
+    "csrc/cutlass/*.h": "the same",
 }
