@@ -198,14 +198,14 @@ def hyper_attention(
     if choice.pick(OP, tensors[0], "q") == "reference":
         rest = ("offset", True, shortcut1, shortcut2, True, True, eps)
         return reference.hyper_attention(*tensors, kind, norm, *rest)  # type: ignore[call-arg]
-    lead = q.shape[:-3]
-    flat = check_hyper.flat(tensors, len(lead))
+    leading = q.dim() - 3
+    flat = check_hyper.flat(tensors, leading)
     options = (norm != "none", shortcut1, shortcut2, eps)
     if check.wants_grad(*tensors):
         out = HyperAttentionFunction.apply(*flat, *options)
     else:
         out, *_ = fwd(*flat, *options)
-    return out if len(lead) == 1 else out.view(*lead, *out.shape[1:])
+    return out if leading == 1 else out.view(*q.shape[:-3], *out.shape[1:])
 
 
 register(

@@ -165,7 +165,8 @@ def test_layers_fuse_what_the_kernels_know(cls):
         torch.testing.assert_close(ACTIVATIONS[name].reference(x), cls()(x))
     path = f"{cls.__name__} in PyTorch" if name is None else f"{cls.__name__} fused as {name!r}"
     assert path in repr(layer)
-    assert f"the layer (FeedForward): {path}" in fusedmlp.explain(layer)
+    one = "" if name is None else "one mlp, "
+    assert f"the layer (FeedForward): {one}{path}" in fusedmlp.explain(layer)
 
 
 def test_another_alpha_is_not_fused():

@@ -6,8 +6,7 @@ import op_checks
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import DTYPES, check, strided
-from torch.library import opcheck
+from op_checks import DTYPES, check, opcheck, strided
 
 from fusedmlp import (
     BinaryWeight,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from launch_names import noted
-from torch.library import opcheck
+from op_checks import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 

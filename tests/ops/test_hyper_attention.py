@@ -6,7 +6,7 @@ import pytest
 import torch
 from hyper_checks import core_inputs, perturbed
 from layer_checks import draw
-from torch.library import opcheck
+from op_checks import opcheck
 
 import fusedmlp
 from fusedmlp import hyper_attention

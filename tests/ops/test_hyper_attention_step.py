@@ -4,7 +4,7 @@ import pytest
 import torch
 from hyper_checks import core_inputs, perturbed
 from layer_checks import draw
-from torch.library import opcheck
+from op_checks import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmlp

@@ -6,8 +6,7 @@ import op_checks
 import pytest
 import torch
 import torch.nn.functional as F
-from op_checks import check, saved_bytes
-from torch.library import opcheck
+from op_checks import check, opcheck, saved_bytes
 
 import fusedmlp
 from fusedmlp import masked_gated_linear, masked_gated_mlp, pack_masks, reference

@@ -4,8 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from op_checks import FEW, placed
-from torch.library import opcheck
+from op_checks import FEW, opcheck, placed
 
 import fusedmlp
 from fusedmlp import Routing, moe_mlp, route_to, top1_route

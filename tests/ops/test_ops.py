@@ -5,8 +5,7 @@ import dataclasses
 import op_checks
 import pytest
 import torch
-from op_checks import FEW, FEW_PLAIN, PLAIN, check, saved_bytes
-from torch.library import opcheck
+from op_checks import FEW, FEW_PLAIN, PLAIN, check, opcheck, saved_bytes
 
 import fusedmlp
 from fusedmlp.ops import gated_act, gated_linear, linear_act

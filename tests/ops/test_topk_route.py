@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from torch.library import opcheck
+from op_checks import opcheck
 
 import fusedmlp
 from fusedmlp import (

@@ -200,3 +200,8 @@ def modified_in_place(case, device):
     changed = torch.autograd.grad(case.run(inputs).mul_(2).sum(), list(inputs.values()))
     for a, b in zip(plain, changed, strict=True):
         torch.testing.assert_close(2 * a, b)
+
+
+def opcheck(op, args, **options):
+    """torch.library.opcheck of the overload that is called outside of batch_invariant()."""
+    torch.library.opcheck(getattr(op, "__wrapped__", op), args, **options)
