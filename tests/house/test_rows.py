@@ -213,3 +213,10 @@ def test_the_tables_hold_what_torch_has():
     in_the_mode = {f"{name}_invariant" for name in KERNELS}  # of batch_invariant()
     assert ours == KERNELS.keys() | in_the_mode | FOR_CPU
     assert not KERNELS.keys() & FOR_CPU
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_product_sums_over_the_size_that_its_result_has_not(name):
+    row = KERNELS[name]
+    assert (row.depth is None) == (row.result is None)
+    assert row.result is None or sorted(row.result + row.depth) == ["D", "H", "M"]
