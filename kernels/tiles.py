@@ -286,9 +286,11 @@ def compiler_options(tile: Tile) -> dict[str, Any]:
 
 
 def grid_of(tile: Tile, x: Tensor, rows: int, columns: int) -> tuple[int]:
-    """A TMA tile runs persistently, one block a multiprocessor."""
+    """A TMA tile runs persistently, one block a multiprocessor; but of tiles for few rows several
+    fit, and the next ones read while the last one stores."""
     tiles = cdiv(rows, tile.block_m) * cdiv(columns, tile.block_n)
-    return (min(tiles, multiprocessors(x.device)) if tile.tma else tiles,)
+    persistent = tile.tma and not tile.few
+    return (min(tiles, multiprocessors(x.device)) if persistent else tiles,)
 
 
 @functools.lru_cache(1024)

@@ -57,7 +57,7 @@ def brief_of(jobs: Iterable[Job]) -> Iterator[Job]:
         tile = job.tile
         # Calls without a tile are told apart by their launcher, those with one by its key.
         launcher = job.key or getattr(job.call, "func", None)
-        kind = (launcher, *((tile.loads, tile.skinny, job.variant) if tile else ()))
+        kind = (launcher, *((tile.loads, tile.skinny, tile.few, job.variant) if tile else ()))
         if kind not in seen:
             seen.add(kind)
             yield job

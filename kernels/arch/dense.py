@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from .tile import ELEMENT, FP32_ELEMENT, FP32_SKINNY, INTERPRETED_SKINNY, SKINNY, Tile, Tiles
+from .tile import (
+    ELEMENT,
+    FEW,
+    FEW_MMA,
+    FP32_ELEMENT,
+    FP32_SKINNY,
+    INTERPRETED_SKINNY,
+    SKINNY,
+    Tile,
+    Tiles,
+)
 
 # CUDA cores, unless the caller allows TF32: one set of tiles for every architecture.
 FP32: Tiles = {
@@ -16,12 +26,14 @@ MMA: Tiles = {
     ("gated_linear_fwd", 2): (
         Tile(128, 64, 32, 8, 4),
         Tile(64, 64, 32, 4, 4),
+        FEW_MMA,
         ELEMENT,
         *SKINNY,
     ),
     ("linear_act_fwd", 2): (
         Tile(128, 128, 32, 8, 4),
         Tile(64, 64, 32, 4, 4),
+        FEW_MMA,
         ELEMENT,
         *SKINNY,
     ),
@@ -41,6 +53,7 @@ TMA: Tiles = {
     ("gated_linear_fwd", 2): (
         Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma"),
         Tile(64, 128, 64, 4, 4, subtiles=2, loads="tma"),
+        *FEW,
         ELEMENT,
         *SKINNY,
     ),
@@ -48,6 +61,7 @@ TMA: Tiles = {
         Tile(128, 256, 64, 8, 3, subtiles=4, loads="tma"),
         Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma"),
         Tile(64, 128, 64, 4, 4, subtiles=2, loads="tma"),
+        *FEW,
         ELEMENT,
         *SKINNY,
     ),

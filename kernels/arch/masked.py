@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from .tile import ELEMENT, FP32_ELEMENT, FP32_SKINNY, INTERPRETED_SKINNY, SKINNY, Tile, Tiles
+from .tile import (
+    ELEMENT,
+    FEW,
+    FEW_MMA,
+    FP32_ELEMENT,
+    FP32_SKINNY,
+    INTERPRETED_SKINNY,
+    SKINNY,
+    Tile,
+    Tiles,
+)
 
 _MASKED_SKINNY = (Tile(16, 32, 32, 4, 5), Tile(16, 32, 32, 4, 2, loads="element"))
 _MASKED_ELEMENT = Tile(64, 16, 16, 4, 2, loads="element")
@@ -21,6 +31,7 @@ MMA: Tiles = {
     ("masked_gated_linear_fwd", 2): (
         Tile(128, 64, 32, 8, 4),
         Tile(64, 64, 32, 4, 4),
+        FEW_MMA,
         ELEMENT,
         *SKINNY,
     ),
@@ -40,6 +51,7 @@ TMA: Tiles = {
     ("masked_gated_linear_fwd", 2): (
         Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma"),
         Tile(64, 128, 64, 4, 4, subtiles=4, loads="tma"),
+        *FEW[1:],
         ELEMENT,
         *SKINNY,
     ),

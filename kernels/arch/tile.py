@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import Literal
 
 SKINNY_M = 16  # up to this many rows a GEMM is bound by its weight's bytes
+FEW_M = 128  # up to this many, by how many multiprocessors read it
 
 
 def cdiv(a: int, b: int) -> int:
@@ -36,7 +37,8 @@ class Tile:
     live. loads: "tma" moves tiles by TMA descriptors under a persistent grid; "vector" by pointers,
     16 bytes a thread; "element" makes no demand on strides or sizes. group_m: rows of tiles visited
     together, for L2. box: columns of g and u that a backward's epilogue reads by TMA at once and
-    waits for once, several parts, in registers until their turn; None is one part.
+    waits for once, several parts, in registers until their turn; None is one part. few: for FEW_M
+    rows at most: narrow, so that every multiprocessor reads a part of the weight.
     """
 
     block_m: int
@@ -48,6 +50,7 @@ class Tile:
     loads: Literal["tma", "vector", "element"] = "vector"
     group_m: int = 8
     box: int | None = None
+    few: bool = False
 
     @property
     def tma(self) -> bool:
@@ -98,6 +101,13 @@ Tiles = Mapping[tuple[str, int], tuple[Tile, ...]]
 # Any strides, any size: per-element addresses cost registers, so the K step is short.
 ELEMENT = Tile(64, 32, 16, 4, 2, subtiles=2, loads="element")
 SKINNY = (Tile(16, 32, 128, 4, 4), Tile(16, 32, 32, 4, 2, loads="element"))
+# For FEW_M rows: as many bytes of the weight on their way as shared memory holds.
+FEW = (
+    Tile(128, 64, 64, 8, 6, loads="tma", few=True),
+    Tile(64, 64, 64, 4, 6, loads="tma", few=True),
+    Tile(64, 32, 64, 4, 8, loads="tma", few=True),
+)
+FEW_MMA = Tile(64, 32, 64, 4, 4, few=True)
 FP32_ELEMENT = Tile(32, 32, 16, 4, 2, loads="element")
 FP32_SKINNY = (Tile(16, 32, 32, 4, 3), Tile(16, 32, 16, 4, 2, loads="element"))
 # Small, so that small inputs cross several tiles, K steps and ragged edges.

@@ -7,13 +7,15 @@ import torch
 import triton
 import triton.language as tl
 
+from fusedmlp import batch_invariant
+from fusedmlp.bench.shapes import DENSE
 from fusedmlp.kernels import arch, device as device_module, tiles
 from fusedmlp.kernels.arch import ARCHES, arch_for
 from fusedmlp.kernels.arch.tile import Fit
 from fusedmlp.kernels.dense import gated_linear
 from fusedmlp.kernels.device import pretend
 from fusedmlp.kernels.moe.grouped import experts_fit
-from fusedmlp.kernels.pick import pick_splits, pick_tile
+from fusedmlp.kernels.pick import pick_splits, pick_tile, reading
 from fusedmlp.testing import CASES, assert_close_to, compare
 
 X = torch.empty(1, dtype=torch.bfloat16)
@@ -40,6 +42,45 @@ def test_few_rows_take_the_skinny_tile(hopper):
     for M, skinny in ((1, True), (16, True), (17, False)):
         assert pick_tile("gated_linear_fwd", X, M, 14336, Fit.TMA).skinny is skinny
         assert not pick_tile("gated_linear_bwd", X, M, 14336, Fit.TMA).skinny
+
+
+@pytest.mark.parametrize(("name", "multiprocessors"), [("sm_90", 132), ("sm_100", 148)])
+def test_few_rows_are_read_by_enough_multiprocessors(name, multiprocessors):
+    """Dense shapes of the model table, 17 to 64 rows: a weight of 32 MB or more is read at 80% of
+    the bandwidth or faster, by what multiprocessors and L2 can take. No smaller one, and no more
+    rows, is read slower than it need be; x, which every tile reads, is then a good part of it."""
+    row = ARCHES[name]
+    with pretend(row, multiprocessors):
+        for model in DENSE.values():
+            kernel = "gated_linear_fwd" if model.gated else "linear_act_fwd"
+            usable = [t for t in row.tiles[kernel, 2] if t.tma]
+            for M in (17, 33, 64, 65, 128):
+                times = {t: reading(t, kernel, M, model.H, multiprocessors)[0] for t in usable}
+                tile = pick_tile(kernel, X, M, model.H, Fit.TMA)
+                assert times[tile] == min(times.values()), (model.name, M)
+                weight = 2 * model.D * model.H * (1 + model.gated)
+                if M <= 64 and weight >= 32e6:
+                    assert times[tile] <= 1.25, (model.name, M, tile)
+
+
+def test_tiles_for_few_rows_serve_no_others(hopper):
+    """Unless a row has no others, as where one tile is measured."""
+    few = [t for t in hopper if t.few]
+    assert few
+    for M in (129, 1024, 8192):
+        assert pick_tile("gated_linear_fwd", X, M, 1024, Fit.TMA) not in few
+    assert pick_tile("gated_linear_fwd", X, 128, 1024, Fit.TMA) in few
+    with batch_invariant():
+        assert pick_tile("gated_linear_fwd", X, 128, 1024, Fit.TMA) not in few
+    row = arch_for(90).with_row("gated_linear_fwd", 2, (few[0],))
+    with pretend(row, 132):
+        assert pick_tile("gated_linear_fwd", X, 8192, 1024, Fit.TMA) == few[0]
+
+
+def test_a_tile_for_few_rows_is_not_persistent(hopper):
+    wide, few = hopper[0], next(t for t in hopper if t.few)
+    assert tiles.grid_of(wide, X, 128, 1 << 16) == (132,)
+    assert tiles.grid_of(few, X, few.block_m, 1 << 16) == ((1 << 16) // few.block_n,)
 
 
 def test_unaligned_operands_take_element_loads(hopper):

@@ -3,7 +3,7 @@
 The real launchers run on CPU tensors for a GPU that is not there; one block of each kernel is
 walked instruction by instruction with the launch's own parameters, so that trip counts are
 executed; and a timeline of pipes, scoreboards and barriers says how long the block takes at least.
-A row is the share of the tensor cores' peak (of the memory's bandwidth for up to 16 rows) that a
+A row is the share of the tensor cores' peak (of the memory's bandwidth for few rows) that a
 tile of depth K can reach at best, and the unit that limits it. A bound that is more than 2 % below
 the committed table's, a kernel that is not in it, or one that cannot be read, is an error.
 

@@ -241,7 +241,7 @@ def _derived(first: Bound, arch: Arch, kernel: Kernel, launch: Launch, tile: Til
     return dataclasses.replace(
         first, block=(m, width, tile.block_k), products=round(flops),
         blocks=blocks_at_once(arch, tile, registers, one.shared, one.tensor_memory),
-        warps=one.warps, persistent=persistent, skinny=tile.skinny, launch=start.clocks,
+        warps=one.warps, persistent=persistent, skinny=tile.skinny or tile.few, launch=start.clocks,
         each=each.clocks, step=step.clocks, counts=each.counts, step_counts=step.counts,
         step_weights=per_step,
     )  # fmt: skip

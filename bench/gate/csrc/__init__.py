@@ -163,8 +163,11 @@ def objects(build: Path) -> list[Path]:
 
 
 def compiler(build: Path) -> str:
-    """nvcc's version, as CMake found it."""
-    (path,) = build.glob("CMakeFiles/*/CMakeCUDACompiler.cmake")
+    """nvcc's version, as CMake found it; as the last one did, where several have built here."""
+    files = build.glob("CMakeFiles/*/CMakeCUDACompiler.cmake")
+    path = max(files, key=lambda file: file.stat().st_mtime, default=None)
+    if path is None:
+        raise BuildError(f"{build}: CMake has found no nvcc for it; build again")
     found = re.search(r'CMAKE_CUDA_COMPILER_VERSION "([\d.]+)"', path.read_text())
     assert found is not None, path
     return found[1]

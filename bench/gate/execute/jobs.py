@@ -108,7 +108,7 @@ def _tile_jobs(arch: Arch) -> Iterator[Job]:
     for (name, size), tiles in arch.tiles.items():
         launch, kinds = launches[name], set()
         for tile in tiles:
-            kind = (tile.loads, tile.skinny)
+            kind = (tile.loads, tile.skinny, tile.few)
             for dtype in DTYPES[size]:
                 yield Job(
                     ((name, str(tile)),), arch.with_row(name, size, (tile,)), dtype, "tile",

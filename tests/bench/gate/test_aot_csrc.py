@@ -186,3 +186,15 @@ def test_no_build_and_an_old_build_are_refused(tmp_path, monkeypatch, capsys):
     os.utime(newer, (later, later))
     with pytest.raises(BuildError, match=r"older than a\.cu; build again"):
         objects(tmp_path / "build")
+
+
+def test_the_compiler_is_the_one_that_built_last(tmp_path):
+    """A build folder keeps what each version of CMake has found."""
+    with pytest.raises(BuildError, match="no nvcc"):
+        aot_csrc.compiler(tmp_path)
+    for age, (cmake, nvcc) in enumerate([("4.4.5", "13.0.48"), ("3.31.10", "12.8.61")]):
+        file = tmp_path / "CMakeFiles" / cmake / "CMakeCUDACompiler.cmake"
+        file.parent.mkdir(parents=True)
+        file.write_text(f'set(CMAKE_CUDA_COMPILER_VERSION "{nvcc}")\n')
+        os.utime(file, (1000 - age, 1000 - age))
+    assert aot_csrc.compiler(tmp_path) == "13.0.48"
