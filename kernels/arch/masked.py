@@ -5,7 +5,6 @@ from __future__ import annotations
 from .tile import (
     ELEMENT,
     FEW,
-    FEW_MMA,
     FP32_ELEMENT,
     FP32_SKINNY,
     INTERPRETED_SKINNY,
@@ -31,7 +30,6 @@ MMA: Tiles = {
     ("masked_gated_linear_fwd", 2): (
         Tile(128, 64, 32, 8, 4),
         Tile(64, 64, 32, 4, 4),
-        FEW_MMA,
         ELEMENT,
         *SKINNY,
     ),
