@@ -21,7 +21,9 @@ QUICK = tests/ops/test_each_op.py tests/kernels tests/backends/test_backend.py t
 ENVIRONMENTS ?=
 
 # `make mutants ROOM="ops layers" COUNT=5 SEED=1`: fewer rooms, fewer faults, those of before.
+# `make mutants FILE="patching/route*.py gates.py"`: these files alone, by globs.
 ROOM ?=
+FILE ?=
 COUNT ?=
 SEED ?=
 
@@ -97,8 +99,8 @@ floors: ## a part of the suite on the oldest and newest releases promised; insta
 
 mutants: ## single faults put into the code: which of them the tests miss, by room
 	$(call needs,pytest,test)
-	$(PYTHON) tests/mutants $(if $(ROOM),--room $(ROOM)) $(if $(COUNT),--count $(COUNT)) \
-		$(if $(SEED),--seed $(SEED))
+	$(PYTHON) tests/mutants $(if $(ROOM),--room $(ROOM)) $(if $(FILE),--file $(FILE:%='%')) \
+		$(if $(COUNT),--count $(COUNT)) $(if $(SEED),--seed $(SEED))
 
 prove: ## two provers that others wrote look at the kernels of sm_80; installs them, no GPU
 	$(call needs,triton,test)

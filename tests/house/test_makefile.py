@@ -52,6 +52,13 @@ def test_what_a_target_runs_is_there(target):
         assert (ROOT / name).exists(), name
 
 
+def test_mutants_of_a_file_are_asked_for_by_globs_that_the_shell_leaves_alone():
+    asked = ("ROOM=patching layers", "FILE=patching/*.py gates.py", "COUNT=2", "SEED=3")
+    said = " ".join(make("-n", "mutants", *asked).stdout.replace("\\\n", " ").split())
+    files = "--file 'patching/*.py' 'gates.py'"
+    assert said.endswith(f"tests/mutants --room patching layers {files} --count 2 --seed 3")
+
+
 @pytest.mark.parametrize("target", ("gate", "gate-csrc"))
 def test_no_nvcc_is_one_error(target, bare):
     done = make(target, "PYTHON=must-not-run", path=bare)
