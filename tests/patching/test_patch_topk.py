@@ -175,7 +175,11 @@ class Router(nn.Module):
         scores = self.scores(logits)
         index = (scores + self.correction).topk(self.top_k, sorted=False).indices
         weights = scores.gather(1, index)
-        return logits, self.scale * weights / (weights.sum(1, keepdim=True) + 1e-20), index
+        weights = self.scale * weights / (weights.sum(1, keepdim=True) + 1e-20)
+        return logits, self.rounded(weights, logits, x), index
+
+    def rounded(self, weights, logits, x):
+        return weights
 
     def logits(self, x):
         return F.linear(x.float(), self.weight.float())
@@ -255,3 +259,28 @@ def test_another_router_is_left_with_the_reason(kind, reason):
         ours = made(x)
         fusedmlp.unpatch(made)
         torch.testing.assert_close(ours, made(x))
+
+
+class LikeX(Router):
+    def rounded(self, weights, logits, x):
+        return weights.to(x.dtype)
+
+
+class LikeLogits(OfOwnDtype):
+    def rounded(self, weights, logits, x):
+        return weights.to(logits.dtype)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("kind", (Router, OfOwnDtype, LikeX, LikeLogits))
+def test_a_router_gives_its_own_dtypes(kind, dtype):
+    """Its weights are of float32, of its logits' dtype or of x's, as in its own code."""
+    torch.manual_seed(0)
+    made, x = block().to(dtype), torch.randn(10, D, dtype=dtype)
+    made.gate = kind().to(dtype)
+    own = made.gate(x)
+    assert "gate" in {entry.name for entry in fusedmlp.patch(made).patched}
+    near = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    for mine, theirs in zip(made.gate(x), own, strict=True):
+        assert mine.dtype == theirs.dtype
+        torch.testing.assert_close(mine.sort(-1).values, theirs.sort(-1).values, **near)
