@@ -128,6 +128,25 @@ def test_names_and_storages(name):
     assert len({t.untyped_storage().data_ptr() for t in state.values()}) == len(state)
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_state_that_does_not_fit_is_told(name):
+    """Each tensor that is left out, of another shape or one too many, with strict=False too."""
+    layer = ALL[name]()
+    state = layer.state_dict()
+    for key in (*dict(layer.named_parameters()), *dict(layer.named_buffers())):
+        others = {k: v for k, v in state.items() if k != key}
+        assert layer.load_state_dict(others, strict=False) == ([key], [])
+        more = f"{key}_of_no_layer"
+        assert layer.load_state_dict({**state, more: state[key]}, strict=False) == ([], [more])
+        with pytest.raises(RuntimeError, match=rf"Missing key\(s\) in state_dict: \"{key}\""):
+            layer.load_state_dict(others)
+        with pytest.raises(RuntimeError, match=rf"Unexpected key\(s\) in state_dict: \"{more}\""):
+            layer.load_state_dict({**state, more: state[key]})
+        wrong = {**state, key: state[key].new_zeros(*state[key].shape, 2)}
+        with pytest.raises(RuntimeError, match=f"size mismatch for {key}: "):
+            layer.load_state_dict(wrong, strict=False)
+
+
 STACKED = ("SwitchFFN", "SwitchFFN masked", "SwitchFFN of masks", "frozen SwitchFFN",
            "FastFeedForward", "FastFeedForward all")  # fmt: skip
 

@@ -422,6 +422,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "no saved tensor goes by the number of multiprocessors",
     ),
     Equivalent(
+        "fusedmlp/patching/one_bit.py",
+        "super().__init__(model, None, dtype_check=False)",
+        "super().__init__(model, None, dtype_check=True)",
+        "its own dtypes(), which alone would ask, does not",
+    ),
+    Equivalent(
         "fusedmlp/hyperglu/chunked.py",
         "return torch.zeros_like(v)",
         "return torch.ones_like(v)",

@@ -79,6 +79,7 @@ PATCH_ROUTED = (
     "tests/patching/test_patch_left.py",
     "tests/patching/test_patch_recompute.py",
     "tests/patching/test_patch_state.py",
+    "tests/patching/test_patch.py",
     PATCH_MODELS,
     "tests/families/test_families.py",
     PATCH_RANKS,
