@@ -1,6 +1,7 @@
 """One function in many spellings: what a block computes counts, and nothing that is nearly it."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from patch_blocks import Model
 from torch import nn
 
 import fusedmlp
+from fusedmlp.patching import dense
 from fusedmlp.reference.activations import ACTIVATIONS, resolve
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
@@ -240,19 +242,23 @@ class Functional(Plain):
         return F.dropout(self.second(h), self.p, self.training)
 
 
-def test_a_functional_dropout_follows_its_module():
-    model, plain = Model(Functional()), Model(Functional())
-    plain.load_state_dict(model.state_dict())
+@pytest.mark.parametrize("kind", (Functional, Between))
+def test_a_dropout_follows_its_module(kind, monkeypatch):
+    """It drops what the model's own does, and the block is one call while nothing is dropped."""
+    model = Model(kind())
+    plain = copy.deepcopy(model)
     assert [e.op for e in fusedmlp.patch(model).patched] == ["mlp"]
-    for training in (True, False):
-        for p in (0.5, 0.0, 0.25):
-            for m in (model.train(training), plain.train(training)):
-                m.blocks[0].p = p
-            outs = []
-            for m in (model, plain):
-                torch.manual_seed(0)
-                outs.append(m(X))
-            torch.testing.assert_close(*outs)
+    whole, mlp = [], dense.mlp
+    monkeypatch.setattr(dense, "mlp", lambda *a, **k: whole.append(1) or mlp(*a, **k))
+    for training, p in itertools.product((True, False), (0.5, 0.0, 0, 0.25, 1.0, 1)):
+        outs = []
+        for m in (model.train(training), plain.train(training)):
+            (m.blocks[0] if kind is Functional else m.blocks[0].drop).p = p
+            torch.manual_seed(0)
+            outs.append(m(X))
+        torch.testing.assert_close(*outs)
+        assert bool(whole) == (not training or p == 0)
+        whole.clear()
 
 
 def test_a_number_of_the_module_that_changes_raises():
