@@ -85,6 +85,8 @@ LARGEST = {
     "FastFeedForward region_leak": 1.0, "SwitchFFN jitter": 1.0, "MLP dropout none GELU": BELOW,
     "GatingMechanism dropout True": BELOW, "GMLP drop_path": BELOW,
 }  # fmt: skip
+ALL_MAY_GO = [["FeedForward", "dropout"], ["FastFeedForward", "dropout"],
+              ["PointwiseMLP", "dropout_cfg"]]  # fmt: skip
 
 
 @pytest.mark.parametrize("name, largest", LARGEST.items())
@@ -94,6 +96,16 @@ def test_a_probability_at_its_ends_and_beyond(name, largest):
     for p in (math.nextafter(0, -1), math.nextafter(largest, 2)):
         with pytest.raises(ValueError, match=rf"^\w+: {name.split()[1]} must be in \[0"):
             RANDOM[name](p)
+
+
+@pytest.mark.parametrize("name", [n for n in RANDOM if n.split()[:2] in ALL_MAY_GO])
+def test_where_all_is_dropped_nothing_but_biases_is_left(name):
+    layer = randomise_(RANDOM[name](1.0))
+    for key, p in layer.named_parameters():
+        if "bias" in key:
+            nn.init.zeros_(p)
+    x = draw(2, 4, D)
+    assert not one(layer.train()(x)).any() and one(layer.eval()(x)).any()
 
 
 # "layer coefficient" -> the layer with all of its coefficients.
