@@ -49,7 +49,8 @@ def match(
         for m, training in modes.items():
             m.training = training
     if any(plan != plans[0] for plan in plans):
-        error = NoMatch(f"its {method} is one MLP in training and another in eval")
+        alike = "in training and in eval, on a CPU and on a GPU"
+        error = NoMatch(f"its {method} is not the same MLP {alike}")
         error.chained = True
         raise error
     return plans[0]

@@ -9,6 +9,8 @@ from torch import nn
 
 import fusedmlp
 from fusedmlp.patching.activation import name_by_values
+from fusedmlp.patching.match import match
+from fusedmlp.patching.trace import NoMatch
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -151,6 +153,60 @@ def test_left_and_why(kind, why):
     assert re.search(why, entry.detail), entry
     assert vars(block) == before
     torch.testing.assert_close(block(X), expected)
+
+
+class HoldsNone(GatedMLP):
+    """Under each kind of name that a module has."""
+
+    def __init__(self):
+        super().__init__(bias=False)
+        self.register_buffer("mask", None)
+        self.register_parameter("scale", None)
+        self.register_module("norm", None)
+        self.limit = None
+
+    def forward(self, t):
+        y = super().forward(t)
+        return y if self.norm is None and self.scale is None and self.mask is None else t
+
+
+def test_what_a_module_has_none_of_is_no_obstacle():
+    expected = (block := HoldsNone())(X)
+    (entry,) = fusedmlp.patch(block).patched
+    assert entry.op == "gated_mlp"
+    torch.testing.assert_close(block(X), expected)
+    fusedmlp.unpatch(block)
+    assert block.mask is block.scale is block.norm is block.limit is None
+
+
+class AsksForTheDevice(GatedMLP):
+    def __init__(self, differs):
+        super().__init__()
+        self.differs = differs
+
+    def forward(self, t):
+        y = super().forward(t)
+        return y + t if t.device.type == "cuda" and self.differs else y
+
+
+class AsksForTheMode(GatedMLP):
+    def __init__(self, differs):
+        super().__init__()
+        self.differs = differs
+
+    def forward(self, t):
+        y = super().forward(t)
+        return y + t if self.training and self.differs else y
+
+
+@pytest.mark.parametrize("training", (True, False))
+@pytest.mark.parametrize("kind", (AsksForTheDevice, AsksForTheMode))
+def test_a_forward_is_followed_on_each_device_and_in_each_mode(kind, training):
+    """Where it is not the same everywhere it is none, whatever it is here and now."""
+    assert match(kind(False).train(training), "forward").gated
+    with pytest.raises(NoMatch, match="not the same MLP in training and in eval, on a CPU and on"):
+        match(block := kind(True).train(training), "forward")
+    assert all(m.training == training for m in block.modules())
 
 
 def test_tracing_leaves_no_trace():
