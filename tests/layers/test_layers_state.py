@@ -158,6 +158,7 @@ def test_checkpoints_with_a_name_for_each_expert(name):
     state = per_expert_state_dict(layer)
     assert all(k.split(".")[1].isdigit() for k in state if k.startswith(("experts.", "routers.")))
     assert len({t.untyped_storage().data_ptr() for t in state.values()}) == len(state)
+    assert not any(t.requires_grad for t in (*state.values(), *layer.state_dict().values()))
     other.load_state_dict(state)
     assert torch.equal(one(other(x)), one(layer(x)))
     with torch.device("meta"):
