@@ -22,7 +22,7 @@ from fusedmlp.backends.cuda.loader import Unfit
 from fusedmlp.backends.op import KERNELS, OPS
 from fusedmlp.invariance import invariant
 from fusedmlp.kernels import pick, plans
-from fusedmlp.testing import CASES
+from fusedmlp.testing import CASES, evaluate, floating
 
 # The rows of these are not a batch: positions of a sequence, and slots of a cache (below).
 NOT_ROWS = ("hyper_attention", "hyper_attention_step")
@@ -38,6 +38,19 @@ ALIGNED, RAGGED = (80, 112), (67, 101)
 def test_rows_by_formulas_on_a_cpu(name, size):
     for dtype in (*DTYPES, torch.float64):
         assert differing(CASES[name], *size, dtype, wanted="all") == [], dtype
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_results_and_gradients_lie_as_without_the_mode(name):
+    case = CASES[name]
+    inputs = case.inputs(5, *RAGGED, torch.float32, "cpu", seed=0)
+    dy = None if case.forward_only else torch.randn_like(case.run_reference(inputs))
+    laid = []
+    for mode in (False, True):
+        with fusedmlp.batch_invariant(mode):
+            found = evaluate(case.run, inputs, dy, tuple(floating(inputs)))
+        laid.append({key: (t.shape, t.stride(), t.dtype) for key, t in found.items()})
+    assert laid[0] == laid[1]
 
 
 def test_wide_rows_on_a_cpu_which_threads_share():
