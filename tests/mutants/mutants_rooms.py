@@ -58,6 +58,8 @@ PATCHING = (
     DEFAULTS,
     "tests/patching/test_patch_match.py",
     "tests/patching/test_patch_spelling.py",
+    "tests/patching/test_patch_around.py",
+    "tests/patching/test_patch_report.py",
     "tests/patching/test_patch_cut.py",
     "tests/patching/test_patch_called.py",
     "tests/patching/test_patch_left.py",
@@ -88,6 +90,7 @@ LAYERS = (
     DEFAULTS,
     "tests/layers/test_layers_errors.py",
     "tests/layers/test_layers_options.py",
+    "tests/layers/test_layers_state.py",
     "tests/layers/test_layers_every.py",
 )
 GLU = (
@@ -100,7 +103,6 @@ EXPERTS = (
     "tests/layers/test_layers_experts.py",
     "tests/layers/test_layers_moe.py",
     "tests/layers/test_layers_topk.py",
-    "tests/layers/test_layers_state.py",
 )
 HYPERGLU = (
     DEFAULTS,

@@ -1,0 +1,110 @@
+"""What stands before, between and behind the projections of a block: patched, the block computes
+and differentiates what it did, whatever stands where, in training and in eval."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fusedmlp
+
+X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+
+# name -> what is made of x, of h = act(g) u or of y, and whether a plan has a step for it.
+HEADS = {
+    "x": (lambda m, x: x, True),
+    "norm": (lambda m, x: m.norm(x), True),
+    "two norms": (lambda m, x: m.other(m.norm(x)), True),
+    "dropped": (lambda m, x: F.dropout(x, m.p, m.training), True),
+    "scaled": (lambda m, x: 2 * x, False),
+    "norm by name": (lambda m, x: m.norm(input=x), False),
+    "norm used again": (lambda m, x: (t := m.norm(x)) + t.mean(), False),
+}
+BETWEEN = {
+    "h": (lambda m, h: h, True),
+    "identity": (lambda m, h: m.same(h), True),
+    "norm": (lambda m, h: m.middle(h), True),
+    "dropout": (lambda m, h: m.drop(h), True),
+    "dropout and norm": (lambda m, h: m.middle(m.same(m.drop(h))), True),
+    "norm and dropout": (lambda m, h: m.drop(m.middle(h)), True),
+    "dropped": (lambda m, h: F.dropout(h, 0.25, m.training), True),
+    "dropped by name": (lambda m, h: F.dropout(h, training=m.training), True),
+    "dropped by default": (lambda m, h: F.dropout(h), True),
+    "dropped in place": (lambda m, h: F.dropout(h, 0.25, m.training, True), False),
+    "with itself": (lambda m, h: h + m.middle(h), False),
+    "softmax": (lambda m, h: h.softmax(-1), False),
+}
+TAILS = {
+    "y": (lambda m, y, x: y, True),
+    "y + x": (lambda m, y, x: y + x, True),
+    "x + y": (lambda m, y, x: x + y, True),
+    "y += x": (lambda m, y, x: y.__iadd__(x), True),
+    "norm of y + x": (lambda m, y, x: m.last(y + x), True),
+    "norm of y, + x": (lambda m, y, x: x + m.last(y), True),
+    "dropped, + x": (lambda m, y, x: x + F.dropout(y, m.p, m.training), True),
+    "dropout, + x": (lambda m, y, x: m.drop(y) + x, True),
+    "+ x twice": (lambda m, y, x: y + x + x, True),
+    "x + 2 y": (lambda m, y, x: x + 2 * y, False),
+    "add with alpha": (lambda m, y, x: torch.add(y, x, alpha=2), False),
+    "y - x": (lambda m, y, x: y - x, False),
+    "y + y": (lambda m, y, x: y + m.last(y), False),
+    "y + 1": (lambda m, y, x: y + 1, False),
+}
+
+
+class Gated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.norm, self.other = nn.LayerNorm(8), nn.RMSNorm(8)
+        self.middle, self.last = nn.LayerNorm(12), nn.LayerNorm(8)
+        self.drop, self.same, self.p = nn.Dropout(0.5), nn.Identity(), 0.25
+
+    def h(self, x):
+        return F.silu(self.gate(x)) * self.up(x)
+
+
+class Plain(Gated):
+    def h(self, x):
+        return F.gelu(self.gate(x))
+
+
+def block(kind, head, between, tail):
+    """Of a class of its own: what a module calls is looked for in its class alone."""
+
+    def forward(self, x):
+        h = self.h(HEADS[head][0](self, x))
+        return TAILS[tail][0](self, self.down(BETWEEN[between][0](self, h)), x)
+
+    torch.manual_seed(0)
+    return type("Block", (kind,), {"forward": forward})()
+
+
+def results(made, training):
+    made.train(training).zero_grad()
+    torch.manual_seed(1)
+    x = X.clone().requires_grad_()
+    y = made(x)
+    y.square().sum().backward()
+    return y.detach(), x.grad, *(p.grad for p in made.parameters() if p.grad is not None)
+
+
+ALL = [
+    *((head, "h", "x + y") for head in HEADS),
+    *(("x", between, "y") for between in BETWEEN),
+    *(("x", "h", tail) for tail in TAILS),
+    *(("norm", "dropout", tail) for tail in TAILS),
+]
+
+
+@pytest.mark.parametrize("kind", (Gated, Plain))
+@pytest.mark.parametrize("head, between, tail", dict.fromkeys(ALL))
+def test_whatever_stands_where(kind, head, between, tail):
+    made = block(kind, head, between, tail)
+    own = copy.deepcopy(made)
+    whole = HEADS[head][1] and BETWEEN[between][1] and TAILS[tail][1]
+    assert bool(fusedmlp.patch(made).patched) == whole
+    for training in (True, False):
+        torch.testing.assert_close(results(made, training), results(own, training))
