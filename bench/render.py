@@ -158,7 +158,8 @@ def number(value: float | None, digits: int = 3) -> str:
     if value is None:
         return "-"
     if value == 0 or 1e-3 <= abs(value) < 1e5:
-        return f"{value:.{digits}g}" if abs(value) < 1000 else f"{value:.0f}"
+        short = f"{value:.{digits}g}"
+        return f"{value:.0f}" if "e" in short else short
     return f"{value:.{digits - 1}e}"
 
 
@@ -169,7 +170,7 @@ def percent(fraction: float | None) -> str:
 def size(count: float) -> str:
     """Bytes in the unit that keeps them short."""
     for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
+        if count < 999.5:
+            return f"{number(count)} {unit}"
         count /= 1000
-    return f"{count:.3g} GB"
+    return f"{number(count)} GB"

@@ -1,5 +1,6 @@
 """`predict` and the default command: what a machine without a GPU can say."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,7 +11,7 @@ import torch
 
 import fusedmlp
 from fusedmlp.backends.op import OPS
-from fusedmlp.bench import check, cli, overview, predict
+from fusedmlp.bench import check, cli, overview, predict, render
 from fusedmlp.bench.machine import ARCH_OF, ROOFS, ROOT
 from fusedmlp.bench.saved import saved_bytes
 from fusedmlp.bench.shapes import DENSE
@@ -183,6 +184,47 @@ def test_the_compilers_words_reach_their_launch():
             assert launch["blocks_at_once"] == 1
         else:
             assert "registers" not in launch
+
+
+def test_blocks_at_once_are_those_of_the_launchs_own_tile():
+    """Where registers and memory are no limit, threads are: the fewer warps, the more blocks."""
+    arch = ARCH_OF["H100"]
+    (kernel, size_of), tiles = next(iter(arch.tiles.items()))
+    assert len({tile.num_warps for tile in tiles}) > 1
+    dtype = {2: "bfloat16", 4: "float32"}[size_of]
+    for tile in tiles:
+        launch = {"kernel": kernel, "tile": str(tile)}
+        row = {
+            "arch": arch.name, "kernel": f"{kernel}:main", "dtype": dtype, "tensor_memory": 0,
+            "tile": str(tile), "variant": "train", "registers": 1, "shared": 0,
+        }  # fmt: skip
+        predict.add_compiled([{"gpu": "H100", "dtype": dtype, "launches": [launch]}], [row])
+        assert launch["blocks_at_once"] == predict.blocks_at_once(arch, tile, 1, 0)
+
+
+def test_the_table_says_what_the_records_say(monkeypatch):
+    """In a wide terminal; in a narrow one the first GPU's column is the last to go."""
+    records = predict.predict(work("gated_mlp", M=64, D=256, H=512), "both")
+    text = shown(monkeypatch, records, 400)
+    (line,) = [line for line in text.splitlines() if line.startswith("gated_mlp ")]
+    h100, flops = records[0], 18 * 64 * 256 * 512 / 1e9
+    assert line.split()[6:11] == [render.number(flops), *render.size(h100["bytes"]).split(),
+                                  *render.size(h100["saved_bytes"]).split()]  # fmt: skip
+    times = [f"{render.number(r['roofline_ms'])} {r['bound']}, kernels" for r in records]
+    assert all(time in line for time in times)
+    narrow = " ".join(shown(monkeypatch, records, 60).split())
+    kept, left = narrow.split("Left out, for want of columns: ")
+    first, *others = (f"{name} ms, bound" for name in ROOFS)
+    assert first in kept and first not in left and all(gpu in left for gpu in others)
+
+
+def shown(monkeypatch, records, columns):
+    monkeypatch.setattr(sys, "stdout", out := io.StringIO())
+    out.isatty = lambda: True
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(render, "rich", None)
+    predict.show(records)
+    return out.getvalue()
 
 
 LAUNCHED = [{"gpu": "H100", "dtype": "bfloat16", "launches": [{"kernel": "linear_act_fwd"}]}]

@@ -234,7 +234,17 @@ def test_progress_is_for_terminals_only(monkeypatch, with_rich):
 @pytest.mark.parametrize(
     "value, text",
     [(None, "-"), (0, "0"), (0.01234, "0.0123"), (12345.6, "12346"), (1e-6, "1.00e-06"),
-     (float("inf"), "inf")],
+     (float("inf"), "inf"), (999.4, "999"), (999.6, "1000"), (1000.4, "1000"), (-1000, "-1000"),
+     (0.001, "0.001"), (99999, "99999"), (1e5, "1.00e+05"), (0.00099, "9.90e-04")],
 )  # fmt: skip
 def test_numbers_are_short(value, text):
     assert render.number(value) == text
+
+
+@pytest.mark.parametrize(
+    "count, text",
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (999_499, "999 kB"), (999_600, "1 MB"),
+     (12_345_678, "12.3 MB"), (999_600_000, "1 GB"), (1_234_000_000_000, "1234 GB")],
+)  # fmt: skip
+def test_sizes_are_short(count, text):
+    assert render.size(count) == text

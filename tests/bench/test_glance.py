@@ -8,6 +8,7 @@ import pytest
 
 from fusedmlp.bench import check, cli, glance, overview, predict, render
 from fusedmlp.bench.options import Refusal, write_json
+from fusedmlp.bench.work import Work
 from fusedmlp.testing import CASES
 
 GOOD = {"max": 1.0, "max_bound": 4.0, "rms": 0.5, "rms_bound": 1.0, "worst": [0, 1]}
@@ -77,6 +78,23 @@ def test_a_share_is_never_rounded_down():
     assert glance.percent(1.001) == "101%"
     assert glance.percent(1.0) == "100%"
     assert glance.percent(float("inf")) == "inf"
+
+
+def test_what_may_have_no_error_at_all_failed_by_any():
+    none = {"max": 0.0, "max_bound": 0.0, "rms": 0.0, "rms_bound": 0.0}
+    assert glance.strain(none) == 0
+    for field in ("max", "rms"):
+        assert glance.strain({**none, field: 1e-30}) == 1
+
+
+def test_computed_times_are_the_first_gpus_with_a_model_or_without(monkeypatch):
+    work = Work(CASES["gated_mlp"], "silu", "bfloat16", 8, 128, 256)
+    found = [r for phase in ("both", "forward") for r in predict.predict(work, phase)]
+    assert len({r["gpu"] for r in found}) > 1 and found[0]["gpu"] == "H100"
+    text = shown(monkeypatch, [checked("gated_mlp", out={}), *found])
+    (line,) = [line for line in text.splitlines() if line.startswith("gated_mlp ")]
+    own = [render.number(found[0]["roofline_ms"]), found[0]["bound"], "-"]
+    assert line.split()[-3:] == own
 
 
 def test_measured_times_stand_beside_the_fastest_other(monkeypatch):

@@ -428,6 +428,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "its own dtypes(), which alone would ask, does not",
     ),
     Equivalent(
+        "fusedmlp/layers/fff.py",
+        "ones = x.new_ones(x.shape[0], dtype=torch.float32)",
+        "ones = x.new_ones(x.shape[0])",
+        "ones are ones in every dtype, and x's is one that a routing may have",
+    ),
+    Equivalent(
         "fusedmlp/hyperglu/chunked.py",
         "return torch.zeros_like(v)",
         "return torch.ones_like(v)",
