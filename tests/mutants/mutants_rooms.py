@@ -20,7 +20,7 @@ DEFAULTS = "tests/house/test_defaults.py"
 # What holds for every op; the last is slow.
 PLACES = (DEFAULTS, "tests/house/test_anatomy.py")
 LAUNCHES = "tests/ops/test_every_kernel.py"
-ROW = (LAUNCHES, "tests/ops/test_flops.py")
+ROW = ("tests/ops/test_unread.py", LAUNCHES, "tests/ops/test_flops.py")
 EACH_OP = "tests/ops/test_each_op.py"
 ERRORS = "tests/ops/test_errors.py"
 STRIDES = "tests/ops/test_strides.py"
