@@ -15,6 +15,7 @@ from fusedmlp.bench.machine import ARCH_OF, ROOFS
 from fusedmlp.bench.work import Work
 from fusedmlp.dry.blocks import blocks_of
 from fusedmlp.dry.expected import expected
+from fusedmlp.hyperglu import HyperGLU, HyperGLUConfig
 from fusedmlp.kernels.pick import LAST
 from fusedmlp.testing import CASES
 
@@ -67,6 +68,24 @@ def test_every_layer_is_planned(name):
     assert all(p.grad is None for p in layer.parameters())
     assert len(planned(layer.eval(), gpu="H100", tokens=64)) <= 1
     assert not any(m.training for m in layer.modules())
+
+
+BY_SEQUENCE = {
+    "HyperGLU": lambda: HyperGLU(HyperGLUConfig(n_embd=32, n_head=2, block_size=8)),
+    **{name: MAKERS[name] for name in ("GMLP", "GMLP all")},  # of 4 tokens
+}
+
+
+@pytest.mark.parametrize("rows", (1, 3, 4, 5, 8, 9, 17))
+@pytest.mark.parametrize("name", (*BY_SEQUENCE, "SwiGLU", "TopKMoE", "FastFeedForward"))
+def test_a_block_runs_on_as_many_rows_as_asked_for(name, rows):
+    """Or on the sequences that hold as many."""
+    layer = {**MAKERS, **BY_SEQUENCE}[name]()
+    for block in blocks_of(layer):
+        (x,) = block.inputs(rows, block.like)
+        length = x.shape[-2] if name in BY_SEQUENCE else 1
+        assert rows <= x.shape[:-1].numel() < rows + length and x.dtype == torch.float32
+        block.module(x)
 
 
 @pytest.mark.parametrize("gpu", ROOFS)
