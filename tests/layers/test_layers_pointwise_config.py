@@ -97,6 +97,16 @@ def test_nested_configs_and_strings():
     assert layer.dropout.label == "a-b"
 
 
+LONGEST = "1+" * 99 + "+1"  # of 200 characters
+
+
+def test_what_is_arithmetic_and_what_is_kept_as_it_is():
+    kept = [b"1 + 1", range(3), 2.5, None, "1", "-1"]
+    config = {"__target__": Nested, "inner": nn.Identity(), "sizes": [*kept, LONGEST, "1 - -1"]}
+    layer = PointwiseMLP(8, "gelu", config)
+    assert layer.dropout.sizes == [*kept, 100, 2]
+
+
 def test_arithmetic_is_all_that_a_string_can_do():
     for text in (
         "__import__('os').getcwd()",
@@ -104,7 +114,10 @@ def test_arithmetic_is_all_that_a_string_can_do():
         "'a' * 3",
         "1 if 1 else 2",
         "1 +",
+        "1 + (not 2)",
+        "1 + ~2",
         "x" * 500,
+        LONGEST + "1",
     ):
         layer = PointwiseMLP(
             8, "gelu", {"__target__": Nested, "inner": nn.Identity(), "label": text}

@@ -434,6 +434,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "ones are ones in every dtype, and x's is one that a routing may have",
     ),
     Equivalent(
+        "fusedmlp/reference/moe.py",
+        "assert gate is not None and down is not None",
+        "assert gate is not None or down is not None",
+        "for the type checker",
+    ),
+    Equivalent(
         "fusedmlp/hyperglu/chunked.py",
         "return torch.zeros_like(v)",
         "return torch.ones_like(v)",

@@ -90,6 +90,10 @@ LAYERS = (
     DEFAULTS,
     "tests/layers/test_layers_errors.py",
     "tests/layers/test_layers_options.py",
+    "tests/layers/test_layers_hooks.py",
+    "tests/layers/test_layers_input.py",
+    "tests/layers/test_layers_dtype.py",
+    "tests/layers/test_layers_widths.py",
     "tests/layers/test_layers_state.py",
     "tests/layers/test_layers_every.py",
 )
@@ -200,7 +204,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "layers",
         ("fusedmlp/layers/feedforward.py", "fusedmlp/layers/parts/around.py"),
-        (*FEEDFORWARD, "tests/layers/test_layers_hooks.py", *LAYERS),
+        (*FEEDFORWARD, *LAYERS),
     ),
     Row(
         "layers",
