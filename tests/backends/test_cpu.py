@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fusedmlp
 from fusedmlp import layers, reference
 from fusedmlp.backends.cpu import binary as cpu_binary, grouped, routing as cpu_routing, trees
+from fusedmlp.backends.op import OPS
 from fusedmlp.hyperglu import HyperGLU, HyperGLUConfig
 from fusedmlp.testing import CASES
 from fusedmlp.testing.memory import kept_bytes
@@ -258,3 +259,56 @@ def test_what_blocks_keep():
     assert kept(fusedmlp.masked_gated_linear, x, first, masks) == 5
     with fusedmlp.backend("reference"):
         assert kept(fusedmlp.gated_mlp, x, first, draw(H, D), last) == 4
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_flops_of_every_case_are_those_of_its_op(name):
+    """Widths of which no two are alike."""
+    case, size = CASES[name], (3, 40, 24)
+    inputs = case.inputs(*size, torch.float32)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        case.run(inputs)
+    assert counter.get_total_flops() == OPS[case.op].products(case.shapes(*size))
+
+
+# Experts in use of 8, and the sizes of a gradient in float32: at 4 MiB, at 32 MiB and below them.
+FROM_SYSTEM = [(3, 512, 256, True), (4, 512, 256, False), (3, 511, 256, False), (1, 8, 8, False),
+               (8, 1024, 1024, True), (8, 1023, 1024, False)]  # fmt: skip
+
+
+@pytest.mark.parametrize("used, K, N, expected", FROM_SYSTEM)
+def test_which_gradients_are_zeros_of_the_system(used, K, N, expected, monkeypatch):
+    fresh, calls = grouped._fresh, []
+    monkeypatch.setattr(grouped, "_fresh", lambda *a: calls.append(a) or fresh(*a))
+    a, b = torch.randn(used, K), torch.randn(used, N)
+    offsets = torch.arange(10, dtype=torch.int32).clamp(max=used)
+    made = grouped._outer(a, b, offsets)
+    assert bool(calls) == expected
+    torch.testing.assert_close(made[:used], a.unsqueeze(2) * b.unsqueeze(1))
+    assert made.shape == (8, K, N) and not made[used:].any()
+
+
+@pytest.mark.parametrize("turned", (True, False))
+def test_a_gradient_of_experts_lies_as_its_weight(turned):
+    shape = (3, 4, 6) if turned else (3, 6, 4)
+    w = draw(*shape, grad=False)
+    w = (w.mT if turned else w).requires_grad_()
+    x, offsets = draw(5, 4), torch.tensor([0, 2, 2, 5, 5], dtype=torch.int32)
+    y = grouped.product(x, w, offsets)
+    expected = torch.cat([x[:2] @ w[0].T, x[2:] @ w[2].T])
+    torch.testing.assert_close(y, expected)
+    ours, theirs = (torch.autograd.grad(t.square().sum(), (x, w)) for t in (y, expected))
+    torch.testing.assert_close(ours, theirs)
+    assert ours[1].stride() == w.stride()
+
+
+def test_one_bit_weights_are_read_as_bits_unless_their_scales_have_a_gradient(monkeypatch):
+    calls, formula = [], reference.binary_linear
+    monkeypatch.setattr(
+        cpu_binary.reference, "binary_linear", lambda *a: calls.append(a) or formula(*a)
+    )
+    w, x = fusedmlp.quantize_binary(torch.randn(24, 128)), draw(2, 128, dtype=torch.float32)
+    for wanted in (False, True):
+        w.scales.requires_grad_(wanted)
+        fusedmlp.binary_linear(x, w)
+        assert bool(calls) == wanted
