@@ -23,6 +23,7 @@ from .patching import patch, patched, register_patch, unpatch
 from .patching.quantize import quantize_model
 from .patching.report import QuantizationReport
 from .reference import Routing, RoutingStats
+from .reference.lora import Adapter, Lora
 from .weights.binary import BinaryWeight, quantize_binary
 from .weights.gguf import read_gguf
 from .weights.masks import PackedMasks
@@ -37,6 +38,8 @@ __all__ = [
     "ReLU",
     "SiLU",
     "Sigmoid",
+    "Adapter",
+    "Lora",
     "Routing",
     "RoutingStats",
     "PackedMasks",

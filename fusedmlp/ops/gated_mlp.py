@@ -34,7 +34,9 @@ from ..backends.cpu import remade
 from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
+from ..check import lora as adapters
 from ..packing import Packed, join_pair, rows, split_pair, unrows
+from ..reference.lora import Lora
 from . import gated_act, gated_linear
 from .linear_act import product
 
@@ -107,6 +109,7 @@ def gated_mlp(
     activation: str = "silu",
     packed: Packed | None = None,
     recompute: bool = False,
+    lora: Lora | None = None,
 ) -> Tensor:
     """(act(x w_gate' + b_gate) * (x w_up' + b_up)) w_down' + b_down.
 
@@ -124,6 +127,8 @@ def gated_mlp(
             its gradient comes from one GEMM.
         recompute: save x alone for backward and run the first GEMM again there, instead of saving g
             and u: 2 M H values less, 4 M D H FLOPs more.
+        lora: `Lora(gate=, up=, down=)`, adapters of any of the three: a projection w x becomes
+            w x + scale b (a x), inside the same kernels. Of frozen weights no gradient is made.
 
     Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype).
 
@@ -149,18 +154,23 @@ def gated_mlp(
         x, w_gate, w_up, w_down, b_gate, b_up, b_down = check.cast(  # type: ignore[assignment]
             dtype, x, w_gate, w_up, w_down, b_gate, b_up, b_down
         )
+        lora = None if lora is None else adapters.cast(dtype, lora)
     check.like_x(
         OP, x, ("w_gate", "w_down"), w_gate=w_gate, w_up=w_up, w_down=w_down,
         b_gate=b_gate, b_up=b_up, b_down=b_down,
     )  # fmt: skip
     H = gated_linear.check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
     check.down(OP, "w_down", w_down, H, "b_down", b_down)
+    if lora is not None:
+        first, down = (H, x.shape[-1]), (w_down.shape[0], H)
+        adapters.check(OP, x, lora, {"gate": first, "up": first, "down": down})
     tensors = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     if choice.pick(OP, x) == "reference":
-        if not recompute and remade.keeps_less(*tensors):
+        if lora is None and not recompute and remade.keeps_less(*tensors):
             return remade.gated_mlp(*tensors, activation, packed)
-        again = recompute and check.wants_grad(*tensors)
-        return by_reference(reference.gated_mlp, *tensors, activation, packed, recompute=again)
+        again = recompute and check.wants_grad(*tensors, *adapters.tensors_of(lora))
+        arguments = (*tensors, activation, packed, lora)
+        return by_reference(reference.gated_mlp, *arguments, recompute=again)
     if check.wants_grad(*tensors):
         y = GatedMLPFunction.apply(rows(x), *tensors[1:], activation, packed, recompute)
     else:

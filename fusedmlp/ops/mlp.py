@@ -26,7 +26,9 @@ from ..backends.cpu import remade
 from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register
+from ..check import lora as adapters
 from ..packing import rows, unrows
+from ..reference.lora import Lora
 from . import linear_act
 
 OP = "mlp"
@@ -80,6 +82,7 @@ def mlp(
     *,
     activation: str = "gelu",
     recompute: bool = False,
+    lora: Lora | None = None,
 ) -> Tensor:
     """act(x w_in' + b_in) w_out' + b_out.
 
@@ -91,6 +94,8 @@ def mlp(
             parameters, as "elu(alpha=0.5)", but no gate: docs/gates.md.
         recompute: save x alone for backward and run the first GEMM again there, instead of saving
             its result: M H values less, 2 M D H FLOPs more.
+        lora: `Lora(up=, down=)`, adapters of w_in and w_out: a projection w x becomes
+            w x + scale b (a x), inside the same kernels. Of frozen weights no gradient is made.
 
     Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype).
 
@@ -110,15 +115,19 @@ def mlp(
         x, w_in, w_out, b_in, b_out = check.cast(  # type: ignore[assignment]
             dtype, x, w_in, w_out, b_in, b_out
         )
+        lora = None if lora is None else adapters.cast(dtype, lora)
     check.like_x(OP, x, ("w_in", "w_out"), w_in=w_in, w_out=w_out, b_in=b_in, b_out=b_out)
     H = linear_act.check_projection(OP, x, "w_in", w_in, "b_in", b_in, activation)
     check.down(OP, "w_out", w_out, H, "b_out", b_out)
+    if lora is not None:
+        sizes = {"up": (H, x.shape[-1]), "down": (w_out.shape[0], H)}
+        adapters.check(OP, x, lora, sizes)
     tensors = (x, w_in, w_out, b_in, b_out)
     if choice.pick(OP, x) == "reference":
-        if not recompute and remade.keeps_less(*tensors):
+        if lora is None and not recompute and remade.keeps_less(*tensors):
             return remade.mlp(*tensors, activation)
-        again = recompute and check.wants_grad(*tensors)
-        return by_reference(reference.mlp, *tensors, activation, recompute=again)
+        again = recompute and check.wants_grad(*tensors, *adapters.tensors_of(lora))
+        return by_reference(reference.mlp, *tensors, activation, lora, recompute=again)
     if check.wants_grad(*tensors):
         y = MLPFunction.apply(rows(x), *tensors[1:], activation, recompute)
     else:

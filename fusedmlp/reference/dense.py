@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..packing import Packed, halves
 from .activations import resolve
+from .lora import Lora, adapted
 from .rows import linear
 
 __all__ = [
@@ -57,10 +58,16 @@ def gated_mlp(
     b_down: Tensor | None = None,
     activation: str = "silu",
     packed: Packed | None = None,
+    lora: Lora | None = None,
 ) -> Tensor:
-    """gated_linear(x) w_down' + b_down."""
-    h = gated_linear(x, w_gate, w_up, b_gate, b_up, activation, packed)
-    return linear(h, w_down, b_down)
+    """gated_linear(x) w_down' + b_down; an adapter adds scale b (a x) to its projection."""
+    if lora is None:
+        h = gated_linear(x, w_gate, w_up, b_gate, b_up, activation, packed)
+        return linear(h, w_down, b_down)
+    g = linear(x, w_gate, b_gate)
+    g, u = (g, linear(x, w_up, b_up)) if w_up is not None else halves(g, packed)  # type: ignore[arg-type]
+    h = gated_act(adapted(g, x, lora.gate), adapted(u, x, lora.up), activation)
+    return adapted(linear(h, w_down, b_down), h, lora.down)
 
 
 def linear_act(x: Tensor, w: Tensor, b: Tensor | None = None, activation: str = "gelu") -> Tensor:
@@ -75,6 +82,11 @@ def mlp(
     b_in: Tensor | None = None,
     b_out: Tensor | None = None,
     activation: str = "gelu",
+    lora: Lora | None = None,
 ) -> Tensor:
-    """linear_act(x) w_out' + b_out."""
-    return linear(linear_act(x, w_in, b_in, activation), w_out, b_out)
+    """linear_act(x) w_out' + b_out; an adapter adds scale b (a x) to its projection."""
+    if lora is None:
+        return linear(linear_act(x, w_in, b_in, activation), w_out, b_out)
+    row, scalars = resolve(activation)
+    h = row.reference(adapted(linear(x, w_in, b_in), x, lora.up), *scalars)
+    return adapted(linear(h, w_out, b_out), h, lora.down)
