@@ -491,7 +491,10 @@ def _key_of(launcher: Callable[..., Any]) -> tuple[Callable[..., Any], frozenset
     lines.append(f"float32_by = precision() if {' or '.join(tensors)} else None")
     lines.append(f"return {', '.join([*parts, 'float32_by'])}")
     star = inspect.Parameter.VAR_POSITIONAL
-    given = ", ".join(f"{'*' * (p.kind is star)}a{i}" for i, p in enumerate(parameters.values()))
+    given = ", ".join(
+        f"{'*' * (p.kind is star)}a{i}{'=None' * (p.default is None)}"  # torch drops defaults
+        for i, p in enumerate(parameters.values())
+    )
     source = f"def key(driver, device, {given}):\n" + "".join(f"    {line}\n" for line in lines)
     made: dict[str, Any] = {}
     names = {

@@ -4,6 +4,8 @@ so that every multiprocessor has work; they lie in float32 and are summed in a f
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,7 +15,32 @@ from .activations import act_of
 from .arch.tile import Tile, cdiv
 from .epilogues import store_fwd
 from .plans import noted
-from .tiles import compiler_options, load_tile, multiply, precision, store_tile, unweave
+from .tiles import (
+    add_low_rank,
+    compiler_options,
+    load_tile,
+    low_rank_of,
+    multiply,
+    precision,
+    store_tile,
+    unweave,
+)
+
+
+# x a' of gate's and up's adapters, (M, r) and scaled, and their b (H, r).
+Adapters = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+NO_ADAPTERS: Adapters = (None, None, None, None)
+
+
+def adapted(adapters: Adapters) -> dict[str, Any]:
+    """Arguments of a forward kernel; none without adapters, so that it is the same kernel."""
+    t_gate, t_up, low_gate, low_up = adapters
+    if t_gate is None and t_up is None:
+        return {}
+    return {
+        "t_gate": t_gate, "t_up": t_up, "low_gate": low_gate, "low_up": low_up,
+        "sizes_gate": low_rank_of(t_gate, low_gate), "sizes_up": low_rank_of(t_up, low_up),
+    }  # fmt: skip
 
 
 @triton.jit
@@ -83,6 +110,13 @@ def reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     GATED: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
+    t_gate=None,
+    t_up=None,
+    low_gate=None,
+    low_up=None,
+    sizes_gate=None,
+    sizes_up=None,
 ):
     """Sum the parts, always in the same order, then finish as _fwd_kernel does."""
     n0 = tl.program_id(0) * BLOCK_N
@@ -95,6 +129,13 @@ def reduce_kernel(
             parts_ptr += size
             acc_u += load_tile(parts_ptr, H, 1, 0, n0, M, H, BLOCK_M, BLOCK_N, False)
         parts_ptr += size
+    acc_g = add_low_rank(
+        acc_g, t_gate, low_gate, sizes_gate, 0, n0, M, H, BLOCK_M, BLOCK_N, PRECISION
+    )
+    if GATED:
+        acc_u = add_low_rank(
+            acc_u, t_up, low_up, sizes_up, 0, n0, M, H, BLOCK_M, BLOCK_N, PRECISION
+        )
     store_fwd(
         acc_g, acc_u, b_gate_ptr, b_up_ptr, h, g, u, 0, n0, M, H,
         stride_hm, stride_gm, stride_bg, stride_bu,
@@ -116,6 +157,7 @@ def launch_split(
     u: Tensor | None,
     strides: tuple[int, ...],
     activation: str,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> None:
     """What gated_linear.launch_fwd does, in `splits` parts of K. interleaved: w_gate (2H, D) holds
     both. strides: of h, g, b_gate, b_up."""
@@ -134,7 +176,10 @@ def launch_split(
         PRECISION=precision(x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
     )  # fmt: skip
+    of_adapters = adapted(adapters)
+    if of_adapters:
+        of_adapters["PRECISION"] = precision(x.dtype)
     noted(reduce_kernel)[columns,](
         parts, b_gate, b_up, h, g, u, M, H, splits, *strides,
-        **act_of(activation), GATED=gated, **shared,
+        **act_of(activation), GATED=gated, **shared, **of_adapters,
     )  # fmt: skip

@@ -22,6 +22,8 @@ from .maps import doubtful
 
 # Triton's interpreter neither multiplies bf16 nor rounds to it as a GPU does (kernels/README.md).
 INTERPRETED = tl.constexpr(_interpreted)
+# Columns of an adapter that a step multiplies.
+RANK_STEP = tl.constexpr(32)
 
 
 @triton.constexpr_function
@@ -214,6 +216,34 @@ def multiply(
 
 
 @triton.jit
+def add_low_rank(
+    acc,
+    t,
+    b,
+    sizes,
+    m0,
+    n0,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """acc + t b' of one tile, where t (M, r) and b (N, r) are an adapter's; acc where t is None.
+    sizes: r, the row stride of t, and both strides of b. The loop is short: nothing is loaded
+    ahead, which would take shared memory beside the tiles'."""
+    if t is not None:
+        r, stride_tm, stride_bn, stride_bk = sizes
+        for k in tl.range(0, r, RANK_STEP, num_stages=1):
+            left = load_tile(t, stride_tm, 1, m0, k, M, r, BLOCK_M, RANK_STEP, False)
+            right = load_weight(
+                b, stride_bn, stride_bk, n0, k, N, r, BLOCK_N, RANK_STEP, False, True, True
+            )
+            acc = dot(left, right, acc, PRECISION)
+    return acc
+
+
+@triton.jit
 def multiply_stacked(
     x,
     w,
@@ -365,6 +395,15 @@ def rows_of(t: Tensor | None, block_r: int, block_c: int, tma: bool) -> Any:
 def slices_of(t: Tensor | None, block_r: int, block_c: int, tma: bool) -> Any:
     """A contiguous (n, R, C) stack of matrices as a kernel takes it."""
     return t if t is None or not tma else descriptor_of(t, [1, block_r, block_c])
+
+
+def low_rank_of(t: Tensor | None, b: Tensor | None) -> tuple[int, ...] | None:
+    """`sizes` of add_low_rank."""
+    if t is None or b is None:
+        return None
+    if t.stride(1) != 1 and t.shape[1] > 1:
+        raise AssertionError("an adapter's product x a' has contiguous columns")
+    return t.shape[1], t.stride(0), *b.stride()
 
 
 def weight_of(

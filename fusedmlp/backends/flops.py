@@ -40,6 +40,11 @@ def rows_times(*weights: str) -> Callable[[Shapes], int]:
     return flops
 
 
+def lora_names(*projections: str) -> tuple[str, ...]:
+    """a and b of these projections' adapters, as shapes are named."""
+    return tuple(f"lora_{p}_{part}" for p in projections for part in "ab")
+
+
 def _rank(c: Shape | None) -> int:
     return 0 if c is None else c[-1]
 

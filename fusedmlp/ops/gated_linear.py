@@ -78,6 +78,7 @@ def _fwd_fake(
     activation: str,
     want_h: bool,
     want_gu: bool,
+    *adapters: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return empty_gated(x, x.shape[0], w_gate.shape[0], want_h, want_gu)
 
@@ -90,31 +91,36 @@ def _bwd_fake(
     packed: Packed | None,
     want_h: bool,
     want_db: bool,
+    *adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dgu, h = _triton.gated_linear_grads(dy, w_down, packed, want_h)
     return dgu, h, dy.new_empty((2 if want_db else 0, w_down.shape[1]))
 
 
-# x (M, D) -> h (M, H) and gu (2, M, H), each with M = 0 if not wanted.
+# x (M, D) -> h (M, H) and gu (2, M, H), each with M = 0 if not wanted. An adapter adds t low',
+# t (M, r) and low (H, r).
 fwd = library.define(
     "gated_linear_fwd(Tensor x, Tensor w_gate, Tensor w_up, Tensor? b_gate, Tensor? b_up, "
-    "str activation, bool want_h, bool want_gu) -> (Tensor, Tensor)",
+    "str activation, bool want_h, bool want_gu, Tensor? t_gate=None, Tensor? t_up=None, "
+    "Tensor? low_gate=None, Tensor? low_up=None) -> (Tensor, Tensor)",
     _triton.gated_linear_fwd,
     _fwd_fake,
-    flops=lambda x, w_gate, w_up, *_: 2 * x[0] * (prod(w_gate) + prod(w_up)),
+    flops=lambda x, w_gate, w_up, *rest: (
+        2 * x[0] * (prod(w_gate) + prod(w_up) + sum(prod(low) for low in rest[7:] if low))
+    ),
     result="MH",
     cuda=Cuda(cuda_gated_linear.gated_linear_fwd, HOPPER_AND_NEWER, few_rows=False),
     cutlass=by_cutlass.gated_linear_fwd,
     launches=(launches.GATED_FWD,),
 )
 # dy (M, D), w_down (D, H) -> with dh = dy w_down: dgu, h, and the column sums of dg and of du,
-# (2, H).
+# (2, H). An adapter adds t low' to dh.
 bwd = library.define(
     "gated_linear_bwd(Tensor dy, Tensor w_down, Tensor gu, str activation, str? packed, "
-    "bool want_h, bool want_db) -> (Tensor, Tensor, Tensor)",
+    "bool want_h, bool want_db, Tensor? t=None, Tensor? low=None) -> (Tensor, Tensor, Tensor)",
     _triton.gated_linear_bwd,
     _bwd_fake,
-    flops=lambda dy, w_down, *_: 2 * dy[0] * prod(w_down),
+    flops=lambda dy, w_down, *rest: 2 * dy[0] * sum(map(prod, (w_down, *rest[6:]))),
     result="MH",
     cuda=Cuda(cuda_gated_linear.gated_linear_bwd, HOPPER_AND_NEWER),
     launches=(launches.GATED_BWD,),

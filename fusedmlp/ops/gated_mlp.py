@@ -32,13 +32,14 @@ from .. import check, reference
 from ..backends import choice
 from ..backends.cpu import remade
 from ..backends.derivatives import by_reference, differentiable, save
-from ..backends.flops import rows_times
+from ..backends.flops import lora_names, rows_times
 from ..backends.op import Op, kernel, register
 from ..check import lora as adapters
 from ..packing import Packed, join_pair, rows, split_pair, unrows
 from ..reference.lora import Lora
 from . import gated_act, gated_linear
 from .linear_act import product
+from .lora import adapted_block
 
 OP = "gated_mlp"
 
@@ -171,7 +172,9 @@ def gated_mlp(
         again = recompute and check.wants_grad(*tensors, *adapters.tensors_of(lora))
         arguments = (*tensors, activation, packed, lora)
         return by_reference(reference.gated_mlp, *arguments, recompute=again)
-    if check.wants_grad(*tensors):
+    if lora is not None:
+        y = adapted_block(tensors, lora, activation, packed, False, recompute)
+    elif check.wants_grad(*tensors):
         y = GatedMLPFunction.apply(rows(x), *tensors[1:], activation, packed, recompute)
     else:
         h, _ = gated_linear.project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)
@@ -186,7 +189,7 @@ register(
         reference.gated_mlp,
         forward=(kernel(gated_linear.fwd),),
         backward=(kernel(gated_linear.bwd),),
-        flops=rows_times("w_gate", "w_up", "w_down"),
-        remade=rows_times("w_gate", "w_up"),
+        flops=rows_times("w_gate", "w_up", "w_down", *lora_names("gate", "up", "down")),
+        remade=rows_times("w_gate", "w_up", "lora_gate_b", "lora_up_b"),
     )
 )

@@ -49,13 +49,25 @@ def check_projection(
 
 
 def _fwd_fake(
-    x: Tensor, w: Tensor, b: Tensor | None, activation: str, want_h: bool, want_z: bool
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    activation: str,
+    want_h: bool,
+    want_z: bool,
+    *adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return _triton.linear_act_results(x, w, want_h, want_z)
 
 
 def _bwd_fake(
-    dy: Tensor, w_out: Tensor, z: Tensor, activation: str, want_h: bool, want_db: bool
+    dy: Tensor,
+    w_out: Tensor,
+    z: Tensor,
+    activation: str,
+    want_h: bool,
+    want_db: bool,
+    *adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dz, h = _triton.linear_act_grads(dy, w_out, want_h)
     return dz, h, dy.new_empty((1 if want_db else 0, w_out.shape[1]))
@@ -71,11 +83,11 @@ def _h_fake(z: Tensor, activation: str) -> Tensor:
 
 # x (M, D) -> h (M, H) and z (M, H), each with M = 0 if not wanted.
 fwd = library.define(
-    "linear_act_fwd(Tensor x, Tensor w, Tensor? b, str activation, bool want_h, bool want_z) "
-    "-> (Tensor, Tensor)",
+    "linear_act_fwd(Tensor x, Tensor w, Tensor? b, str activation, bool want_h, bool want_z, "
+    "Tensor? t=None, Tensor? low=None) -> (Tensor, Tensor)",
     _triton.linear_act_fwd,
     _fwd_fake,
-    flops=lambda x, w, *_: 2 * x[0] * prod(w),
+    flops=lambda x, w, *rest: 2 * x[0] * sum(map(prod, (w, *rest[5:]))),
     result="MH",
     cuda=Cuda(cuda_gated_linear.linear_act_fwd, HOPPER_AND_NEWER, few_rows=False),
     cutlass=by_cutlass.linear_act_fwd,
@@ -83,11 +95,11 @@ fwd = library.define(
 )
 # dy (M, D), w_out (D, H) -> with dh = dy w_out: dz, h and the column sums of dz (1, H).
 bwd = library.define(
-    "linear_act_bwd(Tensor dy, Tensor w_out, Tensor z, str activation, bool want_h, bool want_db) "
-    "-> (Tensor, Tensor, Tensor)",
+    "linear_act_bwd(Tensor dy, Tensor w_out, Tensor z, str activation, bool want_h, bool want_db, "
+    "Tensor? t=None, Tensor? low=None) -> (Tensor, Tensor, Tensor)",
     _triton.linear_act_bwd,
     _bwd_fake,
-    flops=lambda dy, w_out, *_: 2 * dy[0] * prod(w_out),
+    flops=lambda dy, w_out, *rest: 2 * dy[0] * sum(map(prod, (w_out, *rest[5:]))),
     result="MH",
     cuda=Cuda(cuda_gated_linear.linear_act_bwd, HOPPER_AND_NEWER),
     launches=(launches.PLAIN_BWD,),

@@ -24,12 +24,13 @@ from .. import check, reference
 from ..backends import choice
 from ..backends.cpu import remade
 from ..backends.derivatives import by_reference, differentiable, save
-from ..backends.flops import rows_times
+from ..backends.flops import lora_names, rows_times
 from ..backends.op import Op, kernel, register
 from ..check import lora as adapters
 from ..packing import rows, unrows
 from ..reference.lora import Lora
 from . import linear_act
+from .lora import adapted_block
 
 OP = "mlp"
 
@@ -128,7 +129,10 @@ def mlp(
             return remade.mlp(*tensors, activation)
         again = recompute and check.wants_grad(*tensors, *adapters.tensors_of(lora))
         return by_reference(reference.mlp, *tensors, activation, lora, recompute=again)
-    if check.wants_grad(*tensors):
+    if lora is not None:
+        block = (x, w_in, None, w_out, b_in, None, b_out)
+        y = adapted_block(block, lora, activation, None, True, recompute)
+    elif check.wants_grad(*tensors):
         y = MLPFunction.apply(rows(x), *tensors[1:], activation, recompute)
     else:
         h, _ = linear_act.fwd(rows(x), w_in, b_in, activation, True, False)
@@ -143,7 +147,7 @@ register(
         reference.mlp,
         forward=(kernel(linear_act.fwd),),
         backward=(kernel(linear_act.bwd),),
-        flops=rows_times("w_in", "w_out"),
-        remade=rows_times("w_in"),
+        flops=rows_times("w_in", "w_out", *lora_names("up", "down")),
+        remade=rows_times("w_in", "lora_up_b"),
     )
 )

@@ -28,13 +28,15 @@ from ..arch.tile import finer, unboxed
 from ..epilogues import store_bwd, store_fwd, sums_rows
 from ..pick import LAST, pick_splits, pick_tile
 from ..plans import noted
-from ..skinny import launch_split
+from ..skinny import NO_ADAPTERS, Adapters, adapted, launch_split
 from ..stacked import Stacked, run, stacked_of
 from ..tiles import (
+    add_low_rank,
     column_parts,
     fit_of,
     gemm_options,
     grid_of,
+    low_rank_of,
     multiply,
     multiply_stacked,
     precision,
@@ -84,13 +86,21 @@ def _fwd_kernel(
     INTERLEAVED: tl.constexpr,
     MASK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    t_gate=None,
+    t_up=None,
+    low_gate=None,
+    low_up=None,
+    sizes_gate=None,
+    sizes_up=None,
 ):
+    # t_gate low_gate', t_up low_up': what adapters add. Without them nothing is compiled for them.
+    ADAPTED: tl.constexpr = t_gate is not None or t_up is not None
     GATED: tl.constexpr = STACKED or INTERLEAVED or w_up is not None
     # INTERLEAVED: w_gate holds both, and the accumulator the columns of g and u in turn.
     TURNS: tl.constexpr = 2 if INTERLEAVED else 1
     # Flattened into one loop, the next tile's loads run under this one's epilogue. With two
     # accumulators ptxas then waits after every wgmma (kernels/README.md).
-    FLATTEN: tl.constexpr = TMA and w_up is None
+    FLATTEN: tl.constexpr = TMA and w_up is None and not ADAPTED
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(H, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
@@ -112,11 +122,23 @@ def _fwd_kernel(
                 TMA, GATE_K_MAJOR, UP_K_MAJOR, MASK_K, PRECISION,
             )  # fmt: skip
         PART: tl.constexpr = BLOCK_N // SUBTILES
-        parts_g = column_parts(acc_g, BLOCK_M, TURNS * BLOCK_N, SUBTILES)
-        parts_u = column_parts(acc_u, BLOCK_M, TURNS * BLOCK_N, SUBTILES)
+        WOVEN: tl.constexpr = INTERLEAVED and not ADAPTED
+        WIDTH: tl.constexpr = 2 * BLOCK_N if WOVEN else BLOCK_N
+        if ADAPTED:
+            if INTERLEAVED:
+                acc_g, acc_u = unweave(acc_g, BLOCK_M, BLOCK_N)
+            acc_g = add_low_rank(
+                acc_g, t_gate, low_gate, sizes_gate, m0, n0, M, H, BLOCK_M, BLOCK_N, PRECISION
+            )
+            if GATED:
+                acc_u = add_low_rank(
+                    acc_u, t_up, low_up, sizes_up, m0, n0, M, H, BLOCK_M, BLOCK_N, PRECISION
+                )
+        parts_g = column_parts(acc_g, BLOCK_M, WIDTH, SUBTILES)
+        parts_u = column_parts(acc_u, BLOCK_M, WIDTH, SUBTILES)
         for i in tl.static_range(SUBTILES):
             part_g, part_u = parts_g[i], parts_u[i]
-            if INTERLEAVED:
+            if WOVEN:
                 part_g, part_u = unweave(part_g, BLOCK_M, PART)
             store_fwd(
                 part_g, part_u, b_gate_ptr, b_up_ptr, h, g, u, m0, n0 + i * PART, M, H,
@@ -158,11 +180,15 @@ def _bwd_kernel(
     DOWN_K_MAJOR: tl.constexpr,
     MASK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    t=None,
+    low=None,
+    sizes=None,
 ):
     GATED: tl.constexpr = u is not None
+    FLATTEN: tl.constexpr = TMA and t is None
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(H, BLOCK_N)
-    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=TMA):
+    for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0), flatten=FLATTEN):
         tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N
@@ -173,6 +199,7 @@ def _bwd_kernel(
             m0, n0, 0, D, M, H, D,
             BLOCK_M, BLOCK_N, BLOCK_K, TMA, DOWN_K_MAJOR, True, MASK_K, PRECISION,
         )  # fmt: skip
+        dh = add_low_rank(dh, t, low, sizes, m0, n0, M, H, BLOCK_M, BLOCK_N, PRECISION)
         store_bwd(
             dh, g, u, dg, du, h, sums_ptr, tile_m, tiles_m, m0, n0, M, H,
             stride_gm, stride_gh, stride_dgm, stride_hm, scalars, ACT, UP,
@@ -191,6 +218,7 @@ def launch_fwd(
     g: Tensor | None,
     u: Tensor | None,
     activation: str,
+    adapters: Adapters = NO_ADAPTERS,
 ) -> None:
     """Fill whichever of h, g, u (M, H) are given. `kernel` names the row of tiles."""
     M, D = x.shape
@@ -207,7 +235,7 @@ def launch_fwd(
     if tile.skinny and (splits := pick_splits(tile, x, H, D)) > 1:
         launch_split(
             tile, splits, x, w_gate, w_up, turns is not None, b_gate, b_up, h, g, u, strides,
-            activation,
+            activation, adapters,
         )  # fmt: skip
         return
     block_n = tile.block_n
@@ -226,7 +254,7 @@ def launch_fwd(
             M, H, D, *x.stride(), *gate_strides, *up_strides, *strides,
             **act_of(activation), GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major,
             STACKED=both is not None, UP_FIRST=both is not None and both.second_first,
-            INTERLEAVED=turns is not None, **options,
+            INTERLEAVED=turns is not None, **options, **adapted(adapters),
         )  # fmt: skip
 
     both = None
@@ -246,9 +274,11 @@ def launch_bwd(
     h: Tensor | None,
     want_db: bool,
     activation: str,
+    t: Tensor | None = None,
+    low: Tensor | None = None,
 ) -> Tensor:
     """Fill dg, du and, if given, h (M, H); returns the column sums of dg and du (1 or 2 or 0, H).
-    With u, but du None, dg (M, 2H) takes both, interleaved."""
+    With u, but du None, dg (M, 2H) takes both, interleaved. dh gains t low', t (M, r)."""
     M, D = dy.shape
     H = w_down.shape[1]
     halves = 1 if u is None else 2
@@ -268,11 +298,12 @@ def launch_bwd(
     du_out, h_out = (rows_of(t, tile.block_m, block_out, tile.tma) for t in (du, h))
     dg_out = rows_of(dg, tile.block_m, block_out * dg.shape[1] // H, tile.tma)
     options = gemm_options(tile, D % tile.block_k != 0, precision(dy.dtype))
+    of_adapter = {} if t is None else {"t": t, "low": low, "sizes": low_rank_of(t, low)}
     noted(_bwd_kernel)[grid_of(tile, dy, M, H)](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), down,
         g_in, u_in, dg_out, du_out, h_out, sums,
         M, H, D, *dy.stride(), *down_strides, *g.stride(), dg.stride(0), H,
-        **act, DOWN_K_MAJOR=k_major, **options,
+        **act, DOWN_K_MAJOR=k_major, **options, **of_adapter,
     )  # fmt: skip
     return dy.new_empty((0, H)) if sums is None else sums.sum(1).to(dy.dtype)
 
@@ -286,12 +317,17 @@ def gated_linear_fwd(
     activation: str,
     want_h: bool,
     want_gu: bool,
+    t_gate: Tensor | None = None,
+    t_up: Tensor | None = None,
+    low_gate: Tensor | None = None,
+    low_up: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     h, gu = empty_gated(x, x.shape[0], w_gate.shape[0], want_h, want_gu)
     g, u = split_pair(gu, None) if want_gu else (None, None)
     launch_fwd(
-        "gated_linear_fwd", x, w_gate, w_up, b_gate, b_up, h if want_h else None, g, u, activation
-    )
+        "gated_linear_fwd", x, w_gate, w_up, b_gate, b_up, h if want_h else None, g, u, activation,
+        (t_gate, t_up, low_gate, low_up),
+    )  # fmt: skip
     return h, gu
 
 
@@ -311,10 +347,12 @@ def gated_linear_bwd(
     packed: Packed | None,
     want_h: bool,
     want_db: bool,
+    t: Tensor | None = None,
+    low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     g, u = split_pair(gu, None)
     dgu, h = gated_linear_grads(dy, w_down, packed, want_h)
     dg, du = (dgu, None) if packed == "interleaved" else split_pair(dgu, packed)
     rows = (g, u, dg, du, h if want_h else None)
-    db = launch_bwd("gated_linear_bwd", dy, w_down, *rows, want_db, activation)
+    db = launch_bwd("gated_linear_bwd", dy, w_down, *rows, want_db, activation, t, low)
     return dgu, h, db

@@ -22,22 +22,37 @@ def linear_act_grads(dy: Tensor, w_out: Tensor, want_h: bool) -> tuple[Tensor, T
 
 
 def linear_act_fwd(
-    x: Tensor, w: Tensor, b: Tensor | None, activation: str, want_h: bool, want_z: bool
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    activation: str,
+    want_h: bool,
+    want_z: bool,
+    t: Tensor | None = None,
+    low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     h, z = linear_act_results(x, w, want_h, want_z)
     launch_fwd(
         "linear_act_fwd", x, w, None, b, None,
         h if want_h else None, z if want_z else None, None, activation,
+        (t, None, low, None),
     )  # fmt: skip
     return h, z
 
 
 def linear_act_bwd(
-    dy: Tensor, w_out: Tensor, z: Tensor, activation: str, want_h: bool, want_db: bool
+    dy: Tensor,
+    w_out: Tensor,
+    z: Tensor,
+    activation: str,
+    want_h: bool,
+    want_db: bool,
+    t: Tensor | None = None,
+    low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dz, h = linear_act_grads(dy, w_out, want_h)
     rows = (z, None, dz, None, h if want_h else None)
-    db = launch_bwd("linear_act_bwd", dy, w_out, *rows, want_db, activation)
+    db = launch_bwd("linear_act_bwd", dy, w_out, *rows, want_db, activation, t, low)
     return dz, h, db
 
 
