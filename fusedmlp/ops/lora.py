@@ -26,6 +26,7 @@ from .. import reference
 from ..backends.derivatives import differentiable, save
 from ..check import wants_grad
 from ..check.lora import tensors_of
+from ..invariance import invariant
 from ..packing import Packed, halves, join_pair, rows, split_pair
 from ..reference.lora import Adapter, Lora
 from . import gated_act, gated_linear, linear_act
@@ -211,6 +212,11 @@ def adapted_block(
     recompute: bool,
 ) -> Tensor:
     """The block of x to b_down on the kernels, (M, D_out)."""
+    if invariant():
+        raise RuntimeError(
+            f"{'mlp' if plain else 'gated_mlp'}: lora must be None inside batch_invariant(), whose "
+            "products a x are PyTorch's, got adapters; merge them, or use backend('reference')"
+        )
     if plain:
         lora = Lora(gate=lora.up, down=lora.down)
     assert block[0] is not None

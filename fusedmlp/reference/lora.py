@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
+
+from .rows import linear
 
 
 class Adapter(NamedTuple):
@@ -54,4 +55,4 @@ def adapted(y: Tensor, x: Tensor, adapter: Adapter | None) -> Tensor:
     """y + scale b (a x), of y = w x."""
     if adapter is None:
         return y
-    return y + adapter.scale * F.linear(F.linear(x, adapter.a), adapter.b)
+    return y + adapter.scale * linear(linear(x, adapter.a), adapter.b)
