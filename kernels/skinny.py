@@ -26,7 +26,6 @@ from .tiles import (
     unweave,
 )
 
-
 # x a' of gate's and up's adapters, (M, r) and scaled, and their b (H, r).
 Adapters = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 NO_ADAPTERS: Adapters = (None, None, None, None)

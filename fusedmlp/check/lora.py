@@ -40,7 +40,10 @@ def _adapter(op: str, x: Tensor, name: str, adapter: Adapter, rows: int, columns
     a, b, scale = adapter
     for part, t in (("a", a), ("b", b)):
         if not isinstance(t, Tensor):
-            raise TypeError(f"{op}: {name}.{part} must be a Tensor, got {type(t).__name__}")
+            raise TypeError(
+                f"{op}: {name}.{part} must be a Tensor, got {type(t).__name__}; an "
+                "adapter has both a and b"
+            )
         if t.dtype != x.dtype:
             raise TypeError(
                 f"{op}: {name}.{part} must have x's dtype {x.dtype}, got {t.dtype}; cast it by "

@@ -70,13 +70,48 @@ def _interleaved_fwd() -> Iterator[Extra]:
         pairs = halves(w, "interleaved", 0), halves(b, "interleaved")
         return new(m, w.shape[1]), *pairs[0], *pairs[1], "silu", True, True
 
+    yield from _adapted_fwd()
     yield from calls(gated_linear_fwd, {"interleaved": arguments(new(2 * H, D), M, new(2 * H))})
     for kind, (m, d, h) in _KINDS.items():
         turned = arguments(new(d, 2 * h).t(), m, new(2 * h))
         yield from calls(gated_linear_fwd, {f"interleaved transposed{kind}": turned})
 
 
+RANK = 16
+
+
+def _adapted_fwd() -> Iterator[Extra]:
+    """Adapters of gate and up, whose products are halves of one tensor."""
+    for kind, (m, d, h) in _KINDS.items():
+        x, w, low = new(m, d), new(2 * h, d).chunk(2), new(h, RANK)
+        t = new(m, 2 * RANK).chunk(2, 1)
+        arguments = (x, *w, None, None, "silu", True, True, *t, low, low)
+        yield from calls(gated_linear_fwd, {f"adapted{kind}": arguments})
+
+
+def _adapted_bwd() -> Iterator[Extra]:
+    for kind, (m, d, h) in _KINDS.items():
+        adapter = new(m, RANK), new(RANK, h).t()
+        arguments = (new(m, d), new(d, h), new(2, m, h), "silu", None, True, True, *adapter)
+        yield from calls(gated_linear_bwd, {f"adapted{kind}": arguments})
+
+
+def _adapted_plain_fwd() -> Iterator[Extra]:
+    for kind, (m, d, h) in _KINDS.items():
+        adapter = new(m, RANK), new(h, RANK)
+        arguments = (new(m, d), new(h, d), None, "gelu", True, True, *adapter)
+        yield from calls(linear_act_fwd, {f"adapted{kind}": arguments})
+
+
+def _adapted_plain_bwd() -> Iterator[Extra]:
+    for kind, (m, d, h) in _KINDS.items():
+        adapter = new(m, RANK), new(RANK, h).t()
+        arguments = (new(m, d), new(d, h), new(m, h), "gelu", True, True, *adapter)
+        yield from calls(linear_act_bwd, {f"adapted{kind}": arguments})
+
+
 def _interleaved_bwd() -> Iterator[Extra]:
+    yield from _adapted_bwd()
     for kind, (m, d, h) in _KINDS.items():
         arguments = (new(m, d), new(d, h), new(2, m, h), "silu", "interleaved", True, True)
         yield from calls(gated_linear_bwd, {f"interleaved{kind}": arguments})
@@ -143,10 +178,12 @@ GATED_BWD = Launch(
 PLAIN_FWD = Launch(
     "linear_act_fwd", _plain_fwd, lambda M, D, H: {"x": (M, D), "w": (H, D), "b": (H,)},
     SIZE, RAGGED, _plain_fwd_reference, activated=True, gated=False, odd=sizes_of_one(*SIZE),
+    everywhere=_adapted_plain_fwd,
 )  # fmt: skip
 PLAIN_BWD = Launch(
     "linear_act_bwd", _plain_bwd, lambda M, D, H: {"dy": (M, D), "w_down": (D, H), "z": (M, H)},
     SIZE, RAGGED, _plain_bwd_reference, activated=True, gated=False, odd=sizes_of_one(*SIZE),
+    everywhere=_adapted_plain_bwd,
 )  # fmt: skip
 
 
