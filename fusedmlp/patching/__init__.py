@@ -16,6 +16,7 @@ too, and cannot be pickled.
 | `trace.py` | a method as a graph, the module left as it was |
 | `names.py`, `compiled.py` | runs of statements, and a method with one cut out |
 | `projection.py`, `around.py` | which projections are read, and which are called |
+| `lora.py` | PEFT's LoRA layers as adapters of a fused call |
 | `routed.py` | which of a router's tensors a block of experts uses for what |
 | `steps.py` | dropout, norms and sums that a plan takes before, in and behind the fused call |
 | `kept.py` | what a fused call passes by, and whether it is still there |

@@ -4,6 +4,7 @@ the activation.
 | projections | gated | plain |
 |---|---|---|
 | all are read | gated_mlp | mlp |
+| some are PEFT's LoRA layers (lora.py) | gated_mlp with lora= | mlp with lora= |
 | something stands between | gated_linear, that, linear | linear_act, that, linear |
 | `down` is called | gated_linear, that, down | linear_act, that, down |
 | one before the activation is called | gate, up, gated_act, that, down | all as they are |
@@ -39,6 +40,7 @@ from ..ops.mlp import mlp
 from ..packing import Packed
 from ..reference.activations import resolve
 from .compiled import RUN, around_run, run_of
+from .lora import describe as adapters_of, lora_of, part, refusal
 from .names import Cut
 from .plan import Plan, child, passed_by
 from .projection import called, is_projection, local, read
@@ -94,7 +96,8 @@ class Dense(Plan):
     def spared(self, module: nn.Module) -> int:
         if not self.recompute:
             return 0
-        w = [p for path in self.first if (p := read(child(module, path))) is not None]
+        like = next(module.parameters())
+        w = [p for path in self.first if (p := part(child(module, path), like)) is not None]
         # g and u: a value each for every row of both weights, or of the packed one.
         return sum(part[0].shape[0] * part[0].itemsize for part in w)
 
@@ -112,7 +115,11 @@ class Dense(Plan):
         return run_of(own, self.cut)
 
     def way(self, module: nn.Module) -> tuple[str | None, str]:
-        reasons = {path: called(child(module, path)) for path in self.may_call()}
+        parts = {path: child(module, path) for path in self.may_call()}
+        reasons = {path: refusal(projection) for path, projection in parts.items()}
+        if self._works_between(module) or any(reasons.values()):
+            # The calls of a part have no adapters, so each layer that has one is called.
+            reasons = {path: reasons[path] or called(m) for path, m in parts.items()}
         because = ", ".join(f"{path} {reason}" for path, reason in reasons.items() if reason)
         if not because:
             return self.op, ""
@@ -122,6 +129,14 @@ class Dense(Plan):
         if self.gated:
             return "gated_act", f"{because}, so projections are called and fused up to act(g) * u"
         return None, f"{because}, so it is called, and an activation alone has nothing to fuse with"
+
+    def notes(self, module: nn.Module) -> str:
+        if self.way(module)[1]:
+            return ""
+        return adapters_of({path: child(module, path) for path in self.may_call()})
+
+    def _works_between(self, module: nn.Module) -> list[Step]:
+        return [step for step in self.between if not idle(step, module)]
 
     def obstacle(self, module: nn.Module) -> str | None:
         read_ = [read(child(module, path)) for path in self.first]
@@ -158,29 +173,51 @@ class Dense(Plan):
         first, down = [child(module, path) for path in self.first], child(module, self.down)
         apart, last = [read(projection) for projection in first], read(down)
         whole = None not in apart
-        if (last is None or not whole) and getattr(module, "_split", None) is not None:
-            self._refuse(module)
-        steps = [step for step in self.between if not idle(step, module)]
+        steps = self._works_between(module)
+        if last is None or not whole:
+            if getattr(module, "_split", None) is not None:
+                self._refuse(module)
+            if not steps and (y := self._adapted(first, down, x, bias)) is not None:
+                return y
         if not whole:
             h = self._behind(*(projection(x) for projection in first))
         else:
-            w, b = zip(*apart, strict=True)
-            options: Any = {"activation": self.activation}
-            if self.gated:
-                options["packed"] = self.packed
-                (w, b) = ((*w, None), (*b, None)) if self.packed else (w, b)
+            w, b, options = self._arguments(apart)
             if last is not None and not steps:
-                fused: Any = gated_mlp if self.gated else mlp
-                if self.recompute:
-                    options["recompute"] = True
-                return fused(x, *w, last[0], *b, last[1] if bias else None, **options)
-            part: Any = gated_linear if self.gated else linear_act
-            h = part(x, *w, *b, **options)
+                return self._fused(x, w, b, last[0], last[1] if bias else None, options)
+            half: Any = gated_linear if self.gated else linear_act
+            h = half(x, *w, *b, **options)
         for step in steps:
             h = take(step, module, h, x)
         if last is None:
             return down(h)
         return F.linear(h, last[0], last[1] if bias else None)
+
+    def _arguments(self, first: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """Weights, biases and options of a call, of (weight, bias) each."""
+        w, b = zip(*first, strict=True)
+        options: dict[str, Any] = {"activation": self.activation}
+        if self.gated:
+            options["packed"] = self.packed
+            (w, b) = ((*w, None), (*b, None)) if self.packed else (w, b)
+        return w, b, options
+
+    def _fused(self, x: Tensor, w: Any, b: Any, w_down: Any, b_down: Any, options: Any) -> Tensor:
+        fused: Any = gated_mlp if self.gated else mlp
+        if self.recompute:
+            options["recompute"] = True
+        return fused(x, *w, w_down, *b, b_down, **options)
+
+    def _adapted(self, first: Any, down: Any, x: Tensor, bias: bool) -> Tensor | None:
+        """The whole block with PEFT's adapters inside; None where a projection must be called."""
+        parts = [part(projection, x) for projection in (*first, down)]
+        if None in parts:
+            return None
+        *before, last = parts
+        w, b, options = self._arguments([p[:2] for p in before])  # type: ignore[index]
+        options["lora"] = lora_of(before, last, self.packed)  # type: ignore[arg-type]
+        w_down, b_down, _ = last  # type: ignore[misc]
+        return self._fused(x, w, b, w_down, b_down if bias else None, options)
 
     def _behind(self, g: Tensor, u: Tensor | None = None) -> Tensor:
         """act(g) u of projections that were called."""

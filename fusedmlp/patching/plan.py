@@ -126,6 +126,10 @@ class Plan:
         with batch_invariant():
             return self.run(module, *args, **kwargs)
 
+    def notes(self, module: nn.Module) -> str:
+        """What a call takes of `module` as it is now, beside what `detail` says."""
+        return ""
+
     def detail(self) -> str:
         """For the report and for the module's repr."""
         return ""

@@ -33,7 +33,8 @@ class Patched:
         op, why = self._plan.way(self)  # type: ignore[arg-type]
         words = f"patched, {op or 'nothing fused'} {self._plan.detail()}".rstrip()
         words += ", batch-invariant" if self._plan.invariant else ""
-        return f"{words}; {why}" if why else words
+        added = why or self._plan.notes(self)  # type: ignore[arg-type]
+        return f"{words}; {added}" if added else words
 
     def extra_repr(self) -> str:
         own = super().extra_repr()  # type: ignore[misc]

@@ -208,8 +208,8 @@ class Walk:
             self.entries.append(Entry(name, kind, None, None, why))
             return
         where, detail = choice.pick(op, _sample(module)), plan.detail() + _not_called(module)
-        if why:
-            detail = f"{detail}; {why}"
+        if added := why or plan.notes(module):
+            detail = f"{detail}; {added}"
         spared, slow = 0 if why else plan.spared(module), off_fast_loads(plan.matrices(module))
         more: Any = {"spared": spared, "slow": tuple(slow), "elsewhere": choice.elsewhere(where)}
         self.entries.append(Entry(name, kind, op, where, detail, bool(why), **more))

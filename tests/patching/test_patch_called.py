@@ -135,11 +135,13 @@ class Passes(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.interpreter
 def test_what_it_saves():
-    """With LoRA on all projections: T x H values less, and 3 passes for 5, 5 for 9."""
+    """With hooks on all LoRA projections: T x H values less, and 3 passes for 5, 5 for 9."""
     T, H = 16, 96
     base = build("llama", num_hidden_layers=1)
     config = LoraConfig(r=4, target_modules=["gate_proj", "up_proj", "down_proj"])
     block = get_peft_model(base, config).base_model.model.model.layers[0].mlp
+    for projection in block.children():
+        projection.register_forward_hook(lambda *_: None)
     x = torch.randn(T, 64).requires_grad_()
     found = []
     with fusedmlp.backend("triton"):
@@ -208,7 +210,7 @@ def test_a_model_with_lora_trains_alike(way):
         config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
         peft = get_peft_model(model, config)
         if patched and way == "after":
-            assert len(fusedmlp.patch(peft).partly) == 2
+            assert not fusedmlp.patch(peft).partly
         return peft
 
     ours, plain = adapted(True), adapted(False)

@@ -87,8 +87,8 @@ def by_accelerate(linear):
     add_hook_to_module(linear, AlignDevicesHook(execution_device="cpu", io_same_device=True))
 
 
-def lora(model, path):
-    config = LoraConfig(r=2, target_modules=[path], init_lora_weights=False)
+def dora(model, path):
+    config = LoraConfig(r=2, target_modules=[path], init_lora_weights=False, use_dora=True)
     inject_adapter_in_model(config, model)
 
 
@@ -117,7 +117,10 @@ CALLED = {
     "quantised": (put(Quantised), r"is a patch_called\.Quantised"),
     "quantised, sized": (put(Sized), r"is a patch_called\.Sized"),
     "an adapter": (put(Adapter), r"is a patch_called\.Adapter"),
-    "peft": (lora, r"is a peft\.tuners\.lora\.layer\.Linear"),
+    "peft, DoRA": (
+        dora,
+        r"is a peft\.tuners\.lora\.layer\.Linear whose adapter 'default' is a Dora",
+    ),
     **{kind: (with_hook(kind), "has hooks") for kind in HOOKS},
     "a forward": (on_it(with_forward), "has a forward of its own, set on the instance"),
     "a class of weights": (on_it(own_class), r"a patch_called\.OwnParameter of torch\.float32"),
