@@ -25,7 +25,7 @@ Which row it is, every call asks: a projection may be replaced, adapted or hooke
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,7 +40,7 @@ from ..ops.mlp import mlp
 from ..packing import Packed
 from ..reference.activations import resolve
 from .compiled import RUN, around_run, run_of
-from .lora import describe as adapters_of, lora_of, part, refusal
+from .lora import base_of, describe as adapters_of, lora_of, part, refusal
 from .names import Cut
 from .plan import Plan, child, passed_by
 from .projection import called, is_projection, local, read
@@ -128,18 +128,35 @@ class Dense(Plan):
             return op, f"{because}, so it is called and the block is fused up to it"
         if self.gated:
             return "gated_act", f"{because}, so projections are called and fused up to act(g) * u"
-        return None, f"{because}, so it is called, and an activation alone has nothing to fuse with"
+        why = f"{because}, so it is called, and an activation alone has nothing to fuse with"
+        return None, f"{why}, as long as that is so" if self.waits(module) else why
+
+    def waits(self, module: nn.Module) -> bool:
+        """A LoRA layer of PEFT is called or read by its state, which eval() or a switch changes."""
+        bases = [(m := child(module, path), base_of(m)) for path in self.may_call()]
+        return all(read(base) for _, base in bases) and any(m is not base for m, base in bases)
+
+    def read_modules(self, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        yield from super().read_modules(module)
+        if not self.way(module)[1]:
+            for path in self.may_call():
+                inner = child(module, path)
+                if (base := base_of(inner)) is not inner:
+                    yield f"{path}.base_layer", base
 
     def notes(self, module: nn.Module) -> str:
         if self.way(module)[1]:
             return ""
-        return adapters_of({path: child(module, path) for path in self.may_call()})
+        inside = adapters_of({path: child(module, path) for path in self.may_call()})
+        if inside and self.invariant:
+            return f"{inside}; batch-invariant by the reference alone, which kernels refuse"
+        return inside
 
     def _works_between(self, module: nn.Module) -> list[Step]:
         return [step for step in self.between if not idle(step, module)]
 
     def obstacle(self, module: nn.Module) -> str | None:
-        read_ = [read(child(module, path)) for path in self.first]
+        read_ = [read(base_of(child(module, path))) for path in self.first]
         widths = [part[0].shape[0] for part in read_ if part is not None]
         if len(set(widths)) > 1:
             return f"its gate and up are {widths[0]} and {widths[1]} wide: broadcast"

@@ -9,7 +9,6 @@ module's own forward is run on a few small values and compared.
 
 from __future__ import annotations
 
-import copy
 import inspect
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any, NamedTuple
@@ -83,14 +82,25 @@ def form_of(experts: nn.Module) -> Form | str:
 form_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+# By torch's parametrizations PEFT adapts stacked weights for the length of a call: weights are then
+# what they compute, and the class is a new one at each call.
+_PARAMETRIZED = "parametrizations"
+
+
+def own_type(module: nn.Module) -> type:
+    """Its class, without what torch's parametrizations made of it."""
+    kind = type(module)
+    return kind.__bases__[0] if _PARAMETRIZED in vars(module)["_modules"] else kind
+
+
 def settings_of(module: nn.Module) -> list[Any]:
     """What tells one module of a class from another, but for its tensors and its mode."""
     # Asked on every call.
     own = vars(module)
     kept = [v for name, v in own.items() if type(v) in _SETTINGS and name != "training"]
-    found = [type(module), *kept]
-    for inner in own["_modules"].values():
-        if inner is not None:
+    found = [own_type(module), *kept]
+    for name, inner in own["_modules"].items():
+        if inner is not None and name != _PARAMETRIZED:
             found += settings_of(inner)
     return found
 
@@ -124,11 +134,14 @@ def _agrees(experts: Any, form: Form) -> bool:
     """Whether the module's own forward, at a width of 3 and a hidden width of 2, gives what `form`
     says, in float64."""
     generator = torch.Generator().manual_seed(0)
-    own: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-    draw = lambda *size: 3 * torch.randn(size, generator=generator, **own)  # noqa: E731
+    like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+    draw = lambda *size: 3 * torch.randn(size, generator=generator, **like)  # noqa: E731
     E, D, H, T, k = getattr(experts, form.first).shape[0], 3, 2, 5, 2
-    small = copy.copy(experts)
-    vars(small)["_parameters"] = dict(vars(experts)["_parameters"])
+    own: Any = own_type(experts)
+    small = own.__new__(own)
+    modules = {k: m for k, m in vars(experts)["_modules"].items() if k != _PARAMETRIZED}
+    parameters = dict(vars(experts)["_parameters"])
+    vars(small).update(vars(experts), _modules=modules, _parameters=parameters)
     sizes = {form.first: (2 * H if form.packed else H, D), "down_proj": (D, H)}
     for name, size in sizes.items():
         w = draw(E, *(size[::-1] if form.transposed else size))
@@ -138,7 +151,7 @@ def _agrees(experts: Any, form: Form) -> bool:
             small._parameters[f"{name}_bias"] = b
     x, weights = draw(T, D), draw(T, k)
     index = torch.randint(E, (T, k), generator=generator, device="cpu")
-    forward = inspect.unwrap(getattr(type(experts), "_own_class", type(experts)).forward)
+    forward = inspect.unwrap(getattr(own, "_own_class", own).forward)
     w, w_down, b_first, b_down = form.tensors(small)
     routing = reference.route_to(index, weights, E)
     try:

@@ -65,7 +65,9 @@ def _functions(path: str, holder: nn.Module | None, of: nn.Module) -> Iterator[_
 def changed(module: Any, kept: Kept) -> str | None:
     """What is no longer as patch() found it."""
     # Asked on every call, and traced by torch.compile: plain look-ups alone.
-    if kept.children is not None and len(module._modules) != kept.children:
+    # Torch's parametrizations make parameters of its own, which are read through them.
+    children = len(module._modules) - ("parametrizations" in module._modules)
+    if kept.children is not None and children != kept.children:
         return "the number of its submodules has changed"
     for path, holder, key, inner, children, forward in kept.parts:
         if (module if holder is None else holder)._modules.get(key) is not inner:

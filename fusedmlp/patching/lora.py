@@ -46,6 +46,31 @@ def _is_layer(module: nn.Module) -> bool:
     return bool(forward.__code__.co_filename == sys.modules[_HOME].__file__)
 
 
+def base_of(module: Any) -> nn.Module:
+    """What a fused call reads the weight and bias of, where it reads a projection: the base of a
+    LoRA layer, which it may read in one state and not in another."""
+    base: nn.Module = module.base_layer if _is_layer(module) else module
+    return base
+
+
+def wraps_parameter(module: nn.Module) -> bool:
+    """Whether it is PEFT's wrapper of a module, to one parameter of which it adds s B A for the
+    length of a call (target_parameters)."""
+    kind = type(module)
+    return kind.__module__ == _HOME and kind.__name__ == "ParamWrapper"
+
+
+def unwrapped(module: Any) -> tuple[nn.Module, str]:
+    """What stands in such wrappers, and which adapters they add, for the report."""
+    words = []
+    while wraps_parameter(module):
+        for name in _active(module):
+            rank = module.r[name]
+            words.append(f"{name!r} of rank {rank} to {module.parameter_name}")
+        module = module.base_layer
+    return module, f"PEFT adds LoRA {', '.join(words)} before each call" if words else ""
+
+
 def _active(module: Any) -> list[str]:
     if module._disable_adapters or module.merged_adapters:
         return []

@@ -70,12 +70,20 @@ class Plan:
     def matrices(self, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """The matrices, or stacks of them, that `run` reads, by their names."""
         read = [(name, getattr(module, name)) for name in self.own_parameters(module)]
+        for path, inner in self.read_modules(module):
+            read += ((f"{path}.{name}", p) for name, p in inner.named_parameters(recurse=False))
+        return ((name, p) for name, p in read if p.dim() in (2, 3))
+
+    def read_modules(self, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+        """The submodules whose parameters `run` reads as `module` is now, by their paths."""
         for path in self.bypassed():
             inner = child(module, path)
             if not (path in self.may_call() and called(inner)):
-                own = inner.named_parameters(recurse=False)
-                read += ((f"{path}.{name}", p) for name, p in own)
-        return ((name, p) for name, p in read if p.dim() in (2, 3))
+                yield path, inner
+
+    def waits(self, module: nn.Module) -> bool:
+        """Whether `run` may fuse something later, where `way` has nothing left to fuse now."""
+        return False
 
     def values(self) -> tuple[tuple[str, str], ...] | None:
         """(path of the holder, name) of numbers and functions of the module that `run` takes as

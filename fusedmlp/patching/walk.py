@@ -22,6 +22,7 @@ from ..ops.binary_gated_mlp import OP
 from .around import by_accelerate, passed_over
 from .find import Chained, Direct, find
 from .kept import stale
+from .lora import base_of, unwrapped, wraps_parameter
 from .moe import ADAPTERS
 from .plan import Plan, child
 from .projection import called
@@ -122,6 +123,7 @@ class Walk:
         self.recompute, self.invariant = recompute, invariant
         self.entries: list[Entry] = []
         self.swapped: list[nn.Module] = []
+        self.adapters: dict[int, str] = {}  # of stacked experts, which do not know them
         # parameter or module -> all names that lead to it
         self.names: dict[int, list[str]] = defaultdict(list)
         for prefix, module in model.named_modules(remove_duplicate=False):
@@ -138,7 +140,10 @@ class Walk:
             return
         inside: set[int] = set()
         chained: Entry | None = None
-        if isinstance(module, Patched) or self.wanted(name, module):
+        if wraps_parameter(module):
+            experts, added = unwrapped(module)
+            self.adapters.setdefault(id(experts), added)
+        elif isinstance(module, Patched) or self.wanted(name, module):
             plan = module._plan if isinstance(module, Patched) else self.attempt(name, module)
             if isinstance(plan, Direct):
                 self.entries.append(Entry(name, type(module).__name__, None, None, plan))
@@ -208,7 +213,7 @@ class Walk:
             self.entries.append(Entry(name, kind, None, None, why))
             return
         where, detail = choice.pick(op, _sample(module)), plan.detail() + _not_called(module)
-        if added := why or plan.notes(module):
+        if added := why or plan.notes(module) or self.adapters.get(id(module)):
             detail = f"{detail}; {added}"
         spared, slow = 0 if why else plan.spared(module), off_fast_loads(plan.matrices(module))
         more: Any = {"spared": spared, "slow": tuple(slow), "elsewhere": choice.elsewhere(where)}
@@ -230,13 +235,15 @@ class Walk:
         if len(self.names[id(module)]) > 1:
             return f"tied: it also is {self.others(module)}"
         op, why = plan.way(module)
-        if op is None:
+        if op is None and not plan.waits(module):
             return why
         read: list[tuple[str, Any]] = [(n, getattr(module, n)) for n in plan.own_parameters(module)]
         for path in plan.bypassed():
             inner = child(module, path)
-            if path in plan.may_call() and called(inner):
-                continue
+            if path in plan.may_call():
+                inner = base_of(inner)
+                if called(inner):
+                    continue
             if around := passed_over(inner):
                 return f"{path} {around}, which a fused call would pass by"
             if len(self.names[id(inner)]) > 1 and any(True for _ in inner.parameters()):

@@ -294,6 +294,16 @@ ROWS: tuple[Row, ...] = (
         ),
         PATCH_ROUTED,
     ),
+    Row(
+        "patching",
+        ("fusedmlp/patching/lora.py",),
+        (
+            "tests/patching/test_patch_lora.py",
+            "tests/patching/test_patch_lora_experts.py",
+            "tests/patching/test_patch_lora_training.py",
+            "tests/patching/test_patch_called.py",
+        ),
+    ),
     Row("patching", ("fusedmlp/patching/*.py",), PATCHING),
     Row(
         "distributed",
