@@ -20,6 +20,7 @@ from .layers.parts.freezing import freeze_masks
 from .ops.top1_route import jitter, load_balancing_loss, router_z_loss
 from .ops.topk_route import update_router_bias
 from .patching import patch, patched, register_patch, unpatch
+from .patching.one_bit_lora import one_bit_lora
 from .patching.quantize import quantize_model
 from .patching.report import QuantizationReport
 from .reference import Routing, RoutingStats
@@ -55,6 +56,7 @@ __all__ = [
     "freeze_masks",
     "jitter",
     "load_balancing_loss",
+    "one_bit_lora",
     "patch",
     "patched",
     "register_patch",

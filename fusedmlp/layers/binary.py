@@ -163,6 +163,14 @@ class BinaryLinear(nn.Module):
         with torch.device("meta"):
             return cls(linear.in_features, linear.out_features, **options)
 
+    @property
+    def qweight(self) -> Tensor:
+        """The bits of a packed layer, by the name that PEFT asks quantised layers for, to see where
+        they lie. Raises AttributeError before `pack()`."""
+        if self.packed is None:
+            raise AttributeError(f"{type(self).__name__}: qweight needs a packed weight")
+        return self.packed.qweight
+
     def reset_parameters(self) -> None:
         """nn.Linear's initial values. Raises RuntimeError once packed."""
         if self.packed is not None:
@@ -337,6 +345,8 @@ class BinaryGatedMLP(Reader):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
         layers = self._layers()
+        if self.adapted():
+            return self._called(x)
         biases = [layer.bias for layer in layers]
         gate, up, down = packed = [layer.packed for layer in layers]
         if (count := 3 - packed.count(None)) not in (0, 3):
@@ -344,16 +354,33 @@ class BinaryGatedMLP(Reader):
                 f"{type(self).__name__}: projections must be packed all or none, got {count} of 3"
             )
         if not bare(*layers):
-            g, u = self.gate_proj(x), self.up_proj(x)
-            return self.down_proj(gated_act(g, u, activation=self.activation))
+            return self._called(x)
         options: Any = {"activation": self.activation, "recompute": self.recompute}
         if gate is not None and up is not None and down is not None:
             return binary_gated_mlp(x, gate, up, down, *biases, **options)
         latent = (layer.binarized() for layer in layers)
         return gated_mlp(x, *latent, *biases, **options)
 
+    def adapted(self) -> list[str]:
+        """Names of the projections in whose place something else stands: an adapter."""
+        names = ("gate_proj", "up_proj", "down_proj")
+        found = zip(names, self._layers(), strict=True)
+        return [name for name, layer in found if not isinstance(layer, BinaryLinear)]
+
+    def packed_weight(self) -> BinaryWeight | None:
+        """That of the gate, with an adapter around it or none; None until `pack()`."""
+        gate: Any = self.gate_proj
+        packed: BinaryWeight | None = getattr(getattr(gate, "base_layer", gate), "packed", None)
+        return packed
+
+    def _called(self, x: Tensor) -> Tensor:
+        h = gated_act(self.gate_proj(x), self.up_proj(x), activation=self.activation)
+        return self.down_proj(h)
+
     def path(self) -> str:
         """For explain()."""
+        if adapted := self.adapted():
+            return f"gated_act, {self.activation!r}, between projections: adapted {adapted}"
         packed = all(layer.packed is not None for layer in self._layers())
         return f"one {'binary_gated_mlp' if packed else 'gated_mlp'}, {self.activation!r}"
 

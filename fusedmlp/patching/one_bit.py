@@ -85,5 +85,5 @@ class Blocks(Walk):
 def one_bit_blocks(model: nn.Module) -> Iterator[tuple[str, BinaryGatedMLP]]:
     """Those that are packed, by their names."""
     for name, module in model.named_modules():
-        if isinstance(module, BinaryGatedMLP) and module.gate_proj.packed is not None:
+        if isinstance(module, BinaryGatedMLP) and module.packed_weight() is not None:
             yield name, module

@@ -18,7 +18,7 @@ from ..backends import choice
 from ..layers.binary import BinaryGatedMLP
 from ..layers.parts.around import bare
 from ..layers.parts.widths import off_fast_loads
-from ..ops.binary_gated_mlp import OP
+from ..ops import binary_gated_mlp, gated_act
 from .around import by_accelerate, passed_over
 from .find import Chained, Direct, find
 from .kept import stale
@@ -221,10 +221,14 @@ class Walk:
 
     def one_bit(self, name: str, block: BinaryGatedMLP) -> None:
         """What quantize_model put there; a block that is in training is a layer like others."""
-        if (w := block.gate_proj.packed) is not None:
-            where, detail = choice.pick(OP, w.scales), f"activation {block.activation!r}"
-            more: Any = {"elsewhere": choice.elsewhere(where)}
-            self.entries.append(Entry(name, type(block).__name__, OP, where, detail, **more))
+        if (w := block.packed_weight()) is not None:
+            adapted, detail = block.adapted(), f"activation {block.activation!r}"
+            if adapted:
+                detail += f"; {', '.join(adapted)} adapted, so projections are called"
+            op = (gated_act if adapted else binary_gated_mlp).OP
+            where = choice.pick(op, w.scales)
+            more: Any = {"partly": bool(adapted), "elsewhere": choice.elsewhere(where)}
+            self.entries.append(Entry(name, type(block).__name__, op, where, detail, **more))
 
     def obstacle(self, module: nn.Module, plan: Plan) -> str | None:
         """Why `plan` must not run `module` now."""

@@ -172,6 +172,7 @@ ROWS: tuple[Row, ...] = (
         (*ACTIVATIONS, ERRORS),
     ),
     Row("reference", ("fusedmlp/reference/dense.py", "fusedmlp/reference/__init__.py"), DENSE),
+    Row("reference", ("fusedmlp/reference/lora.py",), (*DENSE, "tests/ops/test_lora.py")),
     Row(
         "reference",
         ("fusedmlp/reference/rows.py", "fusedmlp/invariance.py"),
@@ -277,6 +278,11 @@ ROWS: tuple[Row, ...] = (
         ("tests/patching/test_quantize.py",),
     ),
     Row("patching", ("fusedmlp/patching/pretrained.py",), ("tests/patching/test_pretrained.py",)),
+    Row(
+        "patching",
+        ("fusedmlp/patching/one_bit_lora.py",),
+        ("tests/patching/test_one_bit_lora.py",),
+    ),
     Row(
         "patching",
         ("fusedmlp/patching/checkpoint.py",),

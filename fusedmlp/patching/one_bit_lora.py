@@ -1,0 +1,69 @@
+"""PEFT's LoRA around one-bit layers: y = x w' + b + s B (A x), the bits of w frozen.
+
+PEFT has no layer for a BinaryLinear, and takes one from its configuration. That one is its own
+Linear, which calls what it stands around; a one-bit weight has no room for a merged adapter.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any, TypeVar
+
+from ..layers.binary import BinaryLinear
+
+_Config = TypeVar("_Config")
+
+
+def one_bit_lora(config: _Config) -> _Config:
+    """Let a LoraConfig of PEFT adapt one-bit layers, packed ones too; gives `config` itself.
+
+    The projections of a model that `quantize_model` put into one bit then take adapters like
+    others: get_peft_model(model, one_bit_lora(LoraConfig(target_modules=["up_proj"]))). A and B are
+    trained, bits and scales stay. Such a block is called projection by projection, with gated_act
+    between; merging an adapter raises TypeError. A configuration that was saved has to come through
+    here again: PeftModel.from_pretrained(model, folder, config=one_bit_lora(...)).
+
+    Raises TypeError for anything else than a peft.LoraConfig, and PEFT ValueError for DoRA and
+    kin, which need the weight.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from fusedmlp import one_bit_lora
+        >>> from fusedmlp.layers import BinaryGatedMLP
+        >>> mlp = BinaryGatedMLP(128, 256).pack()
+        >>> model = nn.ModuleDict({"norm": nn.LayerNorm(128), "mlp": mlp})
+        >>> config = one_bit_lora(LoraConfig(r=4, target_modules=["up_proj", "down_proj"]))
+        >>> peft_model = get_peft_model(model, config)
+        >>> mlp(torch.randn(3, 128)).sum().backward()
+        >>> [len(list(layer.parameters())) for layer in (mlp.gate_proj, mlp.up_proj)]
+        [0, 2]
+    """
+    peft = sys.modules.get("peft")
+    if peft is None or not isinstance(config, peft.LoraConfig):
+        raise TypeError(
+            f"one_bit_lora: config must be a peft.LoraConfig, got {type(config).__name__}"
+        )
+    config._register_custom_module({BinaryLinear: _layer()})
+    return config
+
+
+@functools.cache
+def _layer() -> type:
+    from peft.tuners.lora import Linear
+
+    class OneBitLora(Linear):
+        lora_variants = {(): None}  # noqa: RUF012
+
+        def _get_in_out_features(self, module: Any) -> tuple[int, int]:
+            return module.in_features, module.out_features
+
+        def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
+            raise TypeError(
+                "one_bit_lora: an adapter must stay beside its one-bit layer, got merge(): bits "
+                "have no room for it; model.unload() takes it off"
+            )
+
+    return OneBitLora

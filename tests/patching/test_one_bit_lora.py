@@ -1,0 +1,121 @@
+"""PEFT's adapters on one-bit models: A and B train, bits and scales stay."""
+
+import copy
+
+import pytest
+import torch
+from patch_lora import assert_alike
+from patch_models import batch, build
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import Linear
+from torch import nn
+from torch.nn import functional as F
+
+import fusedmlp
+from fusedmlp import one_bit_lora
+from fusedmlp.layers import BinaryGatedMLP, BinaryLinear
+
+PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
+LORA = {"r": 4, "target_modules": PROJECTIONS, "init_lora_weights": False}
+
+
+def one_bit():
+    model = build("llama", hidden_size=128, intermediate_size=256, mlp_bias=False).eval()
+    fusedmlp.patch(model, quantize="q1_0")
+    return model
+
+
+def adapted(**changes):
+    model = one_bit()
+    torch.manual_seed(1)
+    return get_peft_model(model, one_bit_lora(LoraConfig(**LORA | changes))).eval()
+
+
+def dense(model):
+    """The same model with each one-bit layer as an nn.Linear, under PEFT's own LoRA."""
+    plain = copy.deepcopy(model)
+    for layer in plain.modules():
+        if isinstance(layer, BinaryGatedMLP):
+            for path in PROJECTIONS:
+                lora = getattr(layer, path)
+                bits = lora.base_layer.packed
+                linear = nn.Linear(bits.shape[1], bits.shape[0], bias=False)
+                linear.weight = nn.Parameter(bits.dequantize(torch.float32), requires_grad=False)
+                lora.base_layer, lora.__class__ = linear, Linear
+            call = lambda x, m=layer: m.down_proj(F.silu(m.gate_proj(x)) * m.up_proj(x))  # noqa: E731
+            layer.forward = call
+    return plain
+
+
+def test_it_is_pefts_on_the_same_weights(each_backend):
+    """Logits and the gradients of A and B, of a model whose weights are those bits as floats."""
+    model = adapted()
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * 2 * 3 and all(".lora_" in name for name in trained)
+    assert_alike(model, dense(model), batch("llama"))
+
+
+def test_a_step_leaves_the_bits():
+    model = adapted(init_lora_weights=True)
+    bits = {n: t.clone() for n, t in model.named_buffers() if "packed" in n}
+    assert len(bits) == 2 * 3 * 2
+    base, inputs = one_bit(), batch("llama")
+    torch.testing.assert_close(model(**inputs).logits, base(**inputs).logits)  # B is 0
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), 1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(**inputs).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(t, bits[n]) for n, t in model.named_buffers() if n in bits)
+
+
+def test_peft_does_as_it_does(tmp_path):
+    model, inputs = adapted(), batch("llama")
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**inputs).logits, one_bit()(**inputs).logits)
+    model.save_pretrained(tmp_path)
+    config = one_bit_lora(PeftConfig.from_pretrained(tmp_path))
+    loaded = PeftModel.from_pretrained(one_bit(), tmp_path, config=config).eval()
+    torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(TypeError, match=r"must stay beside its one-bit layer, got merge\(\)"):
+            merge()
+    unloaded = model.unload()
+    torch.testing.assert_close(unloaded(**inputs).logits, one_bit()(**inputs).logits)
+
+
+def test_the_report_says_so():
+    model = adapted(target_modules=["up_proj"])
+    (first, second) = fusedmlp.patch(model).partly
+    assert (first.op, second.op) == ("gated_act", "gated_act")
+    assert first.detail == "activation 'silu'; up_proj adapted, so projections are called"
+    mlp = model.base_model.model.model.layers[0].mlp
+    assert "between projections: adapted ['up_proj']" in fusedmlp.explain(mlp)
+    assert fusedmlp.quantize_model(model).layers == ()
+
+
+def test_a_layer_alone_and_one_that_is_not_packed():
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    for make in (lambda m: m, BinaryLinear.pack):
+        torch.manual_seed(0)
+        layer = make(BinaryLinear(128, 64))
+        model = nn.ModuleDict({"norm": nn.LayerNorm(128), "layer": layer})
+        y = layer(x)
+        config = one_bit_lora(LoraConfig(**LORA | {"target_modules": ["layer"]}))
+        lora = get_peft_model(model, config).base_model.model["layer"]
+        a, b = lora.lora_A.default.weight, lora.lora_B.default.weight
+        torch.testing.assert_close(lora(x), y + lora.scaling["default"] * x @ a.T @ b.T)
+        assert all(p.requires_grad == (p is a or p is b) for p in lora.parameters())
+    assert layer.qweight is layer.packed.qweight
+    assert not hasattr(BinaryLinear(128, 64), "qweight")
+
+
+def test_errors():
+    with pytest.raises(TypeError, match="config must be a peft.LoraConfig, got dict"):
+        one_bit_lora({})
+    with pytest.raises(ValueError, match="unsupported variant"):
+        adapted(use_dora=True)
