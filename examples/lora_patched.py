@@ -1,15 +1,16 @@
-"""Fine-tune a model with PEFT's LoRA, patched and unpatched: the same losses, and fewer bytes saved.
+"""Fine-tune a model with PEFT's LoRA, patched and unpatched: the same losses.
 
 Shows that `fusedmlp.patch(peft_model)` takes PEFT's layers as they are, adapters inside one fused
-call, and what a forward pass keeps for backward on either side. The saved adapter is an ordinary
-one of PEFT.
+call, and how many bytes a forward pass keeps for backward on either side (on a GPU; on a CPU the
+reference runs). The saved adapter is an ordinary one of PEFT.
 
     python examples/lora_patched.py                     # a GPU if there is one, else the CPU
     python examples/lora_patched.py --device cpu --steps 20
     python examples/lora_patched.py --model FOLDER      # a checkpoint on disk, of your own
 
 Without --model a small Llama is built from its configuration, so nothing is downloaded. The task is
-to copy: the second half of each sequence repeats the first. Needs `pip install "fusedmlp[hf]" peft`.
+to copy: the second half of each sequence repeats the first.
+Needs `pip install "fusedmlp[hf]" peft`.
 """
 
 import argparse

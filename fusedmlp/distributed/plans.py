@@ -27,7 +27,7 @@ from ..patching.dense import Dense
 from ..patching.experts import Experts
 from ..patching.moe import Llama4, Switch
 from ..patching.plan import Plan, child
-from ..patching.projection import transposed
+from ..patching.projection import full_name, is_projection, transposed
 from ..patching.router import Router
 from ..patching.swap import Patched
 
@@ -57,6 +57,12 @@ def _rows(dim: int, packed: Packed | None) -> Placement:
 
 
 def _shard_dense(module: nn.Module, plan: Dense, mesh: DeviceMesh) -> None:
+    for path in plan.may_call():
+        if not is_projection(inner := child(module, path)):
+            raise ValueError(
+                f"tensor_parallel_plan: {path} of {type(module).__name__} must be a plain "
+                f"projection, got a {full_name(type(inner))}; merge adapters by merge_and_unload()"
+            )
     for path in plan.first:
         linear = child(module, path)
         packed, unit = plan.packed, 2 if plan.packed == "interleaved" else 1

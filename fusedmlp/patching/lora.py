@@ -30,7 +30,7 @@ _HOME = "peft.tuners.lora.layer"
 
 
 class Part(NamedTuple):
-    """Of one projection: weight (out, in), bias and adapter."""
+    """What a fused call reads of a projection: weight (out, in), bias and adapter."""
 
     weight: Tensor
     bias: Tensor | None

@@ -45,6 +45,20 @@ def test_finetune_patched(device):
     assert number("logits differ by", printed) < 1e-4
 
 
+def test_lora_patched(device):
+    printed = run("lora_patched", "--device", device, "--steps", "30")
+    assert printed.startswith("2 patched, 0 left"), printed
+    loss = losses(printed)
+    assert loss[-1] < 0.9 * loss[0]
+    assert number("losses differ by", printed) < 1e-4
+    plain, ours = (
+        float(number(before, printed.replace(",", "")))
+        for before in ("saved for backward: unpatched", "bytes patched")
+    )
+    assert ours <= plain if device == "cpu" else ours < plain
+    assert number("logits differ by", printed) < 1e-4
+
+
 def test_moe_fsdp2(device):
     printed = run("moe_fsdp2", "--device", device, "--steps", "20", "--rows", "256")
     loss = losses(printed)

@@ -305,6 +305,7 @@ ROWS: tuple[Row, ...] = (
         ("fusedmlp/patching/lora.py",),
         (
             "tests/patching/test_patch_lora.py",
+            "tests/patching/test_patch_lora_called.py",
             "tests/patching/test_patch_lora_experts.py",
             "tests/patching/test_patch_lora_training.py",
             "tests/patching/test_patch_called.py",

@@ -103,7 +103,7 @@ class Saved:
 
     def pack(self, t):
         if (storage := t.untyped_storage()).data_ptr() not in self.own:
-            self.sizes[storage.data_ptr()] = t.numel() * t.itemsize
+            self.sizes[storage.data_ptr()] = storage.nbytes()
         return t
 
     def of(self, run):

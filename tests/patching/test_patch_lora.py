@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from patch_called import Quantised
 from patch_lora import (
     FAMILIES,
     LORA,
+    PLAIN,
     adapted,
     assert_alike,
     assert_fused,
@@ -18,12 +18,10 @@ from patch_lora import (
 from patch_models import batch, build
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_patch_called import Saved
-from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedmlp
-from fusedmlp.patching.swap import Patched
-
-PLAIN = ("gpt_neox", "gpt2", "bert")
+from fusedmlp.distributed import TensorParallelMLP
 
 
 @pytest.mark.parametrize("patched", ("before", "after"))
@@ -134,99 +132,6 @@ def test_nothing_of_a_state_dict_changes():
     ]
 
 
-@pytest.mark.parametrize("name", ("llama", "gpt2", "bert"))
-def test_dropout_at_work_is_called_and_eval_is_fused(name):
-    """Whichever it was in at patch()."""
-    ours, plain = adapted(name, lora_dropout=0.5), adapted(name, lora_dropout=0.5)
-    op = "mlp" if name in PLAIN else "gated_mlp"
-    for model in (ours, plain):
-        model.train()
-    for training in (True, False, True):
-        for model in (ours, plain):
-            model.train(training)
-        if training and op == "mlp":
-            left = lines(ours)
-            assert len(left) == 2 and not any(e.op for e in left)
-            for entry in left:
-                assert "lora_dropout 0.5 is at work" in entry.detail
-                assert entry.detail.endswith("nothing to fuse with, as long as that is so")
-        elif training:
-            assert_partly(ours, "whose lora_dropout 0.5 is at work")
-        else:
-            assert_fused(ours, op)
-        assert sum(isinstance(m, Patched) for m in ours.modules()) == 2
-        results = []
-        for model in (ours, plain):
-            torch.manual_seed(3)
-            results.append(model(**batch(name)).logits)
-        torch.testing.assert_close(*results)
-
-
-def test_a_plain_block_of_others_that_is_called_is_left():
-    """What nobody's state will change is no reason to patch."""
-    model = nn.Sequential(Quantised(nn.Linear(8, 12)), nn.GELU(), nn.Linear(12, 8))
-    assert not fusedmlp.patch(model).patched
-    assert not isinstance(model, Patched)
-
-
-def quantised(path):
-    """A model whose projection `path` of the first block is of no class that is read, under LoRA's
-    own layer, as PEFT's is around bitsandbytes'."""
-
-    def make(patched):
-        model = adapted(patched=patched)
-        layer = model.get_submodule(f"base_model.model.model.layers.0.mlp.{path}")
-        layer.base_layer = Quantised(layer.base_layer)
-        return model
-
-    return make
-
-
-@pytest.mark.parametrize("path", ("gate_proj", "down_proj"))
-def test_a_quantised_base_is_called(path):
-    make = quantised(path)
-    ours, plain = make("after"), make(None)
-    first, second = lines(ours)
-    why = f"{path} is a peft.tuners.lora.layer.Linear whose base is a patch_called.Quantised"
-    assert first.partly and why in first.detail and not second.partly
-    assert_alike(ours, plain, batch("llama"))
-
-
-def test_what_is_called():
-    inputs = batch("llama")
-    ours, plain = pair(use_dora=True)
-    assert_partly(ours, "is a DoraLinearVariant, not W + s B A")
-    assert_alike(ours, plain, inputs)
-    ours, plain = pair(r=257, target_modules=["up_proj"])
-    assert_partly(ours, "whose rank 257 is not from 1 to 256")
-    assert_alike(ours, plain, inputs)
-    # PEFT parametrises a Linear's own weight for the length of a call.
-    ours, plain = pair(target_modules=["q_proj"], target_parameters=["mlp.up_proj.weight"])
-    assert_partly(ours, "up_proj is a peft.tuners.lora.layer.ParamWrapper")
-    assert_alike(ours, plain, inputs)
-    ours, plain = pair()
-    for model in (ours, plain):
-        torch.manual_seed(2)
-        model.add_adapter("other", LoraConfig(**LORA))
-        model.base_model.set_adapter(["default", "other"])
-    assert_partly(ours, "with 2 adapters active at once (default, other)")
-    assert_alike(ours, plain, inputs)
-    names = {"adapter_names": ["other", "__base__"]}
-    torch.testing.assert_close(ours(**inputs | names).logits, plain(**inputs | names).logits)
-
-
-def test_a_hook_on_any_part_runs():
-    ours, inputs = adapted(patched="after"), batch("llama")
-    for part in ("", ".base_layer", ".lora_A.default", ".lora_B.default", ".lora_dropout.default"):
-        seen = []
-        module = ours.get_submodule(f"base_model.model.model.layers.0.mlp.up_proj{part}")
-        hook = module.register_forward_hook(lambda *_, seen=seen: seen.append(1))
-        ours(**inputs)
-        assert seen and lines(ours)[0].partly and not lines(ours)[1].partly
-        hook.remove()
-    assert_fused(ours)
-
-
 def test_a_base_is_looked_at_as_a_projection_is():
     """Its dtype and its ties at patch(), its width in the report, whatever the adapters are."""
     for changes in ({}, {"use_dora": True}):
@@ -252,6 +157,12 @@ def test_one_bit_takes_no_block_with_adapters():
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["up_proj"]))
     with pytest.raises(ValueError, match=r"up_proj is a peft\.tuners\.lora\.layer\.Linear"):
         fusedmlp.patch(model, quantize="q1_0")
+
+
+def test_a_tensor_parallel_plan_refuses_adapters():
+    block = adapted(patched="after").base_model.model.model.layers[0].mlp
+    with pytest.raises(ValueError, match=r"gate_proj of LlamaMLP must be .*lora\.layer\.Lin"):
+        TensorParallelMLP()._apply(block, None)
 
 
 def test_batch_invariant(each_backend):
@@ -283,14 +194,23 @@ def test_batch_invariant(each_backend):
 
 @pytest.mark.interpreter
 def test_what_it_saves():
-    """2 T x H values less than the unpatched block, as a block without adapters."""
-    T, H = 16, 96
-    ours = adapted(target_modules=["gate_proj", "up_proj", "down_proj"])
+    """The table of docs/guides/lora.md: bytes beyond x, and FLOPs, of PEFT's block, of one whose
+    projections are called, and of one that is fused whole."""
+    T, D, H, r = 16, 64, 96, 4
+    ours = adapted(target_modules=["gate_proj", "up_proj", "down_proj"], r=r)
     block = ours.base_model.model.model.layers[0].mlp
-    x = torch.randn(T, 64).requires_grad_()
+    x = torch.randn(T, D).requires_grad_()
+    flops = 12 * T * D * H + 3 * 3 * 2 * T * r * (D + H)
+    hook = block.gate_proj.register_forward_hook(lambda *_: None)
     with fusedmlp.backend("triton"):
-        before, expected = Saved(block).of(lambda: block(x))
-        assert not fusedmlp.patch(block).partly
-        after, y = Saved(block).of(lambda: block(x))
-    torch.testing.assert_close(y, expected)
-    assert before - after >= 4 * 2 * T * H
+        for hidden in (4, 3, 2):
+            if hidden == 3:
+                assert fusedmlp.patch(block).partly
+            if hidden == 2:
+                hook.remove()
+                assert not fusedmlp.patch(block).partly
+            nbytes, y = Saved(block).of(lambda: block(x))
+            assert nbytes == 4 * T * (D + hidden * H + 3 * r)
+            with FlopCounterMode(display=False) as counted:
+                block(x).sum().backward()
+            assert counted.get_total_flops() == flops

@@ -8,6 +8,7 @@ import fusedmlp
 
 # Families whose blocks PEFT's "all-linear" adapts: gated, packed, plain, Conv1D, spread.
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "phi3", "olmo", "gpt_neox", "gpt2", "bert")
+PLAIN = ("gpt_neox", "gpt2", "bert")
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 
 
