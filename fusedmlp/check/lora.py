@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +13,11 @@ from . import cast as _cast
 RANKS = range(1, 257)
 
 
-def check(op: str, x: Tensor, given: Lora, sizes: Mapping[str, tuple[int, int]]) -> None:
-    """`sizes`: (out, in) of each projection that the block has, by its adapter's name."""
+def check(
+    op: str, x: Tensor, given: Lora, sizes: Mapping[str, tuple[int, int]], *experts: int
+) -> None:
+    """`sizes`: (out, in) of each projection that the block has, by its adapter's name. experts: how
+    many, where a and b are stacked."""
     if not isinstance(given, Lora):
         raise TypeError(
             f"{op}: lora must be None or a fusedmlp.Lora, got {type(given).__name__}; write "
@@ -33,10 +36,12 @@ def check(op: str, x: Tensor, given: Lora, sizes: Mapping[str, tuple[int, int]])
                 f"{op}: lora.{name} must be None or a fusedmlp.Adapter, got "
                 f"{type(adapter).__name__}; write Adapter(a, b, scale)"
             )
-        _adapter(op, x, f"lora.{name}", adapter, *sizes[name])
+        _adapter(op, x, f"lora.{name}", adapter, sizes[name], experts)
 
 
-def _adapter(op: str, x: Tensor, name: str, adapter: Adapter, rows: int, columns: int) -> None:
+def _adapter(
+    op: str, x: Tensor, name: str, adapter: Adapter, size: tuple[int, int], experts: tuple[int, ...]
+) -> None:
     a, b, scale = adapter
     for part, t in (("a", a), ("b", b)):
         if not isinstance(t, Tensor):
@@ -59,16 +64,19 @@ def _adapter(op: str, x: Tensor, name: str, adapter: Adapter, rows: int, columns
             f"{op}: {name}.scale must be a number, got {type(scale).__name__}; multiply b by a "
             "scale that has a gradient"
         )
-    rank = a.shape[0] if a.dim() == 2 else None
-    if rank is None or rank not in RANKS or a.shape[1] != columns:
+    rows, columns = size
+    stacked = "".join(f"{n}, " for n in experts)
+    rank = a.shape[-2] if a.dim() == 2 + len(experts) else None
+    if rank not in RANKS or a.shape != (*experts, rank, columns):
         raise ValueError(
-            f"{op}: {name}.a must be (r, {columns}) with r from {RANKS[0]} to {RANKS[-1]}, got "
-            f"shape {tuple(a.shape)}; leave an adapter of rank 0 out, merge one of a larger rank"
+            f"{op}: {name}.a must be ({stacked}r, {columns}) with r from {RANKS[0]} to "
+            f"{RANKS[-1]}, got shape {tuple(a.shape)}; leave an adapter of rank 0 out, merge one "
+            "of a larger rank"
         )
-    if tuple(b.shape) != (rows, rank):
+    if b.shape != (*experts, rows, rank):
         raise ValueError(
-            f"{op}: {name}.b must be {(rows, rank)}, (out, r) by {name}.a, got shape "
-            f"{tuple(b.shape)}; y gains scale b (a x)"
+            f"{op}: {name}.b must be {(*experts, rows, rank)}, ({stacked}out, r) by {name}.a, got "
+            f"shape {tuple(b.shape)}; y gains scale b (a x)"
         )
 
 
@@ -82,6 +90,17 @@ def cast(dtype: torch.dtype, given: Lora) -> Lora:
             for t in given
         )
     )
+
+
+def lora_of(tensors: Sequence[Tensor | None], scales: Sequence[float]) -> Lora:
+    """What `tensors_of` was made of."""
+    pairs = zip(tensors[::2], tensors[1::2], scales, strict=True)
+    return Lora(*(None if a is None or b is None else Adapter(a, b, s) for a, b, s in pairs))
+
+
+def scales_of(given: Lora) -> tuple[float, ...]:
+    """Those that gate, up and down have; 1 where there is no adapter."""
+    return tuple(1.0 if p is None else float(p.scale) for p in given)
 
 
 def tensors_of(given: Lora | None) -> tuple[Tensor | None, ...]:

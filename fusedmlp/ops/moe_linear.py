@@ -28,17 +28,17 @@ from ..backends.op import Op, kernel, register
 from ..check.experts import check_one_choice, check_routing
 from ..packing import rows, unrows
 from ..reference import Routing
-from . import moe_mlp
+from . import _experts
 
 OP = "moe_linear"
 
 
 def _forward(x: Tensor, w: Tensor, b: Tensor | None, tokens: Tensor, offsets: Tensor) -> Tensor:
-    return moe_mlp.down(x, tokens, offsets, w, None, None, b, None, True)
+    return _experts.down(x, tokens, offsets, w, None, None, b, None, True)
 
 
 def _formula(x: Tensor, w: Tensor, b: Tensor | None, tokens: Tensor, offsets: Tensor) -> Tensor:
-    return reference.moe_linear(x, moe_mlp.routing_of(x[:, 0], tokens, offsets), w, b)
+    return reference.moe_linear(x, _experts.routing_of(x[:, 0], tokens, offsets), w, b)
 
 
 class MoELinearFunction(Function):
@@ -55,8 +55,8 @@ class MoELinearFunction(Function):
         x, w, _, tokens, offsets = ctx.saved_tensors
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         dx = _forward(dy, w.mT, None, tokens, offsets) if need_x else None
-        dw = moe_mlp.wgrad(dy, x, tokens, offsets, True, True) if need_w else None
-        db = moe_mlp.bias_grad(dy, tokens, offsets) if need_b else None
+        dw = _experts.wgrad(dy, x, tokens, offsets, True, True) if need_w else None
+        db = _experts.bias_grad(dy, tokens, offsets) if need_b else None
         return dx, dw, db, None, None
 
 
@@ -110,8 +110,8 @@ register(
         OP,
         moe_linear,
         reference.moe_linear,
-        forward=(kernel(moe_mlp.down, "MH"),),
-        backward=(kernel(moe_mlp.down), kernel(moe_mlp.wgrad), kernel(moe_mlp.bias_grad)),
+        forward=(kernel(_experts.down, "MH"),),
+        backward=(kernel(_experts.down), kernel(_experts.wgrad), kernel(_experts.bias_grad)),
         flops=rows_times("w"),
     )
 )

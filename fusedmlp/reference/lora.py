@@ -16,8 +16,8 @@ class Adapter(NamedTuple):
     """scale * b a, which is added to a projection's weight (out, in) without being formed.
 
     Args:
-        a: (r, in), with r from 1 to 256.
-        b: (out, r).
+        a: (r, in), with r from 1 to 256; of E experts (E, r, in).
+        b: (out, r); of E experts (E, out, r).
         scale: what the product is multiplied by; no tensor, and without a gradient.
 
     Examples:
@@ -36,7 +36,7 @@ class Lora(NamedTuple):
     """The adapters of a block, each for one projection; None where a projection has none.
 
     Args:
-        gate, up: of the projections (H, D). A plain block has no gate.
+        gate, up: of the projections (H, D). `mlp` has no gate, plain experts have no up.
         down: of the projection (D_out, H).
 
     Examples:
@@ -56,3 +56,14 @@ def adapted(y: Tensor, x: Tensor, adapter: Adapter | None) -> Tensor:
     if adapter is None:
         return y
     return y + adapter.scale * linear(linear(x, adapter.a), adapter.b)
+
+
+def of_each(lora: Lora, experts: int) -> list[Lora]:
+    """The adapters of every expert, from stacked ones."""
+    own = [
+        [None] * experts
+        if p is None
+        else [Adapter(a, b, p.scale) for a, b in zip(p.a.unbind(), p.b.unbind(), strict=True)]
+        for p in lora
+    ]
+    return [Lora(*each) for each in zip(*own, strict=True)]

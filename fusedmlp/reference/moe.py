@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..packing import Packed
 from ..transforms import transformed
 from .dense import gated_mlp, mlp
+from .lora import Lora, of_each
 from .rows import linear
 
 __all__ = [
@@ -283,17 +284,21 @@ def moe_mlp(
     b_down: Tensor | None = None,
     activation: str = "silu",
     packed: Packed | None = None,
+    lora: Lora | None = None,
 ) -> Tensor:
     """The sum over a token's choices of prob * the expert's MLP: gated_mlp, or mlp where there is
-    no up weight."""
+    no up weight. Adapters are stacked, and that of a plain expert's first weight is `gate`."""
     own = [None if t is None else t.unbind() for t in (w_gate, w_up, w_down, b_gate, b_up, b_down)]
+    adapters = None if lora is None else of_each(lora, len(w_gate))
 
     def run(rows: Tensor, e: int) -> Tensor:
         gate, up, down, bg, bu, bd = (None if t is None else t[e] for t in own)
         assert gate is not None and down is not None
+        mine = None if adapters is None else adapters[e]
         if up is None and packed is None:
-            return mlp(rows, gate, down, bg, bd, activation)
-        return gated_mlp(rows, gate, up, down, bg, bu, bd, activation, packed)
+            mine = mine and Lora(up=mine.gate, down=mine.down)
+            return mlp(rows, gate, down, bg, bd, activation, mine)
+        return gated_mlp(rows, gate, up, down, bg, bu, bd, activation, packed, mine)
 
     return weighted(by_expert(x, routing, run), routing, x.dtype)
 

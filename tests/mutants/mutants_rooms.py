@@ -186,9 +186,15 @@ ROWS: tuple[Row, ...] = (
     Row("ops", ("fusedmlp/ops/masked_*.py",), (*PLACES, *MASKED, *ROW)),
     Row(
         "ops",
-        ("fusedmlp/ops/moe_*.py", "fusedmlp/ops/top*_route.py", "fusedmlp/ops/tree_path.py"),
+        (
+            "fusedmlp/ops/_experts.py",
+            "fusedmlp/ops/moe_*.py",
+            "fusedmlp/ops/top*_route.py",
+            "fusedmlp/ops/tree_path.py",
+        ),
         (*PLACES, *ROUTED, *ROW),
     ),
+    Row("ops", ("fusedmlp/ops/_moe_lora.py",), ("tests/ops/test_moe_lora.py",)),
     Row("ops", ("fusedmlp/ops/hyper_*.py",), (*PLACES, *HYPER, *ROW)),
     Row("ops", ("fusedmlp/ops/binary_*.py",), (*PLACES, *BINARY, *ROW)),
     Row("ops", ("fusedmlp/ops/*.py",), (*PLACES, *DENSE, "tests/ops/test_derivatives.py", *ROW)),

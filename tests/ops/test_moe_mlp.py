@@ -14,7 +14,7 @@ from fusedmlp.kernels.arch.tile import Fit
 from fusedmlp.kernels.device import pretend
 from fusedmlp.kernels.moe import backward as moe_mlp_bwd, moe_mlp as kernels
 from fusedmlp.kernels.pick import pick_grouped_tile
-from fusedmlp.ops import moe_mlp as ops
+from fusedmlp.ops import _experts as ops
 from fusedmlp.testing import CASES, assert_close_to, compare, evaluate, floating, yardsticks
 from fusedmlp.testing.moe import EXPERTS, experts_case
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...packing import Packed
+from ...packing import Packed, halves
 from ...reference import Routing
 from ...reference.activations import resolve
 from ...reference.dense import gated_act, gated_mlp, mlp
+from ...reference.lora import Adapter, Lora, of_each
 from ...reference.moe import weighted
 from .eager import needs_grad, readable
 from .grouped import busy, product
@@ -33,6 +34,13 @@ class _Rows:
         y = product(a, w, self.routing.offsets)
         return y if b is None else y + b.index_select(0, self.expert)
 
+    def adapted(self, y: Tensor, a: Tensor, adapter: Adapter | None) -> Tensor:
+        """y + scale b[e] (a[e] a) of each row's expert e."""
+        if adapter is None:
+            return y
+        t = self.linear(a, adapter.a, None)
+        return y + adapter.scale * self.linear(t, adapter.b, None)
+
     @property
     def expert(self) -> Tensor:
         """The expert of each row; any where none takes it."""
@@ -53,21 +61,25 @@ def moe_mlp(
     b_down: Tensor | None = None,
     activation: str = "silu",
     packed: Packed | None = None,
+    lora: Lora | None = None,
 ) -> Tensor:
     """The sum over a token's choices of prob * the expert's MLP; x (T, D)."""
     weights = (w_gate, w_up, w_down, b_gate, b_up, b_down)
-    if readable(routing.offsets) and x.shape[0] == 1 and not needs_grad(x, routing.prob, *weights):
-        return _one_token(x, routing, weights, w_down, activation, packed)
+    of_gate, of_up, of_down = lora or Lora()
+    low = (t for p in (of_gate, of_up, of_down) if p is not None for t in p[:2])
+    grad = needs_grad(x, routing.prob, *weights, *low)
+    if readable(routing.offsets) and x.shape[0] == 1 and not grad:
+        return _one_token(x, routing, weights, w_down, activation, packed, lora)
     rows = _Rows(routing)
     a = rows.gather(x)
     g = rows.linear(a, w_gate, b_gate)
     if w_up is None and packed is None:
         row, scalars = resolve(activation)
-        h = row.reference(g, *scalars)
+        h = row.reference(rows.adapted(g, a, of_gate), *scalars)
     else:
-        u = None if w_up is None else rows.linear(a, w_up, b_up)
-        h = gated_act(g, u, activation, packed)
-    y = rows.linear(h, w_down, b_down)
+        g, u = halves(g, packed) if w_up is None else (g, rows.linear(a, w_up, b_up))  # type: ignore[arg-type]
+        h = gated_act(rows.adapted(g, a, of_gate), rows.adapted(u, a, of_up), activation)
+    y = rows.adapted(rows.linear(h, w_down, b_down), h, of_down)
     return _weighted(y.index_select(0, routing.rows), routing, x.dtype)
 
 
@@ -78,16 +90,20 @@ def _one_token(
     w_down: Tensor,
     activation: str,
     packed: Packed | None,
+    lora: Lora | None,
 ) -> Tensor:
     """Each of its experts is a dense block, for which nothing is gathered."""
     made: list[Tensor] = []
+    adapters = None if lora is None else of_each(lora, w_down.shape[0])
     for e, start, end in busy(routing.offsets.tolist()):
         gate, up, down, bg, bu, bd = (None if t is None else t.select(0, e) for t in weights)
         assert gate is not None and down is not None
+        mine = None if adapters is None else adapters[e]
         if up is None and packed is None:
-            y = mlp(x, gate, down, bg, bd, activation)
+            mine = mine and Lora(up=mine.gate, down=mine.down)
+            y = mlp(x, gate, down, bg, bd, activation, mine)
         else:
-            y = gated_mlp(x, gate, up, down, bg, bu, bd, activation, packed)
+            y = gated_mlp(x, gate, up, down, bg, bu, bd, activation, packed, mine)
         made += (end - start) * [y]
     if not made:
         return x.new_zeros(1, w_down.shape[1])
