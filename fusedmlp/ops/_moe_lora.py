@@ -40,7 +40,8 @@ Pair = tuple[Tensor | None, Tensor | None]
 def _formula(x: Tensor, prob: Tensor, *rest: Any) -> Tensor:
     *tensors, tokens, offsets, _, k, activation, packed, scales = rest
     routing, lora = _experts.routing_of(prob, tokens, offsets, k), lora_of(tensors[6:], scales)
-    return reference.moe_mlp(x, routing, *tensors[:6], activation, packed, lora)
+    arguments = (routing, *tensors[:6], activation, packed, lora)
+    return reference.moe_mlp(x, *arguments)
 
 
 def _gathered(x: Tensor, order: Order, w: Tensor, scale: float) -> Tensor:
@@ -112,8 +113,8 @@ class MoELoraFunction(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, k, activation, packed, scales, recompute = arguments
-        x, prob, *rest = tensors
-        order, lora = Order(*rest[12:], k), lora_of(rest[6:12], scales)
+        x, prob, *rest, tokens, offsets, rows = tensors
+        order, lora = Order(tokens, offsets, rows, k), lora_of(rest[6:], scales)
         block = (x, *rest[:6])
         y, gu, t = _forward(block, prob, order, lora, (activation, packed), not recompute)
         save(ctx, tensors, (k, activation, packed, scales), None if recompute else gu, *t)
@@ -122,11 +123,11 @@ class MoELoraFunction(Function):
     @staticmethod
     @differentiable(_formula)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, prob, *rest, gu, t_gate, t_up, t_down = ctx.saved_tensors
+        x, prob, *rest, tokens, offsets, rows, gu, t_gate, t_up, t_down = ctx.saved_tensors
         k, activation, packed, scales = ctx.options
-        order, lora = Order(*rest[12:], k), lora_of(rest[6:12], scales)
+        order, lora = Order(tokens, offsets, rows, k), lora_of(rest[6:], scales)
         w_gate, w_up, w_down, *_, b_down = rest[:6]
-        tokens, offsets, need = order.tokens, order.offsets, ctx.needs_input_grad
+        need = ctx.needs_input_grad
         if gu is None:
             block, t = (x, *rest[:6]), (t_gate, t_up)
             _, gu = _first(block, order, t, lora, activation, packed, False, True)

@@ -35,13 +35,15 @@ from .. import check, reference
 from ..backends import choice, library
 from ..backends.cpu import binary as cpu
 from ..backends.derivatives import by_reference, differentiable, save
-from ..backends.flops import Shapes
+from ..backends.flops import Shapes, lora_names, rows_times
 from ..backends.op import ONE_BIT, Op, kernel, register
+from ..check import lora as adapters
 from ..kernels.later import Later
 from ..kernels.launches import binary as launches
 from ..packing import rows, unrows
+from ..reference.lora import Lora
 from ..weights.binary import BinaryWeight
-from . import binary_gated_linear, binary_linear
+from . import _adapted, binary_gated_linear, binary_linear
 from .binary_linear import planes
 
 OP = "binary_gated_mlp"
@@ -128,6 +130,7 @@ def binary_gated_mlp(
     activation: str = "silu",
     packed: None = None,
     recompute: bool = False,
+    lora: Lora | None = None,
 ) -> Tensor:
     """(act(x w_gate' + b_gate) * (x w_up' + b_up)) w_down' + b_down over one-bit weights.
 
@@ -142,6 +145,9 @@ def binary_gated_mlp(
         packed: None. One-bit gate and up are two weights, so that a packed order is refused.
         recompute: save x alone for backward and run the first product again there, instead of
             saving g and u: 2 M H values less, 4 M D H FLOPs more.
+        lora: `Lora(gate=, up=, down=)`, adapters of any of the three in x's dtype: a projection
+            w x becomes w x + scale b (a x), and the signs stay as they are. With `recompute` the
+            whole forward runs again.
 
     Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype).
 
@@ -163,6 +169,7 @@ def binary_gated_mlp(
         x, b_gate, b_up, b_down = check.cast(  # type: ignore[assignment]
             dtype, x, b_gate, b_up, b_down
         )
+        lora = None if lora is None else adapters.cast(dtype, lora)
     check.like_x(OP, x, b_gate=b_gate, b_up=b_up, b_down=b_down)
     H = binary_gated_linear.check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
     D_out, width = binary_linear.check_weight(OP, "w_down", w_down, x.device)
@@ -170,12 +177,22 @@ def binary_gated_mlp(
         check.down_shape(OP, "w_down", w_down.shape, H)
     if b_down is not None:
         check.shape(OP, "b_down", b_down, D_out)
+    if lora is not None:
+        first = (H, x.shape[-1])
+        adapters.check(OP, x, lora, {"gate": first, "up": first, "down": (D_out, H)})
     tensors: tuple[Any, ...] = (*planes(w_gate, w_up, w_down), b_gate, b_up, b_down)
     if choice.pick(OP, x) == "reference":
-        arguments: tuple[Any, ...] = (x, *tensors, activation)
-        again = recompute and check.wants_grad(x, *tensors)
+        arguments: tuple[Any, ...] = (x, *tensors, activation, lora)
+        again = recompute and check.wants_grad(x, *tensors, *adapters.tensors_of(lora))
         return by_reference(cpu.binary_gated_mlp, *arguments, recompute=again)
-    if check.wants_grad(x, *tensors):
+    if lora is not None:
+        _adapted.check_mode(OP)
+        again = recompute and check.wants_grad(x, *tensors, *adapters.tensors_of(lora))
+        packed_weights, biases = (w_gate, w_up, w_down), (b_gate, b_up, b_down)
+        y = by_reference(
+            _adapted.binary, x, packed_weights, biases, activation, lora, recompute=again
+        )
+    elif check.wants_grad(x, *tensors):
         y = BinaryGatedMLPFunction.apply(rows(x), *tensors, activation, recompute)
     else:
         *weights, _, _, _ = tensors
@@ -186,7 +203,8 @@ def binary_gated_mlp(
 
 def _flops(shapes: Shapes) -> int:
     down = shapes["q_gate"][0] * shapes["q_down"][0]
-    return binary_gated_linear.projection_flops(shapes) + 2 * prod(shapes["x"][:-1]) * down
+    low = rows_times(*lora_names("gate", "up", "down"))(shapes)
+    return binary_gated_linear.projection_flops(shapes) + 2 * prod(shapes["x"][:-1]) * down + low
 
 
 register(

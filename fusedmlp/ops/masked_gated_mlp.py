@@ -34,11 +34,13 @@ from .. import check, reference
 from ..backends import choice
 from ..backends.cpu import remade
 from ..backends.derivatives import by_reference, differentiable, save
-from ..backends.flops import rows_times
+from ..backends.flops import lora_names, rows_times
 from ..backends.op import BIT_PLANES, OPS, Op, register
+from ..check import lora as adapters
 from ..packing import rows, unrows
+from ..reference.lora import Lora
 from ..weights.masks import PackedMasks
-from . import masked_gated_linear
+from . import _adapted, masked_gated_linear
 from .linear_act import outer, product
 
 OP = "masked_gated_mlp"
@@ -95,6 +97,7 @@ def masked_gated_mlp(
     activation: str = "silu",
     packed: None = None,
     recompute: bool = False,
+    lora: Lora | None = None,
 ) -> Tensor:
     """(sum_i act(x (m_i * w)') * (x ((1 - m_i) * w)')) w_down' + b_down.
 
@@ -111,6 +114,9 @@ def masked_gated_mlp(
         packed: None. One weight is gate and up, so that a packed order is refused.
         recompute: save x alone for backward and run the first product again there: (1 + n_m) M H
             values less, 2 (1 + n_m) M D H FLOPs more.
+        lora: `Lora(gate=, up=, down=)`: scale b (a x) is added to the first product of every mask
+            by gate, to the second by up, and to the result by down; the masks stay as they are.
+            With `recompute` the whole forward runs again.
 
     Returns y (..., D_out) in x's dtype (under autocast: the autocast dtype).
 
@@ -130,18 +136,26 @@ def masked_gated_mlp(
     """
     if dtype := check.autocast_dtype(OP, x):
         x, w, w_down, b_down = check.cast(dtype, x, w, w_down, b_down)  # type: ignore[assignment]
+        lora = None if lora is None else adapters.cast(dtype, lora)
     check.like_x(OP, x, ("w", "w_down"), w=w, w_down=w_down, b_down=b_down)
     H = masked_gated_linear.check_projection(OP, x, w, masks, activation, packed)
     check.down(OP, "w_down", w_down, H, "b_down", b_down)
+    if lora is not None:
+        first, last = (H, x.shape[-1]), (w_down.shape[0], H)
+        adapters.check(OP, x, lora, {"gate": first, "up": first, "down": last})
     if choice.pick(OP, x) == "reference":
         held = (x, w, masked_gated_linear.tensor_of(masks), w_down, b_down)
-        if not recompute and remade.keeps_less(*held):
+        if lora is None and not recompute and remade.keeps_less(*held):
             return remade.masked_gated_mlp(*held, activation)
         plain = (x, w, masked_gated_linear.unpacked(masks), w_down, b_down)
-        again = recompute and check.wants_grad(*plain)
-        return by_reference(reference.masked_gated_mlp, *plain, activation, recompute=again)
+        again = recompute and check.wants_grad(*plain, *adapters.tensors_of(lora))
+        return by_reference(reference.masked_gated_mlp, *plain, activation, lora, recompute=again)
     tensors = (rows(x), w, masked_gated_linear.tensor_of(masks), w_down, b_down)
-    if check.wants_grad(*tensors):
+    if lora is not None:
+        _adapted.check_mode(OP)
+        again = recompute and check.wants_grad(*tensors, *adapters.tensors_of(lora))
+        y = by_reference(_adapted.masked, *tensors, activation, lora, recompute=again)
+    elif check.wants_grad(*tensors):
         y = MaskedGatedMLPFunction.apply(*tensors, activation, recompute)
     else:
         planes = masked_gated_linear.planes_of(tensors[2])
@@ -150,6 +164,7 @@ def masked_gated_mlp(
     return unrows(y, x)
 
 
+_rest = rows_times("w_down", *lora_names("gate", "up", "down"))
 register(
     Op(
         OP,
@@ -157,7 +172,7 @@ register(
         reference.masked_gated_mlp,
         forward=OPS[masked_gated_linear.OP].forward,
         backward=OPS[masked_gated_linear.OP].backward,
-        flops=lambda s: masked_gated_linear.projection_flops(s) + rows_times("w_down")(s),
+        flops=lambda s: masked_gated_linear.projection_flops(s) + _rest(s),
         remade=masked_gated_linear.projection_flops,
         own_bytes=BIT_PLANES,
     )

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dense import gated_act
+from .lora import Lora, adapted
 from .rows import linear
 
 __all__ = [
@@ -90,7 +91,10 @@ def binary_gated_mlp(
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     activation: str = "silu",
+    lora: Lora | None = None,
 ) -> Tensor:
-    """binary_gated_linear(x) w_down' + b_down."""
-    h = binary_gated_linear(x, q_gate, s_gate, q_up, s_up, b_gate, b_up, activation)
-    return binary_linear(h, q_down, s_down, b_down)
+    """binary_gated_linear(x) w_down' + b_down; an adapter adds scale b (a x) to its projection."""
+    of_gate, of_up, of_down = lora or Lora()
+    g = adapted(binary_linear(x, q_gate, s_gate, b_gate), x, of_gate)
+    h = gated_act(g, adapted(binary_linear(x, q_up, s_up, b_up), x, of_up), activation)
+    return adapted(binary_linear(h, q_down, s_down, b_down), h, of_down)

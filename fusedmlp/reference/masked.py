@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import resolve
+from .lora import Lora, adapted
 from .rows import linear
 
 __all__ = [
@@ -29,16 +30,20 @@ def hard_masks(masks: Tensor, dtype: torch.dtype) -> Tensor:
     return (masks > 0).to(dtype) + (masks - masks.detach()).to(dtype)
 
 
+def products(x: Tensor, w: Tensor, masks: Tensor) -> list[Tensor]:
+    """x w', then x (m_i * w)' of each mask."""
+    return [linear(x, w), *(linear(x, m * w) for m in hard_masks(masks, w.dtype))]
+
+
 def masked_gated_linear(x: Tensor, w: Tensor, masks: Tensor, activation: str = "silu") -> Tensor:
     """sum_i act(x (m_i * w)') * (x ((1 - m_i) * w)'), m_i = 1 where masks[i] > 0.
 
     The second factor is x w' less the first product: n_m + 1 products instead of 2 n_m.
     """
     gate = resolve(activation)
-    total = linear(x, w)
+    total, *gates = products(x, w, masks)
     h = torch.zeros_like(total)
-    for m in hard_masks(masks, w.dtype):
-        g = linear(x, m * w)
+    for g in gates:
         h = h + gate.phi(g) * gate.psi(total - g)
     return h
 
@@ -50,9 +55,19 @@ def masked_gated_mlp(
     w_down: Tensor,
     b_down: Tensor | None = None,
     activation: str = "silu",
+    lora: Lora | None = None,
 ) -> Tensor:
-    """masked_gated_linear(x) w_down' + b_down."""
-    return linear(masked_gated_linear(x, w, masks, activation), w_down, b_down)
+    """masked_gated_linear(x) w_down' + b_down. Adapters of gate and up add to every mask's first
+    and second factor."""
+    if lora is None:
+        return linear(masked_gated_linear(x, w, masks, activation), w_down, b_down)
+    gate = resolve(activation)
+    total, *gates = products(x, w, masks)
+    h = zero = torch.zeros_like(total)
+    d_gate, d_up = (adapted(zero, x, adapter) for adapter in lora[:2])
+    for g in gates:
+        h = h + gate.phi(g + d_gate) * gate.psi(total - g + d_up)
+    return adapted(linear(h, w_down, b_down), h, lora.down)
 
 
 def pack_masks(masks: Tensor) -> Tensor:

@@ -195,6 +195,7 @@ ROWS: tuple[Row, ...] = (
         (*PLACES, *ROUTED, *ROW),
     ),
     Row("ops", ("fusedmlp/ops/_moe_lora.py",), ("tests/ops/test_moe_lora.py",)),
+    Row("ops", ("fusedmlp/ops/_adapted.py",), ("tests/ops/test_packed_lora.py",)),
     Row("ops", ("fusedmlp/ops/hyper_*.py",), (*PLACES, *HYPER, *ROW)),
     Row("ops", ("fusedmlp/ops/binary_*.py",), (*PLACES, *BINARY, *ROW)),
     Row("ops", ("fusedmlp/ops/*.py",), (*PLACES, *DENSE, "tests/ops/test_derivatives.py", *ROW)),

@@ -20,6 +20,7 @@ from ...packing import rows
 from ...reference import binary as reference
 from ...reference.binary import GROUP
 from ...reference.dense import gated_act
+from ...reference.lora import Lora, adapted
 from .. import choice
 from .eager import needs_grad, readable
 
@@ -110,7 +111,10 @@ def binary_gated_mlp(
     b_up: Tensor | None = None,
     b_down: Tensor | None = None,
     activation: str = "silu",
+    lora: Lora | None = None,
 ) -> Tensor:
     """`reference.binary_gated_mlp`."""
-    h = binary_gated_linear(x, q_gate, s_gate, q_up, s_up, b_gate, b_up, activation)
-    return binary_linear(h, q_down, s_down, b_down)
+    of_gate, of_up, of_down = lora or Lora()
+    g = adapted(binary_linear(x, q_gate, s_gate, b_gate), x, of_gate)
+    h = gated_act(g, adapted(binary_linear(x, q_up, s_up, b_up), x, of_up), activation)
+    return adapted(binary_linear(h, q_down, s_down, b_down), h, of_down)
