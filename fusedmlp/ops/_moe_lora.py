@@ -138,12 +138,9 @@ class MoELoraFunction(Function):
         )  # fmt: skip
         if lora.down is not None:
             c = _gathered(dy, order, lora.down.b.mT, lora.down.scale)
-            # All that moe_dh makes but h is linear in dy. Here each choice has a row of its own.
-            more = _experts.dh(
-                _by_choice(c, order), tokens, offsets, prob, lora.down.a, gu, None, activation,
-                packed, False, need[1], need[5] or need[6], False,
-            )  # fmt: skip
-            for t, other in zip((dgu, dprob, db), (more[0], more[2], more[3]), strict=True):
+            wanted = (need[1], need[5] or need[6])
+            more = _through_down(c, order, lora.down, prob, gu, activation, packed, *wanted)
+            for t, other in zip((dgu, dprob, db), more, strict=True):
                 t += other
             if need[12]:
                 grads[12] = weight_grad(lora.down.a, c, h, tokens, offsets, False, False)
@@ -181,9 +178,25 @@ class MoELoraFunction(Function):
         return tuple(grads)
 
 
-def _by_choice(t: Tensor, order: Order) -> Tensor:
-    """Rows in expert order, at the numbers of their choices."""
-    return torch.empty_like(t).index_copy_(0, order.tokens.long(), t)
+def _through_down(
+    c: Tensor,
+    order: Order,
+    adapter: Adapter,
+    prob: Tensor,
+    gu: Tensor,
+    activation: str,
+    packed: Packed | None,
+    want_dprob: bool,
+    want_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What dgu, dprob and db gain by dh = c a. All of them are linear in dh, so that moe_dh makes
+    them, of rows that each choice has for itself."""
+    by_choice = torch.empty_like(c).index_copy_(0, order.tokens.long(), c)
+    dgu, _, dprob, db, _ = _experts.dh(
+        by_choice, *order[:2], prob, adapter.a, gu, None, activation, packed,
+        False, want_dprob, want_db, False,
+    )  # fmt: skip
+    return dgu, dprob, db
 
 
 def adapted_experts(
