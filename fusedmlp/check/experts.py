@@ -11,6 +11,8 @@ from torch import Tensor
 from .. import check
 from ..packing import Packed
 from ..reference import Routing
+from ..reference.lora import Lora
+from . import lora as adapters
 
 # The fields that a consumer may read, in their order; prob's dtype is x's or float32.
 _FIELDS = (
@@ -120,3 +122,14 @@ def check_experts(
     if b_down is not None:
         check.shape(op, "b_down", b_down, E, D_out)
     return E
+
+
+def check_adapters(
+    op: str, x: Tensor, given: Lora, experts: Experts, packed: Packed | None
+) -> None:
+    """Stacked adapters of experts that `check_experts` has passed."""
+    _, w_up, w_down, *_ = experts
+    E, D_out, H = w_down.shape
+    names = ("gate",) if w_up is None and packed is None else ("gate", "up")
+    sizes = {**dict.fromkeys(names, (H, x.shape[-1])), "down": (D_out, H)}
+    adapters.check(op, x, given, sizes, E)

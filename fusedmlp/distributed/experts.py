@@ -29,12 +29,20 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from .. import check
-from ..check.experts import autocast_prob, check_experts, check_kind, check_routing
+from ..check import lora as adapters
+from ..check.experts import (
+    autocast_prob,
+    check_adapters,
+    check_experts,
+    check_kind,
+    check_routing,
+)
 from ..layers.moe import EXPERTS, TopKMoE
 from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import route_to
 from ..packing import Packed
 from ..reference import Routing
+from ..reference.lora import Adapter, Lora
 
 OP = "parallel_moe_mlp"
 
@@ -116,6 +124,18 @@ def _local(name: str, w: Tensor | None, E: int, ranks: int) -> Tensor | None:
     return w
 
 
+def _local_lora(lora: Lora, E: int, ranks: int) -> Lora:
+    """This rank's adapters; what is none stays for `check_adapters` to refuse."""
+
+    def local(name: str, p: Any) -> Any:
+        if not isinstance(p, Adapter):
+            return p
+        a, b = (_local(f"lora.{name}.{part}", t, E, ranks) for part, t in (("a", p.a), ("b", p.b)))
+        return p._replace(a=a, b=b)
+
+    return Lora(*map(local, Lora._fields, lora)) if isinstance(lora, Lora) else lora
+
+
 def parallel_moe_mlp(
     x: Tensor,
     routing: Routing,
@@ -129,6 +149,7 @@ def parallel_moe_mlp(
     activation: str = "silu",
     packed: Packed | None = None,
     recompute: bool = False,
+    lora: Lora | None = None,
     chunks: int = 1,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -138,7 +159,7 @@ def parallel_moe_mlp(
         x: (..., D), this rank's tokens; ranks may have different numbers, 0 too.
         routing: of them to all E experts, k a token, E a multiple of the number of ranks.
         w_gate, ..., b_down: as in moe_mlp, of this rank's E / R experts: rank r has those from
-            r E / R on. Or DTensors of all E, sharded by `Shard(0)`.
+            r E / R on. Or DTensors of all E, sharded by `Shard(0)`; adapters of `lora` likewise.
         chunks: exchange the tokens in so many parts, the next while the experts compute this one,
             forward and backward. Worth it where a part's product takes longer than its way; it
             makes more and smaller GEMMs. The same on every rank.
@@ -184,6 +205,10 @@ def parallel_moe_mlp(
         x, *local = check.cast(dtype, x, *local)  # type: ignore[assignment]
         routing = autocast_prob(routing, dtype)
     check_experts(OP, x, local, activation, packed)
+    if lora is not None:
+        lora = _local_lora(lora, E, ranks)
+        lora = adapters.cast(dtype, lora) if dtype else lora
+        check_adapters(OP, x, lora, local, packed)
     check_routing(OP, x, routing, E)
     flat = x.reshape(-1, x.shape[-1])
     k = routing.k
@@ -206,7 +231,7 @@ def parallel_moe_mlp(
         ones = torch.ones(expert.shape, dtype=torch.float32, device=x.device)
         y = moe_mlp(
             arrived, route_to(expert, ones, E // ranks), *local,
-            activation=activation, packed=packed, recompute=recompute,
+            activation=activation, packed=packed, recompute=recompute, lora=lora,
         )  # fmt: skip
         back = _Exchange(exchange.received, exchange.sent, own)
         returning.append((back, back.start(y)))

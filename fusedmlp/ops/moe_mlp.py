@@ -35,7 +35,6 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.autograd import Function
 
@@ -46,7 +45,7 @@ from ..backends.derivatives import by_reference, differentiable, save
 from ..backends.flops import Shapes, lora_names, rows_times
 from ..backends.op import Op, kernel, register
 from ..check import lora as adapters
-from ..check.experts import autocast_prob, check_experts, check_routing
+from ..check.experts import autocast_prob, check_adapters, check_experts, check_routing
 from ..packing import Packed, join_pair, rows, unrows
 from ..reference import Routing
 from ..reference.lora import Lora
@@ -210,7 +209,7 @@ def moe_mlp(
         routing = autocast_prob(routing, dtype)
     check_routing(OP, x, routing, E)
     if lora is not None:
-        _check_lora(x, lora, w_down.shape, w_up is None and packed is None)
+        check_adapters(OP, x, lora, tensors, packed)
     wants_grad = check.wants_grad(x, routing.prob, *tensors)
     flat = rows(x)
     if choice.pick(OP, x) == "reference":
@@ -230,13 +229,6 @@ def moe_mlp(
         h, _ = first(flat, *order[:2], w_gate, w_up, b_gate, b_up, activation, packed, True, False)
         y = second(h, order, w_down, None, None, b_down, prob)
     return unrows(y, x)
-
-
-def _check_lora(x: Tensor, lora: Lora, down: torch.Size, plain: bool) -> None:
-    E, D_out, H = down
-    first = (H, x.shape[-1])
-    sizes = {"gate": first} if plain else {"gate": first, "up": first}
-    adapters.check(OP, x, lora, {**sizes, "down": (D_out, H)}, E)
 
 
 def _choices_times(*weights: str) -> Callable[[Shapes], int]:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from ranks import join, spawn
 from torch.distributed.device_mesh import init_device_mesh
 
-from fusedmlp import moe_mlp, top1_route, topk_route
+from fusedmlp import Adapter, Lora, moe_mlp, top1_route, topk_route
 from fusedmlp.distributed import experts, parallel_moe_mlp, shard_experts
 from fusedmlp.layers import Top1MoE, TopKMoE
 
@@ -24,6 +24,14 @@ def weights():
     t = lambda *shape: torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5  # noqa: E731
     return {"w_gate": t(E, H, D), "w_up": t(E, H, D), "w_down": t(E, D, H),
             "b_gate": t(E, H), "b_up": t(E, H), "b_down": t(E, D)}  # fmt: skip
+
+
+def adapters(part=slice(None)):
+    torch.manual_seed(1)
+    t = lambda *shape: torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5  # noqa: E731
+    sizes = ((H, D), (H, D), (D, H))
+    pairs = [(t(E, 3, width)[part].clone(), t(E, out, 3)[part].clone()) for out, width in sizes]
+    return Lora(*(Adapter(a, b, 0.5) for a, b in pairs))
 
 
 def tokens(rank):
@@ -81,6 +89,34 @@ def test_several_experts_a_token_equal_to_one_process(k, capacity, chunks):
     spawn(2, functools.partial(_compare, k=k, capacity=capacity, chunks=chunks))
 
 
+def _compare_adapted(rank, ranks):
+    part = slice(rank * E // ranks, (rank + 1) * E // ranks)
+    every, local = adapters(), adapters(part)
+    for lora in (every, local):
+        for t in (t for p in lora for t in p[:2]):
+            t.requires_grad_()
+    own = {name: w[part] for name, w in weights().items()}
+    total = 0
+    for r in range(ranks):
+        x, logits, dy = tokens(r)
+        y = moe_mlp(x, topk_route(logits, 2), **weights(), lora=every)
+        total = total + (y * dy).sum()
+        if r == rank:
+            expected = y.detach()
+    total.backward()
+    x, logits, dy = tokens(rank)
+    y = parallel_moe_mlp(x.requires_grad_(), topk_route(logits, 2), **own, lora=local, chunks=2)
+    torch.testing.assert_close(y.detach(), expected)
+    (y * dy).sum().backward()
+    for ours, all_of_it in zip(local, every, strict=True):
+        for a, b in zip(ours[:2], all_of_it[:2], strict=True):
+            torch.testing.assert_close(a.grad, b.grad[part])
+
+
+def test_adapters_are_those_of_the_ranks_experts():
+    spawn(2, _compare_adapted)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("k", (1, 2))
 @pytest.mark.parametrize("capacity, chunks", [(None, 1), (3, 3)])
@@ -108,6 +144,8 @@ def _refuse(rank, ranks):
         ({"w_down": None}, TypeError, "w_down must be a Tensor, got NoneType"),
         ({"b_up": "foo"}, TypeError, "b_up must be a Tensor, got str"),
         ({"activation": "foo"}, ValueError, "activation must be one of"),
+        ({"lora": {}}, TypeError, "lora must be None or a fusedmlp.Lora, got dict"),
+        ({"lora": adapters(slice(2))}, ValueError, r"lora.gate.a must hold 4 of 4 .*, got 2"),
         ({"chunks": 1.5}, TypeError, "chunks must be an int, got 1.5"),
         ({"group": dist.GroupMember.NON_GROUP_MEMBER}, TypeError, "group must be a ProcessGroup"),
     ]
@@ -130,7 +168,7 @@ def _refuse(rank, ranks):
 
 def _options(rank, ranks):
     """In one process: each option that moe_mlp has reaches its call of a chunk, as it is."""
-    mine = {"activation": "gelu", "packed": "up_gate", "recompute": True}
+    mine = {"activation": "gelu", "packed": "up_gate", "recompute": True, "lora": adapters()}
     known = inspect.signature(parallel_moe_mlp).parameters.keys() - {"chunks", "group"}
     assert known == inspect.signature(moe_mlp).parameters.keys()
     assert known - weights().keys() == {"x", "routing", *mine}
