@@ -28,6 +28,7 @@ import fusedmlp
 from ..backends import choice
 from ..backends.cuda.gated_linear import forced, variant
 from ..kernels.device import capability_of
+from ..progress import Progress
 from ..testing import CASES, Error, judge, poison
 from . import glance, machine, process
 from .check_sizes import ON_CUDA, ON_GPU, SMALL, Class
@@ -45,7 +46,7 @@ from .options import (
     subparser,
     write_json,
 )
-from .render import Progress, number, say, table
+from .render import number, say, table
 from .variants import VARIANTS
 from .work import Work, activations_of, case_of
 

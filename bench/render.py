@@ -1,4 +1,4 @@
-"""Tables and progress for a terminal; with rich where it is installed, in plain text where not.
+"""Tables for a terminal; with rich where it is installed, in plain text where not.
 
 Anything that is not a terminal gets plain text with every column: it has no width to fit.
 """
@@ -9,13 +9,10 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from types import TracebackType
-from typing import Any, TextIO
+from typing import TextIO
 
 try:
     import rich.console
-    import rich.markup
-    import rich.progress
     import rich.table
     import rich.text
 except ImportError:
@@ -107,50 +104,6 @@ def _print_table(header: Sequence[str], rows: Rows, out: TextIO, styles: Mapping
     for row in rows:
         made.add_row(*(rich.text.Text(cell, styles.get(cell, "")) for cell in row))
     console.print(made)
-
-
-class Progress:
-    """A bar on a terminal's stderr, nothing elsewhere. Use as a context manager."""
-
-    def __init__(self, title: str, total: int, err: TextIO | None = None) -> None:
-        self.title, self.total, self.done = title, total, 0
-        self.err = err or sys.stderr
-        self.shown = self.err.isatty() and total > 0
-        self._bar: Any = None
-
-    def __enter__(self) -> Progress:
-        if self.shown and rich is not None:
-            console = rich.console.Console(file=self.err)
-            self._bar = rich.progress.Progress(
-                "{task.description}", rich.progress.BarColumn(),
-                rich.progress.MofNCompleteColumn(), rich.progress.TimeElapsedColumn(),
-                console=console, transient=True,
-            )  # fmt: skip
-            self._bar.start()
-            self._task = self._bar.add_task(self.title, total=self.total)
-        return self
-
-    def step(self, what: str = "") -> None:
-        """One more is done."""
-        self.done += 1
-        if self._bar is not None:
-            text = rich.markup.escape(f"{self.title} {what}")
-            self._bar.update(self._task, completed=self.done, description=text)
-        elif self.shown:
-            # \033[K clears what a longer line left behind.
-            text = f"\r{self.title} {self.done}/{self.total} {what}\033[K"
-            print(text, end="", file=self.err, flush=True)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        elif self.shown:
-            print("\r\033[K", end="", file=self.err, flush=True)
 
 
 def number(value: float | None, digits: int = 3) -> str:

@@ -15,9 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ...progress import Progress
 from .. import machine, process
 from ..options import Emit, Record, Refusal, collecting, write_json
-from ..render import Progress, number, table
+from ..render import number, table
 from ..timing.session import Options, plan
 from ..timing.stats import summarize
 from ..work import Work

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ...progress import Progress
 from .. import machine, render
 from ..options import PROG, Refusal, count, need, subparser, write_json, write_text
 from . import growth, targets
@@ -23,7 +24,7 @@ def _measured(args: argparse.Namespace, commit: str | None) -> list[Record]:
     if not chosen and not args.growth:
         raise Refusal(f"--only {' '.join(args.only)}: no target has these words")
     records = []
-    with render.Progress("cpu", len(chosen)) as progress:
+    with Progress("cpu", len(chosen)) as progress:
         for target in chosen:
             value, spread = target.measure(args.rounds)
             records.append({

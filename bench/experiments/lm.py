@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from ...progress import Progress
 from .. import machine, process, render
 from ..options import (
     INTERRUPTED,
@@ -113,7 +114,7 @@ def train(wanted: Sequence[ModelPlan], args: argparse.Namespace) -> int:
     left = [p for p in wanted if _identity(dataclasses.asdict(p) | about) not in done]
     deadline = time.monotonic() + 60 * args.minutes
     steps = sum(plan.steps for plan in left)
-    with process.interrupt_asked() as asked, render.Progress("lm", steps) as progress:
+    with process.interrupt_asked() as asked, Progress("lm", steps) as progress:
         for i, plan in enumerate(left):
             path = checkpoint(args.out, plan)
             here = data, args.device

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ...progress import Progress
 from .. import machine, render
 from ..options import (
     INTERRUPTED,
@@ -97,7 +98,7 @@ def run(
     for row in chosen:
         if _key_of(row) not in done and row.build not in builds:
             builds.append(row.build)
-    with render.Progress("table", len(builds) * args.seeds) as progress:
+    with Progress("table", len(builds) * args.seeds) as progress:
         for build in builds:
             step = functools.partial(progress.step, f"{build.layer} {build.label()}")
             outcome = _trained(build, args, step)

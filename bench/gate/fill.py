@@ -39,9 +39,9 @@ from ...kernels.arch import ARCHES, Arch
 from ...kernels.arch.tile import Tile
 from ...kernels.launches.launch import empty
 from ...ops import gated_linear
+from ...progress import Progress
 from ..machine import ROOT
 from ..options import Refusal, count
-from ..render import Progress
 from ..rooms import load
 from ..timing.tune import CHECKED_ROWS, LAUNCHES, forced
 from ..work import DGLU, DTYPES, Work

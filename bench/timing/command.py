@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ...backends import choice
+from ...progress import Progress
 from ...testing import CASES
 from .. import machine, rooms
 from ..check import inputs_of
@@ -36,7 +37,7 @@ from ..options import (
     subparser,
     write_json,
 )
-from ..render import Progress, number, percent, say, size, table
+from ..render import number, percent, say, size, table
 from ..rivals import RIVALS
 from ..work import DGLU, PHASES
 from .clock import CudaTimer, Timer, clock_range

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 from ..backends.op import TRITON_DTYPES
 from ..kernels.device import INTERPRETED
 from ..layers.parts.block import positive_int
+from ..progress import Progress
 from .blocks import Block, backward, blocks_of, drawing_nothing, forward, stand_ins
 from .driver import compiling, listening
 from .lines import GPUS, named_gpu
@@ -69,7 +68,7 @@ def warmup(model: nn.Module, tokens: int | Iterable[int], *, gpu: str | None = N
     dict, set or deque. No hook is called but PyTorch's own, which make weights (pruning). Other
     threads may compute meanwhile, the model itself too; numbers that they draw then from PyTorch's
     own generators, they draw again after it. Calls that plan or warm up wait for one another. A bar
-    on a terminal shows how far it is, by tqdm where that is installed.
+    on a terminal shows how far it is, by rich where that is installed.
 
     Returns a `Warmup`; its str() names the blocks that could not be run, with the reason.
 
@@ -148,7 +147,7 @@ def _told(blocks: Sequence[Block], hits: dict[str, bool], left: list[str]) -> Wa
 def _run_all(jobs: Sequence[tuple[Block, int, Any]]) -> list[str]:
     """Run every job; what could not be run."""
     left = []
-    with _Bar(len(jobs)) as bar:
+    with Progress("warmup", len(jobs)) as bar:
         for block, rows, tensors_of in jobs:
             try:
                 _run(block, rows, tensors_of(block))
@@ -216,38 +215,3 @@ def _autocast() -> AbstractContextManager[Any]:
     if not torch.is_autocast_enabled("cuda"):
         return contextlib.nullcontext()
     return torch.autocast("cpu", dtype=torch.get_autocast_dtype("cuda"))
-
-
-class _Bar:
-    """A bar on a terminal: tqdm's where it is installed."""
-
-    def __init__(self, total: int) -> None:
-        self._total, self._done, self._tqdm = total, 0, None
-        self._shown = sys.stderr.isatty()
-
-    def __enter__(self) -> _Bar:
-        if self._shown:
-            with contextlib.suppress(ImportError):
-                from tqdm import tqdm
-
-                self._tqdm = tqdm(total=self._total, desc="warmup", leave=False)
-        return self
-
-    def step(self, name: str) -> None:
-        self._done += 1
-        if self._tqdm is not None:
-            self._tqdm.update()
-        elif self._shown:
-            text = f"\rwarmup {self._done}/{self._total} {name}\033[K"
-            print(text, end="", file=sys.stderr, flush=True)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._tqdm is not None:
-            self._tqdm.close()
-        elif self._shown:
-            print("\r\033[K", end="", file=sys.stderr, flush=True)

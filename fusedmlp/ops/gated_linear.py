@@ -35,6 +35,7 @@ from ..kernels.dense import gated_linear as _triton
 from ..kernels.launches import dense as launches
 from ..packing import Packed, empty_gated, halves, rows, split_pair, unrows
 from . import gated_act
+from .linear_act import outer, product
 
 OP = "gated_linear"
 
@@ -284,6 +285,3 @@ register(
         flops=rows_times("w_gate", "w_up"),
     )
 )
-
-# Last, so that this op's row comes before that one's: lists of ops go by it.
-from .linear_act import outer, product  # noqa: E402

@@ -5,6 +5,8 @@ Bit k % 32 of word (h, k // 32) is the sign of weight (h, k), 1 for +; bits past
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -73,10 +75,12 @@ def binary_gated_linear(
     b_gate: Tensor | None = None,
     b_up: Tensor | None = None,
     activation: str = "silu",
+    *,
+    project: Callable[..., Tensor] = binary_linear,
 ) -> Tensor:
-    """act(x w_gate' + b_gate) * (x w_up' + b_up)."""
-    g = binary_linear(x, q_gate, s_gate, b_gate)
-    return gated_act(g, binary_linear(x, q_up, s_up, b_up), activation)
+    """act(x w_gate' + b_gate) * (x w_up' + b_up), products by `project`."""
+    g = project(x, q_gate, s_gate, b_gate)
+    return gated_act(g, project(x, q_up, s_up, b_up), activation)
 
 
 def binary_gated_mlp(
@@ -92,9 +96,11 @@ def binary_gated_mlp(
     b_down: Tensor | None = None,
     activation: str = "silu",
     lora: Lora | None = None,
+    *,
+    project: Callable[..., Tensor] = binary_linear,
 ) -> Tensor:
     """binary_gated_linear(x) w_down' + b_down; an adapter adds scale b (a x) to its projection."""
     of_gate, of_up, of_down = lora or Lora()
-    g = adapted(binary_linear(x, q_gate, s_gate, b_gate), x, of_gate)
-    h = gated_act(g, adapted(binary_linear(x, q_up, s_up, b_up), x, of_up), activation)
-    return adapted(binary_linear(h, q_down, s_down, b_down), h, of_down)
+    g = adapted(project(x, q_gate, s_gate, b_gate), x, of_gate)
+    h = gated_act(g, adapted(project(x, q_up, s_up, b_up), x, of_up), activation)
+    return adapted(project(h, q_down, s_down, b_down), h, of_down)

@@ -2,6 +2,7 @@
 
 import io
 import subprocess
+import sys
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from fusedmlp.bench import machine, render, shapes
 from fusedmlp.bench.timing import stats
 from fusedmlp.bench.work import DTYPES, PHASES, Work, activations_of, case_of, default_activation
+from fusedmlp.progress import Progress
 from fusedmlp.testing import CASES
 
 
@@ -221,10 +223,10 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("with_rich", [True, False])
 def test_progress_is_for_terminals_only(monkeypatch, with_rich):
     if not with_rich:
-        monkeypatch.setattr(render, "rich", None)
+        monkeypatch.setitem(sys.modules, "rich.console", None)
     terminal, file = Terminal(), io.StringIO()
     for err in (terminal, file):
-        with render.Progress("check", 2, err) as progress:
+        with Progress("check", 2, err) as progress:
             progress.step("one [bold]")
             progress.step("two")
     assert file.getvalue() == ""

@@ -11,6 +11,7 @@ Sums are taken in float32, in float64 of float64. Scales that want a gradient go
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,6 @@ from torch import Tensor
 from ...packing import rows
 from ...reference import binary as reference
 from ...reference.binary import GROUP
-from ...reference.dense import gated_act
-from ...reference.lora import Lora, adapted
 from .. import choice
 from .eager import needs_grad, readable
 
@@ -84,37 +83,11 @@ def _linear(x: Tensor, qweight: Tensor, scales: Tensor, b: Tensor | None) -> Ten
     return F.linear(x.to(wide), w, None if b is None else b.to(wide)).to(x.dtype)
 
 
-def binary_gated_linear(
-    x: Tensor,
-    q_gate: Tensor,
-    s_gate: Tensor,
-    q_up: Tensor,
-    s_up: Tensor,
-    b_gate: Tensor | None = None,
-    b_up: Tensor | None = None,
-    activation: str = "silu",
-) -> Tensor:
+def binary_gated_linear(*arguments: Any) -> Tensor:
     """`reference.binary_gated_linear`."""
-    g = binary_linear(x, q_gate, s_gate, b_gate)
-    return gated_act(g, binary_linear(x, q_up, s_up, b_up), activation)
+    return reference.binary_gated_linear(*arguments, project=binary_linear)
 
 
-def binary_gated_mlp(
-    x: Tensor,
-    q_gate: Tensor,
-    s_gate: Tensor,
-    q_up: Tensor,
-    s_up: Tensor,
-    q_down: Tensor,
-    s_down: Tensor,
-    b_gate: Tensor | None = None,
-    b_up: Tensor | None = None,
-    b_down: Tensor | None = None,
-    activation: str = "silu",
-    lora: Lora | None = None,
-) -> Tensor:
+def binary_gated_mlp(*arguments: Any) -> Tensor:
     """`reference.binary_gated_mlp`."""
-    of_gate, of_up, of_down = lora or Lora()
-    g = adapted(binary_linear(x, q_gate, s_gate, b_gate), x, of_gate)
-    h = gated_act(g, adapted(binary_linear(x, q_up, s_up, b_up), x, of_up), activation)
-    return adapted(binary_linear(h, q_down, s_down, b_down), h, of_down)
+    return reference.binary_gated_mlp(*arguments, project=binary_linear)
