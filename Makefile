@@ -10,7 +10,7 @@ ARCH ?=
 TRITON_GATE = $(PYTHON) -m fusedmlp.bench.gate.kernels --brief $(if $(ARCH),--arch $(ARCH))
 CSRC_BUILD = FUSEDMLP_CUDA=1 $(PYTHON) -m pip install --quiet --no-deps --editable .
 CSRC_GATE = $(PYTHON) -m fusedmlp.bench.gate.csrc
-BENCH = $(PYTHON) -m fusedmlp.cli bench
+BENCH = $(PYTHON) -m fusedmlp bench
 SITE = NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 # Each op once, and the rules that every file, row, page and docstring obeys.

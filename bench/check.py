@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import functools
 import os
-import shlex
 import shutil
 import sys
 import tempfile
@@ -46,7 +45,7 @@ from .options import (
     subparser,
     write_json,
 )
-from .render import number, say, table
+from .render import number, say, say_command, table
 from .variants import VARIANTS
 from .work import Work, activations_of, case_of
 
@@ -279,7 +278,7 @@ def go_on(options: CheckOptions, records: Sequence[Record]) -> None:
     words = [*_arguments(dataclasses.replace(options, cases=cases), options.backend)]
     if options.variants != (None,):
         words += ["--variant", *map(str, options.variants)]
-    say(f"Go on with: {PROG} {shlex.join(words)}")
+    say_command("Go on with:", [*PROG.split(), *words])
 
 
 def show(records: Sequence[Record], complete: bool = True) -> None:

@@ -5,6 +5,7 @@ Anything that is not a terminal gets plain text with every column: it has no wid
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import textwrap
@@ -51,6 +52,22 @@ def say(text: str, out: TextIO | None = None) -> None:
     print("\n".join(lines), file=out)
 
 
+def say_command(what: str, words: Sequence[str], out: TextIO | None = None) -> None:
+    """Print a command to paste. Where the terminal is too narrow it begins a line of its own, and
+    each line but the last ends in a backslash, by which the shell reads on."""
+    out = out or sys.stdout
+    quoted = [shlex.quote(word) for word in words]
+    if len(f"{what} {' '.join(quoted)}") <= width_of(out):
+        print(what, *quoted, file=out)
+        return
+    lines = ["  "]
+    for word in quoted:
+        if lines[-1].strip() and len(lines[-1]) + len(word) + 3 > width_of(out):
+            lines.append("    ")
+        lines[-1] += f"{word} "
+    print(what, "\\\n".join(lines).rstrip(), sep="\n", file=out)
+
+
 def fit(
     header: Sequence[str], rows: Rows, width: int, drop: Sequence[str]
 ) -> tuple[Sequence[str], Rows, list[str]]:
@@ -86,7 +103,8 @@ def table(
         say(title, out)
     _print_table(header, rows, out, styles)
     if gone:
-        say(f"Left out, for want of columns: {', '.join(gone)}.", out)
+        names = gone if len(gone) <= 3 else [*gone[:2], f"{len(gone) - 2} more"]
+        say(f"Left out, for want of columns: {', '.join(names)}.", out)
 
 
 def _print_table(header: Sequence[str], rows: Rows, out: TextIO, styles: Mapping[str, str]) -> None:

@@ -203,7 +203,3 @@ def _discard_output() -> None:
     """What is still buffered has nowhere to go; Python would try again at its end and complain."""
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -27,6 +27,7 @@ from ..check import inputs_of
 from ..lost import DeviceLost
 from ..options import (
     INTERRUPTED,
+    PROG,
     Emit,
     Record,
     Refusal,
@@ -37,7 +38,7 @@ from ..options import (
     subparser,
     write_json,
 )
-from ..render import number, percent, say, size, table
+from ..render import number, percent, say, say_command, size, table
 from ..rivals import RIVALS
 from ..work import DGLU, PHASES
 from .clock import CudaTimer, Timer, clock_range
@@ -58,7 +59,9 @@ def require_gpu() -> None:
             "nothing was timed: TRITON_INTERPRET is set, and an interpreter has no speed"
         )
     if not torch.cuda.is_available():
-        raise NothingTimed("nothing was timed: torch finds no GPU; `predict` computes what it can")
+        raise NothingTimed(
+            f"nothing was timed: torch finds no GPU; {PROG} predict computes what it can"
+        )
 
 
 def run(options: Options, emit: Emit, timer: Timer | None = None) -> list[int]:
@@ -95,14 +98,15 @@ def _free() -> None:
             torch.cuda.empty_cache()
 
 
-def the_rest(options: Options, records: Sequence[Record]) -> str:
-    """What an interrupt left untimed, and how to time it."""
+def go_on(options: Options, records: Sequence[Record]) -> None:
+    """Say what an interrupt left untimed, and how to time it."""
     timed = {(r["case"], r["M"], r["D"], r["H"]) for r in records if r["kind"] == "time"}
     works = [(work.case.name, work.M, work.D, work.H) for work in plan(options)]
     left = dict.fromkeys(case for case, *size in works if (case, *size) not in timed)
-    if not left:
-        return "All sizes have times; the last may lack some of its providers."
-    return f"Go on with the same arguments and: --case {' '.join(left)}"
+    if left:
+        say_command("Go on with the same arguments and:", ["--case", *left])
+    else:
+        say("All sizes have times; the last may lack some of its providers.")
 
 
 def show(records: Sequence[Record]) -> None:
@@ -193,7 +197,7 @@ def main(args: argparse.Namespace) -> int:
     seen = found.get("sm_clocks_while_timing") or "could not be read"
     print("\nInterrupted." if interrupted else f"\nSM clocks between rounds: {seen}")
     if interrupted:
-        say(the_rest(options, records))
+        go_on(options, records)
     write_json(args.json, found, records)
     failed = any(r["kind"] == "check" and not r["passed"] for r in records)
     if lost is not None:

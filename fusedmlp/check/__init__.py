@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..packing import ORDERS, Packed
 from ..reference.activations import ACTIVATIONS, computed_by, resolve
@@ -92,7 +92,8 @@ def like_x(
 
 def _raise_unlike_x(op: str, called: str, x: Tensor, name: str, t: object) -> NoReturn:
     if not isinstance(t, Tensor):
-        raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}")
+        remedy = "; give its weight" if isinstance(t, nn.Linear) else ""
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(t).__name__}{remedy}")
     if t.dtype != x.dtype:
         raise TypeError(f"{op}: {name} must have {called}'s dtype {x.dtype}, got {t.dtype}")
     raise ValueError(f"{op}: {name} must be on {called}'s device {x.device}, got {t.device}")

@@ -58,15 +58,34 @@ def gpu_here() -> Gpu | None:
 
 def where_lines(model: nn.Module) -> list[str]:
     """Where its blocks run; or that there are none, and what makes some."""
-    blocks = blocks_of(model)
-    if blocks:
-        return [f"its fused calls: {_where(blocks[0].like)}"]
+    groups = _alike(model)
+    if groups:
+        if any(_fuses(first) for first, *_ in groups):
+            return [f"its fused calls: {_where(groups[0][0].like)}"]
+        return ["none of its calls is fused as it is now: all of it runs in PyTorch"]
     if next(model.parameters(), None) is None:
         return []
     return [
         f"{type(model).__name__} holds no layer of fusedmlp and no patched module: all of it runs "
         "in PyTorch; fusedmlp.patch(model) finds its MLPs and runs them fused"
     ]
+
+
+def _alike(model: nn.Module) -> list[list[Block]]:
+    """Its blocks, those of the same launches together."""
+    groups: dict[object, list[Block]] = {}
+    for block in blocks_of(model):
+        groups.setdefault(block.alike(), []).append(block)
+    return list(groups.values())
+
+
+def _fuses(block: Block) -> bool:
+    """Whether a forward of one row would call a kernel of ours on a GPU. One that reads what was
+    not computed has no answer, and has fused calls to read."""
+    try:
+        return any(p.kernels for p in expected(block, 1, next(iter(ARCHES.values())), 1))
+    except Exception:
+        return True
 
 
 def _where(sample: torch.Tensor) -> str:
@@ -125,10 +144,7 @@ def _dtypes(block: Block) -> Iterator[str]:
 def gpu_lines(model: nn.Module, gpu: Gpu, tokens: int) -> list[str]:
     """What each block would launch there."""
     lines = [f"on {gpu.name}, {tokens} tokens: planned and computed, nothing was run"]
-    groups: dict[object, list[Block]] = {}
-    for block in blocks_of(model):
-        groups.setdefault(block.alike(), []).append(block)
-    for first, *others in groups.values():
+    for first, *others in _alike(model):
         name = first.kind + _more(len(others))
         try:
             phases = expected(first, tokens, gpu.arch, gpu.multiprocessors)

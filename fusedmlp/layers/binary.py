@@ -27,6 +27,7 @@ llama.cpp and Bonsai (format). How Bonsai was trained is not published.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -203,6 +204,32 @@ class BinaryLinear(nn.Module):
     def _set(self, w: BinaryWeight) -> None:
         self.packed = w
         del self.weight
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        packed, latent = f"{prefix}packed.qweight" in state_dict, f"{prefix}weight" in state_dict
+        name = prefix.removesuffix(".") or type(self).__name__
+        if packed and not latent and self.packed is None:
+            error_msgs.append(
+                f"{name}: the state_dict has a packed weight and the layer a latent one: pack the "
+                "layer first, by its pack(), then load the state_dict"
+            )
+        if latent and not packed and self.packed is not None:
+            error_msgs.append(
+                f"{name}: the state_dict has a latent weight and the layer a packed one: load into "
+                "a layer that is not packed, then pack it by its pack()"
+            )
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def binarized(self) -> Tensor:
         """The weight that multiplies in training, scale * sign. Raises RuntimeError once packed."""

@@ -34,7 +34,7 @@ from ..reference.activations import ACTIVATIONS
 from .glu import GLU, Bilinear, GeGLU, GLUBase, ReGLU, SwiGLU
 from .masked_glu import MGLU, BilinearMGLU, GeMGLU, MaskedGLU, ReMGLU, SwiMGLU
 from .parts.activation import build, describe, name_of
-from .parts.around import bare
+from .parts.around import bare, hooked
 from .parts.block import (
     build_norm,
     calls,
@@ -214,8 +214,9 @@ class FeedForward(Freezing, Reader):
         glu, *plain, dropout, second = self.net
         act = plain[0] if plain else glu.activation
         inner = (act,) if plain else (glu.proj, act)
-        if not bare(self.net, glu, *inner, dropout, second):
-            return "its modules one by one, since one of them has hooks"
+        for module in (self.net, glu, *inner, dropout, second):
+            if around := hooked(module):
+                return f"its modules one by one, since {type(module).__name__} {around}"
         if isinstance(glu, MaskedGLU):
             if glu.mask_mode == "channel":
                 return f"{glu.path()}, linears too"

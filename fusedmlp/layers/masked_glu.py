@@ -238,8 +238,9 @@ class MaskedGLU(Reader):
         for name in ("proj", "activation"):
             if around := hooked(getattr(self, name)):
                 raise TypeError(
-                    f"{type(self).__name__}: {name} must be without hooks in element mode, where "
-                    f"its weight is read without calling it, got one that {around}"
+                    f"{type(self).__name__}: {name} must be without hooks and with its class's own "
+                    f"forward in element mode, where it is read without being called, got one that "
+                    f"{around}"
                 )
 
     def path(self) -> str:

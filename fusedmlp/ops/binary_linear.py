@@ -50,7 +50,10 @@ _triton_bwd = Later("binary.backward")
 def check_weight(op: str, name: str, w: BinaryWeight, device: torch.device) -> tuple[int, int]:
     """`w` is a BinaryWeight on x's device. Returns its shape."""
     if not isinstance(w, BinaryWeight):
-        raise TypeError(f"{op}: {name} must be a BinaryWeight, got {type(w).__name__}")
+        raise TypeError(
+            f"{op}: {name} must be a BinaryWeight, got {type(w).__name__}; "
+            "fusedmlp.quantize_binary(w) makes one of a matrix"
+        )
     if w.qweight.device != device:
         raise ValueError(f"{op}: {name} must be on x's device {device}, got {w.qweight.device}")
     return w.shape

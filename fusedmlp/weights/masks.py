@@ -133,11 +133,14 @@ def check_logits(op: str, name: str, logits: Tensor) -> None:
             f"{op}: {name} must be a Tensor of logits or PackedMasks, got {type(logits).__name__}"
         )
     if not logits.dtype.is_floating_point:
-        raise TypeError(f"{op}: {name} must have a floating dtype, got {logits.dtype}")
+        raise TypeError(
+            f"{op}: {name} must have a floating dtype, got {logits.dtype}; a mask of bools m has "
+            "the logits m.float() - 0.5"
+        )
     if logits.dim() != 3 or not 1 <= logits.shape[0] <= MAX_MASKS:
         raise ValueError(
             f"{op}: {name} must be (n_m, H, D) with n_m from 1 to {MAX_MASKS}, got "
-            f"{tuple(logits.shape)}"
+            f"{tuple(logits.shape)}{f'; one mask is {name}[None]' if logits.dim() == 2 else ''}"
         )
 
 

@@ -82,6 +82,7 @@ def test_trees_under_a_default_device():
                 torch.testing.assert_close((inside, layer(x)), (expected, expected))
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_a_traced_program_routes_tokens_that_it_has_not_seen():
     seen, other = torch.tensor([[0.0, 5, 0, 0]]), torch.tensor([[9.0, 5, 0, 0]])
     packed = fusedmlp.quantize_binary(torch.randn(8, 128))

@@ -35,7 +35,7 @@ OURS = ("TRITON_INTERPRET", "FUSEDMLP_BACKEND")
 def typed(command, **env):
     """A shell's command, where `fusedmlp` is this checkout's."""
     clean = {k: v for k, v in os.environ.items() if k not in OURS} | env
-    script = command.replace("fusedmlp ", f"{sys.executable} -m fusedmlp.cli ")
+    script = command.replace("fusedmlp ", f"{sys.executable} -m fusedmlp ")
     return subprocess.run(
         ["bash", "-o", "pipefail", "-c", script],
         cwd=ROOT, env=clean, capture_output=True, text=True, timeout=600,
@@ -268,7 +268,7 @@ def on_a_terminal(columns, *arguments):
     if pid == 0:
         env = {k: v for k, v in os.environ.items() if k not in (*OURS, "COLUMNS")}
         os.chdir(ROOT)
-        os.execve(sys.executable, [sys.executable, "-m", "fusedmlp.cli", *arguments], env)
+        os.execve(sys.executable, [sys.executable, "-m", "fusedmlp", *arguments], env)
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     shown = b""
     with contextlib.suppress(OSError):  # Linux's way to say that the other side is closed

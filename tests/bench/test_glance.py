@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 
 import pytest
 
@@ -165,3 +166,24 @@ def test_a_narrow_terminal_is_told_which_columns_it_lacks(monkeypatch):
 def test_a_file_that_cannot_be_written_is_one_line():
     with pytest.raises(Refusal, match="/dev/full was not written: No space left on device"):
         write_json("/dev/full", {}, [])
+
+
+def test_a_command_is_pasted_as_it_is_printed(monkeypatch):
+    words = ["fusedmlp", "bench", "check", "--activation", "situ(beta=1, beta_up=2)", "--case", "a"]
+    for columns in (200, 80, 40, 10):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        out = Terminal()
+        render.say_command("Go on with:", words, out)
+        text = out.getvalue().removeprefix("Go on with:").removesuffix("\n")
+        assert text.startswith("\n") == (columns < 80)
+        assert shlex.split(text.replace("\\\n", " ")) == words
+        if columns in (80, 40):
+            assert max(map(len, out.getvalue().splitlines())) <= columns
+
+
+def test_many_columns_that_are_left_out_are_counted(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    header = [f"column {i}" for i in range(12)]
+    out = Terminal()
+    render.table("", header, [["x" * 20] * 12], out, drop=header[1:])
+    assert "Left out, for want of columns: column 1, column 2, 7 more." in out.getvalue()

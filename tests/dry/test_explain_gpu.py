@@ -17,6 +17,7 @@ from fusedmlp.dry.blocks import blocks_of
 from fusedmlp.dry.expected import expected
 from fusedmlp.hyperglu import HyperGLU, HyperGLUConfig
 from fusedmlp.kernels.pick import LAST
+from fusedmlp.layers import BinaryLinear, FeedForward
 from fusedmlp.testing import CASES
 
 
@@ -62,6 +63,9 @@ def test_every_layer_is_planned(name):
         assert all("GFLOP" in line and "at best" in line for line in lines)
         fused = re.search(r"one (\w+_)?mlp|fused as|one moe_mlp|one tree_path", explained(layer))
         assert ("by triton" in lines[0]) >= bool(fused), lines
+        launches = "PyTorch alone" not in lines[0]
+        assert ("its fused calls: " in explained(layer)) == launches
+        assert ("none of its calls is fused" in explained(layer)) != launches
     assert torch.equal(torch.get_rng_state(), random) and last == LAST
     for n, t in layer.state_dict().items():
         assert torch.equal(t, before[n]), n
@@ -160,6 +164,19 @@ def test_what_is_outside_a_fused_call_does_not_stand_in_its_way():
     assert fusedmlp.patch(model).patched
     text = explained(model)
     assert "0.after (Dropout) is at work" in text and "0.before" not in text
+
+
+def test_a_block_without_a_fused_call_is_said_to_have_none():
+    own = FeedForward(64)
+    own.net[0].forward = own.net[0].forward
+    text = explained(own)
+    assert "one by one, since Linear has a forward of its own, set on the instance" in text
+    assert "hooks" not in text
+    for layer in (own, FeedForward(64, activation=nn.Softsign), BinaryLinear(128, 128)):
+        for lines in (explained(layer), explained(nn.Sequential(layer))):
+            assert "none of its calls is fused as it is now: all of it runs in PyTorch" in lines
+            assert "its fused calls" not in lines
+    assert "its fused calls" in explained(nn.Sequential(own, FeedForward(64)))
 
 
 def test_blocks_alike_share_a_line():

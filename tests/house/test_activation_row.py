@@ -215,7 +215,8 @@ def test_every_row_says_its_own_name():
 def test_the_page_of_activations_lists_the_table():
     page = (ROOT / "docs" / "activations.md").read_text()
     listed = re.search(r"^(`silu`.*?)\.\n\n", page, re.M | re.S)
-    assert re.findall(r"`(\w+)`", listed[1]) == list(ACTIVATIONS)
+    names = list(ACTIVATIONS)
+    assert re.findall(r"`(\w+)`", listed[1]) == names, f"docs/activations.md must list {names}"
 
 
 def test_the_page_of_gates_lists_every_row_with_parameters():

@@ -1,6 +1,7 @@
 """One fact, one place: the tree has the shape the README draws, and says so when it does not."""
 
 import ast
+import inspect
 import re
 from pathlib import Path
 
@@ -25,9 +26,37 @@ def missing(op):
         places.append(f"fusedmlp/typed_ops.py: {op}")
     if row.public and row.within not in OPS and not any(c.op == op for c in CASES.values()):
         places.append(f"fusedmlp/testing/: a Case of {op}")
+    if row.public:
+        places += [f"{file}: {line}" for file, line in listed(op) if line not in lines_of(file)]
+        said = {file: how for file, how in SAID.items() if not row.within or file != "README.md"}
+        places += [f"{file}: {how}" for file, how in said.items() if f"`{op}`" not in text_of(file)]
     if not row.function.__doc__:
         places.append(f"{row.function.__module__}: what {op} computes, as its docstring")
     return places
+
+
+# Pages that name every op, and what writes it there.
+SAID = {
+    "README.md": "make it again, by fusedmlp bench report",
+    "CHANGELOG.md": "what the new op is",
+}
+
+
+def listed(op):
+    """(file, the line of `op` in it) of the lists that no row is read for."""
+    yield "docs/api/*.md", f"::: fusedmlp.{op}"
+    signature = inspect.signature(OPS[op].function).parameters.values()
+    given = [f"{p.name}={p.default!r}" for p in signature if p.default is not p.empty]
+    if given:
+        yield "tests/house/defaults.txt", f"{op}({', '.join(given)})"
+
+
+def text_of(pattern):
+    return "".join(path.read_text() for path in sorted(ROOT.glob(pattern)))
+
+
+def lines_of(pattern):
+    return text_of(pattern).splitlines()
 
 
 def typed_names():

@@ -201,6 +201,25 @@ BAD = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("make", (lambda: BinaryGatedMLP(128, 256), lambda: BinaryLinear(128, 4)))
+def test_loading_says_what_to_pack(make):
+    latent, packed = make(), make().pack()
+    names = ("gate_proj", "up_proj", "down_proj")
+    names = names if isinstance(latent, BinaryGatedMLP) else ("BinaryLinear",)
+    with pytest.raises(RuntimeError) as raised:
+        latent.load_state_dict(packed.state_dict())
+    for name in names:
+        assert (
+            f"{name}: the state_dict has a packed weight and the layer a latent one: pack"
+            in str(raised.value)
+        )
+    with pytest.raises(RuntimeError) as raised:
+        packed.load_state_dict(make().state_dict())
+    assert str(raised.value).count("load into a layer that is not packed, then pack") == len(names)
+    make().load_state_dict(latent.state_dict())
+    make().pack().load_state_dict(packed.state_dict())
+
+
 @pytest.mark.parametrize(("make", "error", "message"), BAD)
 def test_bad_layers(make, error, message):
     with pytest.raises(error, match=re.escape(message)):

@@ -161,6 +161,8 @@ CONSTRUCTIONS = [
     (lambda: layers.FeedForward(D, dropout="a"), TypeError, f"FeedForward: dropout {NUMBER}'a'"),
     (lambda: layers.FeedForward(D, activation=torch.relu), TypeError,
      f"FeedForward: activation must be {MAKES}<bu"),
+    (lambda: layers.FeedForward(D, activation=nn.Softsign()), TypeError,
+     f"FeedForward: activation must be {MAKES}Softsign(): give its class, Softsign, or lambda: Sof"),
     (lambda: layers.FeedForward(D, pre_norm=True, norm_layer=None), TypeError,
      f"FeedForward: {NORM}None"),
     (lambda: layers.GMLP(D, D, 4, 1, norm_layer=None), TypeError, f"GMLP: {NORM}None"),

@@ -83,7 +83,7 @@ class Every(nn.Module):
 def refused(saver):
     """What `saver` cannot carry, and its error; docs/limits.md says why."""
     if saver is accelerate_offload:
-        message = "proj must be without hooks in element mode"
+        message = "proj must be without hooks and with its class's own forward in element mode"
         return dict.fromkeys(NEVER_CALLED, (TypeError, message))
     if saver is transformers_model:
         packed = (name for name in PACKED if name.startswith("packed"))

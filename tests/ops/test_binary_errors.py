@@ -67,7 +67,7 @@ def test_bad_weights_and_bytes(make, error, message):
 W = quantize_binary(draw(24, 16), pad=True)
 ON_META = quantize_binary(draw(24, 16), pad=True).to("meta")
 WRONG = [
-    ("w", draw(24, 16), TypeError, "w must be a BinaryWeight, got Tensor"),
+    ("w", draw(24, 16), TypeError, "w must be a BinaryWeight, got Tensor; fusedmlp.quantize_binary(w) makes one"),
     ("w", ON_META, ValueError, "w must be on x's device cpu, got meta"),
     ("x", torch.ones(4, 7), ValueError, "x must be (..., 16): D of w; got (4, 7)"),
     ("x", torch.ones(4, 16).int(), TypeError, "x must have a floating dtype, got torch.int32"),

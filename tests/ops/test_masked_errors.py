@@ -13,7 +13,7 @@ CASE_NAMES = ("masked_gated_linear-1", MLP.name)
 
 OCTETS = torch.zeros(4, 2, 1, dtype=torch.uint8)
 BAD = [
-    (lambda: pack_masks(torch.ones(3, 4)), ValueError, r"pack_masks: logits must be (n_m, H, D) with n_m from 1 to 16, got (3, 4)"),
+    (lambda: pack_masks(torch.ones(3, 4)), ValueError, r"pack_masks: logits must be (n_m, H, D) with n_m from 1 to 16, got (3, 4); one mask is logits[None]"),
     (lambda: pack_masks(torch.ones(17, 3, 4)), ValueError, r"n_m from 1 to 16, got (17, 3, 4)"),
     (lambda: pack_masks(torch.ones(0, 3, 4)), ValueError, r"n_m from 1 to 16, got (0, 3, 4)"),
     (lambda: pack_masks(torch.ones(1, 3, 4).bool()), TypeError, r"logits must have a floating dtype, got torch.bool"),
@@ -41,9 +41,9 @@ def test_bad_planes(make, error, message):
 
 WRONG = [
     ("masks", torch.ones(2, 24, 15), ValueError, r"masks must be (2, 24, 16): of w's shape, got (2, 24, 15)"),
-    ("masks", torch.ones(24, 16), ValueError, r"masks must be (n_m, H, D) with n_m from 1 to 16, got (24, 16)"),
+    ("masks", torch.ones(24, 16), ValueError, r"masks must be (n_m, H, D) with n_m from 1 to 16, got (24, 16); one mask is masks[None]"),
     ("masks", torch.ones(17, 24, 16), ValueError, r"n_m from 1 to 16, got (17, 24, 16)"),
-    ("masks", torch.ones(1, 24, 16).int(), TypeError, r"masks must have a floating dtype, got torch.int32"),
+    ("masks", torch.ones(1, 24, 16).int(), TypeError, r"masks must have a floating dtype, got torch.int32; a mask of bools m has the logits m.float() - 0.5"),
     ("masks", None, TypeError, r"masks must be a Tensor of logits or PackedMasks, got NoneType"),
     ("masks", PackedMasks(torch.zeros(24, 2, 1, dtype=torch.uint8), 15), ValueError, r"masks must be (1, 24, 16): of w's shape, got (1, 24, 15)"),
     ("masks", torch.ones(1, 24, 16, device="meta"), ValueError, r"masks must be on x's device cpu, got meta"),

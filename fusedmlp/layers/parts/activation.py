@@ -74,6 +74,12 @@ def _instead(activation: object) -> str:
     return "" if name is None else f": give its name, {name!r}"
 
 
+def _maker(activation: object) -> str:
+    kind = type(activation).__name__
+    own = isinstance(activation, nn.Module)
+    return f": give its class, {kind}, or lambda: {kind}(...)" if own else ""
+
+
 def build(
     where: str, activation: nn.Module | Callable[[], nn.Module] | str, instances: bool = True
 ) -> nn.Module:
@@ -95,7 +101,8 @@ def build(
         "arguments"
     )
     if isinstance(activation, nn.Module) or not callable(activation):
-        raise TypeError(f"{expected}, got {activation!r}{_instead(activation)}")
+        remedy = _instead(activation) or _maker(activation)
+        raise TypeError(f"{expected}, got {activation!r}{remedy}")
     try:
         made = activation()
     except TypeError as error:

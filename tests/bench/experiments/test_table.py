@@ -156,7 +156,7 @@ def test_command(short, capsys, tmp_path):
     assert "0.500000" in lines[0] and "a note of theirs" in lines[0]
     assert "FAIL" in lines[1] and "N/A" in lines[1] and "no layer of width 64" in lines[1]
     assert "Success" in lines[2] and "a note" in lines[2]
-    assert page.read_text() == table.markdown(found)
+    assert page.read_text() == table.markdown(found, str(kept))
     assert "mlp_utils' Loss" in page.read_text()
 
 
@@ -236,6 +236,7 @@ def test_a_page_of_other_steps_says_so_and_compares_nothing(tmp_path):
     text = page.read_text()
     assert "The task of mlp_utils' README: 2 (its recipe has 501: only after as many" in text
     assert "501 steps" not in text
+    assert "--from" not in text and "its records were not kept" in text
     header, _, *rows = [line for line in text.splitlines() if line.startswith("|")]
     at = header.split(" | ").index("Difference")
     assert rows and all(row.split(" | ")[at] == "-" for row in rows)
@@ -260,7 +261,7 @@ def losses(kept, model, name, **labels):
 
 
 def test_kept_page_is_generated(kept):
-    assert KEPT.with_suffix(".md").read_text() == table.markdown(kept)
+    assert KEPT.with_suffix(".md").read_text() == table.markdown(kept, table.SOURCE)
 
 
 def test_kept_rows_are_whole(kept):
