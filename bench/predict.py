@@ -24,10 +24,11 @@ from typing import Any
 
 import torch
 
+from ..backends.flops import lora_names
 from ..backends.op import OPS, Kernel
 from ..kernels import pick
 from ..kernels.arch.roof import Roof
-from ..kernels.arch.tile import Fit, Tile
+from ..kernels.arch.tile import ADAPTED, Fit, Tile
 from ..kernels.device import pretend
 from ..kernels.moe.grouped import most_tiles
 from ..kernels.tiles import fit_of
@@ -67,9 +68,13 @@ def kernels(op: str, phase: str) -> list[Kernel]:
 
 
 def _row_of_tiles(name: str, work: Work) -> str:
-    """Several masks have tiles of their own."""
-    masks = work.case.shapes(1, 8, 8).get("masks", (1,))
-    return f"{name}_group" if name == "masked_gated_linear_fwd" and masks[0] > 1 else name
+    """Several masks, and adapters, have tiles of their own."""
+    shapes = work.case.shapes(1, 8, 8)
+    if name == "masked_gated_linear_fwd" and shapes.get("masks", (1,))[0] > 1:
+        return f"{name}_group"
+    # dh gains the product of the last projection's adapter.
+    own = lora_names(*(("down",) if name.endswith("_bwd") else ("gate", "up")))
+    return f"{name}{ADAPTED}" if not shapes.keys().isdisjoint(own) else name
 
 
 def launches(work: Work, phase: str, roof: Roof) -> list[PlannedLaunch]:

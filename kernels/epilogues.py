@@ -8,7 +8,15 @@ import triton
 import triton.language as tl
 
 from .arch.tile import Tile, cdiv
-from .tiles import INTERPRETED, column_parts, half_vector, load_tile, store_tile, weave
+from .tiles import (
+    INTERPRETED,
+    add_low_rank,
+    column_parts,
+    half_vector,
+    load_tile,
+    store_tile,
+    weave,
+)
 
 # Rows of a wgmma that one warp has.
 SUM_ROWS = tl.constexpr(16)
@@ -176,13 +184,17 @@ def store_bwd(
     SUBTILES: tl.constexpr,
     TMA: tl.constexpr,
     GATED: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
+    t=None,
+    low=None,
+    sizes=None,
 ):
     """dg = dh psi(u) act'(g), du = dh act(g) psi'(u), h = act(g) psi(u) of a tile, in SUBTILES
     column parts, and their column sums; psi(u) = u where UP is None. Rows past M have dh = 0, so
     they add nothing to a sum. With du = None dg holds both, (M, 2H), interleaved.
 
     By TMA g and u are read in boxes of several parts, as wide as their descriptors say: each is
-    waited for at once."""
+    waited for at once. An adapter adds t low' to dh."""
     TURNS: tl.constexpr = GATED and du is None
     MOST: tl.constexpr = half_vector(dg.dtype.element_ty) if TURNS and not TMA else None
     PART: tl.constexpr = BLOCK_N // SUBTILES
@@ -190,12 +202,13 @@ def store_bwd(
     boxes = column_parts(dh, BLOCK_M, BLOCK_N, BLOCK_N // BOX)
     for j in tl.static_range(BLOCK_N // BOX):
         n1 = n0 + j * BOX
-        parts = column_parts(boxes[j], BLOCK_M, BOX, BOX // PART)
-        gate = _read_beside(g, stride_gm, stride_gh, m0, n1, M, H, boxes[j], TMA, MOST)
+        box = add_low_rank(boxes[j], t, low, sizes, m0, n1, M, H, BLOCK_M, BOX, PRECISION)
+        parts = column_parts(box, BLOCK_M, BOX, BOX // PART)
+        gate = _read_beside(g, stride_gm, stride_gh, m0, n1, M, H, box, TMA, MOST)
         gates = column_parts(gate, BLOCK_M, BOX, BOX // PART)
         ups = gates
         if GATED:
-            up = _read_beside(u, stride_gm, stride_gh, m0, n1, M, H, boxes[j], TMA, MOST)
+            up = _read_beside(u, stride_gm, stride_gh, m0, n1, M, H, box, TMA, MOST)
             ups = column_parts(up, BLOCK_M, BOX, BOX // PART)
         for i in tl.static_range(BOX // PART):
             _store_bwd_part(

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..invariance import invariant
 from .arch import Arch
-from .arch.tile import FEW_M, SKINNY_M, Fit, Tile, cdiv
+from .arch.tile import ADAPTED, FEW_M, SKINNY_M, Fit, Tile, cdiv
 from .device import arch_of, multiprocessors
 from .plans import recording
 
@@ -24,7 +24,7 @@ class _Last(dict[str, Tile]):
 # Inside batch_invariant() a launch is cut as for so many rows, however many it has.
 ROWS = 1024
 # Weights that a column of the result takes, where it is more than one.
-WEIGHTS = {"gated_linear_fwd": 2}
+WEIGHTS = {"gated_linear_fwd": 2, f"gated_linear_fwd{ADAPTED}": 2}
 # What comes through L2 beside what comes from memory: to all multiprocessors together, 28 bytes a
 # clock each (Chips and Cheese, on an H100) beside the 21 of an H200's memory; to one of them 64
 # (bench/gate/bound/machine.py) beside the 29 of a B200's.

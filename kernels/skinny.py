@@ -156,10 +156,10 @@ def launch_split(
     u: Tensor | None,
     strides: tuple[int, ...],
     activation: str,
-    adapters: Adapters = NO_ADAPTERS,
+    of_adapters: dict[str, Any],
 ) -> None:
     """What gated_linear.launch_fwd does, in `splits` parts of K. interleaved: w_gate (2H, D) holds
-    both. strides: of h, g, b_gate, b_up."""
+    both. strides: of h, g, b_gate, b_up. of_adapters: what `adapted` made."""
     M, D = x.shape
     H = w_gate.shape[0] // 2 if interleaved else w_gate.shape[0]
     gated = interleaved or w_up is not None
@@ -175,9 +175,8 @@ def launch_split(
         PRECISION=precision(x.dtype),
         num_warps=tile.num_warps, num_stages=tile.num_stages, **shared,
     )  # fmt: skip
-    of_adapters = adapted(adapters)
     if of_adapters:
-        of_adapters["PRECISION"] = precision(x.dtype)
+        of_adapters = {**of_adapters, "PRECISION": precision(x.dtype)}
     noted(reduce_kernel)[columns,](
         parts, b_gate, b_up, h, g, u, M, H, splits, *strides,
         **act_of(activation), GATED=gated, **shared, **of_adapters,

@@ -23,7 +23,7 @@ from .maps import doubtful
 # Triton's interpreter neither multiplies bf16 nor rounds to it as a GPU does (kernels/README.md).
 INTERPRETED = tl.constexpr(_interpreted)
 # Columns of an adapter that a step multiplies.
-RANK_STEP = tl.constexpr(32)
+RANK_STEP = tl.constexpr(16)
 
 
 @triton.constexpr_function
@@ -229,17 +229,20 @@ def add_low_rank(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc + t b' of one tile, where t (M, r) and b (N, r) are an adapter's; acc where t is None.
-    sizes: r, the row stride of t, and both strides of b. The loop is short: nothing is loaded
-    ahead, which would take shared memory beside the tiles'."""
+    """acc + t b' of (a part of) a tile, where t (M, r) and b (N, r) are an adapter's; acc where t
+    is None. sizes: r, the row stride of t, and both strides of b. In an accumulator of its own:
+    with one for both, ptxas waits after every wgmma of the main loop (sm_90, Triton 3.9, 2026-11).
+    Nothing is loaded ahead, which would take shared memory beside the tiles'."""
     if t is not None:
         r, stride_tm, stride_bn, stride_bk = sizes
+        low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in tl.range(0, r, RANK_STEP, num_stages=1):
             left = load_tile(t, stride_tm, 1, m0, k, M, r, BLOCK_M, RANK_STEP, False)
             right = load_weight(
                 b, stride_bn, stride_bk, n0, k, N, r, BLOCK_N, RANK_STEP, False, True, True
             )
-            acc = dot(left, right, acc, PRECISION)
+            low = dot(left, right, low, PRECISION)
+        acc += low
     return acc
 
 

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from ...kernels.arch import TENSOR_MEMORY_LANES, Arch
-from ...kernels.arch.tile import SKINNY_M, Tile
+from ...kernels.arch.tile import ADAPTED, SKINNY_M, Tile
 
 # field -> (smallest, largest); each field moves by factors of two, num_stages by one.
 _RANGES = {
@@ -24,7 +24,8 @@ REGISTERS = 255
 
 def _halves(kernel: str) -> int:
     """Accumulators, and weight tiles, per x tile."""
-    return 2 if kernel in ("gated_linear_fwd", "moe_up", "binary_gated_linear_fwd") else 1
+    both = "gated_linear_fwd", "moe_up", "binary_gated_linear_fwd"
+    return 2 if kernel.removesuffix(ADAPTED) in both else 1
 
 
 def _in_one_group(tile: Tile, kernel: str) -> bool:

@@ -42,7 +42,7 @@ def rows_times(*weights: str) -> Callable[[Shapes], int]:
 
 def lora_names(*projections: str) -> tuple[str, ...]:
     """a and b of these projections' adapters, as shapes are named."""
-    return tuple(f"lora_{p}_{part}" for p in projections for part in "ab")
+    return tuple(f"w_{p}_{part}" for p in projections for part in "ab")
 
 
 def _rank(c: Shape | None) -> int:

@@ -15,7 +15,7 @@ from ..backends import choice
 from ..backends.flops import bytes_moved
 from ..backends.op import NAMESPACE
 from ..kernels.arch import Arch
-from ..kernels.arch.tile import Tile
+from ..kernels.arch.tile import ADAPTED, Tile
 from ..kernels.pick import LAST
 from .blocks import Block, backward, drawing_nothing, forward, stand_ins
 from .driver import Untouched, here, launch_nothing, replaced, unwritten
@@ -48,6 +48,12 @@ class _Noting(Untouched):
                 if not t.is_floating_point():
                     t.zero_()  # a router's results may be read: no token goes anywhere
         return made
+
+
+def _last(name: str) -> Tile | None:
+    """Several masks, and adapters, have tiles of their own."""
+    rows = (name, f"{name}_group", f"{name}{ADAPTED}")
+    return next((LAST[row] for row in rows if row in LAST), None)
 
 
 def _noting_ops(ops: dict[str, None]) -> AbstractContextManager[None]:
@@ -88,7 +94,7 @@ def _run(
                 out = forward(block, tensors, inputs)
             else:
                 backward(out, tensors, inputs)
-        kernels = tuple((name, LAST.get(name, LAST.get(f"{name}_group"))) for name in noted.kernels)
+        kernels = tuple((name, _last(name)) for name in noted.kernels)
         results = sum(t.nbytes for t in tree_leaves(out) if isinstance(t, Tensor))
         sizes = [(t.nbytes, t.requires_grad) for t in (*inputs, *tensors.values())]
         moved = bytes_moved(sizes, results, phase)

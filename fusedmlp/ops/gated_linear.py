@@ -112,7 +112,7 @@ fwd = library.define(
     result="MH",
     cuda=Cuda(cuda_gated_linear.gated_linear_fwd, HOPPER_AND_NEWER, few_rows=False),
     cutlass=by_cutlass.gated_linear_fwd,
-    launches=(launches.GATED_FWD,),
+    launches=(launches.GATED_FWD, launches.GATED_FWD_ADAPTED),
 )
 # dy (M, D), w_down (D, H) -> with dh = dy w_down: dgu, h, and the column sums of dg and of du,
 # (2, H). An adapter adds t low' to dh.
@@ -124,7 +124,7 @@ bwd = library.define(
     flops=lambda dy, w_down, *rest: 2 * dy[0] * sum(map(prod, (w_down, *rest[6:]))),
     result="MH",
     cuda=Cuda(cuda_gated_linear.gated_linear_bwd, HOPPER_AND_NEWER),
-    launches=(launches.GATED_BWD,),
+    launches=(launches.GATED_BWD, launches.GATED_BWD_ADAPTED),
 )
 
 

@@ -38,8 +38,8 @@ from ..check import lora as adapters
 from ..packing import Packed, join_pair, rows, split_pair, unrows
 from ..reference.lora import Lora
 from . import gated_act, gated_linear
+from ._lora import adapted_block
 from .linear_act import product
-from .lora import adapted_block
 
 OP = "gated_mlp"
 
@@ -167,9 +167,10 @@ def gated_mlp(
         adapters.check(OP, x, lora, {"gate": first, "up": first, "down": down})
     tensors = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     if choice.pick(OP, x) == "reference":
-        if lora is None and not recompute and remade.keeps_less(*tensors):
-            return remade.gated_mlp(*tensors, activation, packed)
-        again = recompute and check.wants_grad(*tensors, *adapters.tensors_of(lora))
+        rest = (*tensors[1:], *adapters.tensors_of(lora))
+        if not recompute and remade.keeps_less(x, *rest):
+            return remade.gated_mlp(*tensors, activation, packed, lora)
+        again = recompute and check.wants_grad(x, *rest)
         arguments = (*tensors, activation, packed, lora)
         return by_reference(reference.gated_mlp, *arguments, recompute=again)
     if lora is not None:
@@ -190,6 +191,6 @@ register(
         forward=(kernel(gated_linear.fwd),),
         backward=(kernel(gated_linear.bwd),),
         flops=rows_times("w_gate", "w_up", "w_down", *lora_names("gate", "up", "down")),
-        remade=rows_times("w_gate", "w_up", "lora_gate_b", "lora_up_b"),
+        remade=rows_times("w_gate", "w_up", "w_gate_b", "w_up_b"),
     )
 )

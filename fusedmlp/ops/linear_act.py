@@ -91,7 +91,7 @@ fwd = library.define(
     result="MH",
     cuda=Cuda(cuda_gated_linear.linear_act_fwd, HOPPER_AND_NEWER, few_rows=False),
     cutlass=by_cutlass.linear_act_fwd,
-    launches=(launches.PLAIN_FWD,),
+    launches=(launches.PLAIN_FWD, launches.PLAIN_FWD_ADAPTED),
 )
 # dy (M, D), w_out (D, H) -> with dh = dy w_out: dz, h and the column sums of dz (1, H).
 bwd = library.define(
@@ -102,7 +102,7 @@ bwd = library.define(
     flops=lambda dy, w_out, *rest: 2 * dy[0] * sum(map(prod, (w_out, *rest[5:]))),
     result="MH",
     cuda=Cuda(cuda_gated_linear.linear_act_bwd, HOPPER_AND_NEWER),
-    launches=(launches.PLAIN_BWD,),
+    launches=(launches.PLAIN_BWD, launches.PLAIN_BWD_ADAPTED),
 )
 # Elementwise: dz from dh when there is no GEMM to fuse it into, h from z.
 dz = library.define(

@@ -30,7 +30,7 @@ from ..check import lora as adapters
 from ..packing import rows, unrows
 from ..reference.lora import Lora
 from . import linear_act
-from .lora import adapted_block
+from ._lora import adapted_block
 
 OP = "mlp"
 
@@ -125,9 +125,10 @@ def mlp(
         adapters.check(OP, x, lora, sizes)
     tensors = (x, w_in, w_out, b_in, b_out)
     if choice.pick(OP, x) == "reference":
-        if lora is None and not recompute and remade.keeps_less(*tensors):
-            return remade.mlp(*tensors, activation)
-        again = recompute and check.wants_grad(*tensors, *adapters.tensors_of(lora))
+        rest = (*tensors[1:], *adapters.tensors_of(lora))
+        if not recompute and remade.keeps_less(x, *rest):
+            return remade.mlp(*tensors, activation, lora)
+        again = recompute and check.wants_grad(x, *rest)
         return by_reference(reference.mlp, *tensors, activation, lora, recompute=again)
     if lora is not None:
         block = (x, w_in, None, w_out, b_in, None, b_out)
@@ -148,6 +149,6 @@ register(
         forward=(kernel(linear_act.fwd),),
         backward=(kernel(linear_act.bwd),),
         flops=rows_times("w_in", "w_out", *lora_names("up", "down")),
-        remade=rows_times("w_in", "lora_up_b"),
+        remade=rows_times("w_in", "w_up_b"),
     )
 )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .tile import (
+    ADAPTED,
     ELEMENT,
     FEW,
     FEW_MMA,
@@ -12,6 +15,7 @@ from .tile import (
     SKINNY,
     Tile,
     Tiles,
+    finer,
 )
 
 # CUDA cores, unless the caller allows TF32: one set of tiles for every architecture.
@@ -92,3 +96,22 @@ INTERPRETED: Tiles = {
     )
     for size in (2, 4)
 }
+
+
+def with_adapters(tiles: Tiles) -> Tiles:
+    """Beside each row that of calls with adapters, whose product t b' has an accumulator of its
+    own: forward for a column part, of which there are twice as many, backward for a box."""
+    rows = {
+        (f"{kernel}{ADAPTED}", size): _fwd(row) if kernel.endswith("_fwd") else _bwd(row)
+        for (kernel, size), row in tiles.items()
+    }
+    return {**tiles, **rows}
+
+
+def _fwd(row: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    return tuple(finer(tile) if tile.tma else tile for tile in row)
+
+
+def _bwd(row: tuple[Tile, ...]) -> tuple[Tile, ...]:
+    """256 columns in boxes of 64 spill 64 bytes, 128 in one box 24 (sm_90, Triton 3.9, 2026-11)."""
+    return tuple(replace(tile, box=tile.box and 64) for tile in row if tile.block_n <= 128)

@@ -98,6 +98,9 @@ def narrower(tile: Tile) -> Tile:
 # gated_linear_fwd and so on.
 Tiles = Mapping[tuple[str, int], tuple[Tile, ...]]
 
+# Calls with adapters read rows of their own, which are named so.
+ADAPTED = "_adapted"
+
 # Any strides, any size: per-element addresses cost registers, so the K step is short.
 ELEMENT = Tile(64, 32, 16, 4, 2, subtiles=2, loads="element")
 SKINNY = (Tile(16, 32, 128, 4, 4), Tile(16, 32, 32, 4, 2, loads="element"))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ...packing import Packed, empty_gated, empty_pair, interleaved, split_pair
 from ..activations import act_of
-from ..arch.tile import finer, unboxed
+from ..arch.tile import ADAPTED, finer, unboxed
 from ..epilogues import store_bwd, store_fwd, sums_rows
 from ..pick import LAST, pick_splits, pick_tile
 from ..plans import noted
@@ -122,24 +122,21 @@ def _fwd_kernel(
                 TMA, GATE_K_MAJOR, UP_K_MAJOR, MASK_K, PRECISION,
             )  # fmt: skip
         PART: tl.constexpr = BLOCK_N // SUBTILES
-        WOVEN: tl.constexpr = INTERLEAVED and not ADAPTED
-        WIDTH: tl.constexpr = 2 * BLOCK_N if WOVEN else BLOCK_N
-        if ADAPTED:
-            if INTERLEAVED:
-                acc_g, acc_u = unweave(acc_g, BLOCK_M, BLOCK_N)
-            acc_g = add_low_rank(
-                acc_g, t_gate, low_gate, sizes_gate, m0, n0, M, H, BLOCK_M, BLOCK_N, PRECISION
-            )
-            if GATED:
-                acc_u = add_low_rank(
-                    acc_u, t_up, low_up, sizes_up, m0, n0, M, H, BLOCK_M, BLOCK_N, PRECISION
-                )
-        parts_g = column_parts(acc_g, BLOCK_M, WIDTH, SUBTILES)
-        parts_u = column_parts(acc_u, BLOCK_M, WIDTH, SUBTILES)
+        parts_g = column_parts(acc_g, BLOCK_M, TURNS * BLOCK_N, SUBTILES)
+        parts_u = column_parts(acc_u, BLOCK_M, TURNS * BLOCK_N, SUBTILES)
         for i in tl.static_range(SUBTILES):
             part_g, part_u = parts_g[i], parts_u[i]
-            if WOVEN:
+            if INTERLEAVED:
                 part_g, part_u = unweave(part_g, BLOCK_M, PART)
+            part_g = add_low_rank(
+                part_g, t_gate, low_gate, sizes_gate, m0, n0 + i * PART, M, H,
+                BLOCK_M, PART, PRECISION,
+            )  # fmt: skip
+            if GATED:
+                part_u = add_low_rank(
+                    part_u, t_up, low_up, sizes_up, m0, n0 + i * PART, M, H,
+                    BLOCK_M, PART, PRECISION,
+                )  # fmt: skip
             store_fwd(
                 part_g, part_u, b_gate_ptr, b_up_ptr, h, g, u, m0, n0 + i * PART, M, H,
                 stride_hm, stride_gm, stride_bg, stride_bu, scalars, ACT, UP,
@@ -199,11 +196,10 @@ def _bwd_kernel(
             m0, n0, 0, D, M, H, D,
             BLOCK_M, BLOCK_N, BLOCK_K, TMA, DOWN_K_MAJOR, True, MASK_K, PRECISION,
         )  # fmt: skip
-        dh = add_low_rank(dh, t, low, sizes, m0, n0, M, H, BLOCK_M, BLOCK_N, PRECISION)
         store_bwd(
             dh, g, u, dg, du, h, sums_ptr, tile_m, tiles_m, m0, n0, M, H,
             stride_gm, stride_gh, stride_dgm, stride_hm, scalars, ACT, UP,
-            BLOCK_M, BLOCK_N, SUBTILES, TMA, GATED,
+            BLOCK_M, BLOCK_N, SUBTILES, TMA, GATED, PRECISION, t, low, sizes,
         )  # fmt: skip
 
 
@@ -228,14 +224,16 @@ def launch_fwd(
     turns = interleaved(w_gate, w_up, 0)
     if turns is not None:
         w_gate, w_up = turns, None
+    of_adapters = adapted(adapters)
     fit = fit_of(x, h, g, u, weights=(w_gate, w_up))
-    tile = LAST[kernel] = pick_tile(kernel, x, M, H, fit)
+    row = f"{kernel}{ADAPTED}" if of_adapters else kernel
+    tile = LAST[row] = pick_tile(row, x, M, H, fit)
     # Strides of whatever is there; u is laid out as g is.
     strides = tuple(0 if t is None else t.stride(0) for t in (h, g, b_gate, b_up))
     if tile.skinny and (splits := pick_splits(tile, x, H, D)) > 1:
         launch_split(
             tile, splits, x, w_gate, w_up, turns is not None, b_gate, b_up, h, g, u, strides,
-            activation, adapters,
+            activation, of_adapters,
         )  # fmt: skip
         return
     block_n = tile.block_n
@@ -254,7 +252,7 @@ def launch_fwd(
             M, H, D, *x.stride(), *gate_strides, *up_strides, *strides,
             **act_of(activation), GATE_K_MAJOR=gate_k_major, UP_K_MAJOR=up_k_major,
             STACKED=both is not None, UP_FIRST=both is not None and both.second_first,
-            INTERLEAVED=turns is not None, **options, **adapted(adapters),
+            INTERLEAVED=turns is not None, **options, **of_adapters,
         )  # fmt: skip
 
     both = None
@@ -285,11 +283,16 @@ def launch_bwd(
     if M == 0 or H == 0:
         return dy.new_zeros((halves if want_db else 0, H))
     fit = fit_of(dy, g, u, dg, du, h, weights=(w_down,))
-    tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fit)
+    row = kernel if t is None else f"{kernel}{ADAPTED}"
+    tile = LAST[row] = pick_tile(row, dy, M, H, fit)
     act = act_of(activation)
-    if act["UP"] is not None:
+    of_both = act["UP"] is not None
+    if of_both:
         tile = unboxed(tile)
-    if not tile.tma and (dg.shape[1] != H or act["UP"] is not None):
+    crowded = not tile.tma or (of_both and t is not None)
+    # An adapter is multiplied part by part, and 8 columns are no wgmma's (bench/gate/hazards.py).
+    wide = t is None or tile.block_n // tile.subtiles > 16
+    if crowded and wide and (of_both or dg.shape[1] != H):
         tile = finer(tile)
     sums = dy.new_empty((halves, sums_rows(tile, M), H), dtype=torch.float32) if want_db else None
     down, *down_strides, k_major = weight_of(w_down.t(), tile.block_n, tile.block_k, tile.tma)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import reference
 from ...packing import Packed, halves
 from ...reference.activations import ACTIVATIONS
+from ..arch.tile import ADAPTED
 from ..dense.gated_act import gated_act_bwd, gated_act_fwd
 from ..dense.gated_linear import gated_linear_bwd, gated_linear_fwd
 from ..dense.linear_act import linear_act_bwd, linear_act_dz, linear_act_fwd, linear_act_h
@@ -39,12 +40,16 @@ def calls(
 def _gated_fwd(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
     b_gate, b_up = (t["b_gate"], t["b_up"]) if training else (None, None)
     weights = (t["w_gate"], t["w_up"], b_gate, b_up)
-    h, gu = gated_linear_fwd(t["x"], *weights, activation, True, training)
+    adapters = (*t["t"].chunk(2, 1), t["low_gate"], t["low_up"]) if "t" in t else ()
+    h, gu = gated_linear_fwd(t["x"], *weights, activation, True, training, *adapters)
     return {"h": h, "g": gu[0], "u": gu[1]} if training else {"h": h}
 
 
 def _gated_fwd_reference(t: Mapping[str, Tensor]) -> Tensors:
     g, u = F.linear(t["x"], t["w_gate"], t["b_gate"]), F.linear(t["x"], t["w_up"], t["b_up"])
+    if "t" in t:
+        t_gate, t_up = t["t"].chunk(2, 1)
+        g, u = g + F.linear(t_gate, t["low_gate"]), u + F.linear(t_up, t["low_up"])
     return {"h": reference.gated_act(g, u), "g": g, "u": u}
 
 
@@ -70,62 +75,41 @@ def _interleaved_fwd() -> Iterator[Extra]:
         pairs = halves(w, "interleaved", 0), halves(b, "interleaved")
         return new(m, w.shape[1]), *pairs[0], *pairs[1], "silu", True, True
 
-    yield from _adapted_fwd()
     yield from calls(gated_linear_fwd, {"interleaved": arguments(new(2 * H, D), M, new(2 * H))})
     for kind, (m, d, h) in _KINDS.items():
         turned = arguments(new(d, 2 * h).t(), m, new(2 * h))
         yield from calls(gated_linear_fwd, {f"interleaved transposed{kind}": turned})
 
 
-RANK = 16
-
-
-def _adapted_fwd() -> Iterator[Extra]:
-    """Adapters of gate and up, whose products are halves of one tensor."""
-    for kind, (m, d, h) in _KINDS.items():
-        x, w, low = new(m, d), new(2 * h, d).chunk(2), new(h, RANK)
-        t = new(m, 2 * RANK).chunk(2, 1)
-        arguments = (x, *w, None, None, "silu", True, True, *t, low, low)
-        yield from calls(gated_linear_fwd, {f"adapted{kind}": arguments})
-
-
-def _adapted_bwd() -> Iterator[Extra]:
-    for kind, (m, d, h) in _KINDS.items():
-        adapter = new(m, RANK), new(RANK, h).t()
-        arguments = (new(m, d), new(d, h), new(2, m, h), "silu", None, True, True, *adapter)
-        yield from calls(gated_linear_bwd, {f"adapted{kind}": arguments})
-
-
-def _adapted_plain_fwd() -> Iterator[Extra]:
-    for kind, (m, d, h) in _KINDS.items():
-        adapter = new(m, RANK), new(h, RANK)
-        arguments = (new(m, d), new(h, d), None, "gelu", True, True, *adapter)
-        yield from calls(linear_act_fwd, {f"adapted{kind}": arguments})
-
-
-def _adapted_plain_bwd() -> Iterator[Extra]:
-    for kind, (m, d, h) in _KINDS.items():
-        adapter = new(m, RANK), new(RANK, h).t()
-        arguments = (new(m, d), new(d, h), new(m, h), "gelu", True, True, *adapter)
-        yield from calls(linear_act_bwd, {f"adapted{kind}": arguments})
-
-
 def _interleaved_bwd() -> Iterator[Extra]:
-    yield from _adapted_bwd()
     for kind, (m, d, h) in _KINDS.items():
         arguments = (new(m, d), new(d, h), new(2, m, h), "silu", "interleaved", True, True)
         yield from calls(gated_linear_bwd, {f"interleaved{kind}": arguments})
 
 
+def _adapter(t: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
+    """A call's one adapter. Its `low` is a' backward, with strides of its own."""
+    if "t" not in t:
+        return ()
+    return t["t"], t["low"] if "low" in t else t["low_a"].t()
+
+
+def _dh(t: Mapping[str, Tensor]) -> Tensor:
+    dh = t["dy"] @ t["w_down"]
+    return dh + t["t"] @ t["low_a"] if "t" in t else dh
+
+
 def _gated_bwd(t: Mapping[str, Tensor], training: bool, activation: str = "silu") -> Tensors:
-    dgu, h, db = gated_linear_bwd(t["dy"], t["w_down"], t["gu"], activation, None, True, training)
+    dgu, h, db = gated_linear_bwd(
+        t["dy"], t["w_down"], t["gu"], activation, None, True, training, *_adapter(t)
+    )
     return {"dgu": dgu, "h": h, "db": db}
 
 
 def _gated_bwd_reference(t: Mapping[str, Tensor]) -> Tensors:
     gu = t["gu"].detach().requires_grad_()
     h = reference.gated_act(gu[0], gu[1])
-    (dgu,) = torch.autograd.grad(h, gu, t["dy"] @ t["w_down"])
+    (dgu,) = torch.autograd.grad(h, gu, _dh(t))
     return {"dgu": dgu, "h": h.detach(), "db": dgu.sum(1)}
 
 
@@ -140,26 +124,28 @@ def _gated_bwd_extras() -> Iterator[Extra]:
 
 def _plain_fwd(t: Mapping[str, Tensor], training: bool, activation: str = "gelu") -> Tensors:
     b = t["b"] if training else None
-    h, z = linear_act_fwd(t["x"], t["w"], b, activation, True, training)
+    h, z = linear_act_fwd(t["x"], t["w"], b, activation, True, training, *_adapter(t))
     return {"h": h, "z": z}
 
 
 def _plain_fwd_reference(t: Mapping[str, Tensor]) -> Tensors:
-    return {
-        "h": reference.linear_act(t["x"], t["w"], t["b"]),
-        "z": F.linear(t["x"], t["w"], t["b"]),
-    }
+    z = F.linear(t["x"], t["w"], t["b"])
+    if "t" in t:
+        z = z + F.linear(t["t"], t["low"])
+    return {"h": F.gelu(z), "z": z}
 
 
 def _plain_bwd(t: Mapping[str, Tensor], training: bool, activation: str = "gelu") -> Tensors:
-    dz, h, db = linear_act_bwd(t["dy"], t["w_down"], t["z"], activation, True, training)
+    dz, h, db = linear_act_bwd(
+        t["dy"], t["w_down"], t["z"], activation, True, training, *_adapter(t)
+    )
     return {"dz": dz, "h": h, "db": db}
 
 
 def _plain_bwd_reference(t: Mapping[str, Tensor]) -> Tensors:
     z = t["z"].detach().requires_grad_()
     h = F.gelu(z)
-    (dz,) = torch.autograd.grad(h, z, t["dy"] @ t["w_down"])
+    (dz,) = torch.autograd.grad(h, z, _dh(t))
     return {"dz": dz, "h": h.detach(), "db": dz.sum(0, keepdim=True)}
 
 
@@ -178,12 +164,80 @@ GATED_BWD = Launch(
 PLAIN_FWD = Launch(
     "linear_act_fwd", _plain_fwd, lambda M, D, H: {"x": (M, D), "w": (H, D), "b": (H,)},
     SIZE, RAGGED, _plain_fwd_reference, activated=True, gated=False, odd=sizes_of_one(*SIZE),
-    everywhere=_adapted_plain_fwd,
 )  # fmt: skip
 PLAIN_BWD = Launch(
     "linear_act_bwd", _plain_bwd, lambda M, D, H: {"dy": (M, D), "w_down": (D, H), "z": (M, H)},
     SIZE, RAGGED, _plain_bwd_reference, activated=True, gated=False, odd=sizes_of_one(*SIZE),
-    everywhere=_adapted_plain_bwd,
+)  # fmt: skip
+
+
+# ---- with adapters
+
+# Not a power of 2: two steps over the rank, of which the last is not full.
+RANK = 48
+
+
+def _adapted_fwd_shapes(M: int, D: int, H: int) -> Shapes:
+    both, low = {"t": (M, 2 * RANK)}, {"low_gate": (H, RANK), "low_up": (H, RANK)}
+    return {**GATED_FWD.shapes(M, D, H), **both, **low}
+
+
+def _with(launch: Launch, *names: str) -> Callable[..., Shapes]:
+    """Operands of `launch` and of one adapter."""
+
+    def shapes(M: int, D: int, H: int) -> Shapes:
+        sizes = {"t": (M, RANK), "low": (H, RANK), "low_a": (RANK, H)}
+        return {**launch.shapes(M, D, H), **{name: sizes[name] for name in names}}
+
+    return shapes
+
+
+def _adapted_extras() -> Iterator[Extra]:
+    """An adapter of gate or of up alone; ranks that fill no 16 bytes, and one of 1, which Triton
+    compiles in."""
+    x, w = new(M, D), new(2 * H, D).chunk(2)
+    for rank in (1, 4, 8):
+        t, low = new(M, rank), new(H, rank)
+        for name, adapters in (
+            ("gate", (t, None, low, None)), ("up", (None, t, None, low)),
+        ):  # fmt: skip
+            arguments = (x, *w, None, None, "silu", True, True, *adapters)
+            yield from calls(gated_linear_fwd, {f"{name}, r={rank}": arguments})
+
+
+def _adapted_interleaved_fwd() -> Iterator[Extra]:
+    for kind, (m, d, h) in _KINDS.items():
+        t, low = new(m, 2 * RANK).chunk(2, 1), new(h, RANK)
+        pair = halves(new(d, 2 * h).t(), "interleaved", 0)
+        arguments = (new(m, d), *pair, None, None, "silu", True, True, *t, low, low)
+        yield from calls(gated_linear_fwd, {f"interleaved{kind}": arguments})
+
+
+def _adapted_interleaved_bwd() -> Iterator[Extra]:
+    for kind, (m, d, h) in _KINDS.items():
+        adapter = new(m, RANK), new(RANK, h).t()
+        arguments = (new(m, d), new(d, h), new(2, m, h), "silu", "interleaved", True, True)
+        yield from calls(gated_linear_bwd, {f"interleaved{kind}": (*arguments, *adapter)})
+
+
+# Their products have the weight of the projection's.
+_SCALES = dict.fromkeys(("low", "low_a", "low_gate", "low_up"), RANK**-0.5)
+GATED_FWD_ADAPTED = Launch(
+    f"gated_linear_fwd{ADAPTED}", _gated_fwd, _adapted_fwd_shapes, SIZE, RAGGED,
+    _gated_fwd_reference, activated=True, extras=_adapted_extras,
+    everywhere=_adapted_interleaved_fwd, scales=_SCALES,
+)  # fmt: skip
+GATED_BWD_ADAPTED = Launch(
+    f"gated_linear_bwd{ADAPTED}", _gated_bwd, _with(GATED_BWD, "t", "low_a"), SIZE, RAGGED,
+    _gated_bwd_reference, activated=True, everywhere=_adapted_interleaved_bwd, scales=_SCALES,
+)  # fmt: skip
+PLAIN_FWD_ADAPTED = Launch(
+    f"linear_act_fwd{ADAPTED}", _plain_fwd, _with(PLAIN_FWD, "t", "low"), SIZE, RAGGED,
+    _plain_fwd_reference, activated=True, gated=False, scales=_SCALES,
+)  # fmt: skip
+PLAIN_BWD_ADAPTED = Launch(
+    f"linear_act_bwd{ADAPTED}", _plain_bwd, _with(PLAIN_BWD, "t", "low_a"), SIZE, RAGGED,
+    _plain_bwd_reference, activated=True, gated=False, scales=_SCALES,
 )  # fmt: skip
 
 

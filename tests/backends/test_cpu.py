@@ -313,3 +313,21 @@ def test_one_bit_weights_are_read_as_bits_unless_their_scales_have_a_gradient(mo
         w.scales.requires_grad_(wanted)
         fusedmlp.binary_linear(x, w)
         assert bool(calls) == wanted
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "lora" in name])
+def test_what_blocks_with_adapters_keep(name):
+    """As without: g and u, or z; and a x of each, (M, r)."""
+    case, (M, D, H) = CASES[name], (64, 16, 32)
+    inputs = case.inputs(M, D, H, torch.float32)
+    for key, t in inputs.items():
+        t.requires_grad_(key.endswith(("_a", "_b")) or key == "x")  # frozen weights
+    ranks = sum(t.shape[0] for key, t in inputs.items() if key.endswith("_a"))
+    recompute = {"recompute": False} if "recompute" in case.options else {}
+    kept = lambda: kept_bytes(lambda: case.run(inputs, **recompute), inputs.values()) / (4 * M)  # noqa: E731
+    assert kept() == (2 if case.gated else 1) * H + ranks
+    # act(g), and h where an adapter reads it: nothing else does while w_down is frozen.
+    more = case.gated + ("w_down_a" in inputs)
+    with fusedmlp.backend("reference"):
+        # A packed half beside a new one keeps both.
+        assert kept() >= ((2 if case.gated else 1) + more) * H + ranks

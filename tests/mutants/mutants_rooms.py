@@ -24,6 +24,7 @@ ROW = ("tests/ops/test_unread.py", LAUNCHES, "tests/ops/test_flops.py")
 EACH_OP = "tests/ops/test_each_op.py"
 ERRORS = "tests/ops/test_errors.py"
 STRIDES = "tests/ops/test_strides.py"
+LORA = "tests/ops/test_lora.py"
 DENSE = (EACH_OP, ERRORS, "tests/kernels/test_arch.py", STRIDES, "tests/ops/test_ops.py")
 ACTIVATIONS = (
     "tests/ops/test_gates.py",
@@ -172,7 +173,7 @@ ROWS: tuple[Row, ...] = (
         (*ACTIVATIONS, ERRORS),
     ),
     Row("reference", ("fusedmlp/reference/dense.py", "fusedmlp/reference/__init__.py"), DENSE),
-    Row("reference", ("fusedmlp/reference/lora.py",), (*DENSE, "tests/ops/test_lora.py")),
+    Row("reference", ("fusedmlp/reference/lora.py",), (LORA, *DENSE)),
     Row(
         "reference",
         ("fusedmlp/reference/rows.py", "fusedmlp/invariance.py"),
@@ -183,6 +184,7 @@ ROWS: tuple[Row, ...] = (
     Row("reference", ("fusedmlp/reference/hyper.py",), HYPER),
     Row("reference", ("fusedmlp/reference/binary.py",), BINARY),
     # ---- ops
+    Row("ops", ("fusedmlp/ops/_lora.py", "fusedmlp/check/lora.py"), (LORA, *DENSE, *ROW)),
     Row("ops", ("fusedmlp/ops/masked_*.py",), (*PLACES, *MASKED, *ROW)),
     Row(
         "ops",

@@ -3,7 +3,7 @@ kernels in PyTorch's operations.
 
 | | kept beside x and the weights, in units of M H | plain autograd |
 |---|---|---|
-| gated_mlp, mlp | g and u: 2; z: 1 | 4; 2 |
+| gated_mlp, mlp | g and u: 2; z: 1; beside them the a x of adapters, (M, r) | 4; 2 |
 | masked_gated_mlp, masked_gated_linear | t and g_i: 1 + n_m | 1 + 4 n_m, and n_m weights |
 
 Backward makes the activation's result again beside its slopes; no product is made twice. Compiled
@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from ...packing import Packed, rows
+from ...packing import Packed, join_pair, rows
 from ...reference.activations import Resolved, resolve
 from ...reference.dense import gated_act
+from ...reference.lora import Adapter, Lora, adapted
 from ...reference.masked import hard_masks, unpack_masks
 from .. import choice
 from ..derivatives import differentiable, save
@@ -40,35 +41,62 @@ def keeps_less(x: Tensor, *tensors: Tensor | None) -> bool:
     return x.numel() >= _ROWS * x.shape[-1] and needs_grad(x, *tensors)
 
 
-def _act_down(w: Tensor | None, b: Tensor | None, *rest: Any) -> Tensor:
-    *pre, act = rest
+def _act_down(
+    w: Tensor | None, b: Tensor | None, low: Tensor | None, high: Tensor | None, *rest: Any
+) -> Tensor:
+    *pre, act, scale = rest
     h = act(*pre)
-    return h if w is None else F.linear(h, w, b)
+    if w is None:
+        return h
+    adapter = None if low is None or high is None else Adapter(low, high, scale)
+    return adapted(F.linear(h, w, b), h, adapter)
 
 
 class ActDownFunction(Function):
-    """act(*pre) w' + b, or act(*pre) where w is None; keeps `pre`."""
+    """act(*pre) w' + b, with an adapter's scale act(*pre) low' high', or act(*pre) where w is None;
+    keeps `pre`. Arguments: w, b, low, high, pre, act, scale."""
 
     @staticmethod
-    def forward(ctx: Any, w: Tensor | None, b: Tensor | None, *rest: Any) -> Tensor:
-        save(ctx, (w, b, *rest[:-1]), rest[-1:])
-        return _act_down(w, b, *rest)
+    def forward(
+        ctx: Any,
+        w: Tensor | None,
+        b: Tensor | None,
+        low: Tensor | None,
+        high: Tensor | None,
+        *rest: Any,
+    ) -> Tensor:
+        *pre, act, scale = rest
+        h = y = act(*pre)
+        t = None
+        if w is not None:
+            y = F.linear(h, w, b)
+        if low is not None and high is not None:
+            t = F.linear(h, low)
+            y = y + scale * F.linear(t, high)
+        save(ctx, (w, b, low, high, *pre), (act, scale), t)
+        return y
 
     @staticmethod
     @differentiable(_act_down)
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        w, _, *pre = ctx.saved_tensors
-        need_w, need_b, *need_pre, _ = ctx.needs_input_grad
+        w, _, low, high, *pre, t = ctx.saved_tensors
+        act, scale = ctx.options
+        need_w, need_b, need_low, need_high, *need_pre = ctx.needs_input_grad[:-2]
         with torch.enable_grad():
             pre = [t.detach().requires_grad_(n) for t, n in zip(pre, need_pre, strict=True)]
-            h = ctx.options[0](*pre)
+            h = act(*pre)
+        c = None if low is None else scale * (dy @ high)
         grads: list[Tensor | None] = [None] * len(pre)
         if any(need_pre):
+            dh = dy if w is None else dy @ w
+            dh = dh if c is None else dh + c @ low
             wanted = [t for t in pre if t.requires_grad]
-            found = iter(torch.autograd.grad(h, wanted, dy if w is None else dy @ w))
+            found = iter(torch.autograd.grad(h, wanted, dh))
             grads = [next(found) if n else None for n in need_pre]
         dw = dy.t() @ h.detach() if need_w else None
-        return dw, dy.sum(0) if need_b else None, *grads, None
+        d_low = c.t() @ h.detach() if c is not None and need_low else None
+        d_high = scale * (dy.t() @ t) if need_high else None
+        return dw, dy.sum(0) if need_b else None, d_low, d_high, *grads, None, None
 
 
 def _products(x: Tensor, w: Tensor, masks: Tensor) -> Tensor:
@@ -133,24 +161,33 @@ def gated_mlp(
     b_down: Tensor | None,
     activation: str,
     packed: Packed | None,
+    lora: Lora | None = None,
 ) -> Tensor:
     """`reference.gated_mlp`."""
-    flat = rows(x)
-    pre = [F.linear(flat, w_gate, b_gate)]
+    flat, (gate, up, down) = rows(x), lora or Lora()
     if w_up is not None:
-        pre.append(F.linear(flat, w_up, b_up))
+        pre = [adapted(F.linear(flat, w_gate, b_gate), flat, gate)]
+        pre.append(adapted(F.linear(flat, w_up, b_up), flat, up))
+    else:
+        pre = [F.linear(flat, w_gate, b_gate)]
+        if packed and (gate or up):
+            # One tensor, as its halves are kept: half of it alone would keep it whole.
+            zero = flat.new_zeros(flat.shape[0], w_gate.shape[0] // 2)
+            pair = [adapted(zero, flat, own) for own in (gate, up)]
+            pre = [pre[0] + join_pair(torch.stack(pair), packed)]
     act = lambda g, u=None: gated_act(g, u, activation, packed)  # noqa: E731
-    return _block(x, act, w_down, b_down, pre)
+    return _block(x, act, w_down, b_down, pre, down)
 
 
 def mlp(
     x: Tensor, w_in: Tensor, w_out: Tensor, b_in: Tensor | None, b_out: Tensor | None,
-    activation: str,
+    activation: str, lora: Lora | None = None,
 ) -> Tensor:  # fmt: skip
     """`reference.mlp`."""
+    flat, (_, up, down) = rows(x), lora or Lora()
     row, scalars = resolve(activation)
     act = lambda z: row.reference(z, *scalars)  # noqa: E731
-    return _block(x, act, w_out, b_out, [F.linear(rows(x), w_in, b_in)])
+    return _block(x, act, w_out, b_out, [adapted(F.linear(flat, w_in, b_in), flat, up)], down)
 
 
 def masked_gated_mlp(
@@ -164,7 +201,13 @@ def masked_gated_mlp(
 
 
 def _block(
-    x: Tensor, act: Act, w: Tensor | None, b: Tensor | None, pre: Sequence[Tensor]
+    x: Tensor,
+    act: Act,
+    w: Tensor | None,
+    b: Tensor | None,
+    pre: Sequence[Tensor],
+    down: Adapter | None = None,
 ) -> Tensor:
-    y = ActDownFunction.apply(w, b, *pre, act)
+    low, high, scale = down or (None, None, 1.0)
+    y = ActDownFunction.apply(w, b, low, high, *pre, act, scale)
     return y.view(*x.shape[:-1], y.shape[-1])

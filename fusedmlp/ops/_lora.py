@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -26,7 +25,7 @@ from .. import reference
 from ..backends.derivatives import differentiable, save
 from ..check import wants_grad
 from ..check.lora import tensors_of
-from ..invariance import invariant
+from ..invariance import STATE
 from ..packing import Packed, halves, join_pair, rows, split_pair
 from ..reference.lora import Adapter, Lora
 from . import gated_act, gated_linear, linear_act
@@ -53,22 +52,27 @@ def _formula(*arguments: Any) -> Tensor:
 
 
 def _scaled(x: Tensor, w: Tensor, scale: float) -> Tensor:
-    """scale x w, rounded once. By beta=0 the first argument is not read."""
-    return torch.addmm(w[0], x, w, beta=0, alpha=scale) if w.shape[0] else x @ w
+    """scale x w', rounded once where it is PyTorch's. By beta=0 the first argument is not read."""
+    if STATE.on or not w.shape[1]:
+        return linear_act.product(x, w).mul_(scale)
+    return torch.addmm(w[:, 0], x, w.t(), beta=0, alpha=scale)
 
 
 def _plus(y: Tensor, t: Tensor, w: Tensor) -> None:
-    """y += t w, counted as torch's counter does not count addmm_."""
-    torch.addmm(y, t, w, out=y)
+    """y += t w', counted as torch's counter does not count addmm_."""
+    if STATE.on:
+        y += linear_act.product(t, w)
+    else:
+        torch.addmm(y, t, w.t(), out=y)
 
 
 def _first_products(x: Tensor, lora: Lora) -> tuple[Tensor | None, Tensor | None]:
     """s x a' of gate and of up."""
     gate, up, _ = lora
     if gate is None or up is None or gate.scale != up.scale:
-        made = (None if p is None else _scaled(x, p.a.t(), p.scale) for p in (gate, up))
+        made = (None if p is None else _scaled(x, p.a, p.scale) for p in (gate, up))
         return next(made), next(made)
-    both = _scaled(x, torch.cat((gate.a, up.a)).t(), gate.scale)
+    both = _scaled(x, torch.cat((gate.a, up.a)), gate.scale)
     r = gate.a.shape[0]
     return both[:, :r], both[:, r:]
 
@@ -102,11 +106,11 @@ def _forward(
     """y, g and u, and the three t."""
     t = _first_products(block[0], lora)
     h, gu = _first(block, t, lora, *options, True, want_gu)
-    y = F.linear(h, block[3], block[6])
+    y = linear_act.product(h, block[3], block[6])
     t_down = None
     if lora.down is not None:
-        t_down = _scaled(h, lora.down.a.t(), lora.down.scale)
-        _plus(y, t_down, lora.down.b.t())
+        t_down = _scaled(h, lora.down.a, lora.down.scale)
+        _plus(y, t_down, lora.down.b)
     return y, gu, (*t, t_down)
 
 
@@ -136,15 +140,15 @@ class LoraFunction(Function):
         grads: list[Tensor | None] = [None] * 18
         c_down = low_down = None
         if lora.down is not None and (need.dgu or need[11]):
-            c_down = _scaled(dy, lora.down.b, lora.down.scale)
+            c_down = _scaled(dy, lora.down.b.t(), lora.down.scale)
             low_down = lora.down.a.t()
         h = None
         if need.dgu:
             last = (need.h, need.db, c_down, low_down)
             if plain:
                 dgu, h, db = linear_act.bwd(dy, w_down, gu, activation, *last)
-                grads[0] = dgu @ w_gate if need[0] else None
-                grads[1] = dgu.t() @ x if need[1] else None
+                grads[0] = linear_act.product(dgu, w_gate.t()) if need[0] else None
+                grads[1] = linear_act.outer(dgu, x) if need[1] else None
                 pair: tuple[Any, ...] = (dgu, None)
             else:
                 dgu, h, db = gated_linear.bwd(dy, w_down, gu, activation, packed, *last)
@@ -157,19 +161,21 @@ class LoraFunction(Function):
                 if adapter is None:
                     continue
                 if need[0] or need[at]:
-                    c = _scaled(d, adapter.b, adapter.scale)
-                    grads[at] = c.t() @ x if need[at] else None
+                    c = _scaled(d, adapter.b.t(), adapter.scale)
+                    grads[at] = linear_act.outer(c, x) if need[at] else None
                     if grads[0] is not None:
-                        _plus(grads[0], c, adapter.a)
-                grads[at + 1] = d.t() @ t if need[at + 1] else None
+                        _plus(grads[0], c, adapter.a.t())
+                grads[at + 1] = linear_act.outer(d, t) if need[at + 1] else None
         elif need.h:
             h = linear_act.act(gu, activation) if plain else gated_act.fwd(*gu, activation)
-        grads[3] = gated_linear.weight_grad(w_down, dy, h) if need[3] else None
+        if need[3]:
+            assert h is not None
+            grads[3] = gated_linear.weight_grad(w_down, dy, h)
         grads[6] = dy.sum(0) if need[6] else None
         if need[11]:
             assert c_down is not None and h is not None
-            grads[11] = c_down.t() @ h
-        grads[12] = dy.t() @ t_down if need[12] else None
+            grads[11] = linear_act.outer(c_down, h)
+        grads[12] = linear_act.outer(dy, t_down) if need[12] else None
         return tuple(grads)
 
 
@@ -212,11 +218,6 @@ def adapted_block(
     recompute: bool,
 ) -> Tensor:
     """The block of x to b_down on the kernels, (M, D_out)."""
-    if invariant():
-        raise RuntimeError(
-            f"{'mlp' if plain else 'gated_mlp'}: lora must be None inside batch_invariant(), whose "
-            "products a x are PyTorch's, got adapters; merge them, or use backend('reference')"
-        )
     if plain:
         lora = Lora(gate=lora.up, down=lora.down)
     assert block[0] is not None
