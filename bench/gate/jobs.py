@@ -31,6 +31,11 @@ class Job:
     tile: Tile | None = None
     kernel: str = ""
 
+    @property
+    def name(self) -> str:
+        """The row of tiles that it is of; of a kernel without tiles its own name."""
+        return self.key[0] if self.key else self.kernel
+
 
 def _call(
     launch: Launch, size: Size, dtype: torch.dtype, training: bool, activation: str

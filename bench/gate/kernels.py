@@ -32,6 +32,7 @@ from ...kernels.arch import ARCHES, Arch
 from ...reference.activations import ACTIVATIONS
 from ..options import INTERRUPTED, Refusal, activation, writable, write_text
 from ..render import width_of
+from ..work import DTYPES
 from .compiling import captured, unknown
 from .inspecting import Compiled, inspect
 from .jobs import Job, jobs_of
@@ -71,21 +72,21 @@ def gate(
     brief: bool = False,
 ) -> Iterator[Compiled]:
     """Compile and inspect kernels for `arches`, one result at a time: all, `brief_of` all, or the
-    training launches of some GEMM `kernels` in some `dtypes`. activations: what the first tiles are
-    compiled with beside silu, which is in every job: gelu's erf and situ's two tanh need the most
-    registers."""
+    training launches of some `kernels` in some `dtypes` (of one without any, all its launches).
+    activations: what the first tiles are compiled with beside silu, which is in every job: gelu's
+    erf and situ's two tanh need the most registers."""
     for arch in arches:
         jobs = tuple(jobs_of(arch, list(activations)))
         if brief:
             jobs = tuple(brief_of(jobs))
         if kernels:
+            names = dict.fromkeys(job.name for job in jobs)
+            if strangers := [name for name in kernels if name not in names]:
+                raise Refusal(f"--kernel must be of {', '.join(names)}; got {', '.join(strangers)}")
             wanted = [getattr(torch, d) for d in dtypes]
-            jobs = tuple(
-                job
-                for job in jobs
-                if job.key and job.key[0] in kernels and job.variant == "train"
-                if not wanted or job.dtype in wanted
-            )
+            asked = [j for j in jobs if j.name in kernels and (not wanted or j.dtype in wanted)]
+            trained = {job.name for job in asked if job.variant == "train"}
+            jobs = tuple(j for j in asked if j.variant == "train" or j.name not in trained)
         for job in jobs:
             for launched in captured(job):
                 yield inspect(job, *launched)
@@ -137,9 +138,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--brief", action="store_true", help="one job of each kind of launch")
     parser.add_argument(
-        "--kernel", nargs="+", default=(), help="only the training launches of these GEMM kernels"
+        "--kernel", nargs="+", default=(), help="only the training launches of these kernels"
     )
-    parser.add_argument("--dtype", nargs="+", default=(), help="with --kernel: in these dtypes")
+    parser.add_argument("--dtype", nargs="+", default=(), choices=DTYPES,
+                        help="with --kernel: in these dtypes")  # fmt: skip
     parser.add_argument(
         "--json", metavar="FILE", type=writable, help="also write every row to FILE"
     )

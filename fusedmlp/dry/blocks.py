@@ -27,7 +27,7 @@ from ..layers import GMLP
 from ..layers.glu import GLUBase
 from ..layers.gmlp import GMLPBlock
 from ..layers.ngpt import SwiGLU
-from ..layers.parts.around import HOOKS
+from ..layers.parts.around import HOOKS, hooked
 from ..patching.plan import child
 from ..patching.swap import Patched
 
@@ -65,7 +65,7 @@ class Block:
         """Two blocks of the same launches have the same."""
         own = (*self.module.named_parameters(), *self.module.named_buffers())
         sizes = ((n, t.shape, t.stride(), t.dtype, t.requires_grad) for n, t in own)
-        modes = tuple(m.training for m in self.module.modules())
+        modes = tuple((m.training, hooked(m)) for m in self.module.modules())
         return type(self.module), repr(self.module), tuple(sizes), modes
 
 

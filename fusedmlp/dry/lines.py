@@ -62,7 +62,7 @@ def where_lines(model: nn.Module) -> list[str]:
     if groups:
         if any(_fuses(first) for first, *_ in groups):
             return [f"its fused calls: {_where(groups[0][0].like)}"]
-        return ["none of its calls is fused as it is now: all of it runs in PyTorch"]
+        return ["none of its calls is fused: all of it runs in PyTorch"]
     if next(model.parameters(), None) is None:
         return []
     return [

@@ -174,7 +174,7 @@ def test_a_block_without_a_fused_call_is_said_to_have_none():
     assert "hooks" not in text
     for layer in (own, FeedForward(64, activation=nn.Softsign), BinaryLinear(128, 128)):
         for lines in (explained(layer), explained(nn.Sequential(layer))):
-            assert "none of its calls is fused as it is now: all of it runs in PyTorch" in lines
+            assert "none of its calls is fused: all of it runs in PyTorch" in lines
             assert "its fused calls" not in lines
     assert "its fused calls" in explained(nn.Sequential(own, FeedForward(64)))
 

@@ -125,6 +125,19 @@ def test_the_gate_fails_on_spills_and_on_shared_memory():
     assert "spills (" in result.stdout and "shared memory 73728 > 60000" in result.stdout
 
 
+def test_a_kernel_without_tiles_is_compiled_by_its_name_and_no_other_name_is_taken(monkeypatch):
+    called = []
+    monkeypatch.setattr(aot, "captured", lambda job: called.append(job.name) or ())
+    arch, jobs = ARCHES["sm_90"], tuple(aot.jobs_of(ARCHES["sm_90"], []))
+    monkeypatch.setattr(aot, "jobs_of", lambda *_: jobs)
+    for name in dict.fromkeys(job.name for job in jobs):
+        called.clear()
+        assert not list(aot.gate([arch], kernels=[name]))
+        assert set(called) == {name}
+    with pytest.raises(Refusal, match="--kernel must be of .*gated_act_fwd.*; got nope"):
+        list(aot.gate([arch], kernels=["gated_act_fwd", "nope"]))
+
+
 def test_the_gate_refuses_interpreted_kernels():
     result = subprocess.run(
         [sys.executable, "-m", "fusedmlp.bench.gate.kernels"],
