@@ -266,3 +266,29 @@ def test_switch_with_experts_of_two_dtypes_keeps_both():
     before = {k: (p.dtype, p.data_ptr()) for k, p in block.named_parameters()}
     fusedmlp.patch(block, dtype_check=False)
     assert before == {k: (p.dtype, p.data_ptr()) for k, p in block.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "kind, plan, path",
+    [
+        (Flat, _switch, ""), (Flat, _switch, "experts.expert_0.act"),
+        (ScoresFirst, _llama4, ""), (ScoresFirst, _llama4, "experts"),
+    ],
+)  # fmt: skip
+def test_a_function_that_a_block_keeps_may_not_change(kind, plan, path):
+    """Its own forward may call it: another, or none, raises until it is back."""
+    fusedmlp.register_patch(kind, plan)
+    block, x = kind(), torch.randn(2, 9, D)
+    owner = block.get_submodule(path)
+    owner.function, owner.kept = torch.relu, torch.relu
+    assert fusedmlp.patch(block).patched
+    expected = block(x)
+    owner.function = torch.tanh
+    where = f"{path}.function".lstrip(".")
+    with pytest.raises(TypeError, match=f"{where} is another function than at patch"):
+        block(x)
+    owner.function = torch.relu
+    torch.testing.assert_close(block(x), expected)
+    del owner.function
+    with pytest.raises(TypeError, match=f"{where} is another function than at patch"):
+        block(x)
