@@ -1,5 +1,7 @@
 """What `auto` runs on CPU tensors, beside the formulas in whose place it stands."""
 
+import math
+
 import pytest
 import torch
 from op_checks import check
@@ -331,3 +333,22 @@ def test_what_blocks_with_adapters_keep(name):
     with fusedmlp.backend("reference"):
         # A packed half beside a new one keeps both.
         assert kept() >= ((2 if case.gated else 1) + more) * H + ranks
+
+
+def led(inputs, names, lead):
+    return {n: t.view(*lead, *t.shape[1:]) if n in names else t for n, t in inputs.items()}
+
+
+@pytest.mark.parametrize("backend", ("auto", "reference"))
+@pytest.mark.parametrize("name", [n for n, c in CASES.items() if not c.op.startswith("hyper")])
+def test_leading_dimensions(name, backend):
+    """Of rows in a batch of sequences, of one row, and of a vector."""
+    case = CASES[name]
+    for lead in ((2, 3), (1, 1, 2, 1), (1,), ()):
+        count = math.prod(lead)
+        inputs = case.inputs(count, 24, 16, torch.float32)
+        names = [n for n in ("x", "g", "u", "logits") if n in inputs]
+        with fusedmlp.backend(backend), torch.no_grad():
+            flat, made = case.run(inputs), case.run(led(inputs, names, lead))
+        assert made.shape == (*(lead if names != ["logits"] else (count,)), *flat.shape[1:]), lead
+        torch.testing.assert_close(made.view(flat.shape), flat)
