@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fusedmlp
+from fusedmlp.patching.match import match
+from fusedmlp.patching.trace import NoMatch
 
 X = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -108,3 +110,48 @@ def test_whatever_stands_where(kind, head, between, tail):
     assert bool(fusedmlp.patch(made).patched) == whole
     for training in (True, False):
         torch.testing.assert_close(results(made, training), results(own, training))
+
+
+NONE = {
+    "its forward takes nothing, not x alone": lambda m: m.down(m.gate.weight),
+    "its forward takes a, b, not x alone": lambda m, a, b: m.down(m.h(a + b)),
+    "its forward takes a, b, c, not x alone": lambda m, a, b, c: m.down(m.h(a + b + c)),
+    "its forward takes a, b, c and 2 more, not x alone":
+        lambda m, a, b, c, d, e: m.down(m.h(a + b + c + d + e)),
+    "its forward makes no use of norm": lambda m, x: (m.norm(x), m.down(m.h(x)))[1],
+    "its forward does not end in a projection: mul_1": lambda m, x: m.last(2 * m.down(m.h(x))),
+    "its forward does not begin with x: mul": lambda m, x: m.down(m.h(2 * x)),
+    "its forward has no projection of its own behind another": lambda m, x: m.last(m.norm(x)),
+    "its gate and up are of x and norm, not both of x":
+        lambda m, x: m.down(F.silu(m.gate(x)) * m.up(m.norm(x))),
+    "x stands between its projections": lambda m, x: m.down(m.gate(x) + x.mean()),
+    "norm (LayerNorm) is neither a projection of x nor an activation that has a kernel":
+        lambda m, x: m.down(m.gate(t := m.norm(x)) + t.mean()),
+    "between its projections there is no activation": lambda m, x: m.down(m.gate(x)),
+    "between its projections middle, drop is no activation that has a kernel":
+        lambda m, x: m.down(m.drop(m.middle(m.gate(x)))),
+    "softmax is no activation that has a kernel": lambda m, x: m.down(m.gate(x).softmax(-1)),
+    "neither factor of its product is an activation that has a kernel":
+        lambda m, x: m.down(m.gate(x) + m.up(x)),
+    "mul_1 is made of 3 projections": lambda m, x: m.down(F.silu(m.gate(x)) * m.up(x) * m.up(x)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reason", NONE)
+def test_a_forward_that_is_no_mlp_says_why(reason):
+    with pytest.raises(NoMatch) as caught:
+        match(type("Block", (Gated,), {"forward": NONE[reason]})(), "forward")
+    assert str(caught.value) == reason
+
+
+def test_an_identity_alone_is_the_activation_identity():
+    """Of a module that is called by nobody: another in its place raises."""
+    kind = type("Block", (Gated,), {"forward": lambda m, x: m.down(m.same(m.gate(x)))})
+    plan = match(made := kind(), "forward")
+    assert (plan.activation, plan.gated, plan.between) == ("identity", False, ())
+    own = copy.deepcopy(made)
+    assert fusedmlp.patch(made).patched
+    torch.testing.assert_close(made(X), own(X))
+    made.same = nn.ReLU()
+    with pytest.raises(TypeError, match="same is another module than at patch"):
+        made(X)
