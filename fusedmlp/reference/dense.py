@@ -87,6 +87,5 @@ def mlp(
     """linear_act(x) w_out' + b_out; an adapter adds scale b (a x) to its projection."""
     if lora is None:
         return linear(linear_act(x, w_in, b_in, activation), w_out, b_out)
-    row, scalars = resolve(activation)
-    h = row.reference(adapted(linear(x, w_in, b_in), x, lora.up), *scalars)
+    h = resolve(activation).phi(adapted(linear(x, w_in, b_in), x, lora.up))
     return adapted(linear(h, w_out, b_out), h, lora.down)
