@@ -131,7 +131,7 @@ def _local_lora(lora: Lora, E: int, ranks: int) -> Lora:
         if not isinstance(p, Adapter):
             return p
         a, b = (_local(f"lora.{name}.{part}", t, E, ranks) for part, t in (("a", p.a), ("b", p.b)))
-        return p._replace(a=a, b=b)
+        return p._replace(a=a, b=b)  # type: ignore[arg-type]
 
     return Lora(*map(local, Lora._fields, lora)) if isinstance(lora, Lora) else lora
 
