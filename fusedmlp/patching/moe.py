@@ -23,6 +23,7 @@ from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import route_to
 from .activation import name_by_values
 from .dense import idle, is_projection, local
+from .lora import wraps_parameter
 from .plan import Plan, child, hooked, passed_by
 from .routed import ToExperts, ToScale, to_experts, to_scale
 from .stack import lie_together, stacked
@@ -147,6 +148,8 @@ class Switch(Plan):
 def _llama4(module: Any) -> Plan | str:
     if module.top_k != 1:
         return f"it takes {module.top_k} experts a token, not 1"
+    if wraps_parameter(module.experts):
+        return "PEFT's ParamWrapper stands around its experts, whose weights the call would read"
     activation = name_by_values(module.experts.act_fn)
     if activation is None:
         return f"{type(module.experts.act_fn).__name__} is no activation that has a kernel"

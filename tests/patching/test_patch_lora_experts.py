@@ -4,7 +4,7 @@ them for the length of a call."""
 import pytest
 import torch
 from patch_lora import assert_alike, lines
-from patch_models import batch
+from patch_models import KINDS, batch, build
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -88,3 +88,25 @@ def test_by_the_table_of_transformers():
     ours, plain = adapted(), adapted()
     ours.base_model.model.set_experts_implementation("fusedmlp")
     assert_alike(ours, plain, batch("llama"))
+
+
+@pytest.mark.parametrize(
+    "name, own, why",
+    (("llama4", {"target_parameters": ["experts.gate_up_proj"]}, "PEFT's ParamWrapper stands"),
+     ("switch", {"target_modules": ["wi", "wo"]}, "an expert's wi is no plain Linear")),
+)  # fmt: skip
+def test_blocks_with_a_plan_of_their_own_are_left(name, own, why):
+    """Patched before PEFT, their call raises: it would pass by the adapters."""
+    models = []
+    for when in ("after", "before", None):
+        model = build(name, **KINDS[name]).eval()
+        if when == "before":
+            fusedmlp.patch(model)
+        torch.manual_seed(1)
+        models.append(get_peft_model(model, LoraConfig(**LORA | own)).eval())
+    ours, before, plain = models
+    left = [entry for entry in fusedmlp.patch(ours).left if "router" not in entry.name]
+    assert left and all(entry.detail.startswith(why) for entry in left)
+    assert_alike(ours, plain, batch(name))
+    with pytest.raises(TypeError, match="which the fused call would pass by"):
+        before(**batch(name))
