@@ -342,7 +342,7 @@ def led(inputs, names, lead):
 @pytest.mark.parametrize("backend", ("auto", "reference"))
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if not c.op.startswith("hyper")])
 def test_leading_dimensions(name, backend):
-    """Of rows in a batch of sequences, of one row, and of a vector."""
+    """Rows in a batch of sequences, one row, and a vector."""
     case = CASES[name]
     for lead in ((2, 3), (1, 1, 2, 1), (1,), ()):
         count = math.prod(lead)

@@ -74,7 +74,7 @@ class Plain(Gated):
 
 
 def block(kind, head, between, tail):
-    """Of a class of its own: what a module calls is looked for in its class alone."""
+    """It has a class of its own: what a module calls is looked for in its class alone."""
 
     def forward(self, x):
         h = self.h(HEADS[head][0](self, x))
@@ -145,7 +145,7 @@ def test_a_forward_that_is_no_mlp_says_why(reason):
 
 
 def test_an_identity_alone_is_the_activation_identity():
-    """Of a module that is called by nobody: another in its place raises."""
+    """Nobody calls its module, and another in its place raises."""
     kind = type("Block", (Gated,), {"forward": lambda m, x: m.down(m.same(m.gate(x)))})
     plan = match(made := kind(), "forward")
     assert (plan.activation, plan.gated, plan.between) == ("identity", False, ())
