@@ -13,6 +13,9 @@ from torch import nn
 import fusedmlp
 from fusedmlp import Warmup, layers
 from fusedmlp.dry import warm
+from fusedmlp.dry.blocks import Block
+from fusedmlp.dry.expected import expected
+from fusedmlp.kernels.arch import ARCHES
 
 ROOT = Path(__file__).parents[2]
 
@@ -171,6 +174,24 @@ def test_a_run_leaves_no_trace(training):
     assert torch.equal(random, torch.get_rng_state()) and vars(layer) == before
     assert layer.calls == 0 and not hooked and layer.training is training
     assert all(p.grad is None for p in layer.parameters())
+
+
+@pytest.mark.parametrize("training", (True, False))
+def test_indices_among_the_inputs_have_no_gradient(training):
+    """As experts take them beside their rows."""
+    layer, seen = layers.SwiGLU(16, 8).train(training), []
+
+    def call(module, x, index):
+        seen.append((x.requires_grad, index.requires_grad))
+        return module(x)[index]
+
+    inputs = lambda rows, like: (  # noqa: E731
+        like.new_zeros(rows, 16), torch.zeros(rows, dtype=torch.int64)
+    )  # fmt: skip
+    block = Block("", layer, call, inputs)
+    warm._run(block, 3, dict(layer.named_parameters()))
+    expected(block, 3, ARCHES["sm_90"], 1)
+    assert seen == [(training, False)] * 2
 
 
 def test_a_block_that_cannot_run_is_named():
