@@ -143,8 +143,11 @@ def _dtypes(block: Block) -> Iterator[str]:
 
 def gpu_lines(model: nn.Module, gpu: Gpu, tokens: int) -> list[str]:
     """What each block would launch there."""
+    groups = _alike(model)
+    if not groups:
+        return []
     lines = [f"on {gpu.name}, {tokens} tokens: planned and computed, nothing was run"]
-    for first, *others in _alike(model):
+    for first, *others in groups:
         name = first.kind + _more(len(others))
         try:
             phases = expected(first, tokens, gpu.arch, gpu.multiprocessors)

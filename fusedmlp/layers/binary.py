@@ -219,13 +219,13 @@ class BinaryLinear(nn.Module):
         name = prefix.removesuffix(".") or type(self).__name__
         if packed and not latent and self.packed is None:
             error_msgs.append(
-                f"{name}: the state_dict has a packed weight and the layer a latent one: pack the "
-                "layer first, by its pack(), then load the state_dict"
+                f"{name}: the state_dict has a packed weight and the layer a latent one: pack "
+                "first, by pack() of the layer or of what holds it, then load the state_dict"
             )
         if latent and not packed and self.packed is not None:
             error_msgs.append(
-                f"{name}: the state_dict has a latent weight and the layer a packed one: load into "
-                "a layer that is not packed, then pack it by its pack()"
+                f"{name}: the state_dict has a latent weight and the layer a packed one: load "
+                "into a layer that is not packed, then pack by pack()"
             )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs

@@ -177,6 +177,7 @@ def test_a_block_without_a_fused_call_is_said_to_have_none():
             assert "none of its calls is fused: all of it runs in PyTorch" in lines
             assert "its fused calls" not in lines
     assert "its fused calls" in explained(nn.Sequential(own, FeedForward(64)))
+    assert "tokens" not in explained(nn.Linear(64, 64), gpu="H100")  # no heading of nothing
 
 
 def test_blocks_alike_share_a_line():

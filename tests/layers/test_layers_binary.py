@@ -215,7 +215,9 @@ def test_loading_says_what_to_pack(make):
         )
     with pytest.raises(RuntimeError) as raised:
         packed.load_state_dict(make().state_dict())
-    assert str(raised.value).count("load into a layer that is not packed, then pack") == len(names)
+    assert str(raised.value).count("load into a layer that is not packed, then pack by") == len(
+        names
+    )
     make().load_state_dict(latent.state_dict())
     make().pack().load_state_dict(packed.state_dict())
 
