@@ -131,8 +131,24 @@ def test_a_block_launches_forward_and_backward():
 def test_kernels_are_those_of_the_tile_table():
     known = {name for arch in ARCHES.values() for name, _ in arch.tiles}
     named = {kernel.name for op in OPS for kernel in predict.kernels(op, "both")}
-    # Several masks have tiles of their own.
-    assert named | {"masked_gated_linear_fwd_group"} == known
+    # Several masks, and adapters, have tiles of their own.
+    adapted = {f"{name}_adapted" for name in named if f"{name}_adapted" in known}
+    assert len(adapted) == 4
+    assert named | {"masked_gated_linear_fwd_group"} | adapted == known
+
+
+@pytest.mark.parametrize(
+    "case, forward, backward",
+    [("gated_mlp-lora", "_adapted", "_adapted"), ("gated_mlp-lora-down", "", "_adapted"),
+     ("gated_mlp-lora-gate", "_adapted", ""), ("mlp-lora", "_adapted", "_adapted")],
+)  # fmt: skip
+def test_adapters_are_planned_on_their_rows(case, forward, backward):
+    kernels = ("gated_linear_fwd", "gated_linear_bwd")
+    if case.startswith("mlp"):
+        kernels = ("linear_act_fwd", "linear_act_bwd")
+    planned = predict.launches(work(case), "both", ROOFS["H100"])
+    wanted = [f"{kernels[0]}{forward}", f"{kernels[1]}{backward}"]
+    assert [launch.kernel for launch in planned] == wanted
 
 
 def test_planning_does_not_look_like_launching(monkeypatch):

@@ -211,3 +211,31 @@ def test_the_cuda_kernels_say_that_they_have_no_adapters():
     with pytest.raises(loader.Unfit, match="gated_linear_fwd: .* no adapter .lora., got one"):
         cuda.gated_linear_fwd(None, x, w, w, None, None, "silu", True, True, A, None, B, None)
     assert fusedmlp.Lora is Lora
+
+
+def test_the_table_of_bytes_and_flops(device, on_triton):
+    """docs/dense.md: unfused, partly fused and fused, of a gated block with frozen weights."""
+    x, *weights = block(False, bias=False, device=device)[:4]
+    lora = drawn(RANKS, torch.float32, device)
+    own = [x.requires_grad_(), *weights, *(t.requires_grad_() for p in lora for t in p[:2])]
+
+    def called(act):
+        def linear(t, w, p):
+            return t @ w.t() + p.scale * (t @ p.a.t()) @ p.b.t()
+
+        g, u = (linear(x, w, p) for w, p in zip(weights[:2], lora[:2], strict=True))
+        return linear(act(g, u), weights[2], lora.down)
+
+    ways = {
+        4: lambda: called(lambda g, u: torch.nn.functional.silu(g) * u),
+        3: lambda: called(fusedmlp.gated_act),
+        2: lambda: gated_mlp(x, *weights, lora=lora),
+    }
+    ranks, counted = sum(RANKS.values()), set()
+    for activations, call in ways.items():
+        assert kept_bytes(call, own) == 4 * M * (activations * H + ranks)
+        with FlopCounterMode(display=False) as counter:
+            call().sum().backward()
+        counted.add(counter.get_total_flops())
+    low = sum(2 * M * t.numel() for p in lora for t in p[:2])
+    assert counted == {12 * M * D * H + 3 * low}
