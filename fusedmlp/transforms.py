@@ -17,3 +17,12 @@ def transformed() -> bool:
         return True
     # By type: torch.compile takes what stands here for something, even where it is None.
     return type(torch._C._functorch.peek_interpreter_stack()) is not _NOTHING
+
+
+def batched(*grads: torch.Tensor | None) -> bool:
+    """Whether `torch.autograd.grad(is_grads_batched=True)`, which is no transform of torch.func,
+    stands behind gradients."""
+    if torch.compiler.is_compiling():
+        return False
+    is_batch = torch._C._functorch.is_legacy_batchedtensor
+    return any(g is not None and is_batch(g) for g in grads)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..invariance import STATE, batch_invariant
-from ..transforms import transformed
+from ..transforms import batched, transformed
 
 Grads = tuple[Tensor | None, ...]
 Backward = Callable[..., Grads]
@@ -63,7 +63,7 @@ def differentiable(
                 with batch_invariant(ctx.invariant):
                     return backward(ctx, *grads)
             run = kernels
-            if torch.is_grad_enabled() or transformed():
+            if torch.is_grad_enabled() or transformed() or batched(*grads):
                 run = functools.partial(_by_formula, formula, stand_in)
             on_gpu = any(g is not None and g.is_cuda for g in grads)
             device = "cuda" if on_gpu else "cpu"

@@ -21,7 +21,7 @@ from torch.autograd import Function
 
 from .. import check, reference
 from ..backends import choice
-from ..backends.cpu import experts as cpu
+from ..backends.cpu import traced as cpu
 from ..backends.derivatives import differentiable, save
 from ..backends.flops import rows_times
 from ..backends.op import Op, kernel, register

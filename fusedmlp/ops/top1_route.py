@@ -218,8 +218,8 @@ def route_to(
         raise ValueError(f"{op}: num_experts must be at least 1, got {num_experts}")
     check_capacity(op, capacity)
     if choice.pick(op, prob, "prob") == "reference":
-        if choice.for_cpu(prob) and readable(expert) and expert.shape == (1,):
-            return cpu.route_one(expert, prob, num_experts)
+        if choice.for_cpu(prob) and readable(expert) and expert.numel() <= cpu.FEW:
+            return cpu.route_few(expert, prob, num_experts, capacity)
         return reference.route_to(expert, prob, num_experts, capacity)
     return Routing(expert, prob, *given(expert.reshape(-1), num_experts, capacity))
 

@@ -15,7 +15,7 @@ def readable(t: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and type(t) is Tensor
-        and t.device.type == "cpu"
+        and t.is_cpu
         and not torch._C._len_torch_dispatch_stack()
     )
 

@@ -1,53 +1,157 @@
-"""Experts on the CPU: rows in expert order, a product for each expert in use, and back.
+"""Experts on the CPU where the host may read the routing: their rows alone, in expert order.
 
-The mathematics is that of `reference.moe_mlp` and `reference.moe_linear`.
+Each projection is one node of autograd's graph, so that a training step costs little beside its
+products; what needs more derivatives goes by the operations of traced.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd import Function
 
-from ...packing import Packed, halves
+from ...packing import Packed
 from ...reference import Routing
-from ...reference.activations import resolve
-from ...reference.dense import gated_act, gated_mlp, mlp
-from ...reference.lora import Adapter, Lora, of_each
-from ...reference.moe import weighted
+from ...reference.dense import gated_mlp, mlp
+from ...reference.lora import Lora
+from ..derivatives import differentiable, save
+from . import traced
 from .eager import needs_grad, readable
-from .grouped import busy, product
+from .grouped import busy, outer_of, product_of, product_op, weight_grad
+
+Product = Callable[..., Tensor]
 
 
-class _Rows:
-    """A routing's rows in expert order."""
+class Kept:
+    """The rows that experts take."""
 
     def __init__(self, routing: Routing) -> None:
-        self.routing = routing
+        self.offsets, self.rows, self.k = routing.offsets, routing.rows, routing.k
+        self.ends: list[int] = routing.offsets.tolist()
+        self.count = self.ends[-2]
+        self.choices = routing.tokens[: self.count]
+        self.tokens = self.choices if self.k == 1 else self.choices // self.k
+        self._chosen = routing.expert
         self._expert: Tensor | None = None
-
-    def gather(self, x: Tensor) -> Tensor:
-        k = self.routing.k
-        return x.index_select(0, self.routing.tokens if k == 1 else self.routing.tokens // k)
-
-    def linear(self, a: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
-        """a w[e]' + b[e] of each row's expert e."""
-        y = product(a, w, self.routing.offsets)
-        return y if b is None else y + b.index_select(0, self.expert)
-
-    def adapted(self, y: Tensor, a: Tensor, adapter: Adapter | None) -> Tensor:
-        """y + scale b[e] (a[e] a) of each row's expert e."""
-        if adapter is None:
-            return y
-        t = self.linear(a, adapter.a, None)
-        return y + adapter.scale * self.linear(t, adapter.b, None)
 
     @property
     def expert(self) -> Tensor:
-        """The expert of each row; any where none takes it."""
+        """Of each row."""
         if self._expert is None:
-            chosen = self.routing.expert.reshape(-1).index_select(0, self.routing.tokens)
-            self._expert = chosen.clamp(0, self.routing.num_experts - 1)
+            self._expert = self._chosen.reshape(-1).index_select(0, self.choices)
         return self._expert
+
+    def gather(self, t: Tensor) -> Tensor:
+        """Each row's token of t (T, N)."""
+        return t.expand(self.count, -1) if len(t) == 1 else t.index_select(0, self.tokens)
+
+    def each(self, t: Tensor) -> Tensor:
+        """Each row's value of t, shaped as routing.prob: (count, 1)."""
+        return t.reshape(-1).index_select(0, self.choices).unsqueeze(1)
+
+    def back(self, t: Tensor) -> Tensor:
+        """(T k, N): rows in the order of choices, 0 for those that no expert takes."""
+        if self.count == self.ends[-1]:
+            return t.index_select(0, self.rows)
+        padded = torch.cat((t, t.new_zeros(1, t.shape[1])))
+        return padded.index_select(0, self.rows.clamp(max=self.count))
+
+    def sum(self, t: Tensor) -> Tensor:
+        """(T, N): the sum of each token's rows."""
+        if self.ends[-1] == self.k:  # one token
+            return t if self.count == 1 else t.sum(0, keepdim=True)
+        t = self.back(t)
+        return t if self.k == 1 else t.view(-1, self.k, t.shape[1]).sum(1)
+
+    def product(self, a: Tensor, w: Tensor) -> Tensor:
+        return product_of(a, w, self.offsets, self.ends)
+
+    def traced_product(self, a: Tensor, w: Tensor) -> Tensor:
+        return product_op(a, w, self.offsets)
+
+    def outer(self, a: Tensor, b: Tensor) -> Tensor:
+        return outer_of(a, b, self.offsets, self.ends)
+
+    def wgrad(self, dy: Tensor, a: Tensor, w: Tensor) -> Tensor:
+        return weight_grad(dy, a, w, self.outer)
+
+    def bgrad(self, dy: Tensor, b: Tensor) -> Tensor:
+        return torch.zeros_like(b).index_add_(0, self.expert, dy)
+
+
+def _biased(y: Tensor, b: Tensor | None, kept: Kept) -> Tensor:
+    return y if b is None else y + b.index_select(0, kept.expert)
+
+
+def _first(x: Tensor, w: Tensor, b: Tensor | None, kept: Kept, product: Product) -> Tensor:
+    """x w[e]' + b[e] of each row."""
+    return _biased(product(kept.gather(x), w), b, kept)
+
+
+def _second(
+    h: Tensor, prob: Tensor, w: Tensor, b: Tensor | None, kept: Kept, product: Product
+) -> Tensor:
+    """The sum of a token's prob * (h w[e]' + b[e])."""
+    return kept.sum(kept.each(prob) * _biased(product(h, w), b, kept)).to(h.dtype)
+
+
+def _traced_first(x: Tensor, w: Tensor, b: Tensor | None, kept: Kept) -> Tensor:
+    return _first(x, w, b, kept, kept.traced_product)
+
+
+def _traced_second(h: Tensor, prob: Tensor, w: Tensor, b: Tensor | None, kept: Kept) -> Tensor:
+    return _second(h, prob, w, b, kept, kept.traced_product)
+
+
+class FirstFunction(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, b: Tensor | None, kept: Kept) -> Tensor:
+        save(ctx, (x, w, b), (kept,))
+        return _first(x, w, b, kept, kept.product)
+
+    @staticmethod
+    @differentiable(_traced_first)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, w, b = ctx.saved_tensors
+        need_x, need_w, need_b, _ = ctx.needs_input_grad
+        kept: Kept = ctx.options[0]
+        dx = kept.sum(kept.product(dy, w.mT)) if need_x else None
+        dw = kept.wgrad(dy, kept.gather(x), w) if need_w else None
+        return dx, dw, kept.bgrad(dy, b) if need_b else None, None
+
+
+class SecondFunction(Function):
+    @staticmethod
+    def forward(
+        ctx: Any, h: Tensor, prob: Tensor, w: Tensor, b: Tensor | None, kept: Kept
+    ) -> Tensor:
+        save(ctx, (h, prob, w, b), (kept,))
+        return _second(h, prob, w, b, kept, kept.product)
+
+    @staticmethod
+    @differentiable(_traced_second)
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        h, prob, w, b = ctx.saved_tensors
+        need_h, need_prob, need_w, need_b, _ = ctx.needs_input_grad
+        kept: Kept = ctx.options[0]
+        dh = dprob = None
+        rows = kept.gather(dy)
+        scaled = (kept.each(prob) * rows).to(dy.dtype)
+        if need_prob:
+            # With the rows' own sums, which are not kept: dy . (h w' + b) = (dy w) . h + dy . b.
+            c = kept.product(rows, w.mT)
+            own = (c * h).sum(1, keepdim=True)
+            if b is not None:
+                own = own + (rows * b.index_select(0, kept.expert)).sum(1, keepdim=True)
+            dprob = kept.back(own).view(prob.shape).to(prob.dtype)
+            dh = (kept.each(prob) * c).to(dy.dtype)
+        elif need_h:
+            dh = kept.product(scaled, w.mT)
+        dw = kept.wgrad(scaled, h, w) if need_w else None
+        return dh, dprob, dw, kept.bgrad(scaled, b) if need_b else None, None
 
 
 def moe_mlp(
@@ -65,22 +169,20 @@ def moe_mlp(
 ) -> Tensor:
     """The sum over a token's choices of prob * the expert's MLP; x (T, D)."""
     weights = (w_gate, w_up, w_down, b_gate, b_up, b_down)
-    of_gate, of_up, of_down = lora or Lora()
-    low = (t for p in (of_gate, of_up, of_down) if p is not None for t in p[:2])
-    grad = needs_grad(x, routing.prob, *weights, *low)
-    if readable(routing.offsets) and x.shape[0] == 1 and not grad:
-        return _one_token(x, routing, weights, w_down, activation, packed, lora)
-    rows = _Rows(routing)
-    a = rows.gather(x)
-    g = rows.linear(a, w_gate, b_gate)
-    if w_up is None and packed is None:
-        row, scalars = resolve(activation)
-        h = row.reference(rows.adapted(g, a, of_gate), *scalars)
-    else:
-        g, u = halves(g, packed) if w_up is None else (g, rows.linear(a, w_up, b_up))  # type: ignore[arg-type]
-        h = gated_act(rows.adapted(g, a, of_gate), rows.adapted(u, a, of_up), activation)
-    y = rows.adapted(rows.linear(h, w_down, b_down), h, of_down)
-    return _weighted(y.index_select(0, routing.rows), routing, x.dtype)
+    if lora is not None or not readable(routing.offsets):
+        return traced.moe_mlp(x, routing, *weights, activation, packed, lora)
+    prob, first = routing.prob, ((w_gate, b_gate), (w_up, b_up))
+    trained = needs_grad(x, prob, *weights)
+    if len(x) == 1 and not trained:
+        return _one_token(x, routing, weights, w_down, activation, packed)
+    kept = Kept(routing)
+    if not trained:
+        pre = [_first(x, w, b, kept, kept.product) for w, b in first if w is not None]
+        h = traced.activated(pre, activation, packed)
+        return _second(h, prob, w_down, b_down, kept, kept.product)
+    pre = [FirstFunction.apply(x, w, b, kept) for w, b in first if w is not None]
+    h = traced.activated(pre, activation, packed)
+    return SecondFunction.apply(h, prob, w_down, b_down, kept)
 
 
 def _one_token(
@@ -90,20 +192,16 @@ def _one_token(
     w_down: Tensor,
     activation: str,
     packed: Packed | None,
-    lora: Lora | None,
 ) -> Tensor:
     """Each of its experts is a dense block, for which nothing is gathered."""
     made: list[Tensor] = []
-    adapters = None if lora is None else of_each(lora, w_down.shape[0])
     for e, start, end in busy(routing.offsets.tolist()):
         gate, up, down, bg, bu, bd = (None if t is None else t.select(0, e) for t in weights)
         assert gate is not None and down is not None
-        mine = None if adapters is None else adapters[e]
         if up is None and packed is None:
-            mine = mine and Lora(up=mine.gate, down=mine.down)
-            y = mlp(x, gate, down, bg, bd, activation, mine)
+            y = mlp(x, gate, down, bg, bd, activation)
         else:
-            y = gated_mlp(x, gate, up, down, bg, bu, bd, activation, packed, mine)
+            y = gated_mlp(x, gate, up, down, bg, bu, bd, activation, packed)
         made += (end - start) * [y]
     if not made:
         return x.new_zeros(1, w_down.shape[1])
@@ -111,25 +209,3 @@ def _one_token(
         return (routing.prob.view(1, 1) * made[0]).to(x.dtype)
     shares = routing.prob.view(-1).index_select(0, routing.tokens[: len(made)])
     return (shares.unsqueeze(1) * torch.cat(made)).sum(0, keepdim=True).to(x.dtype)
-
-
-def _weighted(y: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
-    """`weighted`, which chooses among kept and dropped rows, where some are dropped."""
-    if not readable(routing.offsets) or routing.offsets[-2] != routing.tokens.shape[0]:
-        return weighted(y, routing, dtype)
-    scaled = routing.prob.reshape(-1, 1) * y
-    return (scaled if routing.k == 1 else scaled.view(-1, routing.k, y.shape[1]).sum(1)).to(dtype)
-
-
-def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) -> Tensor:
-    """x w[e]' + b[e] with each token's own expert e, 0 for a dropped token; x (T, K)."""
-    rows = _Rows(routing)
-    y = rows.linear(rows.gather(x), w, b).index_select(0, routing.rows)
-    return y if b is None else torch.where(routing.kept.view(-1, 1), y, 0)
-
-
-def weighted_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None) -> Tensor:
-    """sum over a token's choices of prob * (x w[e]' + b[e]); x (T, K)."""
-    rows = _Rows(routing)
-    y = rows.linear(rows.gather(x), w, b)
-    return _weighted(y.index_select(0, routing.rows), routing, x.dtype)

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any
 
@@ -36,7 +36,8 @@ _GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 # From this size on malloc asks the system for each block anew, whose pages of 4 KiB are made one
 # by one as they are written: 16 ms for 32 MiB. Huge ones take 0.8 ms.
 _FROM_SYSTEM = 32 << 20
-_MOSTLY_IDLE = 4 << 20  # the same, where most of the block stays 0
+# A huge page costs what two of malloc's, which are warm, do: 80 us beside 40 to 60.
+_PAGE = 2 << 20
 
 
 def busy(ends: list[int]) -> Iterator[tuple[int, int, int]]:
@@ -73,32 +74,45 @@ def _fresh(like: Tensor, *shape: int) -> Tensor:
     return torch.frombuffer(pages, dtype=like.dtype).view(shape)
 
 
-def _product(a: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
-    ends = offsets.tolist()
+def product_of(a: Tensor, w: Tensor, offsets: Tensor, ends: list[int]) -> Tensor:
+    """`product` without a gradient, of the values of offsets; a may end where kept rows do."""
     kept, rows = ends[-2], a.shape[0]
+    if not kept:
+        return a.new_zeros(rows, w.shape[1])
     if _by_groups(w.shape[0], kept, a, w.mT):
         made = F.grouped_mm(a[:kept], w.mT, offs=offsets[1:-1])
-        return made if kept == rows else F.pad(made, (0, 0, 0, rows - kept))
-    out = a.new_empty(rows, w.shape[1])
-    for e, start, end in busy(ends):
-        torch.mm(a[start:end], w[e].t(), out=out[start:end])
-    out[kept:].zero_()
-    return out
+    else:
+        made = torch.cat([F.linear(a[start:end], w[e]) for e, start, end in busy(ends)])
+    return made if kept == rows else F.pad(made, (0, 0, 0, rows - kept))
 
 
-def _outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
-    ends = offsets.tolist()
-    kept, shape = ends[-2], (len(ends) - 2, a.shape[1], b.shape[1])
-    size, parts = prod(shape) * a.element_size(), list(busy(ends))
-    if size >= _FROM_SYSTEM or (size >= _MOSTLY_IDLE and 2 * len(parts) < shape[0]):
-        out = _fresh(a, *shape)
-    elif _by_groups(shape[0], kept, a.t(), b):
+def outer_of(a: Tensor, b: Tensor, offsets: Tensor, ends: list[int]) -> Tensor:
+    """`outer` in the same way."""
+    E, kept = len(ends) - 2, ends[-2]
+    one, parts = a.shape[1] * b.shape[1] * a.element_size(), list(busy(ends))
+    touched = len(parts) * (one // _PAGE + 1)
+    if E * one >= _FROM_SYSTEM or 2 * touched * _PAGE < E * one:
+        out = _fresh(a, E, a.shape[1], b.shape[1])
+    elif _by_groups(E, kept, a.t(), b):
         return F.grouped_mm(a[:kept].t(), b[:kept], offs=offsets[1:-1])
     else:
-        out = a.new_zeros(shape)
+        out = a.new_empty(E, a.shape[1], b.shape[1])
+        idle = 0
+        for e, _, _ in (*parts, (E, 0, 0)):
+            if idle < e:
+                out[idle:e].zero_()
+            idle = e + 1
     for e, start, end in parts:
         torch.mm(a[start:end].t(), b[start:end], out=out[e])
     return out
+
+
+def weight_grad(
+    dy: Tensor, a: Tensor, w: Tensor, outer: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Of w in the product of a. Laid out as w is: autograd copies another layout into a parameter's
+    own."""
+    return outer(a, dy).mT if w.stride(1) < w.stride(2) else outer(dy, a)
 
 
 def _product_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -106,9 +120,7 @@ def _product_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | Non
     da = product_op(dy, w.mT, offsets) if ctx.needs_input_grad[0] else None
     if not ctx.needs_input_grad[1]:
         return da, None, None
-    # Laid out as w is: autograd copies another layout into a parameter's own.
-    turned = w.stride(1) < w.stride(2)
-    return da, outer_op(a, dy, offsets).mT if turned else outer_op(dy, a, offsets), None
+    return da, weight_grad(dy, a, w, lambda a, b: outer_op(a, b, offsets)), None
 
 
 def _outer_backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
@@ -120,14 +132,14 @@ def _outer_backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None,
 
 product_op = define_for_cpu(
     "experts_product(Tensor a, Tensor w, Tensor offsets) -> Tensor",
-    _product,
+    lambda a, w, offsets: product_of(a, w, offsets, offsets.tolist()),
     lambda a, w, offsets: a.new_empty(a.shape[0], w.shape[1]),
     lambda a, w, offsets, **_: 2 * a[0] * prod(w[1:]),
     _product_backward,
 )
 outer_op = define_for_cpu(
     "experts_outer(Tensor a, Tensor b, Tensor offsets) -> Tensor",
-    _outer,
+    lambda a, b, offsets: outer_of(a, b, offsets, offsets.tolist()),
     lambda a, b, offsets: a.new_empty(offsets.shape[0] - 2, a.shape[1], b.shape[1]),
     lambda a, b, offsets, **_: 2 * a[0] * a[1] * b[1],
     _outer_backward,
@@ -137,5 +149,5 @@ outer_op = define_for_cpu(
 def product(a: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """a[r] w[e]' for the rows r of every expert e, 0 for rows of none; with all derivatives."""
     if readable(offsets) and not needs_grad(a, w):
-        return _product(a, w, offsets)
+        return product_of(a, w, offsets, offsets.tolist())
     return product_op(a, w, offsets)

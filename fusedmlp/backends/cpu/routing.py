@@ -1,47 +1,74 @@
-"""Routings of one token, whose rows need no sorting. What they hold is what the formulas give."""
+"""Routings of few choices, whose rows the host sorts: a list costs less than a dozen calls. What
+they hold is what the formulas give."""
 
 from __future__ import annotations
 
 import functools
+import math
+from array import array
 
 import torch
 from torch import Tensor
 
 from ...reference import Routing, top1_route
+from .eager import needs_grad
+
+FEW = 32  # choices; the formula catches up at 64
 
 
-@functools.lru_cache(maxsize=64)
-def _steps(E: int) -> tuple[Tensor, Tensor]:
-    """Windows of the first are the counts, of the second the offsets, of one choice."""
-    counts = torch.zeros(2 * E, dtype=torch.int32, device="cpu")
-    counts[E] = 1
-    return counts, (torch.arange(2 * E + 3, device="cpu") >= E + 1).to(torch.int32)
+def _places(chosen: list[int], E: int, capacity: int | None) -> bytes:
+    """tokens, rows, offsets and counts, one behind the other."""
+    counts, bucket = array("i", bytes(4 * E)), []
+    for e in chosen:
+        taken = 0 <= e < E
+        if taken:
+            counts[e] += 1
+            taken = capacity is None or counts[e] <= capacity
+        bucket.append(e if taken else E)
+    R = len(chosen)
+    order = array("i", sorted(range(R), key=bucket.__getitem__))
+    rows, offsets = array("i", order), array("i")
+    for row, choice in enumerate(order):
+        rows[choice] = row
+        offsets += array("i", (row,)) * (bucket[choice] + 1 - len(offsets))
+    offsets += array("i", (R,)) * (E + 2 - len(offsets))
+    return (order + rows + offsets + counts).tobytes()
 
 
-def _one(chosen: int, expert: Tensor, prob: Tensor, E: int, *rest: Tensor) -> Routing:
-    from_end = E - chosen if 0 <= chosen < E else 0
-    counts, offsets = _steps(E)
-    counts = counts[from_end : from_end + E].clone()
-    offsets = offsets[from_end : from_end + E + 2].clone()
-    only = torch.zeros(1, dtype=torch.int32, device="cpu")
-    return Routing(expert, prob, only, only, offsets, counts, *rest)
+@functools.lru_cache(maxsize=1024)
+def _place_of_one(e: int, E: int) -> bytes:
+    return _places([e], E, None)
 
 
-def route_one(expert: Tensor, prob: Tensor, num_experts: int) -> Routing:
-    """`route_to` of one choice."""
-    return _one(int(expert), expert, prob, num_experts)
+def _tensors(places: bytes, R: int, E: int) -> tuple[Tensor, ...]:
+    whole = torch.frombuffer(bytearray(places), dtype=torch.int32)
+    return whole.split_with_sizes((R, R, E + 2, E))
+
+
+def route_few(expert: Tensor, prob: Tensor, num_experts: int, capacity: int | None) -> Routing:
+    """`route_to` of few choices."""
+    chosen = expert.reshape(-1).tolist()
+    places = _places(chosen, num_experts, capacity)
+    return Routing(expert, prob, *_tensors(places, len(chosen), num_experts))
 
 
 def top1_route_one(logits: Tensor) -> Routing:
     """`top1_route` of one token, (1, E)."""
-    z = logits if logits.dtype == torch.float64 else logits.float()
-    expert = z.argmax(-1)
-    e = int(expert)
-    p = z.softmax(-1)[0]
+    z = logits if logits.dtype is torch.float64 else logits.float()
+    values = z.tolist()[0]
+    largest = max(values)
+    e = values.index(largest)
+    p = z.softmax(-1).squeeze(0)
     prob = p[e : e + 1]
-    if not prob.item() > 0:  # NaN
+    share = prob.item()
+    if not share > 0:  # NaN
         return top1_route(logits)
-    lse = z[0, e : e + 1] - prob.log()
+    if needs_grad(z):
+        lse = z[0, e : e + 1] - prob.log()
+    else:
+        lse = z.new_full((1,), largest - math.log(share))
     if z is not logits:
         prob = prob.to(logits.dtype)
-    return _one(e, expert, prob, logits.shape[1], p, lse)
+    expert = torch.frombuffer(array("q", (e,)), dtype=torch.int64)
+    E = len(values)
+    return Routing(expert, prob, *_tensors(_place_of_one(e, E), 1, E), p, lse)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ...reference import tree_path
 from ...reference.moe import route_to
 from .eager import needs_grad, readable
-from .experts import weighted_linear
+from .traced import weighted_linear
 
 
 def path_of_one(logits: Tensor, depth: int) -> list[int]:
