@@ -24,6 +24,7 @@ from ... import (
     topk_route,
 )
 from ...hyperglu import HyperGLU, HyperGLUConfig
+from ...hyperglu.chunked import chunked_attention
 from ...layers import FastFeedForward, PathWeightedFFF, SwitchFFN
 from ...testing.memory import kept_bytes
 from . import clock, yardsticks
@@ -78,8 +79,15 @@ def tree_of(depth: int) -> FastFeedForward:
     return FastFeedForward(WIDTH, depth, mult=0.25).eval()
 
 
-def switch_of(E: int) -> SwitchFFN:
-    return SwitchFFN(WIDTH, E, ff_kwargs={"mult": 1, "glu_variant": "swiglu"})
+def switch_of(E: int, **options: Any) -> SwitchFFN:
+    return SwitchFFN(WIDTH, E, ff_kwargs={"mult": 1, "glu_variant": "swiglu", **options})
+
+
+MASKED: dict[str, Any] = {
+    "glu_variant": "mswiglu", "mask_mode": "element", "num_masks": 2, "bias": False
+}  # fmt: skip
+# Experts that are no single call; dropout is at work in training alone.
+SWITCHES = {"": {}, " of masked experts": MASKED, " of experts with dropout": {"dropout": 0.1}}
 
 
 def _trees() -> Iterator[Target]:
@@ -106,12 +114,15 @@ def _trees() -> Iterator[Target]:
 
 
 def _switch() -> Iterator[Target]:
-    def compiled() -> tuple[Call, Call]:
-        layer, x = switch_of(64).eval(), torch.randn(256, WIDTH)
-        made = torch.compile(layer)
-        return _eval(lambda: made(x)), _eval(lambda: layer(x))
+    for kind, options in SWITCHES.items():
 
-    yield _ratio("SwitchFFN E 64, T 256: compiled / eager", 1.1, compiled)
+        def compiled(options: dict[str, Any] = options) -> tuple[Call, Call]:
+            layer, x = switch_of(64, **options), torch.randn(256, WIDTH)
+            layer.train("dropout" in options)
+            made = torch.compile(layer)
+            return _eval(lambda: made(x)), _eval(lambda: layer(x))
+
+        yield _ratio(f"SwitchFFN{kind} E 64, T 256: compiled / eager", 1.1, compiled)
     for T in (1, 256, 1024):
 
         def looped(T: int = T) -> tuple[Call, Call]:
@@ -183,6 +194,46 @@ def step_of(block_size: int, position: int) -> Call:
     return call
 
 
+def chunks_of(T: int, chunk: int = 256) -> tuple[list[Tensor], dict[str, Call]]:
+    """HyperGLU's core at WIDTH, two heads, ranks of 16; ours, and the published code's blocks
+    recomputed for backward and kept."""
+    Q, H, r = 4, 2, 16
+    shapes = (
+        (1, Q, T, WIDTH // 4 // Q), (1, Q, T, WIDTH // 4 // Q), (1, H, T, WIDTH // H),
+        (1, Q, T, r), (Q, T, r), (Q, r, T), (Q, T), (1, H, T, r), (H, T, r), (H, r, T), (H, T),
+    )  # fmt: skip
+    tensors = [torch.randn(s).mul_(0.1).requires_grad_() for s in shapes]
+    options: dict[str, Any] = {
+        "kind": "glu", "norm": "out_scale", "shortcut1": True, "shortcut2": True, "eps": 1e-12,
+        "aligner": "offset", "causal": True, "mask1": True, "mask2": True,
+    }  # fmt: skip
+    return tensors, {
+        "ours": lambda: chunked_attention(*tensors, chunk=chunk, **options),  # type: ignore[arg-type]
+        "recomputed": lambda: yardsticks.hyper_in_chunks(tensors, chunk, True),
+        "kept": lambda: yardsticks.hyper_in_chunks(tensors, chunk, False),
+    }
+
+
+def _chunks() -> Iterator[Target]:
+    """At equal saved bytes, and the trade: half as much again at most for what is not kept."""
+    for who, most in (("recomputed", 1.0), ("kept", 1.5)):
+
+        def timed(who: str = who) -> tuple[Call, Call]:
+            tensors, calls = chunks_of(1024)
+            return _trained(calls["ours"], tensors), _trained(calls[who], tensors)
+
+        name = "HyperGLU in chunks of 256, T 1024, forward + backward / the published blocks"
+        yield _ratio(f"{name}, {who}", most, timed)
+
+    def kept(_: int) -> tuple[float, str]:
+        tensors, calls = chunks_of(1024)
+        ours, theirs = (kept_bytes(calls[who], tensors) for who in ("ours", "kept"))
+        return ours / theirs, f"counted, of {theirs / 2**20:.0f} MiB"
+
+    name = "HyperGLU in chunks keeps beside its arguments / the published blocks"
+    yield Target(f"{name}, kept", 0.1, kept)
+
+
 def _others() -> Iterator[Target]:
     name = "HyperGLU.step at position 64: block_size 4096 / 256"
     yield _ratio(name, 1.1, lambda: (step_of(4096, 64), step_of(256, 64)))
@@ -212,4 +263,4 @@ def _others() -> Iterator[Target]:
 
 
 def targets() -> list[Target]:
-    return [*_trees(), *_switch(), *_experts(), *_others()]
+    return [*_trees(), *_switch(), *_experts(), *_chunks(), *_others()]

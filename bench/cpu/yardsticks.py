@@ -3,12 +3,15 @@ the experts in use, and the three ways in which transformers runs experts."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from ...hyperglu.chunked import by_source, laid_out
 from ...layers import FastFeedForward, PathWeightedFFF
 
 WAYS = ("eager", "grouped_mm", "batched_mm")
@@ -53,6 +56,34 @@ def path_by_gathers(tree: PathWeightedFFF, x: Tensor) -> Tensor:
         y = y + tree.activation(z.abs()).unsqueeze(1) * out
         node = 2 * node + 1 + (z > 0).long()
     return y
+
+
+def hyper_in_chunks(tensors: Sequence[Tensor], chunk: int, again: bool) -> Tensor:
+    """The chunked path of HyperGLU's published code, "offset" and causal, of the first 11 arguments
+    of hyper_attention: blocks of query rows, kept for backward, or `again` made there."""
+    q, k, v, c1, u1, vt1, d1, c2, u2, vt2, d2 = tensors
+    T, L = q.shape[-2], u1.shape[-2]
+
+    def mixed(X: Tensor, c: Tensor, u: Tensor, vt: Tensor, d: Tensor, dead: Tensor) -> Tensor:
+        end = X.shape[-1]
+        h = torch.einsum("bhts,hsr->bhtr", X, u[:, L - end :])
+        low = torch.einsum("bhtr,hrs->bhts", h * c, vt[..., L - end :])
+        return (X + X * d[:, None, L - end :] + low).masked_fill(dead, 0)
+
+    def block(start: int, end: int) -> Tensor:
+        here = slice(start, end)
+        S = torch.einsum("bhtd,bhsd->bhts", q[:, :, here], k[:, :, :end])
+        lag = end - 1 - torch.arange(start, end).unsqueeze(1)
+        dead = torch.arange(end) < lag
+        P = mixed(laid_out(S, end), c1[:, :, here], u1, vt1, d1, dead)
+        P1, P2 = P.chunk(2, 1)
+        scale = 1 / P1.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        A = F.softplus(P2) * F.relu(P1)
+        Y = mixed(A, c2[:, :, here], u2, vt2, d2, dead)
+        return torch.einsum("bhts,bhsd->bhtd", by_source(Y, end), v[:, :, :end]) * scale
+
+    run = functools.partial(checkpoint, block, use_reentrant=False) if again else block
+    return torch.cat([run(i, min(i + chunk, T)) for i in range(0, T, chunk)], -2)
 
 
 def transformers_experts(E: int, width: int, k: int) -> tuple[nn.Module, dict[str, Callable]]:

@@ -215,10 +215,13 @@ class MaskedGLU(Reader):
         if self.mask_mode == "element":
             self._check_bare()
             return masked_gated_linear(x, w, self.masks(), activation=self._activation())
-        v = self.proj(x)
-        soft = self.mask.sigmoid()
+        return self.by_channels(self.proj(x), self.mask)
+
+    def by_channels(self, v: Tensor, mask: Tensor) -> Tensor:
+        """Channel mode's h of v (..., dim_out) and of a mask that may have rows of its own."""
+        soft = mask.sigmoid()
         # The difference is 0, and its gradient sigmoid's.
-        m = ((self.mask >= 0).to(soft.dtype) + (soft - soft.detach())).to(v.dtype)
+        m = ((mask >= 0).to(soft.dtype) + (soft - soft.detach())).to(v.dtype)
         return m * gate(self.activation, v, v) + (1 - m) * v
 
     def block(

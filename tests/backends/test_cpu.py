@@ -183,6 +183,62 @@ def test_compiled_experts_do_the_work_of_those_in_use():
     assert sum("linear" in call for call in calls) == 1  # of the router
 
 
+APART = {
+    "logits": {"glu_variant": "mswiglu", "mask_mode": "element", "num_masks": 2, "bias": False},
+    "bits": {"glu_variant": "mswiglu", "mask_mode": "element", "num_masks": 2, "bias": False},
+    "channels": {"glu_variant": "mgeglu"},
+    "gated dropout": {"glu_variant": "swiglu", "dropout": 1.0},
+    "plain dropout": {"dropout": 0.4},
+}
+
+
+@pytest.mark.parametrize("kind", APART)
+def test_experts_with_something_between_their_projections(kind):
+    """Masked, and with dropout at work: results and derivatives are those of each expert by itself,
+    and compiled code opens no expert."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    switch = layers.SwitchFFN(8, 6, ff_kwargs={"mult": 2, **APART[kind]}).double()
+    if kind == "bits":
+        fusedmlp.freeze_masks(switch)
+    x = draw(7, 8)
+    leaves = [x, *(p for p in switch.parameters())]
+    outcome = lambda y: y[0] if isinstance(y, tuple) else y  # noqa: E731
+
+    def call(run=switch, twice=True):
+        torch.manual_seed(1)
+        y = outcome(run(x))
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=twice)
+        if not twice:
+            return y, first
+        of = sum(g.square().sum() for g in first)
+        again = torch.autograd.grad(of, leaves, allow_unused=True, materialize_grads=True)
+        return y, first, again
+
+    if kind != "plain dropout":  # whose draws are in another order
+        torch.testing.assert_close(*both(call))
+    calls = []
+
+    def backend(graph, inputs):
+        calls.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return graph
+
+    with torch.no_grad():
+        torch.compile(switch, backend=backend, fullgraph=True)(x)
+    assert sum("experts" in name for name in calls) == 2
+    compiled = torch.compile(lambda t: outcome(switch(t)), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(call(compiled, twice=False), call(twice=False)[:2])
+
+
+def test_masked_experts_of_no_tokens_and_on_meta():
+    switch = layers.SwitchFFN(8, 3, ff_kwargs=APART["logits"])
+    y = switch(draw(0, 8, dtype=torch.float32))
+    (y[0] if isinstance(y, tuple) else y).sum().backward()
+    assert not any(p.grad.any() for p in switch.experts.parameters())
+    y = switch.to("meta")(torch.empty(5, 8, device="meta"))
+    assert (y[0] if isinstance(y, tuple) else y).shape == (5, 8)
+
+
 def test_gradients_may_be_batched():
     x, stacks, routing = draw(4, 8), experts(3), fusedmlp.top1_route(torch.randn(4, 3).double())
     y = fusedmlp.moe_mlp(x, routing, *stacks)

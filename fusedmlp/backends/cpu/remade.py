@@ -146,7 +146,7 @@ def _hard(masks: Tensor, w: Tensor) -> Tensor:
     return hard_masks(unpack_masks(masks, w.shape[1]), w.dtype)
 
 
-def _masked_act(products: Tensor, gate: Resolved) -> Tensor:
+def masked_act(products: Tensor, gate: Resolved) -> Tensor:
     total, *gates = products
     return sum((gate.phi(g) * gate.psi(total - g) for g in gates), start=torch.zeros_like(total))
 
@@ -197,7 +197,7 @@ def masked_gated_mlp(
     """`reference.masked_gated_mlp` of logits or planes; `masked_gated_linear` without w_down."""
     gate = resolve(activation)
     products = MaskedProductsFunction.apply(rows(x), w, masks)
-    return _block(x, lambda t: _masked_act(t, gate), w_down, b_down, [products])
+    return _block(x, lambda t: masked_act(t, gate), w_down, b_down, [products])
 
 
 def _block(

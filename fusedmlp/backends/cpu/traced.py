@@ -6,6 +6,8 @@ The mathematics is that of `reference.moe_mlp` and `reference.moe_linear`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from ...reference.lora import Adapter, Lora
 from ...reference.moe import weighted
 from .eager import readable
 from .grouped import product
+from .masked import masked_products
+from .remade import masked_act
 
 
 def activated(pre: list[Tensor], activation: str, packed: Packed | None) -> Tensor:
@@ -27,7 +31,7 @@ def activated(pre: list[Tensor], activation: str, packed: Packed | None) -> Tens
     return row.reference(pre[0], *scalars)
 
 
-class _Rows:
+class Rows:
     """A routing's rows in expert order."""
 
     def __init__(self, routing: Routing) -> None:
@@ -42,6 +46,10 @@ class _Rows:
         """a w[e]' + b[e] of each row's expert e."""
         y = product(a, w, self.routing.offsets)
         return y if b is None else y + b.index_select(0, self.expert)
+
+    def masked(self, a: Tensor, w: Tensor, masks: Tensor, activation: str) -> Tensor:
+        """`reference.masked_gated_linear` of each row's expert."""
+        return masked_act(masked_products(a, w, masks, self.routing.offsets), resolve(activation))
 
     def adapted(self, y: Tensor, a: Tensor, adapter: Adapter | None) -> Tensor:
         """y + scale b[e] (a[e] a) of each row's expert e."""
@@ -70,12 +78,17 @@ def moe_mlp(
     b_down: Tensor | None = None,
     activation: str = "silu",
     packed: Packed | None = None,
+    lora: Lora | None = None,
 ) -> Tensor:
     """The sum over a token's choices of prob * the expert's MLP; x (T, D)."""
-    rows = _Rows(routing)
+    rows, (*of_first, of_down) = Rows(routing), lora or Lora()
     a = rows.gather(x)
     pre = [rows.linear(a, w, b) for w, b in ((w_gate, b_gate), (w_up, b_up)) if w is not None]
-    y = rows.linear(activated(pre, activation, packed), w_down, b_down)
+    if lora is not None and packed is not None:
+        pre, packed = list(halves(pre[0], packed)), None
+    pre = [rows.adapted(t, a, adapter) for t, adapter in zip(pre, of_first, strict=False)]
+    h = activated(pre, activation, packed)
+    y = rows.adapted(rows.linear(h, w_down, b_down), h, of_down)
     return _weighted(y.index_select(0, routing.rows), routing, x.dtype)
 
 
@@ -89,13 +102,27 @@ def _weighted(y: Tensor, routing: Routing, dtype: torch.dtype) -> Tensor:
 
 def moe_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None = None) -> Tensor:
     """x w[e]' + b[e] with each token's own expert e, 0 for a dropped token; x (T, K)."""
-    rows = _Rows(routing)
+    rows = Rows(routing)
     y = rows.linear(rows.gather(x), w, b).index_select(0, routing.rows)
     return y if b is None else torch.where(routing.kept.view(-1, 1), y, 0)
 
 
 def weighted_linear(x: Tensor, routing: Routing, w: Tensor, b: Tensor | None) -> Tensor:
     """sum over a token's choices of prob * (x w[e]' + b[e]); x (T, K)."""
-    rows = _Rows(routing)
+    rows = Rows(routing)
     y = rows.linear(rows.gather(x), w, b)
+    return _weighted(y.index_select(0, routing.rows), routing, x.dtype)
+
+
+def by_rows(
+    x: Tensor,
+    routing: Routing,
+    hidden: Callable[[Tensor, Rows], Tensor],
+    w_down: Tensor,
+    b_down: Tensor | None,
+) -> Tensor:
+    """Experts with anything between their projections: `hidden` makes the rows of h of those of
+    x (T, D)."""
+    rows = Rows(routing)
+    y = rows.linear(hidden(rows.gather(x), rows), w_down, b_down)
     return _weighted(y.index_select(0, routing.rows), routing, x.dtype)

@@ -15,7 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ... import check
+from ...backends import choice
+from ...backends.cpu.traced import Rows, activated, by_rows
+from ...check.experts import check_routing
+from ...check.layer import check_x
 from ...ops.moe_mlp import moe_mlp
+from ...packing import Packed
 from ...reference import Routing
 from ...reference.moe import by_expert
 from ...weights.masks import PackedMasks, pack_masks
@@ -27,6 +33,7 @@ from .block import passes_through
 from .stacked import Stacked
 from .widths import Reader
 
+_MASKS_OF = ("net.0.mask", "net.0.packed.planes")
 _MASKS, _OWN_MASKS = "net.0.packed", "net_0_packed"  # in an expert, and here
 
 
@@ -36,7 +43,8 @@ class StackedExperts(Stacked, Reader):
     forward(x, routing) is moe_mlp in one fused call as long as nothing stands between an expert's
     two projections: no active dropout, no norm before, no masks, an activation with a kernel.
     Otherwise each expert runs on its own tokens in PyTorch, for which the host waits for the
-    routing; under torch.compile every expert then runs on every token.
+    routing. On a CPU those in use alone run, also under torch.compile, but for a norm or an
+    activation that has no kernel; there, and on a GPU, every expert then runs on every token.
     """
 
     LOGITS = "net_0_mask"  # for fusedmlp.freeze_masks
@@ -219,6 +227,8 @@ class StackedExperts(Stacked, Reader):
                 options["recompute"] = True
             return moe_mlp(x, routing, **self._parts(), **options)  # type: ignore[arg-type]
         flat = x.reshape(-1, x.shape[-1])
+        if choice.for_cpu(x) and self._goes_by_rows():
+            return self._by_rows(flat, routing).view(x.shape)
         own: Callable[[int], dict[str, Tensor]] = self._slice
         if torch.is_grad_enabled():  # a gradient in one piece, not one of full size for each expert
             slices = self._slices()
@@ -226,6 +236,39 @@ class StackedExperts(Stacked, Reader):
         y = by_expert(flat, routing, lambda rows, e: self._one(own(e), rows))
         scaled = (routing.prob.unsqueeze(1) * y).to(y.dtype)
         return torch.where(routing.kept.unsqueeze(1), scaled, 0).view(x.shape)
+
+    def _goes_by_rows(self) -> bool:
+        """Whether what stands between the projections treats each row alone, and has no parameters
+        but masks."""
+        template = self._template[0]
+        act = cast(Any, template.net[0]).activation if self._gated else template.net[1]
+        return template.pre_norm is None and name_of(act) is not None
+
+    def _by_rows(self, x: Tensor, routing: Routing) -> Tensor:
+        """On a CPU: the experts in use alone, also in compiled code."""
+        parts, net = self._parts(), self._template[0].net.train(self.training)
+        w, b = parts["w_gate"], parts["b_gate"]
+        check_x("FeedForward", x, w.shape[-1], w.dtype)
+        check_routing("StackedExperts", x, routing, self.num_experts)
+        w_down, b_down = parts["w_down"], parts["b_down"]
+        if dtype := check.autocast_dtype("StackedExperts", x):
+            x, w, b, w_down, b_down = check.cast(dtype, x, w, b, w_down, b_down)
+        glu: Any = net[0]
+
+        def hidden(a: Tensor, rows: Rows) -> Tensor:
+            if not isinstance(glu, MaskedGLU):
+                order: Packed | None = "up_gate" if self._gated else None
+                name = name_of(glu.activation if self._gated else net[1])
+                h = activated([rows.linear(a, w, b)], name, order)
+            elif glu.mask_mode == "channel":
+                mask = self.get_parameter("net_0_mask").index_select(0, rows.expert)
+                h = glu.by_channels(rows.linear(a, w, b), mask)
+            else:
+                masks = next(m for name, m in self._stacks() if name in _MASKS_OF)
+                h = rows.masked(a, w, masks, name_of(glu.activation))
+            return net[-2](h)
+
+        return by_rows(x, routing, hidden, w_down, b_down)
 
     def _mixture(self, x: Tensor, prob: Tensor) -> Tensor:
         y: Tensor | None = None
