@@ -130,8 +130,9 @@ def _local_lora(lora: Lora, E: int, ranks: int) -> Lora:
     def local(name: str, p: Any) -> Any:
         if not isinstance(p, Adapter):
             return p
-        a, b = (_local(f"lora.{name}.{part}", t, E, ranks) for part, t in (("a", p.a), ("b", p.b)))
-        return p._replace(a=a, b=b)  # type: ignore[arg-type]
+        a: Any = _local(f"lora.{name}.a", p.a, E, ranks)
+        b: Any = _local(f"lora.{name}.b", p.b, E, ranks)
+        return Adapter(a, b, p.scale)
 
     return Lora(*map(local, Lora._fields, lora)) if isinstance(lora, Lora) else lora
 

@@ -10,7 +10,7 @@ a whole gated block, forward and backward.
 
 dtype: one floating dtype for x and the biases, kept; scales have their own. Memory plan: saves g
 and u, x where scales of gate or up have a gradient; h is made again in the epilogue of the dh GEMM.
-With recompute=True it saves x alone.
+With recompute=True it saves x alone. With adapters the block is _adapted.py's.
 
 | step | computes | by |
 |---|---|---|

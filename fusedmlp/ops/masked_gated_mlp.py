@@ -9,7 +9,8 @@
 
 dtype: one floating dtype for all, kept; logits may have another. Memory plan: saves x, the weights,
 the bit planes, t and g_i (1 + n_m tensors like h); h is made again beside V and e_i. With
-recompute=True it saves x, the weights and the planes alone.
+recompute=True it saves x, the weights and the planes alone. With adapters the block is
+_adapted.py's.
 
 | step | computes | by |
 |---|---|---|

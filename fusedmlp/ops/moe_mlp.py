@@ -26,6 +26,7 @@ expert order.
 | | dx = dg Wg + du Wu, to token order | moe_down; for k > 1 and moe_combine |
 
 Each is skipped unless its gradient is wanted. x and dy are gathered by the kernels, never repeated.
+The products are registered in _experts.py; with adapters the block is _moe_lora.py's.
 Source: Fedus, Zoph, Shazeer, Switch Transformers, arXiv 2101.03961.
 """  # noqa: E501
 

@@ -294,8 +294,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "fusedmlp/distributed/experts.py",
-        "packed=packed, recompute=recompute,\n        )  # fmt: skip\n        back",
-        "packed=packed,\n        )  # fmt: skip\n        back",
+        "packed=packed, recompute=recompute, lora=lora,\n        )  # fmt: skip\n        back",
+        "packed=packed, lora=lora,\n        )  # fmt: skip\n        back",
         "what was to be computed again is saved",
     ),
 )
