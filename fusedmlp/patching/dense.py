@@ -147,10 +147,7 @@ class Dense(Plan):
     def notes(self, module: nn.Module) -> str:
         if self.way(module)[1]:
             return ""
-        inside = adapters_of({path: child(module, path) for path in self.may_call()})
-        if inside and self.invariant:
-            return f"{inside}; batch-invariant by the reference alone, which kernels refuse"
-        return inside
+        return adapters_of({path: child(module, path) for path in self.may_call()})
 
     def _works_between(self, module: nn.Module) -> list[Step]:
         return [step for step in self.between if not idle(step, module)]
