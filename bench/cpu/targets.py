@@ -194,7 +194,7 @@ def step_of(block_size: int, position: int) -> Call:
     return call
 
 
-def chunks_of(T: int, chunk: int = 256) -> tuple[list[Tensor], dict[str, Call]]:
+def chunks_of(T: int, chunk: int = 256) -> tuple[list[Tensor], dict[str, Callable[[], Tensor]]]:
     """HyperGLU's core at WIDTH, two heads, ranks of 16; ours, and the published code's blocks
     recomputed for backward and kept."""
     Q, H, r = 4, 2, 16
@@ -208,7 +208,7 @@ def chunks_of(T: int, chunk: int = 256) -> tuple[list[Tensor], dict[str, Call]]:
         "aligner": "offset", "causal": True, "mask1": True, "mask2": True,
     }  # fmt: skip
     return tensors, {
-        "ours": lambda: chunked_attention(*tensors, chunk=chunk, **options),  # type: ignore[arg-type]
+        "ours": lambda: chunked_attention(*tensors, chunk=chunk, **options),
         "recomputed": lambda: yardsticks.hyper_in_chunks(tensors, chunk, True),
         "kept": lambda: yardsticks.hyper_in_chunks(tensors, chunk, False),
     }

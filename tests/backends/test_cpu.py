@@ -123,7 +123,7 @@ def test_experts_of_every_kind_of_routing(T, E, k, capacity):
 
 @pytest.mark.parametrize("T", (1, 5))
 def test_gradients_of_experts_alone_and_twice(T):
-    """Of each tensor alone, and of gradients; the first choice is dropped."""
+    """One tensor wants its gradient, and all want those of gradients; first choices are dropped."""
     x, prob, stacks = draw(T, 8), draw(T, 2), experts(4)
     biases = [draw(4, n) for n in (12, 12, 8)]
     expert = torch.randint(4, (T, 2)).index_fill(1, torch.tensor(0), 9)

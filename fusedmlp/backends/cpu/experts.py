@@ -39,7 +39,7 @@ class Kept:
 
     @property
     def expert(self) -> Tensor:
-        """Of each row."""
+        """Each row's expert."""
         if self._expert is None:
             self._expert = self._chosen.reshape(-1).index_select(0, self.choices)
         return self._expert

@@ -110,8 +110,8 @@ def outer_of(a: Tensor, b: Tensor, offsets: Tensor, ends: list[int]) -> Tensor:
 def weight_grad(
     dy: Tensor, a: Tensor, w: Tensor, outer: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """Of w in the product of a. Laid out as w is: autograd copies another layout into a parameter's
-    own."""
+    """The gradient of w where a w[e]' has dy. Laid out as w is: autograd copies another layout into
+    a parameter's own."""
     return outer(a, dy).mT if w.stride(1) < w.stride(2) else outer(dy, a)
 
 

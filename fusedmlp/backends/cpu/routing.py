@@ -49,7 +49,8 @@ def route_few(expert: Tensor, prob: Tensor, num_experts: int, capacity: int | No
     """`route_to` of few choices."""
     chosen = expert.reshape(-1).tolist()
     places = _places(chosen, num_experts, capacity)
-    return Routing(expert, prob, *_tensors(places, len(chosen), num_experts))
+    tokens, rows, offsets, counts = _tensors(places, len(chosen), num_experts)
+    return Routing(expert, prob, tokens, rows, offsets, counts)
 
 
 def top1_route_one(logits: Tensor) -> Routing:
@@ -71,4 +72,5 @@ def top1_route_one(logits: Tensor) -> Routing:
         prob = prob.to(logits.dtype)
     expert = torch.frombuffer(array("q", (e,)), dtype=torch.int64)
     E = len(values)
-    return Routing(expert, prob, *_tensors(_place_of_one(e, E), 1, E), p, lse)
+    tokens, rows, offsets, counts = _tensors(_place_of_one(e, E), 1, E)
+    return Routing(expert, prob, tokens, rows, offsets, counts, p, lse)

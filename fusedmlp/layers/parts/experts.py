@@ -246,27 +246,31 @@ class StackedExperts(Stacked, Reader):
 
     def _by_rows(self, x: Tensor, routing: Routing) -> Tensor:
         """On a CPU: the experts in use alone, also in compiled code."""
-        parts, net = self._parts(), self._template[0].net.train(self.training)
+        parts: Any = self._parts()
+        net: Any = self._template[0].net.train(self.training)
         w, b = parts["w_gate"], parts["b_gate"]
         check_x("FeedForward", x, w.shape[-1], w.dtype)
         check_routing("StackedExperts", x, routing, self.num_experts)
         w_down, b_down = parts["w_down"], parts["b_down"]
         if dtype := check.autocast_dtype("StackedExperts", x):
-            x, w, b, w_down, b_down = check.cast(dtype, x, w, b, w_down, b_down)
-        glu: Any = net[0]
+            x, w, b, w_down, b_down = check.cast(  # type: ignore[assignment]
+                dtype, x, w, b, w_down, b_down
+            )
+        glu = net[0]
+
+        name: Any = name_of(glu.activation if self._gated else net[1])
 
         def hidden(a: Tensor, rows: Rows) -> Tensor:
             if not isinstance(glu, MaskedGLU):
                 order: Packed | None = "up_gate" if self._gated else None
-                name = name_of(glu.activation if self._gated else net[1])
                 h = activated([rows.linear(a, w, b)], name, order)
             elif glu.mask_mode == "channel":
                 mask = self.get_parameter("net_0_mask").index_select(0, rows.expert)
                 h = glu.by_channels(rows.linear(a, w, b), mask)
             else:
                 masks = next(m for name, m in self._stacks() if name in _MASKS_OF)
-                h = rows.masked(a, w, masks, name_of(glu.activation))
-            return net[-2](h)
+                h = rows.masked(a, w, masks, name)
+            return cast(Tensor, net[-2](h))
 
         return by_rows(x, routing, hidden, w_down, b_down)
 
