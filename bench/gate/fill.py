@@ -37,7 +37,7 @@ from torch import Tensor
 from ...dry.driver import compiling
 from ...kernels.arch import ARCHES, Arch
 from ...kernels.arch.tile import Tile
-from ...kernels.launches.launch import empty
+from ...kernels.launch import empty
 from ...ops import gated_linear
 from ...progress import Progress
 from ..machine import ROOT

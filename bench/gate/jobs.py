@@ -14,7 +14,7 @@ from ... import ops  # noqa: F401  (its files enter their kernels' rows)
 from ...backends.op import KERNELS
 from ...kernels.arch import Arch
 from ...kernels.arch.tile import SKINNY_M, Tile
-from ...kernels.launches.launch import Extra, Launch, Size, empty
+from ...kernels.launch import Extra, Launch, Size, empty
 from ...reference.activations import resolve
 
 

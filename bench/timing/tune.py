@@ -22,7 +22,7 @@ from ...backends.op import KERNELS
 from ...kernels.arch import Arch
 from ...kernels.arch.tile import Fit, Tile
 from ...kernels.device import arch_of, multiprocessors, pretend
-from ...kernels.launches.launch import Launch, draw
+from ...kernels.launch import Launch, draw
 from ...kernels.pick import pick_tile
 from ...testing import assert_close_to, doubled
 from ..options import (

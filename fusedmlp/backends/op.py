@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.launches.launch import Launch, no_extras
+from ..kernels.launch import Launch, no_extras
 from .flops import Shapes
 
 MISSING: Any = None  # what a row was not given; the check names it

@@ -11,7 +11,7 @@ from ... import reference
 from ..binary.binary_gated_linear import binary_gated_linear_fwd
 from ..binary.binary_linear import binary_linear_fwd
 from ..later import Later
-from .launch import Launch, Shapes, Tensors, sizes_of_one
+from ..launch import Launch, Shapes, Tensors, sizes_of_one
 
 SIZE = 4096, 4096, 12288
 RAGGED = 4093, 4093, 1021

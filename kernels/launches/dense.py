@@ -18,7 +18,7 @@ from ..arch.tile import ADAPTED
 from ..dense.gated_act import gated_act_bwd, gated_act_fwd
 from ..dense.gated_linear import gated_linear_bwd, gated_linear_fwd
 from ..dense.linear_act import linear_act_bwd, linear_act_dz, linear_act_fwd, linear_act_h
-from .launch import Extra, Launch, Shapes, Tensors, sizes_of_one
+from ..launch import Extra, Launch, Shapes, Tensors, sizes_of_one
 
 M, D, H = SIZE = 4096, 4096, 14336
 RAGGED = 4093, 4093, 1021

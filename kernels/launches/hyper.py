@@ -13,8 +13,8 @@ from torch import Tensor
 from ... import reference
 from ..arch import INTERPRETER
 from ..later import Later
+from ..launch import Extra, Launch, Shapes, Size, Tensors
 from ..pick import hyper_tile
-from .launch import Extra, Launch, Shapes, Size, Tensors
 
 NAMES = ("q", "k", "v", "c1", "u1", "vt1", "d1", "c2", "u2", "vt2", "d2")
 SHARED = ("u1", "vt1", "d1", "u2", "vt2", "d2")  # by all sequences of a batch

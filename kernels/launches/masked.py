@@ -12,10 +12,10 @@ from torch import Tensor
 from ... import reference
 from ..arch.tile import SKINNY_M
 from ..later import Later
+from ..launch import Extra, Launch, Shapes, Tensors, sizes_of_one
 from ..masked.masked_gated_linear import masked_gated_linear_fwd
 from ..masked.masks import pack_masks
 from .dense import RAGGED, SIZE, new
-from .launch import Extra, Launch, Shapes, Tensors, sizes_of_one
 
 M, D, H = SIZE
 _BF16 = torch.bfloat16

@@ -15,13 +15,13 @@ from ... import reference
 from ...packing import halves
 from ..arch.tile import Fit, Tile
 from ..later import Later
+from ..launch import Extra, Launch, Shapes, Size, Tensors, no_extras
 from ..moe.moe_mlp import moe_combine, moe_down, moe_up
 from ..moe.top1_route import route_to_fwd, top1_route_bwd, top1_route_fwd
 from ..moe.topk_route import Choice, Form, topk_route_bwd, topk_route_fwd
 from ..moe.tree_path import tree_path_fwd
 from ..pick import pick_grouped_tile
 from .dense import calls, new
-from .launch import Extra, Launch, Shapes, Size, Tensors, no_extras
 
 EXPERTS = 8
 T, D, H, E = SIZE = 8192, 5120, 8192, 16

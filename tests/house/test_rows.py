@@ -17,7 +17,7 @@ from fusedmlp.backends.op import KERNELS, OPS, Kernel, Op, RowError, add_kernel,
 from fusedmlp.bench.gate.jobs import jobs_of
 from fusedmlp.bench.gate.kernels import brief_of
 from fusedmlp.kernels.arch import ARCHES
-from fusedmlp.kernels.launches.launch import Launch
+from fusedmlp.kernels.launch import Launch
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,7 +116,7 @@ import torch, triton, triton.language as tl
 from .. import check
 from ..backends import choice, library
 from ..backends.op import Op, kernel, register
-from ..kernels.launches.launch import Launch
+from ..kernels.launch import Launch
 from ..packing import rows
 
 def reference(x):

@@ -503,6 +503,7 @@ ROWS: tuple[Row, ...] = (
 NOT_DRAWN: dict[str, str] = {
     "kernels/arch/*.py": "tiles and datasheet figures: they decide speed",
     "kernels/launches/*.py": "sizes that the gate compiles, which no test runs",
+    "kernels/launch.py": "the same",
     "bench/*.py": "commands that measure on a GPU",
     "bench/*/*.py": "the same, and what they write",
     "bench/*/*/*.py": "the same",

@@ -10,7 +10,7 @@ from fusedmlp import ops  # noqa: F401  (its files enter their kernels' rows)
 from fusedmlp.backends.op import KERNELS
 from fusedmlp.kernels.arch import ARCHES, Arch
 from fusedmlp.kernels.arch.tile import Tile
-from fusedmlp.kernels.launches.launch import Launch, Size
+from fusedmlp.kernels.launch import Launch, Size
 
 ARCH = ARCHES["sm_80"]
 SIZE_OF_BF16 = 2

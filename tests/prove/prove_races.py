@@ -18,7 +18,7 @@ from prove_launches import Job, jobs, without_barrier
 from fusedmlp.backends.library import serve_cpu
 from fusedmlp.bench.gate.ptx import emulate
 from fusedmlp.bench.gate.ptx.driver import Call
-from fusedmlp.kernels.launches.launch import draw
+from fusedmlp.kernels.launch import draw
 
 FAULTS = ("potential_race", "not_wellsynced", "invalid_lifecycle")
 UNABLE = ("unsupported", "timeout", "memory_budget_exceeded", "analysis_budget_exceeded")

@@ -18,7 +18,7 @@ from prove_launches import ARCH, LAUNCHES
 
 from fusedmlp.kernels import exponentials
 from fusedmlp.kernels.device import pretend
-from fusedmlp.kernels.launches.launch import Launch, Size, draw
+from fusedmlp.kernels.launch import Launch, Size, draw
 from fusedmlp.testing import doubled, error_of
 
 # Ragged, with element loads; and rows on 16 bytes, with vector loads.

@@ -16,7 +16,7 @@ from fusedmlp import ops, reference  # noqa: F401
 from fusedmlp.backends.op import KERNELS
 from fusedmlp.bench.gate.ptx import Finding, Order, emulate, load
 from fusedmlp.kernels.arch import ARCHES
-from fusedmlp.kernels.launches.launch import Launch, draw
+from fusedmlp.kernels.launch import Launch, draw
 from fusedmlp.testing import doubled, error_of
 
 LAUNCHES: dict[str, Launch] = {

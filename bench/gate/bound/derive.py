@@ -17,7 +17,7 @@ import torch
 from ....backends.op import KERNELS, Kernel
 from ....kernels.arch import Arch
 from ....kernels.arch.tile import SKINNY_M, Tile
-from ....kernels.launches.launch import Launch, Size, Tensors, dtype_of, empty
+from ....kernels.launch import Launch, Size, Tensors, dtype_of, empty
 from ...occupancy import blocks_at_once
 from .launches import Binary, Caught, binary, caught
 from .machine import (

@@ -16,7 +16,7 @@ from .... import ops, reference  # noqa: F401  (ops enter their kernels' rows)
 from ....backends.op import KERNELS
 from ....kernels.arch import ARCHES, Arch
 from ....kernels.arch.tile import Tile
-from ....kernels.launches.launch import Launch, draw
+from ....kernels.launch import Launch, draw
 from ....ops.tree_path import tree_path
 from ....reference.activations import ACTIVATIONS
 from ....testing import CASES, Case, doubled

@@ -13,7 +13,7 @@ from fusedmlp.kernels import device as device_module, pick
 from fusedmlp.kernels.arch import ARCHES, INTERPRETER, TENSOR_MEMORY, Arch, arch_for
 from fusedmlp.kernels.arch.tile import Tile
 from fusedmlp.kernels.device import arch_of
-from fusedmlp.kernels.launches.launch import draw
+from fusedmlp.kernels.launch import draw
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HOPPER = arch_for(90)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..arch.tile import Tile
+from .arch.tile import Tile
 
 Tensors = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
