@@ -441,8 +441,8 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     ),
     Equivalent(
         "fusedmlp/backends/cpu/routing.py",
-        "p = z.softmax(-1)[0]",
-        "p = z.softmax(1)[0]",
+        "p = z.softmax(-1).squeeze(0)",
+        "p = z.softmax(1).squeeze(0)",
         "the logits of one token are (1, E)",
     ),
     Equivalent(
