@@ -162,10 +162,12 @@ def gated_mlp(
     )  # fmt: skip
     H = gated_linear.check_projection(OP, x, w_gate, w_up, b_gate, b_up, activation, packed)
     check.down(OP, "w_down", w_down, H, "b_down", b_down)
+    tensors = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
     if lora is not None:
         first, down = (H, x.shape[-1]), (w_down.shape[0], H)
         adapters.check(OP, x, lora, {"gate": first, "up": first, "down": down})
-    tensors = (x, w_gate, w_up, w_down, b_gate, b_up, b_down)
+        if choice.pick(OP, x) != "reference":
+            return unrows(adapted_block(tensors, lora, activation, packed, False, recompute), x)
     if choice.pick(OP, x) == "reference":
         rest = (*tensors[1:], *adapters.tensors_of(lora))
         if not recompute and remade.keeps_less(x, *rest):
@@ -173,9 +175,7 @@ def gated_mlp(
         again = recompute and check.wants_grad(x, *rest)
         arguments = (*tensors, activation, packed, lora)
         return by_reference(reference.gated_mlp, *arguments, recompute=again)
-    if lora is not None:
-        y = adapted_block(tensors, lora, activation, packed, False, recompute)
-    elif check.wants_grad(*tensors):
+    if check.wants_grad(*tensors):
         y = GatedMLPFunction.apply(rows(x), *tensors[1:], activation, packed, recompute)
     else:
         h, _ = gated_linear.project(rows(x), w_gate, w_up, b_gate, b_up, activation, packed)

@@ -120,20 +120,20 @@ def mlp(
     check.like_x(OP, x, ("w_in", "w_out"), w_in=w_in, w_out=w_out, b_in=b_in, b_out=b_out)
     H = linear_act.check_projection(OP, x, "w_in", w_in, "b_in", b_in, activation)
     check.down(OP, "w_out", w_out, H, "b_out", b_out)
+    tensors = (x, w_in, w_out, b_in, b_out)
     if lora is not None:
         sizes = {"up": (H, x.shape[-1]), "down": (w_out.shape[0], H)}
         adapters.check(OP, x, lora, sizes)
-    tensors = (x, w_in, w_out, b_in, b_out)
+        if choice.pick(OP, x) != "reference":
+            block = (x, w_in, None, w_out, b_in, None, b_out)
+            return unrows(adapted_block(block, lora, activation, None, True, recompute), x)
     if choice.pick(OP, x) == "reference":
         rest = (*tensors[1:], *adapters.tensors_of(lora))
         if not recompute and remade.keeps_less(x, *rest):
             return remade.mlp(*tensors, activation, lora)
         again = recompute and check.wants_grad(x, *rest)
         return by_reference(reference.mlp, *tensors, activation, lora, recompute=again)
-    if lora is not None:
-        block = (x, w_in, None, w_out, b_in, None, b_out)
-        y = adapted_block(block, lora, activation, None, True, recompute)
-    elif check.wants_grad(*tensors):
+    if check.wants_grad(*tensors):
         y = MLPFunction.apply(rows(x), *tensors[1:], activation, recompute)
     else:
         h, _ = linear_act.fwd(rows(x), w_in, b_in, activation, True, False)

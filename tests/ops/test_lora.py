@@ -206,11 +206,16 @@ def test_a_plain_block_has_no_gate_and_lora_is_a_lora():
 
 def test_the_cuda_kernels_say_that_they_have_no_adapters():
     from fusedmlp.backends.cuda import gated_linear as cuda, loader
+    from fusedmlp.backends.cutlass import dense as cutlass
 
     x, w = A, torch.zeros(H, D)
-    with pytest.raises(loader.Unfit, match="gated_linear_fwd: .* no adapter .lora., got one"):
-        cuda.gated_linear_fwd(None, x, w, w, None, None, "silu", True, True, A, None, B, None)
-    assert fusedmlp.Lora is Lora
+    refused = {"match": "_fwd: .* no adapter .lora., got one"}
+    for launchers, first in ((cuda, (None,)), (cutlass, ())):
+        with pytest.raises(loader.Unfit, **refused):
+            gated = (x, w, w, None, None, "silu", True, True, A, None, B, None)
+            launchers.gated_linear_fwd(*first, *gated)
+        with pytest.raises(loader.Unfit, **refused):
+            launchers.linear_act_fwd(*first, x, w, None, "silu", True, True, A, B)
 
 
 def test_the_table_of_bytes_and_flops(device, on_triton):

@@ -83,9 +83,11 @@ def unfit(op: str, needed: str, got: str) -> loader.Unfit:
     )
 
 
-def _no_adapter(op: str, adapters: tuple[Tensor | None, ...]) -> None:
+def check_no_adapter(
+    op: str, adapters: tuple[Tensor | None, ...], refusal: Callable[..., loader.Unfit] = unfit
+) -> None:
     if any(t is not None for t in adapters):
-        raise unfit(op, "no adapter (lora)", "one: csrc/ adds no low-rank product")
+        raise refusal(op, "no adapter (lora)", "one: csrc/ adds no low-rank product")
 
 
 def _check_sizes(op: str, M: int, H: int, D: int) -> None:
@@ -248,7 +250,7 @@ def gated_linear_fwd(
     want_gu: bool,
     *adapters: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _no_adapter("gated_linear_fwd", adapters)
+    check_no_adapter("gated_linear_fwd", adapters)
     h, gu = empty_gated(x, x.shape[0], w_gate.shape[0], want_h, want_gu)
     g, u = split_pair(gu, None) if want_gu else (None, None)
     wanted_h = h if want_h else None
@@ -267,7 +269,7 @@ def gated_linear_bwd(
     want_db: bool,
     *adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _no_adapter("gated_linear_bwd", adapter)
+    check_no_adapter("gated_linear_bwd", adapter)
     if packed == "interleaved":
         raise unfit("gated_linear_bwd", "packed to be None, 'gate_up' or 'up_gate'", repr(packed))
     g, u = split_pair(gu, None)
@@ -288,7 +290,7 @@ def linear_act_fwd(
     want_z: bool,
     *adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    _no_adapter("linear_act_fwd", adapter)
+    check_no_adapter("linear_act_fwd", adapter)
     h, z = linear_act_results(x, w, want_h, want_z)
     wanted_h, wanted_z = h if want_h else None, z if want_z else None
     _fwd(enqueue, _PLAIN_FWD, x, w, None, b, None, wanted_h, wanted_z, None, activation)
@@ -305,7 +307,7 @@ def linear_act_bwd(
     want_db: bool,
     *adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _no_adapter("linear_act_bwd", adapter)
+    check_no_adapter("linear_act_bwd", adapter)
     dz, h = linear_act_grads(dy, w_out, want_h)
     rows = (z, None, dz, None, h if want_h else None)
     db = _bwd(enqueue, _PLAIN_BWD, dy, w_out, *rows, want_db, activation)

@@ -113,7 +113,9 @@ def gated_linear_fwd(
     activation: str,
     want_h: bool,
     want_gu: bool,
+    *adapters: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    cuda.check_no_adapter("gated_linear_fwd", adapters, unfit)
     h, gu = empty_gated(x, x.shape[0], w_gate.shape[0], want_h, want_gu)
     pair = split_pair(gu, None) if want_gu else (None, None)
     weights, biases = (w_gate, w_up), (b_gate, b_up)
@@ -123,8 +125,15 @@ def gated_linear_fwd(
 
 
 def linear_act_fwd(
-    x: Tensor, w: Tensor, b: Tensor | None, activation: str, want_h: bool, want_z: bool
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    activation: str,
+    want_h: bool,
+    want_z: bool,
+    *adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    cuda.check_no_adapter("linear_act_fwd", adapter, unfit)
     h, z = linear_act_results(x, w, want_h, want_z)
     pair = (z if want_z else None, None)
     wanted_h = h if want_h else None
