@@ -26,7 +26,7 @@ def _square(rows: int, width: int, warps: int, values: int) -> Tile:
 # sm_100, for 64 in dz1 on sm_90, and for 32 in dq. No GPU has timed them.
 _FP32: Tiles = {
     (f"hyper_attention_{k}", 4): (_square(16, 32, 4, 64),)
-    for k in ("h1", "h2", "out", "dz2", "dz1", "dq", "dk", "dv", "dslots")
+    for k in ("h1", "out", "dz2", "dz1", "dq", "dk", "dv", "dslots")
 }
 # A step of decoding: the fewest sources of a block, how many values of each it loads at once (more
 # sources where rows are short), and the most columns.
@@ -41,10 +41,8 @@ MMA: Tiles = {
     **_STEP,
     **_FP32,
     **{key: (tile,) for key, tile in _SMALL.items()},
-    **{
-        (f"hyper_attention_{k}", 2): (_square(32, 64, 8, 128),)
-        for k in ("h2", "out", "dz1", "dk", "dv")
-    },
+    **{(f"hyper_attention_{k}", 2): (_square(32, 64, 8, 128),) for k in ("dz1", "dk", "dv")},
+    ("hyper_attention_out", 2): (_square(64, 64, 8, 128),),
     **{(f"hyper_attention_{k}", 2): (_square(64, 64, 8, 128),) for k in ("h1", "dz2")},
 }
 TMA: Tiles = {
@@ -53,8 +51,9 @@ TMA: Tiles = {
     **{key: (tile,) for key, tile in _SMALL.items()},
     # One warp group for 64 rows, so that it has all columns of a product with the ranks.
     **{(f"hyper_attention_{k}", 2): (_square(64, 64, 4, 128),) for k in ("h1", "dz2")},
-    **{(f"hyper_attention_{k}", 2): (_square(64, 64, 8, 128),) for k in ("h2", "dz1")},
-    **{(f"hyper_attention_{k}", 2): (_square(32, 64, 8, 128),) for k in ("out", "dk", "dv")},
+    ("hyper_attention_dz1", 2): (_square(64, 64, 8, 128),),
+    **{(f"hyper_attention_{k}", 2): (_square(32, 64, 8, 128),) for k in ("dk", "dv")},
+    ("hyper_attention_out", 2): (_square(64, 64, 4, 256),),
 }
 # With the 32 columns that `least_columns` asks of 8 warps, dz1 would spill 40 bytes at 64 rows.
 WGMMA: Tiles = {**TMA, ("hyper_attention_dz1", 2): (_square(32, 64, 8, 128),)}

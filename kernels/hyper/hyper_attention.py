@@ -1,14 +1,15 @@
-"""The forward of hyper_attention: three passes over the visible tiles of scores, which are made
-again from q and k in each.
+"""The forward of hyper_attention: scores are made twice from q and k, a tile at a time.
 
 | kernel | computes | for |
 |---|---|---|
 | _h1_kernel | h1 = S u1 | each sub-head and row tile; only with the first mixing |
-| _h2_kernel | h2 = A u2, n = 1 / row norm of P1 | each head and row tile; only with the second |
-| _out_kernel | n (Y v) | each head, row tile and part of v's width |
+| _out_kernel | h2 = A u2, n = 1 / row norm of P1, then n (Y v) | each head and row tile |
 
-Nothing quadratic is stored: beside the result a call leaves h1, h2 and n. Work is handed out by
-rows, the longest first, to blocks that stay and keep their scratch.
+All but the scores and the values meets a tile by lag (lag.py). A block of _out_kernel walks over
+the tiles of its rows to make A, which it keeps in a scratch of its own; over that, to make Y of it;
+and over Y and v, once for each part of v's width that an accumulator holds. Nothing quadratic is
+stored: a call leaves h1, h2 and n beside its result, and a scratch is one row of tiles for each of
+two blocks a multiprocessor. Work is handed out by rows, the longest first, to blocks that stay.
 """
 
 from __future__ import annotations
@@ -19,26 +20,34 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arch.tile import cdiv
+from ..device import multiprocessors
 from ..pick import hyper_tile
 from ..plans import noted
 from ..tiles import dot, rounded
 from .band import (
-    clear,
     fresh,
     gate_of,
     place,
     products,
-    reduce,
-    row_values,
     rows_of,
-    spread,
     store_conditioned,
-    store_packed,
     store_rows,
-    visible,
+)
+from .lag import (
+    RING,
+    by_lag,
+    by_source,
+    keep_tile,
+    kept,
+    kept_tile,
+    low_rank,
+    put,
+    seen,
+    summed,
+    summed_across,
 )
 from .plan import Core, HyperCall, heads_last, mix_of, plan_launch, rows
-from .scores import both_mixed, expand_first, expand_values, row_operands, second_rows, weights
+from .scores import row_factor, row_operands, second_rows
 
 
 @triton.jit
@@ -52,9 +61,7 @@ def _h1_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
     RANK: tl.constexpr = P.rank1
     HEADS: tl.constexpr = P.sub_heads
     PRECISION: tl.constexpr = P.precision
-    REGION: tl.constexpr = 2 * BLOCK * BLOCK
-    region = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * REGION)
-    clear(region, 2, BLOCK)
+    ring = scratch_ptr + tl.program_id(0).to(tl.int64) * (RING * BLOCK * BLOCK)
     tiles = tl.cdiv(T, BLOCK)
     for index in tl.range(
         tl.program_id(0), tiles * batch * HEADS, tl.num_programs(0), disable_licm=True
@@ -63,17 +70,63 @@ def _h1_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, P: tl.constexpr):
         m0 = (tiles - 1 - order) * BLOCK
         q0 = rows_of(core.q, b, a, m0, 0, T, WIDTH, BLOCK, BLOCK_D)
         acc = tl.zeros((BLOCK, BLOCK_R), tl.float32)
+        put(ring, BLOCK, tl.zeros((BLOCK, BLOCK), tl.float32), BLOCK)
         for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
             k0 = rows_of(core.k, b, a, n0, 0, T, WIDTH, BLOCK, BLOCK_D)
             S = products(q0, k0, core.q, core.k, b, a, m0, n0, T, core.width_qk, P, WIDTH)
-            # Two bands in turn: one barrier a tile.
-            side = region + n0 // BLOCK % 2 * REGION
-            spread(side, tl.where(visible(m0, n0, BLOCK), S, 0.0), BLOCK)
+            put(ring, n0, S, BLOCK)
             tl.debug_barrier()
-            u = core.first.u
-            acc = reduce(acc, side, u, a, m0, n0, L, RANK, BLOCK, BLOCK_R, PRECISION)
-        tl.debug_barrier()
+            banded = by_lag(ring, n0, BLOCK)
+            p0 = L - BLOCK - (m0 - n0)
+            acc = summed(acc, banded, core.first.u, a, p0, L, RANK, BLOCK, BLOCK_R, PRECISION)
+            tl.debug_barrier()
         store_conditioned(h_ptr, c, core.first.z_ptr, b, a, m0, T, acc, HEADS, RANK, BLOCK, BLOCK_R)
+
+
+@triton.jit
+def put_scores(ring1, ring2, q1, q2, core, b, i, m0, n0, T, P: tl.constexpr):
+    """The scores of both sub-heads, by source, into their rings."""
+    BLOCK: tl.constexpr = P.block
+    BLOCK_D: tl.constexpr = P.block_d
+    WIDTH: tl.constexpr = P.width_qk
+    HEADS: tl.constexpr = P.heads
+    k1 = rows_of(core.k, b, i, n0, 0, T, WIDTH, BLOCK, BLOCK_D)
+    S1 = products(q1, k1, core.q, core.k, b, i, m0, n0, T, core.width_qk, P, WIDTH)
+    put(ring1, n0, S1, BLOCK)
+    if P.glu:
+        k2 = rows_of(core.k, b, i + HEADS, n0, 0, T, WIDTH, BLOCK, BLOCK_D)
+        S2 = products(q2, k2, core.q, core.k, b, i + HEADS, m0, n0, T, core.width_qk, P, WIDTH)
+        put(ring2, n0, S2, BLOCK)
+
+
+@triton.jit
+def _lag_mixed(ring, z, core, a, m0, n0, L, P: tl.constexpr):
+    BLOCK: tl.constexpr = P.block
+    BLOCK_R: tl.constexpr = P.block_r1
+    RANK: tl.constexpr = P.rank1
+    PRECISION: tl.constexpr = P.precision
+    out = by_lag(ring, n0, BLOCK).to(tl.float32)
+    if P.rank1 > 0:
+        p0 = L - BLOCK - (m0 - n0)
+        out = kept(out, core.first.d, a, p0, L, P.short1, BLOCK)
+        out = low_rank(out, z, core.first.vt, a, p0, L, RANK, BLOCK, BLOCK_R, PRECISION)
+    return out
+
+
+@triton.jit
+def lag_mixed(ring1, ring2, z1, z2, core, i, m0, n0, L, P: tl.constexpr):
+    """P1 and P2 of a head's tile by lag, behind put_scores and a barrier."""
+    BLOCK: tl.constexpr = P.block
+    HEADS: tl.constexpr = P.heads
+    P1 = _lag_mixed(ring1, z1, core, i, m0, n0, L, P)
+    P2 = P1
+    if P.glu:
+        P2 = _lag_mixed(ring2, z2, core, i + HEADS, m0, n0, L, P)
+    if n0 < BLOCK:
+        tl.debug_barrier()  # else the compiler makes of the branch what each tile runs through
+        # The gate is 0 then, and P2 needs no mask, which would spill under Triton 3.6.
+        P1 = tl.where(seen(n0, BLOCK), P1, 0.0)
+    return P1, P2
 
 
 @triton.jit
@@ -90,21 +143,29 @@ def _store_norm(n_ptr, b, i, m0, T, n, HEADS: tl.constexpr, BLOCK: tl.constexpr)
 
 
 @triton.jit
-def _h2_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
+def _out_kernel(core, c, h_ptr, out, scratch_ptr, batch, T, L, eps, parts, room, P: tl.constexpr):
     core = fresh(core)
     c = fresh(c)
+    out = fresh(out)
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r2
+    BLOCK_V: tl.constexpr = P.block_v
+    WIDTH_V: tl.constexpr = P.width_v
     HEADS: tl.constexpr = P.heads
     GLU: tl.constexpr = P.glu
     RANK2: tl.constexpr = P.rank2
     PRECISION: tl.constexpr = P.precision
-    REGION: tl.constexpr = 2 * BLOCK * BLOCK
-    region = scratch_ptr + tl.program_id(0).to(tl.int64) * (4 * REGION)
-    # Both out here: in the loop the second would cost the register that this pass has left.
-    low1 = region + 2 * REGION
-    low2 = region + 3 * REGION
-    clear(region, 2, BLOCK)
+    SQUARE: tl.constexpr = BLOCK * BLOCK
+    # What passes through registers on its way to the product.
+    STEP: tl.constexpr = BLOCK // 4 if BLOCK >= 64 and BLOCK_V > 128 else BLOCK
+    DTYPE: tl.constexpr = core.v.ptr.dtype.element_ty
+    SHORT: tl.constexpr = P.short2
+    QUICK: tl.constexpr = P.quick
+    ring1 = scratch_ptr + tl.program_id(0).to(tl.int64) * room
+    ring2 = ring1 + RING * SQUARE
+    length = tl.cdiv(T, BLOCK) * BLOCK + BLOCK
+    weights = ring2 + RING * SQUARE
+    zeros = tl.zeros((BLOCK, BLOCK), tl.float32)
     tiles = tl.cdiv(T, BLOCK)
     for index in tl.range(
         tl.program_id(0), tiles * batch * HEADS, tl.num_programs(0), disable_licm=True
@@ -112,75 +173,54 @@ def _h2_kernel(core, c, h_ptr, scratch_ptr, batch, T, L, eps, P: tl.constexpr):
         order, b, i, _ = place(index, batch, HEADS, 1)
         m0 = (tiles - 1 - order) * BLOCK
         q1, q2, z1, z2 = row_operands(core, b, i, m0, T, P)
-        acc = tl.zeros((BLOCK, BLOCK_R), tl.float32)
+        acc_h = tl.zeros((BLOCK_R, BLOCK), tl.float32)
         square = tl.zeros((BLOCK,), tl.float32)
+        put(ring1, BLOCK, zeros, BLOCK)
+        if GLU:
+            put(ring2, BLOCK, zeros, BLOCK)
         for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
-            expand_first(low1, low2, z1, z2, core, i, m0, n0, L, P)
-            if P.rank1 > 0:
-                tl.debug_barrier()
-            P1, P2 = both_mixed(q1, q2, low1, low2, core, b, i, m0, n0, T, L, P)
-            square += tl.sum(P1 * P1, 1)
-            side = region + n0 // BLOCK % 2 * REGION
-            spread(side, gate_of(P1, P2, GLU), BLOCK)
+            put_scores(ring1, ring2, q1, q2, core, b, i, m0, n0, T, P)
             tl.debug_barrier()
-            acc = reduce(acc, side, core.second.u, i, m0, n0, L, RANK2, BLOCK, BLOCK_R, PRECISION)
-        tl.debug_barrier()
-        store_packed(h_ptr, b, i, m0, T, acc, HEADS, RANK2, BLOCK, BLOCK_R)
-        z = acc * rows_of(c, b, i, m0, 0, T, RANK2, BLOCK, BLOCK_R).to(tl.float32)
+            P1, P2 = lag_mixed(ring1, ring2, z1, z2, core, i, m0, n0, L, P)
+            tl.debug_barrier()
+            square += tl.sum(P1 * P1, 1)
+            A = gate_of(P1, P2, GLU, QUICK)
+            p0 = L - BLOCK - (m0 - n0)
+            if RANK2 > 0:
+                u = core.second.u
+                acc_h = summed_across(
+                    acc_h, rounded(A, DTYPE), u, i, p0, L, RANK2, BLOCK, BLOCK_R, PRECISION
+                )
+            keep_tile(weights, n0, length, A, BLOCK)
+        # Lags below 0.
+        keep_tile(weights, m0 + BLOCK, length, zeros, BLOCK)
         if P.normed:
-            n = norm_of(square, eps)
-            _store_norm(core.n_ptr, b, i, m0, T, n, HEADS, BLOCK)
-            z = z * n[:, None]
-        store_packed(core.second.z_ptr, b, i, m0, T, z, HEADS, RANK2, BLOCK, BLOCK_R)
-
-
-@triton.jit
-def _out_kernel(core, out, scratch_ptr, batch, T, L, eps, parts, P: tl.constexpr):
-    core = fresh(core)
-    out = fresh(out)
-    BLOCK: tl.constexpr = P.block
-    BLOCK_V: tl.constexpr = P.block_v
-    WIDTH_V: tl.constexpr = P.width_v
-    HEADS: tl.constexpr = P.heads
-    GLU: tl.constexpr = P.glu
-    PRECISION: tl.constexpr = P.precision
-    # The second mixing's pass has made n; else it is made here and applied last.
-    READY: tl.constexpr = P.normed and P.rank2 > 0
-    LATE: tl.constexpr = P.normed and P.rank2 == 0
-    REGION: tl.constexpr = 2 * BLOCK * BLOCK
-    region = scratch_ptr + tl.program_id(0).to(tl.int64) * (6 * REGION)
-    tiles = tl.cdiv(T, BLOCK)
-    for index in tl.range(
-        tl.program_id(0), tiles * batch * HEADS * parts, tl.num_programs(0), disable_licm=True
-    ):
-        order, b, i, part = place(index, batch, HEADS, parts)
-        m0 = (tiles - 1 - order) * BLOCK
-        n = tl.full((BLOCK,), 1.0, tl.float32)
-        if READY:
-            n = row_values(core.n_ptr, b, i, m0, T, HEADS, BLOCK)
-        q1, q2, z1, z2 = row_operands(core, b, i, m0, T, P)
-        z3 = second_rows(core.second.z_ptr, b, i, m0, T, P)
-        acc = tl.zeros((BLOCK, BLOCK_V), tl.float32)
-        square = tl.zeros((BLOCK,), tl.float32)
-        for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
-            low = region + n0 // BLOCK % 2 * (3 * REGION)
-            expand_values(low, z1, z2, z3, core, i, m0, n0, L, P)
-            P1, P2 = both_mixed(q1, q2, low, low + REGION, core, b, i, m0, n0, T, L, P)
-            A = gate_of(P1, P2, GLU)
-            if READY:
-                A = A * n[:, None]
-            if LATE:
-                square += tl.sum(P1 * P1, 1)
-            Y = weights(A, low + 2 * REGION, core, i, m0, n0, L, P)
-            v = rows_of(core.v, b, i, n0, part * BLOCK_V, T, WIDTH_V, BLOCK, BLOCK_V)
-            acc = dot(rounded(Y, v.dtype), v, acc, PRECISION)
+            _store_norm(core.n_ptr, b, i, m0, T, norm_of(square, eps), HEADS, BLOCK)
+        if RANK2 > 0:
+            store_conditioned(
+                h_ptr, c, core.second.z_ptr, b, i, m0, T, acc_h.T, HEADS, RANK2, BLOCK, BLOCK_R
+            )
+            tl.debug_barrier()
+            z3 = second_rows(core.second.z_ptr, b, i, m0, T, P)
+            for n0 in tl.range(0, m0 + BLOCK, BLOCK, disable_licm=True):
+                p0 = L - BLOCK - (m0 - n0)
+                vt = core.second.vt
+                # Here, not before A is kept, where registers are few.
+                Y = kept(
+                    kept_tile(weights, n0, length, BLOCK), core.second.d, i, p0, L, SHORT, BLOCK
+                )
+                Y = low_rank(Y, z3, vt, i, p0, L, RANK2, BLOCK, BLOCK_R, PRECISION)
+                keep_tile(weights, n0, length, Y, BLOCK)
         tl.debug_barrier()
-        if LATE:
-            n = norm_of(square, eps)
-            acc = acc * n[:, None]
-            if part == 0:
-                _store_norm(core.n_ptr, b, i, m0, T, n, HEADS, BLOCK)
-        store_rows(out, b, i, m0, part * BLOCK_V, T, acc, WIDTH_V, BLOCK, BLOCK_V)
+        for part in tl.range(0, parts, disable_licm=True):
+            acc = tl.zeros((BLOCK, BLOCK_V), tl.float32)
+            for n0 in tl.range(0, m0 + BLOCK, STEP, disable_licm=True):
+                v = rows_of(core.v, b, i, n0, part * BLOCK_V, T, WIDTH_V, STEP, BLOCK_V)
+                acc = dot(by_source(weights, n0, length, BLOCK, STEP), v, acc, PRECISION)
+            # Read again: kept, it would spill.
+            acc = acc * row_factor(core, b, i, m0, T, P)[:, None]
+            store_rows(out, b, i, m0, part * BLOCK_V, T, acc, WIDTH_V, BLOCK, BLOCK_V)
+        tl.debug_barrier()
 
 
 def hyper_attention_results(
@@ -226,18 +266,18 @@ def hyper_attention_fwd(
     call = HyperCall(q, v, ranks, (shortcut1, shortcut2), normed)
     if c1 is not None:
         tiles = cdiv(T, hyper_tile("hyper_attention_h1", q).block_m)
-        launch = plan_launch("hyper_attention_h1", call, count=B * Q * tiles)
+        launch = plan_launch("hyper_attention_h1", call, width=q.shape[-1], count=B * Q * tiles)
         noted(_h1_kernel)[launch.programs,](
             core, rows(c1), h1, launch.scratch(q, 2), B, T, L, **launch.options
         )
-    if c2 is not None:
-        launch = plan_launch("hyper_attention_h2", call)
-        noted(_h2_kernel)[launch.programs,](
-            core, rows(c2), h2, launch.scratch(q, 4), B, T, L, eps, **launch.options
-        )
-    parts = cdiv(dv, min(hyper_tile("hyper_attention_out", q).block_n, dv))
-    launch = plan_launch("hyper_attention_out", call, parts=parts)
-    noted(_out_kernel)[launch.programs,](
-        core, rows(out), launch.scratch(q, 6), B, T, L, eps, parts, **launch.options
-    )
+    launch = plan_launch("hyper_attention_out", call, width=q.shape[-1])
+    plan = launch.plan
+    # As many as a multiprocessor holds: each has two rings, and a row of weights with a tile of
+    # zeros.
+    programs = min(launch.programs, 2 * multiprocessors(q.device))
+    room = (2 * RING.value + cdiv(T, plan.block) + 1) * plan.block**2
+    noted(_out_kernel)[programs,](
+        core, rows(c2), h2, rows(out), q.new_empty(programs * room), B, T, L, eps,
+        cdiv(dv, plan.block_v), room, **launch.options,
+    )  # fmt: skip
     return out, h1, h2, n

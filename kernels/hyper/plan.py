@@ -62,7 +62,8 @@ class Core(NamedTuple):
 
 @dataclass(frozen=True)
 class PassPlan:
-    """Constants of a launch. rank1, rank2: 0 without that mixing."""
+    """Constants of a launch. rank1, rank2: 0 without that mixing. quick: 16 bits hold no more than
+    quick functions give."""
 
     glu: bool
     normed: bool
@@ -80,6 +81,7 @@ class PassPlan:
     block_r1: int
     block_r2: int
     precision: str
+    quick: bool
 
     @property
     def region(self) -> int:
@@ -155,10 +157,10 @@ class HyperCall(NamedTuple):
 
 
 def plan_launch(
-    kernel: str, call: HyperCall, *, count: int | None = None, parts: int = 1
+    kernel: str, call: HyperCall, *, count: int | None = None, parts: int = 1, width: int = 0
 ) -> PassLaunch:
     """The launch of `kernel`, whose blocks walk over `count` pieces of work (None: one for each
-    head, row tile and part)."""
+    head, row tile and part). width: of what it multiplies in steps; 0 is the widest operand's."""
     q, v, ranks, shorts, normed = call
     _, Q, T, dq = q.shape
     B, H, _, dv = v.shape
@@ -167,10 +169,10 @@ def plan_launch(
     plan = PassPlan(
         glu=Q == 2 * H, normed=normed, heads=H, sub_heads=Q, width_qk=dq, width_v=dv,
         rank1=ranks[0], rank2=ranks[1], short1=shorts[0], short2=shorts[1],
-        block=tile.block_m, block_d=min(tile.block_k, block_of(max(dq, dv))),
+        block=tile.block_m, block_d=min(tile.block_k, block_of(width or max(dq, dv))),
         block_v=min(tile.block_n, block_of(dv)),
         block_r1=block_of(max(ranks[0], 1), least), block_r2=block_of(max(ranks[1], 1), least),
-        precision=precision(q.dtype),
+        precision=precision(q.dtype), quick=q.element_size() == 2,
     )  # fmt: skip
     work = B * H * cdiv(T, tile.block_m) * parts if count is None else count
     return PassLaunch(plan, min(work, 4 * multiprocessors(q.device)), tile)

@@ -180,7 +180,7 @@ def _searched(kernel: str) -> Launch:
     }
     if kernel == "hyper_attention_step":
         return Launch(kernel, _step, STEP, reference=_step_reference, values=_position, **own)
-    if kernel.removeprefix("hyper_attention_") in ("h1", "h2", "out"):
+    if kernel.removeprefix("hyper_attention_") in ("h1", "out"):
         return Launch(kernel, _fwd, TRAINING, reference=_fwd_reference, **own)
     return Launch(kernel, _bwd, _with_dy, reference=_bwd_reference, **own)
 

@@ -1,5 +1,7 @@
 """Grids that a GPU launches: y and z end at 65,535, and only x goes on."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -52,9 +54,12 @@ def test_a_warp_group_has_sixteen_columns(rank):
     """Two warp groups over the same 64 rows share the columns of a product with the ranks."""
     q = torch.empty(1, 2, 128, 64, dtype=torch.bfloat16)
     shared = 0
-    for arch in ARCHES.values():
+    hopper = ARCHES["sm_90"]
+    (tile,) = hopper.hyper["hyper_attention_out", 2]
+    wide = hopper.with_row("hyper_attention_out", 2, (replace(tile, num_warps=8),))
+    for arch in (*ARCHES.values(), wide):
         with pretend(arch, 132):
-            for name in ("h1", "h2", "dz1", "dz2"):
+            for name in ("h1", "out", "dz1", "dz2"):
                 call = HyperCall(q, q[:, :1], (rank, rank), (True, True), True)
                 launch = plan_launch(f"hyper_attention_{name}", call)
                 groups = max(1, launch.tile.num_warps // 4 // max(1, launch.plan.block // 64))
