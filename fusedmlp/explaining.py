@@ -116,7 +116,7 @@ def _layer(layer: nn.Module | Callable[..., Any], gpu: Gpu | None, tokens: int) 
         op = op_of(layer)
         assert op is not None, "explain() has looked"
         return op_lines(op, gpu)
-    lines = [*_layer_lines(layer), *where_lines(layer), *obstacle_lines(layer)]
+    lines = [*_layer_lines(layer), *where_lines(layer, gpu), *obstacle_lines(layer)]
     return [*lines, *_width_lines(layer), *(gpu_lines(layer, gpu, tokens) if gpu else ())]
 
 

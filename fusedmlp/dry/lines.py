@@ -56,11 +56,12 @@ def gpu_here() -> Gpu | None:
     return Gpu(name, arch_of(device), multiprocessors(device), roof)
 
 
-def where_lines(model: nn.Module) -> list[str]:
-    """Where its blocks run; or that there are none, and what makes some."""
+def where_lines(model: nn.Module, gpu: Gpu | None) -> list[str]:
+    """Where its blocks run; or that there are none, and what makes some. For a GPU `gpu_lines` says
+    what each of them calls, and they are not run for it here too."""
     groups = _alike(model)
     if groups:
-        if any(_fuses(first) for first, *_ in groups):
+        if gpu or any(_fuses(first) for first, *_ in groups):
             return [f"its fused calls: {_where(groups[0][0].like)}"]
         return ["none of its calls is fused: all of it runs in PyTorch"]
     if next(model.parameters(), None) is None:
