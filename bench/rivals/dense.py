@@ -45,6 +45,8 @@ class Rival:
         """Why this work is not timed here; None if it is."""
         if self.ops and work.case.op not in self.ops:
             return f"does not serve {work.case.op}"
+        if self.ops and work.case.adapted:
+            return "has no adapters"
         if work.case.forward_only and phase != "forward":
             return "has no gradient"
         if self.activations is not None and work.activation not in self.activations:
@@ -229,6 +231,8 @@ class Quack(Rival):
         op, block = work.case.op, work.case.op in ("gated_mlp", "mlp")
         if op not in self.ops:
             return f"does not serve {op}"
+        if work.case.adapted:
+            return "has no adapters"
         if "packed" in work.case.options:
             return "is timed on weights of its own layout; this case is about ours"
         if work.activation not in self._names(work):

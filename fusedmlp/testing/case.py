@@ -72,8 +72,13 @@ class Case:
     @property
     def fits_cuda(self) -> bool:
         """Whether the CUDA kernels of its op, if there are any, take it: they write gate and up
-        apart, never in turn."""
-        return self.options.get("packed") != "interleaved"
+        apart, never in turn, and add no adapter."""
+        return self.options.get("packed") != "interleaved" and not self.adapted
+
+    @property
+    def adapted(self) -> bool:
+        """Whether it has low-rank adapters."""
+        return any(name.endswith("_a") for name in self.shapes(1, 1, 1))
 
     def inputs(
         self,
@@ -172,10 +177,17 @@ def _off_kink_step(columns: int) -> float:
 def _off_kink(name: str, shape: tuple[int, ...], D: int, generator: torch.Generator) -> Tensor:
     """Pre-activations that no rounding can carry across 0.
 
-    An odd number of products of odd integers is odd, so x' w is exact and never 0; biases are even.
+    An odd number of products of odd integers is odd, so x' w is exact and never 0; biases are even,
+    and so is what an adapter adds by one entry in a row of a and four in a row of b.
     """
     options: Any = {"generator": generator, "dtype": torch.float64, "device": generator.device}
     t = torch.randn(shape, **options)
+    if name.endswith("_a"):
+        columns = torch.arange(shape[0], device=t.device) % max(1, shape[1] - 1)
+        one = torch.zeros_like(t).scatter_(1, columns.unsqueeze(1), 1)
+        return one * t.sign() * _off_kink_step(shape[1])
+    if name.endswith("_b"):
+        return 4 * t.sign() * (torch.arange(shape[1], device=t.device) < 4)
     if name.startswith("w_") or name == "w":
         return torch.where(t.abs() < 1, t.sign(), 3 * t.sign()) * _off_kink_step(shape[-1])
     if name.startswith("b"):

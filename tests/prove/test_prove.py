@@ -13,7 +13,7 @@ from prove_launches import ARCH, LAUNCHES, jobs, without_barrier
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--kernel", "gated_linear"], "--kernel must be of binary_linear_fwd, "),
+        (["--kernel", "gated_linear"], f"--kernel must be of {next(iter(LAUNCHES))}, "),
         (["--limit", "0"], "--limit must be a number of seconds above 0; got 0.0"),
     ],
 )

@@ -18,7 +18,7 @@ from torch.func import functional_call
 from ... import check
 from ...backends import choice
 from ...backends.cpu.traced import Rows, activated, by_rows
-from ...check.experts import check_routing
+from ...check.experts import autocast_prob, check_routing
 from ...check.layer import check_x
 from ...ops.moe_mlp import moe_mlp
 from ...packing import Packed
@@ -250,12 +250,13 @@ class StackedExperts(Stacked, Reader):
         net: Any = self._template[0].net.train(self.training)
         w, b = parts["w_gate"], parts["b_gate"]
         check_x("FeedForward", x, w.shape[-1], w.dtype)
-        check_routing("StackedExperts", x, routing, self.num_experts)
         w_down, b_down = parts["w_down"], parts["b_down"]
         if dtype := check.autocast_dtype("StackedExperts", x):
             x, w, b, w_down, b_down = check.cast(  # type: ignore[assignment]
                 dtype, x, w, b, w_down, b_down
             )
+            routing = autocast_prob(routing, dtype)
+        check_routing("StackedExperts", x, routing, self.num_experts)
         glu = net[0]
 
         name: Any = name_of(glu.activation if self._gated else net[1])
