@@ -67,7 +67,7 @@ def _adapter(
     rows, columns = size
     stacked = "".join(f"{n}, " for n in experts)
     rank = a.shape[-2] if a.dim() == 2 + len(experts) else None
-    if rank not in RANKS or a.shape != (*experts, rank, columns):
+    if rank is None or not RANKS[0] <= rank <= RANKS[-1] or a.shape != (*experts, rank, columns):
         raise ValueError(
             f"{op}: {name}.a must be ({stacked}r, {columns}) with r from {RANKS[0]} to "
             f"{RANKS[-1]}, got shape {tuple(a.shape)}; leave an adapter of rank 0 out, merge one "

@@ -114,7 +114,7 @@ def _of_adapter(module: Any, name: str) -> str | None:
     a, b = module.lora_A[name], module.lora_B[name]
     if (first := read(a)) is None or read(b) is None or first[1] is not None:
         return f"whose adapter {name!r} is not of two plain nn.Linears"
-    if first[0].shape[0] not in RANKS:
+    if not RANKS[0] <= first[0].shape[0] <= RANKS[-1]:
         return f"whose rank {first[0].shape[0]} is not from {RANKS[0]} to {RANKS[-1]}"
     if not isinstance(module.scaling[name], (int, float)):
         return f"whose scaling is a {type(module.scaling[name]).__name__}, not a number"

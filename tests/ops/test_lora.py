@@ -172,6 +172,17 @@ def test_compiled_code_is_whole(plain, device, on_triton):
         torch.testing.assert_close(got, want)
 
 
+def test_compiled_code_takes_a_rank_that_it_does_not_know():
+    """The second rank makes it a symbol."""
+    fn = torch.compile(mlp, backend="aot_eager", fullgraph=True)
+    tensors = block(True)
+    for rank in (3, 4, 5, 1):
+        lora = Lora(up=Adapter(torch.randn(rank, D), torch.randn(H, rank)))
+        torch.testing.assert_close(fn(*tensors, lora=lora), mlp(*tensors, lora=lora))
+    with pytest.raises(Exception, match="with r from 1 to 256"):
+        fn(*tensors, lora=Lora(up=Adapter(torch.randn(257, D), torch.randn(H, 257))))
+
+
 A, B = torch.zeros(4, D), torch.zeros(H, 4)
 BAD = {
     "rank 0": (Adapter(A[:0], B[:, :0]), ValueError, "lora.up.a must be .r, 16. with r from 1"),
