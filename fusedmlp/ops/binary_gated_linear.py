@@ -124,8 +124,9 @@ class BinaryGatedLinearFunction(Function):
     ) -> Tensor:
         weights = (q_gate, s_gate, q_up, s_up)
         h, gu = fwd(x, *weights, b_gate, b_up, activation, True, True)
-        need_s = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
-        save(ctx, (x if need_s else None, *weights, b_gate, b_up), (activation,), gu)
+        need_x, _, need_sg, _, need_su = ctx.needs_input_grad[:5]
+        kept = x if need_sg or need_su or not need_x else None
+        save(ctx, (kept, *weights, b_gate, b_up), (activation,), gu)
         ctx.width = x.shape[1]
         return h
 

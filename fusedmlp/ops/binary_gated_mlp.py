@@ -87,8 +87,8 @@ class BinaryGatedMLPFunction(Function):
     ) -> Tensor:
         first, down = (q_gate, s_gate, q_up, s_up), (q_down, s_down)
         h, gu = binary_gated_linear.fwd(x, *first, b_gate, b_up, activation, True, not recompute)
-        need_s = ctx.needs_input_grad[2] or ctx.needs_input_grad[4]
-        kept = x if recompute or need_s else None
+        need_x, _, need_sg, _, need_su = ctx.needs_input_grad[:5]
+        kept = x if recompute or need_sg or need_su or not need_x else None
         inputs = (kept, *first, *down, b_gate, b_up, b_down)
         save(ctx, inputs, (activation,), None if recompute else gu)
         ctx.width = x.shape[1]

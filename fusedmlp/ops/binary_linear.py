@@ -118,7 +118,8 @@ ds = library.define(
 class BinaryLinearFunction(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, qweight: Tensor, scales: Tensor, b: Tensor | None) -> Tensor:
-        save(ctx, (x if ctx.needs_input_grad[2] else None, qweight, scales, b), ())
+        need_x, _, need_s, _ = ctx.needs_input_grad
+        save(ctx, (x if need_s or not need_x else None, qweight, scales, b), ())
         ctx.width = x.shape[1]
         return fwd(x, qweight, scales, b)
 

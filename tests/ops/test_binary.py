@@ -211,6 +211,23 @@ def test_memory_plan(device, on_triton):
         assert sum(kept.values()) == 4 * expected, case.name
 
 
+@pytest.mark.parametrize("name", ("linear", "gated_linear", "gated_mlp"))
+def test_a_bias_alone_has_second_derivatives(name, device, each_backend):
+    x, bias = draw(3, 128, device=device), draw(24, device=device).requires_grad_()
+    gate, up = (quantize_binary(draw(24 + i, 128, device=device)[:24]) for i in range(2))
+    down = quantize_binary(draw(16, 24, device=device), pad=True)
+    run = {
+        "linear": lambda: binary_linear(x, gate, bias),
+        "gated_linear": lambda: binary_gated_linear(x, gate, up, bias),
+        "gated_mlp": lambda: binary_gated_mlp(x, gate, up, down, bias),
+    }[name]
+    (plain,) = torch.autograd.grad(run().square().sum(), bias)
+    (first,) = torch.autograd.grad(run().square().sum(), bias, create_graph=True)
+    torch.testing.assert_close(first, plain, rtol=1e-3, atol=1e-3 * float(plain.abs().max()))
+    (second,) = torch.autograd.grad(first.sum(), bias)
+    assert second.isfinite().all() and second.any()
+
+
 @blocks
 def test_autocast(case, device, each_backend):
     """x is cast; scales are not."""
