@@ -66,4 +66,11 @@ def _layer() -> type:
                 "have no room for it; model.unload() takes it off"
             )
 
+    OneBitLora.__qualname__ = "OneBitLora"  # by which pickle finds it, through __getattr__
     return OneBitLora
+
+
+def __getattr__(name: str) -> Any:
+    if name == "OneBitLora":
+        return _layer()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """PEFT's adapters on one-bit models: A and B train, bits and scales stay."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -112,6 +113,15 @@ def test_a_layer_alone_and_one_that_is_not_packed():
         assert all(p.requires_grad == (p is a or p is b) for p in lora.parameters())
     assert layer.qweight is layer.packed.qweight
     assert not hasattr(BinaryLinear(128, 64), "qweight")
+
+
+def test_a_model_and_its_configuration_are_pickled():
+    """As PEFT's are: torch.save(model), and processes that are spawned."""
+    model, inputs = adapted(), batch("llama")
+    other = pickle.loads(pickle.dumps(model))
+    assert torch.equal(other(**inputs).logits, model(**inputs).logits)
+    config = one_bit_lora(LoraConfig(**LORA))
+    assert pickle.loads(pickle.dumps(config))._custom_modules == config._custom_modules
 
 
 def test_errors():
