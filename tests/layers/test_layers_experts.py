@@ -34,6 +34,30 @@ def test_an_expert_alone_trains_its_part_of_the_stack(make):
         assert torch.equal(p.grad, stacked.grad[1])
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize(
+    "options",
+    (
+        {"variant": "mswiglu"},
+        {"variant": "mswiglu", "mask_mode": "element", "num_masks": 2},
+        {"dropout": 0.5},
+    ),
+    ids=("channel masks", "element masks", "dropout"),
+)
+def test_autocast_of_router_and_experts(options, dtype):
+    """The router's probabilities come in autocast's dtype, beside an x of float32."""
+    layer, x = switch(**options), draw(5, DIM).requires_grad_()
+    with torch.autocast("cpu", dtype):
+        y, aux = layer(x)
+    assert y.dtype == dtype
+    (y.float().square().sum() + aux).backward()
+    grads = (x.grad, *(p.grad for p in layer.parameters()))
+    assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in grads)
+    if "dropout" not in options:
+        bound = 10 * torch.finfo(dtype).eps * y.float().norm()
+        assert (y.float() - layer(x)[0]).norm() <= bound
+
+
 def test_an_expert_alone_is_no_leaf():
     experts = switch().experts
     with torch.no_grad():
