@@ -24,8 +24,8 @@ def one_bit_lora(config: _Config) -> _Config:
     between; merging an adapter raises TypeError. A configuration that was saved has to come through
     here again: PeftModel.from_pretrained(model, folder, config=one_bit_lora(...)).
 
-    Raises TypeError for anything else than a peft.LoraConfig, and PEFT ValueError for DoRA and
-    kin, which need the weight.
+    Raises TypeError for anything else than a peft.LoraConfig, ValueError for an init_lora_weights
+    that begins from the weight, and PEFT ValueError for DoRA and kin, which need it.
 
     Examples:
         >>> import torch
@@ -45,6 +45,11 @@ def one_bit_lora(config: _Config) -> _Config:
     if peft is None or not isinstance(config, peft.LoraConfig):
         raise TypeError(
             f"one_bit_lora: config must be a peft.LoraConfig, got {type(config).__name__}"
+        )
+    if (first := config.init_lora_weights) not in (True, False, "gaussian"):
+        raise ValueError(
+            f"one_bit_lora: config.init_lora_weights must be True, False or 'gaussian', got "
+            f"{first!r}, which begins from a weight in full; bits have none"
         )
     config._register_custom_module({BinaryLinear: _layer()})
     return config

@@ -127,5 +127,8 @@ def test_a_model_and_its_configuration_are_pickled():
 def test_errors():
     with pytest.raises(TypeError, match="config must be a peft.LoraConfig, got dict"):
         one_bit_lora({})
+    for first in ("pissa", "olora", "orthogonal"):
+        with pytest.raises(ValueError, match=f"init_lora_weights must be True, .* got '{first}'"):
+            one_bit_lora(LoraConfig(init_lora_weights=first))
     with pytest.raises(ValueError, match="unsupported variant"):
         adapted(use_dora=True)
