@@ -184,7 +184,7 @@ def store_bwd(
     SUBTILES: tl.constexpr,
     TMA: tl.constexpr,
     GATED: tl.constexpr,
-    PRECISION: tl.constexpr = "ieee",
+    PRECISION: tl.constexpr = None,
     t=None,
     low=None,
     sizes=None,
