@@ -24,25 +24,17 @@ from torch.autograd import Function
 from .. import reference
 from ..backends.derivatives import differentiable, save
 from ..check import wants_grad
-from ..check.lora import tensors_of
+from ..check.lora import lora_of, scales_of, tensors_of
 from ..invariance import STATE
 from ..packing import Packed, halves, join_pair, rows, split_pair
-from ..reference.lora import Adapter, Lora
+from ..reference.lora import Lora
 from . import gated_act, gated_linear, linear_act
-
-Scales = tuple[float, float, float]
-
-
-def _lora(tensors: tuple[Tensor | None, ...], scales: Scales) -> Lora:
-    """The adapters from a and b of gate, up, down."""
-    pairs = zip(tensors[::2], tensors[1::2], scales, strict=True)
-    return Lora(*(None if a is None or b is None else Adapter(a, b, s) for a, b, s in pairs))
 
 
 def _formula(*arguments: Any) -> Tensor:
     *block, activation, packed, plain, scales = arguments
     x, w_gate, w_up, w_down, b_gate, b_up, b_down = block[:7]
-    lora = _lora(tuple(block[7:]), scales)
+    lora = lora_of(tuple(block[7:]), scales)
     if plain:
         lora = Lora(up=lora.gate, down=lora.down)
         return reference.mlp(x, w_gate, w_down, b_gate, b_down, activation, lora)
@@ -121,7 +113,7 @@ class LoraFunction(Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, activation, packed, plain, scales, recompute = arguments
-        block, lora = tuple(tensors[:7]), _lora(tuple(tensors[7:]), scales)
+        block, lora = tuple(tensors[:7]), lora_of(tuple(tensors[7:]), scales)
         y, gu, t = _forward(block, lora, (activation, packed, plain), not recompute)
         options = (activation, packed, plain, scales)
         save(ctx, tensors, options, None if recompute else gu, *t)
@@ -132,7 +124,7 @@ class LoraFunction(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *tensors, gu, t_gate, t_up, t_down = ctx.saved_tensors
         activation, packed, plain, scales = ctx.options
-        block, lora, need = tuple(tensors[:7]), _lora(tuple(tensors[7:]), scales), _Needs(ctx)
+        block, lora, need = tuple(tensors[:7]), lora_of(tuple(tensors[7:]), scales), _Needs(ctx)
         x, w_gate, w_up, w_down = block[:4]
         if gu is None and (need.dgu or need.h):
             options = (activation, packed, plain)
@@ -225,5 +217,5 @@ def adapted_block(
     pairs = tensors_of(lora)
     if not wants_grad(*block, *pairs):
         return _forward(block, lora, (activation, packed, plain), False)[0]
-    scales = tuple(1.0 if p is None else float(p.scale) for p in lora)
+    scales = scales_of(lora)
     return LoraFunction.apply(*block, *pairs, activation, packed, plain, scales, recompute)
