@@ -95,7 +95,7 @@ ARCHES: dict[str, Arch] = {
         Arch("sm_100", 100, "tcgen05", 232_448, 2048, _TCGEN05, hyper.TMA, (B200,)),
         Arch("sm_103", 103, "tcgen05", 232_448, 2048, _TCGEN05, hyper.TMA),
         # Thor, which CUDA 12 called sm_101.
-        Arch("sm_110", 110, "tcgen05", 232_448, 1536, _TCGEN05, hyper.TMA),
+        Arch("sm_110", 110, "tcgen05", 232_448, 1536, _TCGEN05, hyper.TCGEN05_110),
         Arch("sm_120", 120, "mma.sync", 101_376, 1536, _MMA, hyper.MMA),
     )
 }
