@@ -6,6 +6,7 @@ from __future__ import annotations
 from . import (
     binary as rivals_binary,
     cuda as rivals_cuda,
+    cudnn as rivals_cudnn,
     cutlass as rivals_cutlass,
     dense as rivals_dense,
     hyper as rivals_hyper,
@@ -21,6 +22,7 @@ FAMILIES = (
     rivals_dense,
     rivals_binary,
     rivals_cuda,
+    rivals_cudnn,
     rivals_cutlass,
     rivals_hyper,
     rivals_liger,

@@ -6,15 +6,12 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-import torch
-
 from ... import backend
 from ...backends.cuda.loader import DTYPES
 from ...backends.cutlass import loader
 from ...backends.op import OPS, SIXTEEN_BITS
-from ...kernels.device import capability_of
 from ..work import Work
-from .dense import Fusedmlp
+from .dense import Fusedmlp, capability_here
 
 
 class Cutlass(Fusedmlp):
@@ -30,7 +27,7 @@ class Cutlass(Fusedmlp):
             return f"takes {' and '.join(taken)} only"
         if (extension := loader.load()[0]) is None:
             return loader.load()[1]
-        capability = capability_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        capability = capability_here()
         if not capability:
             return "needs a GPU"
         (kernel,) = loader.kernels_of(work.case.op)

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ... import reference
+from ...kernels.device import capability_of
 from ...ops import gated_linear
 from ..work import DGLU, PHASES, Work
 
@@ -91,6 +92,11 @@ class Rival:
 
     def its(self, activation: str) -> str:
         return activation if self.activations is None else self.activations[activation]
+
+
+def capability_here() -> int:
+    """10 * major + minor of the GPU, 0 without one."""
+    return capability_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _has_bias(work: Work) -> bool:

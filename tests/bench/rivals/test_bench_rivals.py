@@ -23,7 +23,9 @@ DENSE = {
     if rival.ops
     not in (("moe_mlp",), ("masked_gated_linear",), ("hyper_attention",), rivals_binary.OPS)
     and not name.startswith("fusedmlp-")
-    and name != "cutlass"  # which is built or not: tests/backends/test_cutlass_backend.py
+    # One is built or not, the other needs Blackwell: tests/backends/test_cutlass_backend.py and
+    # test_bench_rivals_cudnn.py.
+    and name not in ("cutlass", "cudnn")
 }
 
 
