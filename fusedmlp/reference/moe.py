@@ -13,13 +13,13 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from ..packing import Packed
 from ..transforms import transformed
 from .dense import gated_mlp, mlp
 from .lora import Lora, of_each
 from .rows import linear
+from .values import has_values
 
 __all__ = [
     "Routing",
@@ -244,15 +244,10 @@ def router_z_loss(routing: Routing) -> Tensor:
     return routing.log_sum_exp.square().sum() / max(routing.expert.shape[0], 1)
 
 
-def _has_values(t: Tensor) -> bool:
-    """Whether the host can read `t`: not on meta, and not in a FakeTensorMode."""
-    return not (t.is_meta or isinstance(t, FakeTensor))
-
-
 def by_expert(x: Tensor, routing: Routing, run: Callable[[Tensor, int], Tensor]) -> Tensor:
     """Row t k + j is run(x[t], the expert of choice j), and 0 where that is dropped."""
     E, k = routing.num_experts, routing.k
-    if torch.compiler.is_compiling() or transformed() or not _has_values(routing.offsets):
+    if torch.compiler.is_compiling() or transformed() or not has_values(routing.offsets):
         # Sizes that depend on the routing are not known, or cannot be batched by vmap: every expert
         # sees every row.
         bucket = torch.where(routing.kept, routing.expert, E).view(-1, k)

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..reference.binary import GROUP, binary_scales, dequantize_binary, pack_signs
+from ..reference.values import any_of
 
 BLOCK_BYTES = 2 + GROUP // 8
 
@@ -264,7 +265,7 @@ def _groups(op: str, name: str, D: int, pad: bool) -> int:
 
 def _refuse(op: str, rule: str, bad: Tensor) -> None:
     """ValueError naming the first of the (H, G) groups that break a rule."""
-    if not bad.is_meta and bool(bad.any()):
+    if any_of(bad):
         row, group = bad.nonzero()[0].tolist()
         count = int(bad.sum())
         raise ValueError(f"{op}: {rule}; {count} are not, the first in row {row}, group {group}")
@@ -312,7 +313,7 @@ def quantize_binary(w: Tensor, *, pad: bool = False) -> BinaryWeight:
     # Not by `exact`, which is float32 and may itself be 0 for weights in float64.
     weights = F.pad(w != 0, (0, -w.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).any(2)
     lost = (scales == 0) & weights
-    if not lost.is_meta and bool(lost.any()):
+    if any_of(lost):
         row, group = lost.nonzero()[0].tolist()
         mean = w[row].double().split(GROUP)[group].abs().mean().item()
         warnings.warn(
@@ -325,7 +326,7 @@ def quantize_binary(w: Tensor, *, pad: bool = False) -> BinaryWeight:
 
 def _refuse_weights(op: str, w: Tensor) -> None:
     bad = ~w.isfinite()
-    if not bad.is_meta and bool(bad.any()):
+    if any_of(bad):
         row, column = bad.nonzero()[0].tolist()
         raise ValueError(
             f"{op}: w must be finite, got {int(bad.sum())} NaN or infinite, the first in row "

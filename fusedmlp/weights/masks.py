@@ -20,6 +20,7 @@ from ..backends.flops import no_products
 from ..backends.op import Op, kernel, register
 from ..kernels.launches import masked as launches
 from ..kernels.masked import masks as _triton
+from ..reference.values import any_of
 
 MAX_MASKS = 16
 
@@ -109,7 +110,7 @@ def _check_planes(planes: Tensor, width: int) -> None:
         )
     if not planes.is_contiguous():
         raise ValueError(f"PackedMasks: planes must be contiguous, got strides {planes.stride()}")
-    if width % 8 and not planes.is_meta and bool((planes[:, -1] >> width % 8).any()):
+    if width % 8 and any_of(planes[:, -1] >> width % 8):
         raise ValueError(
             f"PackedMasks: planes must have no bit set past width {width}, got some: these are "
             "masks of another width"
@@ -163,9 +164,9 @@ def pack_masks(logits: Tensor) -> PackedMasks:
     """
     check_logits("pack_masks", "logits", logits)
     logits = logits.detach()
-    if not bool(logits.isfinite().all()):
-        bad = int((~logits.isfinite()).sum())
-        raise ValueError(f"pack_masks: logits must be finite, got {bad} that are NaN or infinite")
+    if any_of(bad := ~logits.isfinite()):
+        count = int(bad.sum())
+        raise ValueError(f"pack_masks: logits must be finite, got {count} that are NaN or infinite")
     triton = choice.pick("pack_masks", logits, "logits") != "reference"
     return PackedMasks((pack if triton else reference.pack_masks)(logits), logits.shape[2])
 

@@ -9,7 +9,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from fusedmlp import layers
+from fusedmlp import freeze_masks, layers
+
+
+def frozen(name):
+    layer = {**MAKERS, "SwitchFFN element": element_masks}[name]()
+    freeze_masks(layer)
+    return layer
+
+
+def element_masks():
+    return layers.SwitchFFN(
+        D, 2, ff_kwargs={"mult": 1, "glu_variant": "mglu", "mask_mode": "element"}
+    )
+
 
 WALK = {
     **MAKERS,
@@ -20,6 +33,8 @@ WALK = {
         D, 2, mult=1, soft_routing_during_train=False
     ),
     "packed": lambda: layers.BinaryGatedMLP(D, 128, pad=True).pack(),
+    "frozen": lambda: frozen("FeedForward masked"),
+    "frozen experts": lambda: frozen("SwitchFFN element"),
 }
 
 
@@ -78,6 +93,15 @@ def test_meta_and_fake_tensors_run(name, training):
         y = one(layer(mode.from_tensor(x).requires_grad_()))
         y.sum().backward()
     assert y.shape == expected.shape and y.dtype == expected.dtype
-    y = one(layer.to("meta")(x.to("meta").requires_grad_()))
-    y.sum().backward()
-    assert y.is_meta and y.shape == expected.shape and y.dtype == expected.dtype
+    with FakeTensorMode():  # built there, and given a state
+        made = WALK[name]().train(training)
+        made.load_state_dict(WALK[name]().state_dict())
+        y = one(made(torch.randn(2, 4, D, requires_grad=True)))
+        y.sum().backward()
+    assert y.shape == expected.shape and y.dtype == expected.dtype
+    with torch.device("meta"):
+        made = WALK[name]().train(training)
+    for on_meta in (made, layer.to("meta")):
+        y = one(on_meta(x.to("meta").requires_grad_()))
+        y.sum().backward()
+        assert y.is_meta and y.shape == expected.shape and y.dtype == expected.dtype

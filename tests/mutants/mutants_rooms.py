@@ -181,6 +181,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("reference", ("fusedmlp/reference/masked.py",), MASKED),
     Row("reference", ("fusedmlp/reference/moe.py",), ROUTED),
+    Row("reference", ("fusedmlp/reference/values.py",), ("tests/layers/test_layers_dtype.py",)),
     Row("reference", ("fusedmlp/reference/hyper.py",), HYPER),
     Row("reference", ("fusedmlp/reference/binary.py",), BINARY),
     # ---- ops

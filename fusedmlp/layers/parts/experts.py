@@ -8,7 +8,7 @@ optimizer and to requires_grad_, which need leaves, an expert alone cannot be gi
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -37,6 +37,11 @@ _MASKS_OF = ("net.0.mask", "net.0.packed.planes")
 _MASKS, _OWN_MASKS = "net.0.packed", "net_0_packed"  # in an expert, and here
 
 
+def _copied(expert: FeedForward, tensors: Iterable[tuple[Tensor, Tensor]]) -> FeedForward:
+    """A copy with (old, new) tensors. Copies of fake ones would be of another FakeTensorMode."""
+    return copy.deepcopy(expert, {id(old): new for old, new in tensors})
+
+
 class StackedExperts(Stacked, Reader):
     """num FeedForwards, each made by `make()`; see the file.
 
@@ -59,7 +64,9 @@ class StackedExperts(Stacked, Reader):
             )
         self.num_experts = num
         # In a tuple, so that it is no submodule: it holds settings and structure, no parameters.
-        self._template = (copy.deepcopy(made[0]).to("meta"),)
+        parameters = made[0].parameters()
+        on_meta = ((p, nn.Parameter(torch.empty_like(p, device="meta"))) for p in parameters)
+        self._template = (_copied(made[0], on_meta),)
         self._names: dict[str, str] = {}
         for name, _ in made[0].named_parameters():
             own = name.replace(".", "_")
@@ -84,15 +91,18 @@ class StackedExperts(Stacked, Reader):
         there gets its gradient here. The module is made anew on each access, with the `grad` of
         then."""
         i = range(self.num_experts)[i]
-        expert = copy.deepcopy(self._template[0]).train(self.training)
+        template = self._template[0]
+        # All of them give way to views.
+        tensors = (*template.parameters(), *template.buffers())
+        expert = _copied(template, ((t, t) for t in tensors)).train(self.training)
         for name, stacked in self._stacks():
             with torch.enable_grad():  # or requires_grad_ would take the view for a leaf
                 view = stacked[i]
             view.grad = None if stacked.grad is None else stacked.grad[i]
             owner, _, leaf = name.rpartition(".")
             module = expert.get_submodule(owner)
-            tensors = module._parameters if leaf in module._parameters else module._buffers
-            tensors[leaf] = view  # type: ignore[assignment]
+            held = module._parameters if leaf in module._parameters else module._buffers
+            held[leaf] = view  # type: ignore[assignment]
         return expert
 
     def _stack(self, own: str) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from ...reference.values import any_of
+
 
 def freeze_masks(model: nn.Module) -> list[str]:
     """Freeze the masks of every layer in `model` that has logits over elements: `MaskedGLU` with
@@ -45,7 +47,7 @@ def freeze_masks(model: nn.Module) -> list[str]:
         )
     left = {name: logits for name, m in masked.items() if (logits := _logits(m)) is not None}
     for name, logits in left.items():
-        if not bool(logits.isfinite().all()):
+        if any_of(~logits.isfinite()):
             raise ValueError(
                 f"freeze_masks: logits must be finite, got some in {name or 'model'} that are NaN "
                 "or infinite; nothing was frozen"
