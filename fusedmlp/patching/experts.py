@@ -23,6 +23,7 @@ from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import route_to
 from ..reference import Routing
 from .form import Form, form_of
+from .lora_experts import lora_of, taken
 from .plan import Plan
 
 NAME = "fusedmlp"
@@ -69,14 +70,17 @@ def _call(
     routed: Routing | None,
     call: Callable[..., Tensor],
 ) -> Tensor:
-    w, w_down, b, b_down = form.tensors(experts)
-    E = getattr(experts, form.first).shape[0]  # of all ranks
+    (first, low_first), (last, low_last) = (taken(experts, name) for name in form.names()[:2])
+    w, w_down, b, b_down = form.tensors(experts, (first, last))
+    lora = lora_of(low_first, low_last, form)
+    E = first.shape[0]  # of all ranks
     own = routed is not None and routed.expert is index and routed.prob is weights
     if routed is None or not own or routed.num_experts != E:
         routed = route_to(index, weights, E)
+    options = {} if lora is None else {"lora": lora}
     y = call(
         x, routed, w, None, w_down, b, None, b_down,
-        activation=form.activation, packed=form.packed,
+        activation=form.activation, packed=form.packed, **options,
     )  # fmt: skip
     return y.to(x.dtype)  # under autocast too, as the library's implementations do
 
@@ -134,13 +138,14 @@ class Experts(Plan):
         return self.around
 
     def prepare(self, module: nn.Module) -> None:
-        vars(module)["_router"] = None
+        vars(module).update(_router=None, _adapters={})
 
     def own_parameters(self, module: nn.Module) -> tuple[str, ...]:
         return tuple(name for name, p in module._parameters.items() if p is not None)
 
     def restore(self, module: nn.Module) -> None:
-        vars(module).pop("_router", None)
+        for name in ("_router", "_adapters"):
+            vars(module).pop(name, None)
 
     def trial(self, module: Any, *inputs: Tensor) -> Tensor:
         # The gate's values, which `run` looks at, are there at patch() alone.

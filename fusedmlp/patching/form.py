@@ -36,10 +36,14 @@ class Form(NamedTuple):
     transposed: bool
     bias: bool
 
-    def tensors(self, experts: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    def tensors(
+        self, experts: Any, weights: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """(first weight, down weight, first bias, down bias), the weights as (E, out, in); this
-        rank's part of them."""
-        w, w_down, *biases = (local(getattr(experts, name)) for name in self.names())
+        rank's part of them. weights: as they are stored, in the place of the module's."""
+        names = self.names()[len(weights or ()) :]
+        held = (*(weights or ()), *(getattr(experts, name) for name in names))
+        w, w_down, *biases = map(local, held)
         if self.transposed:
             w, w_down = w.mT, w_down.mT
         return (w, w_down, *biases) if self.bias else (w, w_down, None, None)

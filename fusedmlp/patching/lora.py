@@ -60,18 +60,8 @@ def wraps_parameter(module: nn.Module) -> bool:
     return kind.__module__ == _HOME and kind.__name__ == "ParamWrapper"
 
 
-def unwrapped(module: Any) -> tuple[nn.Module, str]:
-    """What stands in such wrappers, and which adapters they add, for the report."""
-    words = []
-    while wraps_parameter(module):
-        for name in _active(module):
-            rank = module.r[name]
-            words.append(f"{name!r} of rank {rank} to {module.parameter_name}")
-        module = module.base_layer
-    return module, f"PEFT adds LoRA {', '.join(words)} before each call" if words else ""
-
-
-def _active(module: Any) -> list[str]:
+def active(module: Any) -> list[str]:
+    """Names of the adapters that it has and that are neither merged nor off."""
     if module._disable_adapters or module.merged_adapters:
         return []
     names = module._active_adapter
@@ -94,7 +84,7 @@ def _state(module: Any) -> str | None:
         return f"whose base {called(module.base_layer)}"
     if module._disable_adapters and module.merged_adapters:
         return "that is merged and disabled, which its next call unmerges"
-    names = _active(module)
+    names = active(module)
     if len(names) > 1:
         return f"with {len(names)} adapters active at once ({', '.join(names)})"
     return _of_adapter(module, names[0]) if names else None
@@ -128,7 +118,7 @@ def part(module: Any, x: Tensor) -> Part | None:
     if refusal(module) is not None:
         return None
     weight, bias = read(module.base_layer)  # type: ignore[misc]
-    names = _active(module)
+    names = active(module)
     if not names:
         return Part(weight, bias, None)
     (name,) = names
@@ -160,7 +150,7 @@ def describe(paths: dict[str, nn.Module]) -> str:
             continue
         layer: Any = module
         weight = read(layer.base_layer)
-        for name in _active(layer):
+        for name in active(layer):
             own = layer.lora_A[name].weight
             word = f"{path} {name!r} of rank {own.shape[0]}"
             if weight is not None and own.dtype != weight[0].dtype:

@@ -11,6 +11,8 @@ from torch import Tensor, fx, nn
 
 from ..layers.parts.widths import off_fast_loads
 from .kept import Kept, changed, keep
+from .lora import wraps_parameter
+from .lora_experts import detach
 from .plan import Plan, passed_by
 
 
@@ -145,7 +147,9 @@ def restore(op: str, modules: Iterable[nn.Module]) -> None:
     """
     wrapped: list[str] = []
     for module in modules:
-        if "_own_class" in type(module).__dict__:
+        if wraps_parameter(module):
+            detach(module)
+        elif "_own_class" in type(module).__dict__:
             type(module)._plan.restore(module)  # type: ignore[attr-defined]
             module.__class__ = type(module)._own_class  # type: ignore[attr-defined]
             vars(module).pop("_kept", None)

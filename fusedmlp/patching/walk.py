@@ -22,7 +22,8 @@ from ..ops import binary_gated_mlp, gated_act
 from .around import by_accelerate, passed_over
 from .find import Chained, Direct, find
 from .kept import stale
-from .lora import base_of, unwrapped, wraps_parameter
+from .lora import base_of, wraps_parameter
+from .lora_experts import attach, described, wrappers_of
 from .moe import ADAPTERS
 from .plan import Plan, child
 from .projection import called
@@ -123,7 +124,7 @@ class Walk:
         self.recompute, self.invariant = recompute, invariant
         self.entries: list[Entry] = []
         self.swapped: list[nn.Module] = []
-        self.adapters: dict[int, str] = {}  # of stacked experts, which do not know them
+        self.wrappers: dict[int, list[nn.Module]] = {}  # PEFT's, around stacked experts
         # parameter or module -> all names that lead to it
         self.names: dict[int, list[str]] = defaultdict(list)
         for prefix, module in model.named_modules(remove_duplicate=False):
@@ -141,8 +142,8 @@ class Walk:
         inside: set[int] = set()
         chained: Entry | None = None
         if wraps_parameter(module):
-            experts, added = unwrapped(module)
-            self.adapters.setdefault(id(experts), added)
+            experts, found = wrappers_of(module)
+            self.wrappers.setdefault(id(experts), found)
         elif isinstance(module, Patched) or self.wanted(name, module):
             plan = module._plan if isinstance(module, Patched) else self.attempt(name, module)
             if isinstance(plan, Direct):
@@ -213,7 +214,9 @@ class Walk:
             self.entries.append(Entry(name, kind, None, None, why))
             return
         where, detail = choice.pick(op, _sample(module)), plan.detail() + _not_called(module)
-        if added := why or plan.notes(module) or self.adapters.get(id(module)):
+        wrappers = self.wrappers.get(id(module), [])
+        self.swapped += [w for w in wrappers if attach(w)]
+        if added := why or plan.notes(module) or described(wrappers):
             detail = f"{detail}; {added}"
         spared, slow = 0 if why else plan.spared(module), off_fast_loads(plan.matrices(module))
         more: Any = {"spared": spared, "slow": tuple(slow), "elsewhere": choice.elsewhere(where)}

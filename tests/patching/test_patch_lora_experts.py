@@ -1,15 +1,21 @@
-"""PEFT's adapters of stacked experts (target_parameters): moe_mlp on the weights to which PEFT adds
-them for the length of a call."""
+"""PEFT's adapters of stacked experts (target_parameters), inside moe_mlp: no weight W + s B A is
+made, but where PEFT must make it."""
+
+import contextlib
+import copy
+import pickle
 
 import pytest
 import torch
 from patch_lora import assert_alike, lines
 from patch_models import KINDS, batch, build
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import layer
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import fusedmlp
 from fusedmlp.patching import form
+from fusedmlp.testing.memory import kept_bytes
 
 LORA = {"r": 3, "target_modules": ["q_proj"], "init_lora_weights": False}
 STACKS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -43,10 +49,117 @@ def test_a_model(patched, stacks):
     assert_alike(ours, plain, batch("llama"))
     by_op = {entry.op: entry for entry in lines(ours)}
     assert by_op.keys() == {"moe_mlp", "topk_route"}
-    added = ", ".join(f"'default' of rank 3 to {s.rpartition('.')[2]}" for s in stacks[::-1])
-    assert by_op["moe_mlp"].detail.endswith(f"; PEFT adds LoRA {added} before each call")
+    inside = ", ".join(f"{s.rpartition('.')[2]} 'default' of rank 3" for s in stacks[::-1])
+    assert by_op["moe_mlp"].detail.endswith(f"; LoRA inside: {inside}")
     fusedmlp.unpatch(ours)
+    assert not any("_activate_lora" in vars(m) for m in ours.modules())
     assert_alike(ours, plain, batch("llama"))
+
+
+@contextlib.contextmanager
+def merges(monkeypatch):
+    """Which classes of PEFT's make a merged weight, each time that one does."""
+    made = []
+    with monkeypatch.context() as m:
+        for kind in (layer._LoraFactorsProxy, layer._LoraParameterProxy):
+            own = kind.forward
+            note = lambda self, w, own=own: made.append(type(self).__name__) or own(self, w)  # noqa: E731
+            m.setattr(kind, "forward", note)
+        yield made
+
+
+@pytest.mark.parametrize("stacks", (STACKS, STACKS[1:]), ids=("both", "down"))
+def test_no_merged_weight_is_made(stacks, monkeypatch):
+    """Patched before PEFT, only the one that a check of torch's parametrizations makes and drops;
+    patched again, none."""
+    after, before = adapted("after", stacks), adapted("before", stacks)
+    for model, per_stack in ((after, 0), (before, 1), (adapted(stacks=stacks), 2)):
+        model(**batch("llama"))  # a first call looks at the experts themselves
+        with merges(monkeypatch) as made:
+            model(**batch("llama")).loss.backward()
+        assert len(made) == per_stack * len(stacks)
+    assert len(fusedmlp.patch(before).patched) == 2
+    with merges(monkeypatch) as made:
+        before(**batch("llama")).loss.backward()
+    assert not made
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("patched", ("before", "after"))
+def test_no_merged_weight_is_saved(patched):
+    """What a step keeps, of the model patched and not: the merged weights are the difference, with
+    act(g) and what the library keeps between experts against products with A."""
+    kept = []
+    for model in (adapted(patched), adapted()):
+        call = lambda m=model: m(**batch("llama")).loss  # noqa: E731
+        with fusedmlp.backend("triton" if kept == [] else "auto"):
+            kept.append(kept_bytes(call, model.parameters()))
+    experts = adapted().base_model.model.model.layers[0].mlp.experts.get_base_layer()
+    merged = sum(p.nbytes for p in experts.parameters())
+    assert kept[0] + merged <= kept[1]
+
+
+@pytest.mark.parametrize("how", ("checkpoint", "autocast", "bfloat16", "copy", "pickle", "compile"))
+def test_as_any_patched_model(how, monkeypatch):
+    ours, plain = adapted("after"), adapted()
+    context, tolerance = contextlib.nullcontext, None
+    if how == "checkpoint":
+        for model in (ours, plain):
+            model.gradient_checkpointing_enable()
+            model.train()
+    elif how == "autocast":
+        context = lambda: torch.autocast("cpu", torch.bfloat16)  # noqa: E731
+        tolerance = 3e-2
+    elif how == "bfloat16":
+        ours, plain, tolerance = ours.bfloat16(), plain.bfloat16(), 3e-2
+    elif how != "compile":
+        ours = copy.deepcopy(ours) if how == "copy" else pickle.loads(pickle.dumps(ours))
+    with context(), merges(monkeypatch) as made:
+        if how == "compile":
+            ours.compile(backend="eager", fullgraph=True)  # which PEFT's own way breaks
+        assert_alike(ours, plain, batch("llama"), tolerance)
+    assert len(made) in (4, 8)  # the unpatched model's own, at each forward
+
+
+def test_what_peft_adds_as_before():
+    """Several adapters at once; the report says why, and the rest of the wrappers is read."""
+    ours, plain = adapted("after"), adapted()
+    for model in (ours, plain):
+        torch.manual_seed(2)
+        model.add_adapter("other", LoraConfig(**LORA | {"r": 2}, target_parameters=STACKS))
+        model.base_model.set_adapter(["default", "other"])
+    (entry,) = [entry for entry in lines(ours) if entry.op == "moe_mlp"]
+    assert "; PEFT adds LoRA 'default' of rank 3 and 'other' of rank 2 to down_proj" in entry.detail
+    assert "2 adapters are active at once (default, other)" in entry.detail
+    assert_alike(ours, plain, batch("llama"))
+    for model in (ours, plain):
+        model.set_adapter("other")
+        wrapper = model.base_model.model.model.layers[0].mlp.experts
+        wrapper.merge()
+        assert len(wrapper.merged_adapters) == 1 and not wrapper.base_layer.merged_adapters
+    (entry,) = [entry for entry in lines(ours) if entry.op == "moe_mlp"]
+    assert entry.detail.endswith("; LoRA inside: gate_up_proj 'other' of rank 2")
+    assert_alike(ours, plain, batch("llama"))
+
+
+def test_a_forward_that_reads_no_adapters_is_an_error(monkeypatch):
+    """The class's forward replaced after patch() runs in the place of ours."""
+    ours = adapted("after")
+    experts = ours.base_model.model.model.layers[0].mlp.experts.get_base_layer()
+    monkeypatch.setattr(experts._own_class, "forward", lambda self, x, *_: x)
+    with pytest.raises(TypeError, match="MixtralExperts: its forward must be that of patch"):
+        ours(**batch("llama"))
+
+
+def test_patched_for_a_while():
+    """What was attached inside is PEFT's own afterwards; what was before stays."""
+    model = adapted()
+    for outer in (False, True):
+        if outer:
+            fusedmlp.patch(model)
+        with fusedmlp.patched(model):
+            assert sum("_activate_lora" in vars(m) for m in model.modules()) == 2
+        assert sum("_activate_lora" in vars(m) for m in model.modules()) == 2 * outer
 
 
 def test_it_does_as_before(tmp_path):
@@ -75,7 +188,7 @@ def test_it_does_as_before(tmp_path):
 
 def test_experts_are_looked_at_once(monkeypatch):
     """PEFT gives them another class at each call; after the first, what they are is known."""
-    ours, looked = adapted("after"), []
+    ours, looked = adapted("before"), []
     own = form._form_of
     monkeypatch.setattr(form, "_form_of", lambda module: looked.append(module) or own(module))
     for _ in range(2):
