@@ -28,7 +28,7 @@ llama.cpp and Bonsai (format). How Bonsai was trained is not published.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,14 +36,16 @@ from torch import Tensor, nn
 
 from .. import check
 from ..check.layer import check_x
+from ..invariance import invariant
 from ..ops.binary_gated_mlp import binary_gated_mlp
 from ..ops.binary_linear import binary_linear
 from ..ops.gated_act import gated_act
 from ..ops.gated_mlp import gated_mlp
 from ..reference.binary import GROUP, binary_scales
+from ..reference.lora import Adapter, Lora
 from ..weights.binary import BinaryWeight, quantize_binary
 from .parts.activation import name_of
-from .parts.around import bare
+from .parts.around import bare, hooked
 from .parts.block import positive_int
 from .parts.widths import Reader
 
@@ -259,6 +261,17 @@ class BinaryLinear(nn.Module):
         )
 
 
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
+
+class Projection(NamedTuple):
+    """What a BinaryGatedMLP reads of a projection: a BinaryLinear, the bias, an adapter."""
+
+    linear: BinaryLinear
+    bias: Tensor | None
+    adapter: Adapter | None = None
+
+
 class BinaryGatedMLP(Reader):
     """y = down_proj(act(gate_proj(x)) * up_proj(x)), where each projection is a BinaryLinear.
 
@@ -371,10 +384,14 @@ class BinaryGatedMLP(Reader):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., dim) -> (..., dim)."""
-        layers = self._layers()
+        layers, lora = self._layers(), None
         if self.adapted():
-            return self._called(x)
-        biases = [layer.bias for layer in layers]
+            if (read := self._read(x)) is None:
+                return self._called(x)
+            layers, biases, adapters = zip(*read, strict=True)
+            lora = None if adapters == (None,) * 3 else Lora(*adapters)
+        else:
+            biases = tuple(layer.bias for layer in layers)
         gate, up, down = packed = [layer.packed for layer in layers]
         if (count := 3 - packed.count(None)) not in (0, 3):
             raise RuntimeError(
@@ -382,16 +399,42 @@ class BinaryGatedMLP(Reader):
             )
         if not bare(*layers):
             return self._called(x)
-        options: Any = {"activation": self.activation, "recompute": self.recompute}
+        options: Any = {"activation": self.activation, "recompute": self.recompute, "lora": lora}
         if gate is not None and up is not None and down is not None:
             return binary_gated_mlp(x, gate, up, down, *biases, **options)
         latent = (layer.binarized() for layer in layers)
         return gated_mlp(x, *latent, *biases, **options)
 
+    def _read(self, x: Tensor) -> tuple[Projection, ...] | None:
+        """Each projection, where `called` has no reason."""
+        if self.called():
+            return None
+        layers: tuple[Any, ...] = self._layers()
+        own = (isinstance(layer, BinaryLinear) for layer in layers)
+        return tuple(
+            Projection(layer, layer.bias) if plain else layer.read(x)
+            for layer, plain in zip(layers, own, strict=True)
+        )
+
+    def called(self) -> str:
+        """Why projections of an adapted block are called, or ""."""
+        if invariant():
+            return "batch_invariant() is on"
+        for name in PROJECTIONS:
+            layer: Any = getattr(self, name)
+            if isinstance(layer, BinaryLinear):
+                why = hooked(layer)
+            else:
+                why = (
+                    layer.refusal() if hasattr(layer, "refusal") else "is no layer of one_bit_lora"
+                )
+            if why:
+                return f"{name} {why}"
+        return ""
+
     def adapted(self) -> list[str]:
         """Names of the projections in whose place something else stands: an adapter."""
-        names = ("gate_proj", "up_proj", "down_proj")
-        found = zip(names, self._layers(), strict=True)
+        found = zip(PROJECTIONS, self._layers(), strict=True)
         return [name for name, layer in found if not isinstance(layer, BinaryLinear)]
 
     def packed_weight(self) -> BinaryWeight | None:
@@ -406,10 +449,12 @@ class BinaryGatedMLP(Reader):
 
     def path(self) -> str:
         """For explain()."""
-        if adapted := self.adapted():
-            return f"gated_act, {self.activation!r}, between projections: adapted {adapted}"
-        packed = all(layer.packed is not None for layer in self._layers())
-        return f"one {'binary_gated_mlp' if packed else 'gated_mlp'}, {self.activation!r}"
+        adapted = self.adapted()
+        if adapted and (why := self.called()):
+            return f"gated_act, {self.activation!r}, between projections: adapted {adapted}, {why}"
+        packed = self.packed_weight() is not None
+        one = f"one {'binary_gated_mlp' if packed else 'gated_mlp'}, {self.activation!r}"
+        return f"{one}, adapters inside: {adapted}" if adapted else one
 
     def extra_repr(self) -> str:
         own = "recompute=True" if self.recompute else ""

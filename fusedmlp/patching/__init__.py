@@ -27,6 +27,7 @@ too, and cannot be pickled.
 | `gate.py` | which gate a function of gate and up is, by its values |
 | `report.py` | what was patched, and what was left and why |
 | `quantize.py`, `one_bit.py` | quantize_model, and which MLPs it takes |
+| `lora_experts.py` | PEFT's adapters of stacked experts, without its merged weights |
 | `one_bit_lora.py` | PEFT's LoRA around one-bit layers |
 | `pretrained.py` | one-bit models by save_pretrained and from_pretrained |
 """

@@ -78,10 +78,15 @@ def refusal(module: Any) -> str | None:
 
 
 def _state(module: Any) -> str | None:
+    if read(module.base_layer) is None and bare(module):
+        return f"whose base {called(module.base_layer)}"
+    return beside(module)
+
+
+def beside(module: Any) -> str | None:
+    """Why the adapter of a LoRA layer cannot be read beside its base, whatever that is."""
     if not bare(module):
         return f"that {stands_around(module)}"
-    if read(module.base_layer) is None:
-        return f"whose base {called(module.base_layer)}"
     if module._disable_adapters and module.merged_adapters:
         return "that is merged and disabled, which its next call unmerges"
     names = active(module)
@@ -118,16 +123,21 @@ def part(module: Any, x: Tensor) -> Part | None:
     if refusal(module) is not None:
         return None
     weight, bias = read(module.base_layer)  # type: ignore[misc]
+    return Part(weight, *adapter_of(module, bias, x))
+
+
+def adapter_of(module: Any, bias: Tensor | None, x: Tensor) -> tuple[Tensor | None, Adapter | None]:
+    """The base's bias with that of the adapter, and the adapter, where `beside` has no reason."""
     names = active(module)
     if not names:
-        return Part(weight, bias, None)
+        return bias, None
     (name,) = names
     scale = module.scaling[name]
     (a, _), (b, extra) = read(module.lora_A[name]), read(module.lora_B[name])  # type: ignore[misc]
     if extra is not None:
         extra = scale * extra
         bias = extra.to(x.dtype) if bias is None else (bias + extra).to(bias.dtype)
-    return Part(weight, bias, Adapter(a.to(x.dtype), b.to(x.dtype), scale))
+    return bias, Adapter(a.to(x.dtype), b.to(x.dtype), scale)
 
 
 def lora_of(first: list[Part], down: Part, packed: Packed | None) -> Lora | None:

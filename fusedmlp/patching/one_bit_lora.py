@@ -1,7 +1,8 @@
 """PEFT's LoRA around one-bit layers: y = x w' + b + s B (A x), the bits of w frozen.
 
 PEFT has no layer for a BinaryLinear, and takes one from its configuration. That one is its own
-Linear, which calls what it stands around; a one-bit weight has no room for a merged adapter.
+Linear, which calls what it stands around and lets a BinaryGatedMLP read both; a one-bit weight has
+no room for a merged adapter.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ import functools
 import sys
 from typing import Any, TypeVar
 
-from ..layers.binary import BinaryLinear
+from torch import Tensor
+
+from ..layers.binary import BinaryLinear, Projection
+from ..layers.parts.around import hooked
+from .lora import adapter_of, beside
+from .projection import full_name
 
 _Config = TypeVar("_Config")
 
@@ -20,8 +26,9 @@ def one_bit_lora(config: _Config) -> _Config:
 
     The projections of a model that `quantize_model` put into one bit then take adapters like
     others: get_peft_model(model, one_bit_lora(LoraConfig(target_modules=["up_proj"]))). A and B are
-    trained, bits and scales stay. Such a block is called projection by projection, with gated_act
-    between; merging an adapter raises TypeError. A configuration that was saved has to come through
+    trained, bits and scales stay. Such a block is one binary_gated_mlp(lora=); where an adapter
+    must be called (dropout at work, several at once, a hook) its projections are, with gated_act
+    between. Merging an adapter raises TypeError. A configuration that was saved has to come through
     here again: PeftModel.from_pretrained(model, folder, config=one_bit_lora(...)).
 
     Raises TypeError for anything else than a peft.LoraConfig, ValueError for an init_lora_weights
@@ -64,6 +71,20 @@ def _layer() -> type:
 
         def _get_in_out_features(self, module: Any) -> tuple[int, int]:
             return module.in_features, module.out_features
+
+        def refusal(self) -> str | None:
+            """Why the block around it must call it; None where `read` takes its place."""
+            base = self.base_layer
+            if type(base) is not BinaryLinear:
+                return f"is around a {full_name(type(base))}"
+            if around := hooked(base):
+                return f"is around a BinaryLinear that {around}"
+            why = beside(self)
+            return why and f"is a layer of PEFT's {why}"
+
+        def read(self, x: Tensor) -> Projection:
+            base: Any = self.base_layer
+            return Projection(base, *adapter_of(self, base.bias, x))
 
         def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
             raise TypeError(

@@ -225,12 +225,15 @@ class Walk:
     def one_bit(self, name: str, block: BinaryGatedMLP) -> None:
         """What quantize_model put there; a block that is in training is a layer like others."""
         if (w := block.packed_weight()) is not None:
-            adapted, detail = block.adapted(), f"activation {block.activation!r}"
-            if adapted:
-                detail += f"; {', '.join(adapted)} adapted, so projections are called"
-            op = (gated_act if adapted else binary_gated_mlp).OP
+            adapted, detail = ", ".join(block.adapted()), f"activation {block.activation!r}"
+            called = block.called() if adapted else ""
+            if called:
+                detail += f"; {adapted} adapted, so projections are called, as {called}"
+            elif adapted:
+                detail += f"; LoRA inside: {adapted}"
+            op = (gated_act if called else binary_gated_mlp).OP
             where = choice.pick(op, w.scales)
-            more: Any = {"partly": bool(adapted), "elsewhere": choice.elsewhere(where)}
+            more: Any = {"partly": bool(called), "elsewhere": choice.elsewhere(where)}
             self.entries.append(Entry(name, type(block).__name__, op, where, detail, **more))
 
     def obstacle(self, module: nn.Module, plan: Plan) -> str | None:

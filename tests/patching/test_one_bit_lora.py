@@ -1,5 +1,6 @@
 """PEFT's adapters on one-bit models: A and B train, bits and scales stay."""
 
+import contextlib
 import copy
 import pickle
 
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 import fusedmlp
 from fusedmlp import one_bit_lora
-from fusedmlp.layers import BinaryGatedMLP, BinaryLinear
+from fusedmlp.layers import BinaryGatedMLP, BinaryLinear, binary
 
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
 LORA = {"r": 4, "target_modules": PROJECTIONS, "init_lora_weights": False}
@@ -89,14 +90,110 @@ def test_peft_does_as_it_does(tmp_path):
     torch.testing.assert_close(unloaded(**inputs).logits, one_bit()(**inputs).logits)
 
 
-def test_the_report_says_so():
-    model = adapted(target_modules=["up_proj"])
-    (first, second) = fusedmlp.patch(model).partly
-    assert (first.op, second.op) == ("gated_act", "gated_act")
-    assert first.detail == "activation 'silu'; up_proj adapted, so projections are called"
-    mlp = model.base_model.model.model.layers[0].mlp
-    assert "between projections: adapted ['up_proj']" in fusedmlp.explain(mlp)
+def add(model):
+    torch.manual_seed(2)
+    same = LORA | {"target_modules": ["up_proj", "down_proj"]}
+    model.add_adapter("other", one_bit_lora(LoraConfig(**same)))
+    model.base_model.set_adapter(["default", "other"])
+
+
+HOOK = lambda *_: None  # noqa: E731
+# What stands in the way of one call: the report's reason, and what brings it about and ends it.
+IN_THE_WAY = {
+    "whose lora_dropout 0.5 is at work": (lambda m: m.train(), lambda m: m.eval()),
+    "with 2 adapters active at once (default, other)": (add, lambda m: m.set_adapter("other")),
+    "that has hooks": (lambda m: hook(m, "up_proj"), None),
+    "is around a BinaryLinear that has hooks": (lambda m: hook(m, "up_proj.base_layer"), None),
+    "gate_proj has hooks": (lambda m: hook(m, "gate_proj"), None),
+}
+
+
+def hook(model, path):
+    for layer in model.modules():
+        if isinstance(layer, BinaryGatedMLP):
+            layer.get_submodule(path).register_forward_hook(HOOK)
+
+
+def calls_of(model, inputs):
+    """Which functions of the package a model's one-bit blocks call."""
+    called = []
+    with pytest.MonkeyPatch.context() as m:
+        for name in ("binary_gated_mlp", "gated_act", "gated_mlp"):
+            own = getattr(binary, name)
+            note = lambda *a, name=name, own=own, **k: called.append(name) or own(*a, **k)  # noqa: E731
+            m.setattr(binary, name, note)
+        model(**inputs)
+    return called
+
+
+@pytest.mark.parametrize("reason", IN_THE_WAY)
+def test_one_call_where_nothing_stands_in_the_way(reason):
+    """The report, explain() and the call agree, then and once it is out of the way."""
+    begin, end = IN_THE_WAY[reason]
+    model = adapted(target_modules=["up_proj", "down_proj"], lora_dropout=0.5)
+    mlp, inputs = model.base_model.model.model.layers[0].mlp, batch("llama")
+    steps = [(None, "binary_gated_mlp"), (begin, "gated_act"), (end, "binary_gated_mlp")]
+    for step, op in steps[: 3 if end else 2]:
+        if step is not None:
+            step(model)
+        first, second = fusedmlp.patch(model).patched
+        assert first.op == second.op == op and first.partly == (op == "gated_act")
+        assert calls_of(model, inputs) == [op] * 2
+        if first.partly:
+            begins = "activation 'silu'; up_proj, down_proj adapted, so projections are called, as "
+            assert first.detail.startswith(begins) and first.detail.endswith(reason)
+            assert f"adapted ['up_proj', 'down_proj'], {'gate' if 'gate' in reason else 'up'}" in (
+                fusedmlp.explain(mlp)
+            )
+        else:
+            assert first.detail == "activation 'silu'; LoRA inside: up_proj, down_proj"
+            assert "adapters inside: ['up_proj', 'down_proj']" in fusedmlp.explain(mlp)
     assert fusedmlp.quantize_model(model).layers == ()
+
+
+@pytest.mark.interpreter
+def test_batch_invariance_calls_projections(on_triton):
+    """Of which the kernels promise nothing with adapters."""
+    model, x = adapted(), torch.randn(3, 128)
+    mlp = model.base_model.model.model.layers[0].mlp
+    y = mlp(x)
+    with fusedmlp.batch_invariant():
+        torch.testing.assert_close(mlp(x), y)
+        assert "batch_invariant() is on" in mlp.path()
+
+
+@pytest.mark.parametrize("how", ("bfloat16", "autocast", "lora_bias", "recompute", "disabled"))
+def test_as_called(how):
+    """One call gives what its projections give one by one, and the same gradients."""
+    model = adapted(lora_bias=how == "lora_bias")
+    mlp = model.base_model.model.model.layers[0].mlp
+    mlp.recompute = how == "recompute"
+    dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0)).to(dtype)
+    if how == "lora_bias":
+        for name, p in model.named_parameters():
+            if "lora_B" in name and name.endswith("bias"):
+                nn.init.normal_(p)
+    results = []
+    for called in (False, True):
+        if called:
+            mlp.up_proj.register_forward_hook(HOOK)
+        own = x.clone().requires_grad_()
+        off = model.disable_adapter() if how == "disabled" else contextlib.nullcontext()
+        with off, torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            y = mlp(own)
+        y.float().square().sum().backward()
+        trained = {n: p.grad for n, p in mlp.named_parameters() if p.grad is not None}
+        results.append({"y": y.detach(), "dx": own.grad, **trained})
+        model.zero_grad()
+    ours, expected = results
+    assert ours.keys() == expected.keys() and ours["y"].dtype == (
+        torch.float32 if how not in ("bfloat16", "autocast") else torch.bfloat16
+    )
+    tolerance = 3e-2 if ours["y"].dtype == torch.bfloat16 else 1e-5
+    for key, t in ours.items():
+        error, size = (t.double() - expected[key].double()).norm(), expected[key].double().norm()
+        assert error <= tolerance * size, key
 
 
 def test_a_layer_alone_and_one_that_is_not_packed():
