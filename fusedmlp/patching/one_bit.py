@@ -57,8 +57,11 @@ class Blocks(Walk):
     def reason(self, module: nn.Module, plan: Dense) -> str | None:
         """Why a BinaryGatedMLP must not take the place of `module`."""
         paths = (*plan.first, plan.down)
-        if paths != PROJECTIONS or plan.method != "forward" or plan.cut:
+        if paths != PROJECTIONS:
             return f"its projections must be {', '.join(PROJECTIONS)}, got {', '.join(paths)}"
+        if plan.method != "forward" or plan.cut:
+            got = "a part of it" if plan.cut else f"its {plan.method}"
+            return f"its MLP must be all of its forward, got {got}"
         if steps := (*plan.head, *plan.between, *plan.tail):
             return f"a one-bit block would lose {', '.join(map(describe, steps))}"
         if around := hooked(module):

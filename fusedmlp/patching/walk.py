@@ -177,9 +177,7 @@ class Walk:
             plan = plan_of_router(module)
             reason = plan if isinstance(plan, str) else self.obstacle(module, plan)
             if isinstance(plan, Plan) and reason is None:
-                plan.prepare(module)
-                swap(module, plan)
-                self.swapped.append(module)
+                plan = self.run_by(module, plan)
                 vars(experts)["_router"] = module
                 self.entry(path, module, plan)
             else:
@@ -196,17 +194,21 @@ class Walk:
         reason = plan if isinstance(plan, str) else self.obstacle(module, plan)
         if reason is None:
             assert isinstance(plan, Plan)
-            plan = plan.recomputing() if self.recompute else plan
-            plan = replace(plan, invariant=True) if self.invariant else plan
-            plan.prepare(module)
-            swap(module, plan)
-            self.swapped.append(module)
-            return plan
+            return self.run_by(module, plan)
         alike = any(map(_LIKE_AN_MLP.search, (name.rpartition(".")[2], kind.__name__)))
         if adapter is not None or isinstance(plan, Plan) or alike:
             self.entries.append(Entry(name, kind.__name__, None, None, reason))
             return None
         return plan if isinstance(plan, Chained) else None
+
+    def run_by(self, module: nn.Module, plan: Plan) -> Plan:
+        """Have `module` run by `plan` with the options of this patch(), which is what it gives."""
+        plan = plan.recomputing() if self.recompute else plan
+        plan = replace(plan, invariant=True) if self.invariant else plan
+        plan.prepare(module)
+        swap(module, plan)
+        self.swapped.append(module)
+        return plan
 
     def entry(self, name: str, module: Any, plan: Plan) -> None:
         kind, (op, why) = module._own_class.__name__, plan.way(module)

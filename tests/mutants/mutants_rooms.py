@@ -55,8 +55,11 @@ HYPER = (
 BINARY = (EACH_OP, "tests/ops/test_binary_errors.py", STRIDES, "tests/ops/test_binary.py")
 PATCH_MODELS = "tests/patching/test_patch_models.py"
 PATCH_RANKS = "tests/distributed/test_patch_distributed.py"
+PATCH_OPTIONS = "tests/patching/test_patch_options.py"
 PATCHING = (
     DEFAULTS,
+    "tests/patching/test_patch_words.py",
+    PATCH_OPTIONS,
     "tests/patching/test_patch_match.py",
     "tests/patching/test_patch_spelling.py",
     "tests/patching/test_patch_around.py",
@@ -74,6 +77,7 @@ PATCHING = (
 )
 PATCH_ROUTED = (
     DEFAULTS,
+    PATCH_OPTIONS,
     "tests/patching/test_patch_experts.py",
     "tests/patching/test_patch_gates.py",
     "tests/patching/test_patch_topk.py",

@@ -67,6 +67,34 @@ class WithTail(LlamaLike):
         return self.dropout(super().forward(t))
 
 
+class Chunked(LlamaLike):
+    """The MLP is in a method of its own, beside something else."""
+
+    def feed_forward_chunk(self, t):
+        return super().forward(t)
+
+    def forward(self, t):
+        return self.feed_forward_chunk(t) * 0.5
+
+
+class Layer(LlamaLike):
+    """The MLP is a run of statements."""
+
+    def forward(self, t):
+        t = t.softmax(-1)
+        h = self.act_fn(self.gate_proj(t)) * self.up_proj(t)
+        return self.down_proj(h) * 0.5
+
+
+class Renamed(LlamaLike):
+    def __init__(self):
+        super().__init__()
+        self.up, self.up_proj = self.up_proj, nn.Identity()
+
+    def forward(self, t):
+        return self.down_proj(self.act_fn(self.gate_proj(t)) * self.up(t))
+
+
 class Doubled(nn.Linear):
     def forward(self, t):
         return 2 * super().forward(t)
@@ -90,6 +118,9 @@ def adapted(model):
         (in_place(Scaled()), "its forward does not end in a projection"),
         (in_place(Normed()), "a one-bit block would lose norm"),
         (in_place(WithTail()), "a one-bit block would lose dropout"),
+        (in_place(Chunked()), "its MLP must be all of its forward, got its feed_forward_chunk"),
+        (in_place(Layer()), "its MLP must be all of its forward, got a part of it"),
+        (in_place(Renamed()), "its projections must be gate_proj, up_proj, down_proj, got gate_pr"),
         (on_the_instance, "it has a forward of its own, set on the instance, which a one-bit"),
         (lambda m: m.blocks[0].register_forward_hook(lambda *_: None), "it has hooks, which a one"),
         (lambda m: m.blocks[0].up_proj.register_forward_hook(lambda *_: None), "up_proj has hooks"),

@@ -1,0 +1,95 @@
+"""Options of patch(), each with each other and with every kind of block, and what they refuse."""
+
+import itertools
+
+import pytest
+import torch
+from patch_blocks import MLP, GatedMLP, LlamaLike, Model, Packed, Residual
+from test_patch_topk import D, block
+
+import fusedmlp
+from fusedmlp.layers import BinaryGatedMLP
+from fusedmlp.patching.swap import Patched
+
+OPTIONS = ("dtype_check", "recompute", "batch_invariant")
+EVERY = list(itertools.product((True, False), repeat=len(OPTIONS)))
+# kind -> (how it is made, its ops, how many of them recompute)
+KINDS = {
+    "gated": (GatedMLP, ["gated_mlp"], 1),
+    "packed": (Packed, ["gated_mlp"], 1),
+    "plain": (MLP, ["mlp"], 0),
+    "spread": (Residual, ["mlp"], 0),
+    "experts": (block, ["moe_mlp", "topk_route"], 1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_combination(kind):
+    """Each option reaches each patched module, a router too, and says so; the numbers stay."""
+    make, ops, count = KINDS[kind]
+    model = Model(make())
+    x = torch.randn(2, 3, D if kind == "experts" else 8)
+    expected = model(x)
+    for given in EVERY:
+        options = dict(zip(OPTIONS, given, strict=True))
+        report = fusedmlp.patch(model, **options)
+        assert [entry.op for entry in report.patched] == ops and not report.left, options
+        details = [entry.detail for entry in report.patched]
+        assert sum("saves x alone" in text for text in details) == count * options["recompute"]
+        taken = [m for m in model.modules() if isinstance(m, Patched)]
+        assert {m._plan.invariant for m in taken} == {options["batch_invariant"]}, options
+        assert {"batch-invariant" in m.extra_repr() for m in taken} == {options["batch_invariant"]}
+        torch.testing.assert_close(model(x), expected)
+        fusedmlp.unpatch(model)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_is_true_or_false(option):
+    model = Model(GatedMLP())
+    for wrong in (0, 1, None, "no", [True]):
+        with pytest.raises(TypeError, match=f"^patch: {option} must be True or False, got ") as told:
+            fusedmlp.patch(model, **{option: wrong})
+        assert str(told.value).endswith(repr(wrong))
+    with pytest.raises(TypeError, match="^patch: dtype_check must be True or False, got 1"):
+        with fusedmlp.patched(model, dtype_check=1):
+            pass
+    assert not any(isinstance(m, Patched) for m in model.modules())
+
+
+def test_a_dtype_that_no_kernel_takes():
+    """Left, or patched where dtype_check is off: patch() and patched() alike."""
+    model = Model(GatedMLP(), MLP()).double()
+    for check, count in ((True, 0), (False, 2)):
+        assert len(fusedmlp.patch(model, dtype_check=check).patched) == count
+        fusedmlp.unpatch(model)
+        with fusedmlp.patched(model, dtype_check=check) as report:
+            assert len(report.patched) == count
+
+
+def test_options_beside_quantize():
+    """recompute is of what stays dense; what would promise too much is refused, and nothing done."""
+    model = Model(LlamaLike(), GatedMLP())
+    for refused, message in (
+        ({"only": "blocks.*"}, "only must be None with quantize='q1_0', got 'blocks.*'"),
+        ({"batch_invariant": True}, "batch_invariant must be False with quantize='q1_0', got True"),
+    ):
+        with pytest.raises(ValueError) as told:
+            fusedmlp.patch(model, quantize="q1_0", **refused)
+        assert str(told.value).startswith(f"patch: {message}")
+        assert type(model.blocks[0]) is LlamaLike and type(model.blocks[1]) is GatedMLP
+    model.double().blocks[0].float()
+    report = fusedmlp.patch(model, quantize="q1_0", recompute=True, dtype_check=False)
+    assert [entry.op for entry in report.patched] == ["binary_gated_mlp", "gated_mlp"]
+    assert "saves x alone" in report.patched[1].detail and report.quantized.layers
+    assert type(model.blocks[0]) is BinaryGatedMLP
+
+
+ROUTED = {"experts": "moe_mlp", "gate": "topk_route"}
+
+
+@pytest.mark.parametrize("only, found", [("experts", ["experts"]), (["gate", "experts"], [*ROUTED]),
+                                         ("gate", []), ("*", [*ROUTED])])  # fmt: skip
+def test_only_a_router_or_its_experts(only, found):
+    """A router is patched beside experts that are."""
+    report = fusedmlp.patch(block(), only=only)
+    assert [(entry.name, entry.op) for entry in report.patched] == [(n, ROUTED[n]) for n in found]
