@@ -183,17 +183,28 @@ def test_sizes_that_tma_cannot_take(D, H, got):
 
 def test_other_limits():
     x, w, b = (torch.ones(*shape, dtype=bf16) for shape in ((2, 8), (8, 8), (16,)))
-    huge = torch.empty(1, dtype=bf16).expand(2**31, 8)
     with installed(), fusedmlp.backend("cuda"):
         with pytest.raises(ValueError, match="needs b to be contiguous .*got stride 2"):
             fusedmlp.linear_act(x, w, b[::2])
         with pytest.raises(ValueError, match="start on 4 bytes, got stride 1, 2 bytes off"):
             fusedmlp.linear_act(x, w, b[1:9])
-        with pytest.raises(ValueError, match=r"needs M, D and H below 2\^31, got M=2147483648"):
-            linear_act.fwd(huge, w, None, "silu", False, False)
         del loader.load()[0].ACTIVATIONS["silu"]
         with pytest.raises(ValueError, match="needs activation to be one of .*, got 'silu'"):
             fusedmlp.linear_act(x, w, activation="silu")
+
+
+@pytest.mark.parametrize("op", (linear_act, gated_linear), ids=lambda op: op.__name__)
+def test_sizes_of_31_bits(op):
+    """What fits is refused for what stands in the way next: its rows lie one on the other."""
+    one, last = torch.ones(1, dtype=bf16), 2**31 - 8
+    for sizes in ((last, 8, 8), (8, last, 8), (8, 8, last)):
+        for past in (0, 8):
+            M, D, H = (n + past * (n == last) for n in sizes)
+            x, *w = one.expand(M, D), *(one.expand(H, D) for _ in range(1 + (op is gated_linear)))
+            needs = rf"below 2\^31, got M={M}, D={D}, H={H}" if past else "x to start on 16 bytes"
+            refused = pytest.raises(loader.Unfit, match=needs)
+            with installed(), fusedmlp.backend("cuda"), refused:
+                op.fwd(x, *w, *(None for _ in w), "silu", False, False)
 
 
 def test_float32_is_refused_before_anything_runs():

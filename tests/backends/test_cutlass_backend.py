@@ -117,6 +117,22 @@ def test_arguments_that_it_does_not_take(arguments, message):
     assert not calls
 
 
+# M, D and H at the limit of 31 bits, of which 2 H has them too.
+FIT = [(2**31 - 1, 32, 32), (32, 2**31 - 32, 32), (32, 32, 2**30 - 32)]
+DO_NOT = [(2**31, 32, 32), (32, 2**31, 32), (32, 32, 2**30)]
+
+
+@pytest.mark.parametrize("op", (linear_act, gated_linear), ids=lambda op: op.__name__)
+def test_sizes_of_31_bits(op):
+    """What fits is refused for what stands in the way next: its rows lie one on the other."""
+    one, plain = torch.ones(1, dtype=bf16), op is linear_act
+    for (M, D, H), fits in (*((s, True) for s in FIT), *((s, False) for s in DO_NOT)):
+        x, *w = one.expand(M, D), *(one.expand(H, D) for _ in range(2 - plain))
+        needs = "x to start on 16 bytes" if fits else rf"below 2\^31, got M={M}, D={D}, H={H}"
+        with installed(), fusedmlp.backend("cutlass"), pytest.raises(Unfit, match=needs):
+            op.fwd(x, *w, *(None for _ in w), "silu", False, False)
+
+
 def test_weights_too_far_apart(monkeypatch):
     """No descriptor steps 2^40 bytes; no machine of this test has as much memory."""
     from fusedmlp.backends.cutlass import dense  # noqa: PLC0415 - patched

@@ -74,6 +74,7 @@ PATCHING = (
     "tests/patching/test_patch_state.py",
     PATCH_MODELS,
     PATCH_RANKS,
+    "tests/distributed/test_patch_sharding.py",
 )
 PATCH_ROUTED = (
     DEFAULTS,

@@ -35,6 +35,8 @@ BAD = [
     (lambda: BinaryWeight.from_q1_0_bytes(bytes(18), (1, 100)), ValueError, "from_q1_0_bytes: shape must have rows of a multiple of 128, got 100"),
     (lambda: BinaryWeight.from_q1_0_bytes(b"", (4,)), ValueError, "from_q1_0_bytes: shape must be (H, D), none negative, got (4,)"),
     (lambda: BinaryWeight.from_q1_0_bytes(bytes(18), (-1, -128)), ValueError, "from_q1_0_bytes: shape must be (H, D), none negative, got (-1, -128)"),
+    *((lambda shape=shape: BinaryWeight.from_q1_0_bytes(b"", shape), ValueError, f"shape must be (H, D), none negative, got {shape}")
+      for shape in ((-1, 128), (4, -128), (), (1, 2, 3))),
     (lambda: BinaryWeight.from_q1_0_bytes(b"", None), TypeError, "from_q1_0_bytes: shape must be (H, D), two ints, got None"),
     (lambda: BinaryWeight.from_q1_0_bytes(b"", (4.0, 256)), TypeError, "from_q1_0_bytes: shape must be (H, D), two ints, got (4.0, 256)"),
     (lambda: BinaryWeight.from_q1_0_bytes("ab", (2, 256)), TypeError, "from_q1_0_bytes: buffer must have the buffer protocol, got str"),

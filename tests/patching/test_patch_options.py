@@ -47,12 +47,9 @@ def test_every_combination(kind):
 def test_an_option_is_true_or_false(option):
     model = Model(GatedMLP())
     for wrong in (0, 1, None, "no", [True]):
-        with pytest.raises(TypeError, match=f"^patch: {option} must be True or False, got ") as told:
+        with pytest.raises(TypeError) as told:
             fusedmlp.patch(model, **{option: wrong})
-        assert str(told.value).endswith(repr(wrong))
-    with pytest.raises(TypeError, match="^patch: dtype_check must be True or False, got 1"):
-        with fusedmlp.patched(model, dtype_check=1):
-            pass
+        assert str(told.value) == f"patch: {option} must be True or False, got {wrong!r}"
     assert not any(isinstance(m, Patched) for m in model.modules())
 
 
@@ -67,7 +64,7 @@ def test_a_dtype_that_no_kernel_takes():
 
 
 def test_options_beside_quantize():
-    """recompute is of what stays dense; what would promise too much is refused, and nothing done."""
+    """recompute is of what stays dense. What would promise too much is refused before anything."""
     model = Model(LlamaLike(), GatedMLP())
     for refused, message in (
         ({"only": "blocks.*"}, "only must be None with quantize='q1_0', got 'blocks.*'"),

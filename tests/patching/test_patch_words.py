@@ -5,7 +5,11 @@ import itertools
 import pytest
 
 from fusedmlp.patching.report import (
-    LOOKED_FOR, Entry, QuantizationReport, Quantized, Report,
+    LOOKED_FOR,
+    Entry,
+    QuantizationReport,
+    Quantized,
+    Report,
 )  # fmt: skip
 
 LEFT = Entry("a.b", "MLP", None, None, "its act is hooked")

@@ -160,6 +160,49 @@ def test_scales_may_be_trained():
     assert trained.scales.grad.shape == (3, 2)
 
 
+def test_trained_scales_are_written_as_others():
+    bw = quantize_binary(draw(3, 256))
+    trained = BinaryWeight(bw.qweight, torch.nn.Parameter(bw.scales))
+    assert trained.to_q1_0_bytes() == bw.to_q1_0_bytes()
+    for name, t in trained.to_mlx().items():
+        assert torch.equal(t, bw.to_mlx()[name]) and not t.requires_grad, name
+
+
+@pytest.mark.parametrize("D", (200, 256))
+def test_keys_that_are_missing_or_too_many(D):
+    """As of any module, of which `width` is a tensor: strictly, and not."""
+    own = quantize_binary(draw(3, D), pad=True).state_dict()
+    fresh = lambda: quantize_binary(-draw(3, D), pad=True)  # noqa: E731
+    for strict in (True, False):
+        assert fresh().load_state_dict(own, strict=strict) == ([], [])
+    for key in own:
+        short = {name: t for name, t in own.items() if name != key}
+        assert fresh().load_state_dict(short, strict=False) == ([key], [])
+        with pytest.raises(RuntimeError, match=rf'Missing key.*"{key}"'):
+            fresh().load_state_dict(short)
+    assert fresh().load_state_dict({**own, "more": own["scales"]}, strict=False) == ([], ["more"])
+    with pytest.raises(RuntimeError, match='Unexpected key.*"more"'):
+        fresh().load_state_dict({**own, "more": own["scales"]})
+
+
+def test_weights_of_no_rows_or_no_columns():
+    empty = {(0, 128): (0, 4), (2, 0): (2, 0), (0, 0): (0, 0)}
+    for (H, D), words in empty.items():
+        for width in (None, D):
+            bits = torch.zeros(words, dtype=torch.int32)
+            w = BinaryWeight(bits, torch.ones(H, words[1] // 4).half(), width)
+            assert w.shape == (H, D) and w.to_q1_0_bytes() == b""
+            assert BinaryWeight.from_q1_0_bytes(b"", (H, D)).dequantize().shape == (H, D)
+
+
+def test_scales_that_a_parametrization_makes_move_with_the_weight():
+    bw = quantize_binary(draw(3, 256))
+    trained = BinaryWeight(bw.qweight, torch.nn.Parameter(bw.scales))
+    torch.nn.utils.parametrize.register_parametrization(trained, "scales", torch.nn.Identity())
+    trained.to("meta", torch.float32)
+    assert {(t.device.type, t.dtype) for t in trained.parameters()} == {("meta", torch.float16)}
+
+
 def test_cases_draw_what_the_format_allows():
     inputs = CASES["binary_linear"].inputs(2, 200, 5, torch.bfloat16)
     assert inputs["q_weight"].dtype == torch.int32 and inputs["s_weight"].dtype == torch.float16
