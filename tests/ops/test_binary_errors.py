@@ -48,6 +48,7 @@ BAD = [
       for high in (0x7C, 0xFC)),  # infinities
     (lambda: BinaryWeight(torch.zeros(2, 4), torch.ones(2, 1)), TypeError, "qweight must be an int32 Tensor, got torch.float32"),
     (lambda: BinaryWeight(torch.zeros(2, 4).int(), [1.0]), TypeError, "scales must be a floating Tensor, got list"),
+    (lambda: BinaryWeight(torch.zeros(2, 4).int(), torch.ones(2, 1).int()), TypeError, "scales must be a floating Tensor, got torch.int32"),
     (lambda: BinaryWeight(torch.zeros(2, 5).int(), torch.ones(2, 1)), ValueError, "qweight must be (H, 4 G) and scales (H, G), got (2, 5) and (2, 1)"),
     (lambda: BinaryWeight(torch.zeros(2, 4).int(), torch.ones(2, 1), 129), ValueError, "width must have 1 groups of 128 or a part of one, as the scales do, got 129"),
     (lambda: BinaryWeight(torch.zeros(2, 0).int(), torch.ones(2, 0), -5), ValueError, "width must have 0 groups of 128 or a part of one, as the scales do, got -5"),

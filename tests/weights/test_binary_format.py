@@ -185,6 +185,11 @@ def test_keys_that_are_missing_or_too_many(D):
         fresh().load_state_dict({**own, "more": own["scales"]})
 
 
+def test_a_weight_of_one_column():
+    w = quantize_binary(torch.tensor([[0.5], [-2.0]]), pad=True)
+    assert w.shape == (2, 1) and w.dequantize().tolist() == [[0.5], [-2.0]]
+
+
 def test_weights_of_no_rows_or_no_columns():
     empty = {(0, 128): (0, 4), (2, 0): (2, 0), (0, 0): (0, 0)}
     for (H, D), words in empty.items():

@@ -135,7 +135,98 @@ def file(*infos, metadata=(), data=bytes(1 << 12)):
     return head + bytes(-len(head) % 32) + data
 
 
+# Number of a metadata value's type: how struct writes one, of ggml's docs/gguf.md.
+SCALARS = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+VALUES = {kind: struct.pack(f"<{form}", 1) for kind, form in SCALARS.items()}
+VALUES[8] = string(b"xyz")
+
+
+def array(kind, *values):
+    return struct.pack("<IQ", kind, len(values)) + b"".join(values)
+
+
+def nested(depth):
+    """An array in so many others."""
+    value = array(0, b"0")
+    for _ in range(depth):
+        value = array(9, value)
+    return value
+
+
+EVERY_VALUE = [entry(kind, value, b"key %d" % kind) for kind, value in VALUES.items()] + [
+    entry(9, array(kind, *count * [value]), b"array %d of %d" % (count, kind))
+    for kind, value in VALUES.items() for count in (0, 1, 3)
+]  # fmt: skip
+ALIGNED = entry(4, struct.pack("<I", 8), b"general.alignment")
+# Files at the limit of what is allowed.
+FIT = {
+    "nothing in it": header(),
+    "every value": file(info(), metadata=EVERY_VALUE, data=bytes(18)),
+    "version 2": b"GGUF" + struct.pack("<IQQ", 2, 0, 0),
+    "a key of 65535 bytes": file(info(), metadata=[entry(0, b"0", b"k" * 65535)]),
+    "a name of 65535 bytes": file(info(), info(b"n" * 65535, offset=32)),
+    "arrays 4 deep": file(info(), metadata=[entry(9, nested(3))]),
+    "strings at the end": header(0, 1) + entry(9, array(8, string(b"x"), string(b""))),
+    "a tensor at the end": file(info(), data=bytes(18)),
+    "an empty tensor at the end": file(info(), info(b"b", (0,), 0, 32), data=bytes(32)),
+    "tensors side by side": file(info(shape=(128, 16)), info(b"b", offset=288), data=bytes(306)),
+    "an alignment of 8": header(1, 1) + ALIGNED + info() + bytes(26),
+    "4 dimensions": file(info(b"b", (1, 1, 1, 1), 0), info(offset=32)),
+    "a new type in the same bytes": file(info(b"new", (7,), 57), info()),
+}
+
+
+@pytest.mark.parametrize("what", FIT)
+def test_what_just_fits_is_read(what, tmp_path):
+    (path := tmp_path / "fits.gguf").write_bytes(FIT[what])
+    if b"GGUF" + FIT[what][4:8] + bytes(8) == FIT[what][:16]:  # without a tensor
+        assert read_gguf(path) == {}
+    else:
+        weight = read_gguf(path, ["a"])["a"]
+        assert weight.shape[1] == 128 and not weight.qweight.any() and not weight.scales.any()
+
+
+def test_a_header_that_ends_anywhere_is_refused_at_that_byte(tmp_path):
+    """Inside a number, a string or an array, before or after any."""
+    strings = array(8, string(b"xyz"), string(b""))
+    values = entry(6, VALUES[6], b"a") + entry(9, strings, b"b") + entry(9, array(9, strings), b"c")
+    whole, path = header(1, 3) + values + info(), tmp_path / "cut.gguf"
+    for size in range(4, len(whole)):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=rf" bytes at byte \d+ of {size}$") as told:
+            read_gguf(path)
+        needed, at = map(int, re.findall(r"at least (\d+) bytes at byte (\d+)", str(told.value))[0])
+        assert at >= 4 and at + needed > size
+
+
 LIES = {
+    "a string that ends in its length": (header(0, 1) + entry(9, array(8, b"1234")),
+                                         "takes at least 8 bytes at byte 51 of 55"),
+    "3 tensors in 71 bytes": (header(3) + bytes(71), "0 metadata entries and 3 tensors takes at "
+                              "least 72 bytes at byte 24 of 95"),
+    "5 entries in 64 bytes": (header(0, 5) + bytes(64), "5 metadata entries and 0 tensors takes at "
+                              "least 65 bytes at byte 24 of 88"),
+    "a long name": (file(info(b"n" * 65536)), "the name of a tensor of 65536 bytes; at most 65535"),
+    "5 nested arrays": (file(metadata=[entry(9, nested(4))]), "nested more than 4 deep in the val"),
+    "a tensor one byte too long": (file(info(), data=bytes(17)), "shape .1, 128., ends at byte "
+                                   "114 of 113"),
+    "tensors that share a byte": (
+        file(info(shape=(128, 18)), info(b"b", offset=288), data=bytes(999)), "same bytes"),
+    "a tensor that begins past the end": (file(info(b"b", (0,), 0, 64), data=bytes(32)),
+                                          "'b' begins at byte"),
+    "2^63 elements": (file(info(shape=(1 << 32, 1 << 31))), "of more elements than 2.63: .2147483"),
     "nothing": (b"", "an empty one"),
     "other magic": (b"GGML" + bytes(64), "begins with b'GGML'"),
     "magic alone": (b"GGUF", "its version takes at least 4 bytes at byte 4 of 4"),
