@@ -451,4 +451,22 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "return torch.ones_like(v)",
         "it has no elements",
     ),
+    Equivalent(
+        "fusedmlp/weights/gguf_file.py",
+        "self.at, self.end = 0, len(data)",
+        "self.at, self.end = 1, len(data)",
+        "counts() sets it before anything reads it",
+    ),
+    Equivalent(
+        "fusedmlp/weights/binary.py",
+        "blocks = data.to(torch.uint8).view(H, groups, BLOCK_BYTES)",
+        "blocks = data.to(torch.uint8).view(groups, H, BLOCK_BYTES)",
+        "a view of contiguous blocks, which are taken in their order",
+    ),
+    Equivalent(
+        "fusedmlp/backends/choice.py",
+        '_F = TypeVar("_F", bound=Callable[..., Any])',
+        '_F = TypeVar("_F")',
+        "for the type checker",
+    ),
 )

@@ -365,6 +365,7 @@ ROWS: tuple[Row, ...] = (
         "backends",
         ("fusedmlp/backends/cpu/*.py",),
         (
+            "tests/backends/test_cpu_choice.py",
             "tests/backends/test_cpu.py",
             "tests/ops/test_binary.py",
             "tests/layers/test_layers_moe.py",
