@@ -177,9 +177,9 @@ class Walk:
             plan = plan_of_router(module)
             reason = plan if isinstance(plan, str) else self.obstacle(module, plan)
             if isinstance(plan, Plan) and reason is None:
-                plan = self.run_by(module, plan)
+                taken = self.run_by(module, plan)
                 vars(experts)["_router"] = module
-                self.entry(path, module, plan)
+                self.entry(path, module, taken)
             else:
                 self.entries.append(Entry(path, type(module).__name__, None, None, str(reason)))
 
