@@ -62,12 +62,16 @@ def _eval(run: Call) -> Call:
     return call
 
 
-def _trained(run: Callable[[], Any], parameters: Sequence[Tensor]) -> Call:
-    """Forward and backward of the sum, gradients dropped as an optimizer drops them."""
+def _trained(run: Callable[[], Any], parameters: Sequence[Tensor], filled: bool = False) -> Call:
+    """Forward and backward of the sum, gradients dropped as an optimizer drops them; `filled`:
+    those that are missing are made 0 before, as a stack of experts has them."""
 
     def call() -> None:
         y = run()
         (y[0] if isinstance(y, tuple) else y).sum().backward()
+        for p in parameters:
+            if filled and p.grad is None:
+                p.grad = torch.zeros_like(p)
         for p in parameters:
             p.grad = None
 
@@ -107,7 +111,7 @@ def _trees() -> Iterator[Target]:
 
     def route(rounds: int) -> tuple[float, str]:
         z = torch.randn(1, 64)
-        found = clock.turns({"route": _eval(lambda: top1_route(z))}, rounds)["route"]
+        found = clock.turns({"route": lambda: top1_route(z)}, rounds)["route"]
         return 1e6 * median(found), f"{1e6 * min(found):.1f} to {1e6 * max(found):.1f}"
 
     yield Target("top1_route, one token, E 64", 15, route, "us")
@@ -123,9 +127,9 @@ def _switch() -> Iterator[Target]:
             return _eval(lambda: made(x)), _eval(lambda: layer(x))
 
         yield _ratio(f"SwitchFFN{kind} E 64, T 256: compiled / eager", 1.1, compiled)
-    for T in (1, 256, 1024):
+    for T, filled in ((1, False), (1, True), (256, False), (1024, False)):
 
-        def looped(T: int = T) -> tuple[Call, Call]:
+        def looped(T: int = T, filled: bool = filled) -> tuple[Call, Call]:
             x, router = torch.randn(T, WIDTH), torch.randn(64, WIDTH, requires_grad=True)
             stacks = [torch.randn(64, WIDTH, WIDTH).mul_(0.06).requires_grad_() for _ in range(3)]
             apart = [[w[e].detach().clone().requires_grad_() for w in stacks] for e in range(64)]
@@ -133,11 +137,11 @@ def _switch() -> Iterator[Target]:
             theirs = lambda: yardsticks.experts_loop(x, router, apart)  # noqa: E731
             return (
                 _trained(ours, [router, *stacks]),
-                _trained(theirs, [router, *(w for own in apart for w in own)]),
+                _trained(theirs, [router, *(w for own in apart for w in own)], filled),
             )
 
         name = f"top-1 SwiGLU experts E 64, T {T}, forward + backward / loop over those in use"
-        yield _ratio(name, 1.0, looped)
+        yield _ratio(name + ", zeros for the idle" * filled, 1.0, looped)
 
 
 def experts_of(E: int, T: int, k: int = 2) -> tuple[nn.Module, dict[str, Callable[[], Tensor]]]:

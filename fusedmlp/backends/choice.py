@@ -116,7 +116,7 @@ def for_cpu(x: Tensor) -> bool:
     reference that was asked for is the formula itself, and so is one inside batch_invariant()."""
     if invariant() or transformed():
         return False
-    return chosen() == "auto" and x.device.type in ("cpu", "meta")
+    return chosen() == "auto" and (x.is_cpu or x.is_meta)
 
 
 def pick(op: str, x: Tensor, name: str = "x") -> str:

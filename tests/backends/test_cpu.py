@@ -391,6 +391,23 @@ def test_a_gradient_of_experts_lies_as_its_weight(turned):
     assert ours[1].stride() == w.stride()
 
 
+@pytest.mark.parametrize("turned", (True, False))
+def test_a_token_that_trains_one_stack(turned):
+    """One tensor alone wants a gradient: it is laid out as the stack is, and 0 for idle experts."""
+    stacks = [w.detach() for w in experts(4)]
+    biases = [draw(4, n, grad=False) for n in (12, 12, 8)]
+    own = [w.mT.contiguous().mT if turned else w for w in stacks] + biases
+    x, expert = draw(1, 8, grad=False), torch.tensor([[2, 0, 2]])
+    routing = fusedmlp.route_to(expert, torch.rand(1, 3).double(), 4)
+    for i, one in enumerate(own):
+        leaves = [t.clone().requires_grad_(i == j) for j, t in enumerate(own)]
+        made = both(lambda t=leaves: fusedmlp.moe_mlp(x, routing, *t))
+        grads = [torch.autograd.grad(y.square().sum(), leaves[i])[0] for y in made]
+        torch.testing.assert_close(*grads)
+        assert grads[0].stride() == leaves[i].stride() == one.stride()
+        assert not grads[0][1].any() and grads[0][2].any()
+
+
 def test_one_bit_weights_are_read_as_bits_unless_their_scales_have_a_gradient(monkeypatch):
     calls, formula = [], reference.binary_linear
     monkeypatch.setattr(

@@ -21,4 +21,8 @@ def readable(t: Tensor) -> bool:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for t in tensors:  # any() of a generator costs more
+            if t is not None and t.requires_grad:
+                return True
+    return False

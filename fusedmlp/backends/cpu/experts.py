@@ -1,12 +1,14 @@
 """Experts on the CPU where the host may read the routing: their rows alone, in expert order.
 
 Each projection is one node of autograd's graph, so that a training step costs little beside its
-products; what needs more derivatives goes by the operations of traced.py.
+products; what needs more derivatives goes by the operations of traced.py. One token's experts are
+dense blocks, whose weights are one node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import compress
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from ...reference.lora import Lora
 from ..derivatives import differentiable, save
 from . import traced
 from .eager import needs_grad, readable
-from .grouped import busy, outer_of, product_of, product_op, weight_grad
+from .grouped import busy, outer_of, product_of, product_op, stacked, weight_grad
 
 Product = Callable[..., Tensor]
 
@@ -154,6 +156,40 @@ class SecondFunction(Function):
         return dh, dprob, dw, kept.bgrad(scaled, b) if need_b else None, None
 
 
+def _traced_parts(*stacks_and_experts: Any) -> tuple[Tensor, ...]:
+    *stacks, experts = stacks_and_experts
+    return tuple(t[e] for t in stacks for e in experts)
+
+
+class PartsFunction(Function):
+    """t[e] of each stack t and, for each, of every expert e in use. Backward makes one gradient of
+    a stack, where selecting an expert by itself makes one of full size for each."""
+
+    @staticmethod
+    def forward(ctx: Any, *stacks_and_experts: Any) -> tuple[Tensor, ...]:
+        *stacks, experts = stacks_and_experts
+        save(ctx, stacks, (experts,))
+        return tuple(t.select(0, e) for t in stacks for e in experts)
+
+    @staticmethod
+    @differentiable(_traced_parts)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (experts,), own = ctx.options, iter(grads)
+        made = [stacked(t, experts, [next(own) for _ in experts]) for t in ctx.saved_tensors]
+        return *made, None
+
+
+def _parts(stacks: Sequence[Tensor | None], experts: list[int]) -> Iterator[tuple[Any, ...]]:
+    """What each of the experts has of the stacks."""
+    trained = [needs_grad(t) for t in stacks]
+    made = iter(PartsFunction.apply(*compress(stacks, trained), experts) if any(trained) else ())
+    columns = [
+        [next(made) if own else None if t is None else t.select(0, e) for e in experts]
+        for t, own in zip(stacks, trained, strict=True)
+    ]
+    return zip(*columns, strict=True)
+
+
 def moe_mlp(
     x: Tensor,
     routing: Routing,
@@ -171,12 +207,10 @@ def moe_mlp(
     weights = (w_gate, w_up, w_down, b_gate, b_up, b_down)
     if lora is not None or not readable(routing.offsets):
         return traced.moe_mlp(x, routing, *weights, activation, packed, lora)
-    prob, first = routing.prob, ((w_gate, b_gate), (w_up, b_up))
-    trained = needs_grad(x, prob, *weights)
-    if len(x) == 1 and not trained:
-        return _one_token(x, routing, weights, w_down, activation, packed)
-    kept = Kept(routing)
-    if not trained:
+    if len(x) == 1 and (used := list(busy(routing.offsets.tolist()))):
+        return _one_token(x, routing, used, weights, activation, packed)
+    prob, first, kept = routing.prob, ((w_gate, b_gate), (w_up, b_up)), Kept(routing)
+    if not needs_grad(x, prob, *weights):
         pre = [_first(x, w, b, kept, kept.product) for w, b in first if w is not None]
         h = traced.activated(pre, activation, packed)
         return _second(h, prob, w_down, b_down, kept, kept.product)
@@ -188,23 +222,20 @@ def moe_mlp(
 def _one_token(
     x: Tensor,
     routing: Routing,
-    weights: tuple[Tensor | None, ...],
-    w_down: Tensor,
+    used: list[tuple[int, int, int]],
+    weights: Sequence[Tensor | None],
     activation: str,
     packed: Packed | None,
 ) -> Tensor:
     """Each of its experts is a dense block, for which nothing is gathered."""
     made: list[Tensor] = []
-    for e, start, end in busy(routing.offsets.tolist()):
-        gate, up, down, bg, bu, bd = (None if t is None else t.select(0, e) for t in weights)
-        assert gate is not None and down is not None
+    parts = _parts(weights, [e for e, _, _ in used])
+    for (_, start, end), (gate, up, down, bg, bu, bd) in zip(used, parts, strict=True):
         if up is None and packed is None:
             y = mlp(x, gate, down, bg, bd, activation)
         else:
             y = gated_mlp(x, gate, up, down, bg, bu, bd, activation, packed)
         made += (end - start) * [y]
-    if not made:
-        return x.new_zeros(1, w_down.shape[1])
     if routing.k == 1:
         return (routing.prob.view(1, 1) * made[0]).to(x.dtype)
     shares = routing.prob.view(-1).index_select(0, routing.tokens[: len(made)])

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -86,24 +86,43 @@ def product_of(a: Tensor, w: Tensor, offsets: Tensor, ends: list[int]) -> Tensor
     return made if kept == rows else F.pad(made, (0, 0, 0, rows - kept))
 
 
+def _from_system(E: int, used: int, one: int) -> bool:
+    """Whether zeros of the system are to hold E parts of `one` byte each, of which `used` are not
+    0."""
+    touched = used * (one // _PAGE + 1)
+    return E * one >= _FROM_SYSTEM or 2 * touched * _PAGE < E * one
+
+
+def _idle_zeros(like: Tensor, E: int, used: Sequence[int], *shape: int) -> Tensor:
+    """(E, *shape): 0 for experts that are not in use; parts of the others are to be written."""
+    if _from_system(E, len(used), prod(shape) * like.element_size()):
+        return _fresh(like, E, *shape)
+    out, idle = like.new_empty(E, *shape), 0
+    for e in (*used, E):
+        if idle < e:
+            out[idle:e].zero_()
+        idle = e + 1
+    return out
+
+
 def outer_of(a: Tensor, b: Tensor, offsets: Tensor, ends: list[int]) -> Tensor:
     """`outer` in the same way."""
-    E, kept = len(ends) - 2, ends[-2]
-    one, parts = a.shape[1] * b.shape[1] * a.element_size(), list(busy(ends))
-    touched = len(parts) * (one // _PAGE + 1)
-    if E * one >= _FROM_SYSTEM or 2 * touched * _PAGE < E * one:
-        out = _fresh(a, E, a.shape[1], b.shape[1])
-    elif _by_groups(E, kept, a.t(), b):
+    E, kept, K, N, parts = len(ends) - 2, ends[-2], a.shape[1], b.shape[1], list(busy(ends))
+    if not _from_system(E, len(parts), K * N * a.element_size()) and _by_groups(E, kept, a.t(), b):
         return F.grouped_mm(a[:kept].t(), b[:kept], offs=offsets[1:-1])
-    else:
-        out = a.new_empty(E, a.shape[1], b.shape[1])
-        idle = 0
-        for e, _, _ in (*parts, (E, 0, 0)):
-            if idle < e:
-                out[idle:e].zero_()
-            idle = e + 1
+    out = _idle_zeros(a, E, [e for e, _, _ in parts], K, N)
     for e, start, end in parts:
         torch.mm(a[start:end].t(), b[start:end], out=out[e])
+    return out
+
+
+def stacked(like: Tensor, used: Sequence[int], parts: Sequence[Tensor]) -> Tensor:
+    """The parts of experts in use, 0 for the others, laid out as `like` (E, ...) is."""
+    if like.dim() == 3 and like.stride(1) < like.stride(2):
+        return stacked(like.mT, used, [part.mT for part in parts]).mT
+    out = _idle_zeros(like, like.shape[0], used, *like.shape[1:])
+    for e, part in zip(used, parts, strict=True):
+        out[e].copy_(part)
     return out
 
 

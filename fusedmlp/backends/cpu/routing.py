@@ -42,7 +42,8 @@ def _place_of_one(e: int, E: int) -> bytes:
 
 def _tensors(places: bytes, R: int, E: int) -> tuple[Tensor, ...]:
     whole = torch.frombuffer(bytearray(places), dtype=torch.int32)
-    return whole.split_with_sizes((R, R, E + 2, E))
+    # Integers have no gradient for which they would have to be known as views.
+    return whole.unsafe_split_with_sizes((R, R, E + 2, E))
 
 
 def route_few(expert: Tensor, prob: Tensor, num_experts: int, capacity: int | None) -> Routing:
@@ -55,20 +56,20 @@ def route_few(expert: Tensor, prob: Tensor, num_experts: int, capacity: int | No
 
 def top1_route_one(logits: Tensor) -> Routing:
     """`top1_route` of one token, (1, E)."""
-    z = logits if logits.dtype is torch.float64 else logits.float()
-    values = z.tolist()[0]
+    z = (logits if logits.dtype is torch.float64 else logits.float()).squeeze(0)
+    values = z.tolist()
     largest = max(values)
     e = values.index(largest)
-    p = z.softmax(-1).squeeze(0)
+    p = z.softmax(-1)
     prob = p[e : e + 1]
     share = prob.item()
     if not share > 0:  # NaN
         return top1_route(logits)
     if needs_grad(z):
-        lse = z[0, e : e + 1] - prob.log()
+        lse = z[e : e + 1] - prob.log()
     else:
         lse = z.new_full((1,), largest - math.log(share))
-    if z is not logits:
+    if z.dtype is not logits.dtype:
         prob = prob.to(logits.dtype)
     expert = torch.frombuffer(array("q", (e,)), dtype=torch.int64)
     E = len(values)
