@@ -440,12 +440,6 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "for the type checker",
     ),
     Equivalent(
-        "fusedmlp/backends/cpu/routing.py",
-        "p = z.softmax(-1).squeeze(0)",
-        "p = z.softmax(1).squeeze(0)",
-        "the logits of one token are (1, E)",
-    ),
-    Equivalent(
         "fusedmlp/hyperglu/chunked.py",
         "return torch.zeros_like(v)",
         "return torch.ones_like(v)",
