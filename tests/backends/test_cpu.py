@@ -9,9 +9,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusedmlp
 from fusedmlp import layers, reference
-from fusedmlp.backends.cpu import binary as cpu_binary, grouped, routing as cpu_routing, trees
+from fusedmlp.backends.cpu import (
+    binary as cpu_binary,
+    grouped,
+    masked as cpu_masked,
+    routing as cpu_routing,
+    trees,
+)
 from fusedmlp.backends.op import OPS
 from fusedmlp.hyperglu import HyperGLU, HyperGLUConfig
+from fusedmlp.reference.masked import products as masked_formula
 from fusedmlp.testing import CASES
 from fusedmlp.testing.memory import kept_bytes
 
@@ -50,6 +57,47 @@ def test_second_derivatives(name):
         return first + torch.autograd.grad(of, leaves, allow_unused=True, materialize_grads=True)
 
     torch.testing.assert_close(*both(call))
+
+
+# What `auto` runs by functions of its own, each of which may be asked for one gradient alone.
+OWN = ("gated_mlp", "mlp", "masked_gated_mlp", "masked_gated_linear", "moe_mlp", "moe_linear")
+MADE = [name for name, case in CASES.items() if case.op in OWN and "recompute" not in name]
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_each_gradient_alone(name):
+    case = CASES[name]
+    inputs = {k: t.detach() for k, t in case.inputs(17, 8, 16, torch.float64).items()}
+    for alone in [k for k, t in inputs.items() if t.is_floating_point() and k not in case.draws]:
+        leaf = inputs[alone].clone().requires_grad_()
+
+        def call(alone=alone, leaf=leaf):
+            out = case.run({**inputs, alone: leaf})
+            return torch.autograd.grad(out.square().sum(), leaf, allow_unused=True)
+
+        torch.testing.assert_close(*both(call), msg=lambda m, n=alone: f"d{n}: {m}")
+
+
+@pytest.mark.parametrize("packed", (False, True))
+def test_masked_products_of_experts_give_each_gradient_alone(packed):
+    """Of three experts, one idle, and rows that none takes, whose results are 0."""
+    E, n_m, H, D, ends = 3, 2, 5, 8, (0, 2, 2, 6, 7)
+    a, w, logits = draw(7, D), draw(E, H, D), draw(E, n_m, H, D)
+    bits = [fusedmlp.pack_masks(own.detach()) for own in logits]
+    masks = torch.stack([own.planes for own in bits]) if packed else logits
+    leaves = [a, w] if packed else [a, w, logits]
+
+    def formula(a, w, masks):
+        masks = [own.unpack() for own in bits] if packed else masks
+        each = zip(a.split((2, 0, 4, 1)), w, masks, strict=False)
+        made = [torch.stack(masked_formula(*of)) for of in each]
+        return torch.cat((*made, w.new_zeros(1 + n_m, 1, H)), 1)
+
+    offsets, dy = torch.tensor(ends, dtype=torch.int32), torch.randn(1 + n_m, 7, H).double()
+    for wanted in (*([t] for t in leaves), leaves):
+        own = [t if any(t is leaf for leaf in wanted) else t.detach() for t in (a, w, masks)]
+        made = (cpu_masked.masked_products(*own, offsets), formula(*own))
+        torch.testing.assert_close(*((y, *torch.autograd.grad(y, wanted, dy)) for y in made))
 
 
 def forget():
