@@ -150,6 +150,29 @@ def test_x_is_saved_once_for_any_number_of_experts_a_token(k, recompute):
     assert sum(t.nbytes for t in saved) <= x.nbytes + gu + routing
 
 
+@pytest.mark.parametrize("gated", (True, False))
+def test_bytes_that_recompute_spares_are_those_of_k_experts(gated):
+    """k by the configuration; where that does not say one number, none are counted, nor tried."""
+    for k, count in ((1, 1), (3, 3), (None, 0), ([1, 2], 0), ("absent", 0)):
+        experts = made(Plain, gated=gated, bias=True).bfloat16()
+        experts.config = SimpleNamespace(num_experts_per_tok=k)
+        if k == "absent":
+            del experts.config
+        for recompute in (False, True):
+            (entry,) = fusedmlp.patch(nn.ModuleList([experts]), recompute=recompute).patched
+            assert entry.spared == recompute * count * (1 + gated) * H * 2, k
+            assert ("saves x alone, 2 k H values a token less" in entry.detail) == recompute
+            plan, like = experts._plan, torch.ones(1)
+            if count:
+                inputs = plan.example(experts, 5, like)
+                assert [tuple(t.shape) for t in inputs] == [(5, D), (5, k), (5, k)]
+                assert [t.dtype for t in inputs] == [like.dtype, torch.int64, like.dtype]
+            else:
+                with pytest.raises(NotImplementedError, match="how many experts a token has"):
+                    plan.example(experts, 5, like)
+            fusedmlp.unpatch(experts)
+
+
 @pytest.mark.parametrize("where", ("reference", "triton"))
 def test_an_expert_of_another_rank_adds_nothing(where):
     experts, (x, index, weights) = made(Plain), routed()

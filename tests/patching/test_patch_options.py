@@ -90,3 +90,13 @@ def test_only_a_router_or_its_experts(only, found):
     """A router is patched beside experts that are."""
     report = fusedmlp.patch(block(), only=only)
     assert [(entry.name, entry.op) for entry in report.patched] == [(n, ROUTED[n]) for n in found]
+
+
+def test_a_pattern_that_matches_nothing_names_the_two_nearest():
+    model = Model(GatedMLP(), MLP())
+    with pytest.raises(ValueError) as told:
+        fusedmlp.patch(model, only=["*", "block.1"])
+    names = "'blocks.1' and 'blocks.1.2'"
+    assert str(told.value) == (
+        f"patch: only must match names of modules, such as {names}, got 'block.1'"
+    )
