@@ -72,6 +72,8 @@ PATCHING = (
     "tests/patching/test_patch_later.py",
     "tests/patching/test_patch_libraries.py",
     "tests/patching/test_patch_state.py",
+    "tests/patching/test_patch_lora.py",
+    "tests/patching/test_patch_lora_experts.py",
     PATCH_MODELS,
     PATCH_RANKS,
     "tests/distributed/test_patch_sharding.py",

@@ -196,6 +196,20 @@ def test_experts_are_stacked_in_both_weights(first, second):
     assert is_experts(module) == (first == second == 3)
 
 
+class Other(nn.Parameter):
+    """A tensor of a quantiser's."""
+
+
+@pytest.mark.parametrize("name", ("gate_up_proj", "down_proj", "gate_up_proj_bias"))
+def test_experts_in_other_numbers_are_left(name):
+    whole = lambda p: nn.Parameter(p.to(torch.int8), requires_grad=False)  # noqa: E731
+    for other, kind in ((whole, "Parameter of torch.int8"), (Other, "Other of torch.float32")):
+        experts = made(Plain, bias=True)
+        setattr(experts, name, other(getattr(experts, name).detach()))
+        (entry,) = fusedmlp.patch(nn.ModuleList([experts])).left
+        assert entry.detail == f"{name} is a {kind}: quantised"
+
+
 def test_a_parameter_that_is_none_is_none_of_the_experts():
     experts = made(Plain)
     experts.register_parameter("scale", None)

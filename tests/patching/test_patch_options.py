@@ -92,6 +92,17 @@ def test_only_a_router_or_its_experts(only, found):
     assert [(entry.name, entry.op) for entry in report.patched] == [(n, ROUTED[n]) for n in found]
 
 
+def test_only_a_block_that_is_in_one_bit():
+    """Those that are packed have a line, of those that are asked for."""
+    model = Model(LlamaLike(), LlamaLike())
+    fusedmlp.quantize_model(model)
+    model.blocks.append(BinaryGatedMLP(128, 256))
+    for only, found in (("blocks.1", "1"), (["*.0", "*.2"], "0"), ("*", "01"), (None, "01")):
+        report = fusedmlp.patch(model, only=only)
+        lines = [(e.name, e.kind, e.op) for e in report.entries if e.op is not None]
+        assert lines == [(f"blocks.{i}", "BinaryGatedMLP", "binary_gated_mlp") for i in found]
+
+
 def test_a_pattern_that_matches_nothing_names_the_two_nearest():
     model = Model(GatedMLP(), MLP())
     with pytest.raises(ValueError) as told:
