@@ -159,7 +159,7 @@ class Untouched(TorchDispatchMode):
             return func(*args, **kwargs)
         aliases = [a.alias_info for a in func._schema.arguments if a.alias_info is not None]
         if any(alias.is_write for alias in aliases):
-            return args[0]
+            return kwargs.get("out", args[0])
         if aliases:
             return func(*args, **kwargs)  # a view
         device = {"device": "meta"} if "device" in kwargs else {}

@@ -17,7 +17,7 @@ from torch.nn.utils import prune, weight_norm
 import fusedmlp
 from fusedmlp import layers
 from fusedmlp.backends import choice
-from fusedmlp.dry import warm
+from fusedmlp.dry import driver, warm
 from fusedmlp.kernels import device
 from fusedmlp.kernels.pick import LAST
 
@@ -265,3 +265,50 @@ def test_kernels_that_are_compiled(tmp_path):
     argv = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+LIMIT = 1 << 14  # elements on floats up to which an operator computes
+# What is made of floats, and whether it is computed.
+OPERATORS = {
+    "few floats": (lambda: torch.full((LIMIT,), 2.0) + 1, True),
+    "one more": (lambda: torch.full((LIMIT + 1,), 2.0) + 1, False),
+    "of two tensors": (lambda: torch.full((LIMIT // 2,), 2.0) + torch.ones(LIMIT // 2), True),
+    "of two, one more": (lambda: torch.full((LIMIT // 2 + 1,), 2.0).minimum(torch.ones(())), True),
+    "many integers": (lambda: torch.arange(4 * LIMIT) + 1, True),
+    "few floats by many integers": (
+        lambda: torch.arange(4.0)[torch.arange(2 * LIMIT) % 4], True),
+    "many floats by few integers": (
+        lambda: torch.zeros(LIMIT + 1).index_select(0, torch.tensor([1])), False),
+    "a reduction": (lambda: torch.zeros(LIMIT, 3).sum(1), False),
+    "on a device": (lambda: torch.zeros_like(torch.empty(LIMIT + 1), device="cpu"), False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_which_operators_compute(kind, monkeypatch):
+    """Results have shape, dtype and place all the same."""
+    make, computed = OPERATORS[kind]
+    made, expected = [], make()
+    own = driver.unwritten
+    monkeypatch.setattr(driver, "unwritten", lambda t: made.append(t.shape) or own(t))
+    with driver.Untouched():
+        found = make()
+    assert made == ([] if computed else [expected.shape])
+    assert (found.shape, found.dtype, found.device) == (
+        expected.shape,
+        expected.dtype,
+        expected.device,
+    )
+    assert not computed or torch.equal(found, expected)
+
+
+def test_writes_and_views_of_many_floats():
+    """A write is not done and gives what it was to write to; a view is one."""
+    whole, other = torch.ones(2, LIMIT + 1, 3)
+    with driver.Untouched():
+        for write in (lambda: whole.add_(1), lambda: whole.zero_(), lambda: whole.copy_(2 * other),
+                      lambda: torch.add(other, 1, out=whole)):  # fmt: skip
+            assert write() is whole
+        views = whole.t(), whole[3:], whole.view(-1), whole.expand(2, -1, -1)
+    assert whole.eq(1).all()
+    assert all(v.untyped_storage().data_ptr() == whole.data_ptr() for v in views)

@@ -79,7 +79,8 @@ def test_after_patch(kind, block):
         model.load_state_dict(plain.state_dict())
     assert_same(results(model), expected)
     (entry,) = fusedmlp.patch(model).entries
-    assert entry.op == op and re.search(why, entry.detail)
+    assert (entry.name, entry.kind, entry.op) == ("blocks.0", make.__name__, op)
+    assert re.search(why, entry.detail)
     assert (op or "nothing fused") in repr(model.blocks[0])
     fusedmlp.unpatch(model)
     assert_same(results(model), expected)
