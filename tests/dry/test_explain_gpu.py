@@ -14,8 +14,10 @@ from fusedmlp.bench import predict
 from fusedmlp.bench.machine import ARCH_OF, ROOFS
 from fusedmlp.bench.work import Work
 from fusedmlp.dry.blocks import blocks_of
-from fusedmlp.dry.expected import expected
+from fusedmlp.dry.expected import Expected, expected
+from fusedmlp.dry.lines import _phase
 from fusedmlp.hyperglu import HyperGLU, HyperGLUConfig
+from fusedmlp.kernels.arch.roof import Roof
 from fusedmlp.kernels.pick import LAST
 from fusedmlp.layers import BinaryLinear, FeedForward
 from fusedmlp.testing import CASES
@@ -236,3 +238,25 @@ def test_what_explain_refuses(options, error, message, monkeypatch):
 def test_a_gpu_needs_a_layer():
     with pytest.raises(ValueError, match="explain: layer must be given with gpu or tokens, got No"):
         fusedmlp.explain(gpu="H100")
+
+
+ROOF = Roof("made up", 1, bytes_per_s=1e12, flops={"bfloat16": 1e15})
+TWO = (("one_fwd", None), ("two_fwd", "a tile"))
+# Functions, kernels, FLOPs and bytes of a phase, and its words without a GPU's figures and by them.
+PHASES = [
+    ((), (), 0, 0, "PyTorch alone", ""),
+    ((), (), 0, 10**9, "PyTorch alone", ""),
+    ((), (), 2 * 10**9, 3 * 10**6, "PyTorch alone; 2 GFLOP, 3 MB", "0.003 ms by memory"),
+    (("a", "b"), (), 0, 10**6, "PyTorch alone; 0 GFLOP, 1 MB", "0.001 ms by memory"),
+    ((), TWO, 0, 10**6, "one_fwd, two_fwd (a tile); 0 GFLOP, 1 MB", "0.001 ms by memory"),
+    (("a", "b"), TWO, 5 * 10**12, 10**6,
+     "a, b by triton: one_fwd, two_fwd (a tile); 5e+03 GFLOP, 1 MB", "5 ms by compute"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("ops, kernels, flops, moved, words, bound", PHASES)
+def test_the_words_of_a_phase(ops, kernels, flops, moved, words, bound):
+    phase = Expected("forward", ops, kernels, flops, moved)
+    assert _phase(phase, None, "bfloat16") == words
+    assert _phase(phase, ROOF, "float64") == words
+    assert _phase(phase, ROOF, "bfloat16") == words + (bound and f", at best {bound}")
