@@ -43,6 +43,18 @@ def test_every_combination(kind):
         fusedmlp.unpatch(model)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_example_of_each_plan_runs(kind):
+    """As many rows as asked for, of the width that the module takes, like the tensor given."""
+    model = Model(KINDS[kind][0]()).double()
+    assert fusedmlp.patch(model, dtype_check=False).patched
+    for module in (m for m in model.modules() if isinstance(m, Patched)):
+        x, *more = module._plan.example(module, 5, torch.ones(1, dtype=torch.float64))
+        assert x.shape == (5, D if kind == "experts" else 8) and x.dtype == torch.float64
+        made = module._plan.trial(module, x, *more)
+        assert (made if isinstance(made, torch.Tensor) else made[0]).shape[0] == 5
+
+
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_is_true_or_false(option):
     model = Model(GatedMLP())
@@ -90,6 +102,13 @@ def test_only_a_router_or_its_experts(only, found):
     """A router is patched beside experts that are."""
     report = fusedmlp.patch(block(), only=only)
     assert [(entry.name, entry.op) for entry in report.patched] == [(n, ROUTED[n]) for n in found]
+
+
+def test_a_parameter_that_is_none_is_none_of_the_router():
+    model = block()
+    model.gate.register_parameter("bias", None)
+    assert {entry.name for entry in fusedmlp.patch(model).patched} == {*ROUTED}
+    assert {name for name, _ in model.gate._plan.matrices(model.gate)} == {"weight"}
 
 
 def test_only_a_block_that_is_in_one_bit():
