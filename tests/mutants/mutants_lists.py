@@ -160,8 +160,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "fusedmlp/patching/experts.py",
-        'vars(module).pop("_router", None)',
-        "pass",
+        'for name in ("_router", "_adapters"):',
+        'for name in ("_adapters",):',
         "unpatch() leaves an attribute behind",
     ),
     Fault(
