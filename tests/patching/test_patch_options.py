@@ -12,7 +12,7 @@ from fusedmlp.layers import BinaryGatedMLP
 from fusedmlp.patching.swap import Patched
 
 OPTIONS = ("dtype_check", "recompute", "batch_invariant")
-EVERY = list(itertools.product((True, False), repeat=len(OPTIONS)))
+REACH = OPTIONS[1:]  # each patched module
 # kind -> (how it is made, its ops, how many of them recompute)
 KINDS = {
     "gated": (GatedMLP, ["gated_mlp"], 1),
@@ -30,8 +30,8 @@ def test_every_combination(kind):
     model = Model(make())
     x = torch.randn(2, 3, D if kind == "experts" else 8)
     expected = model(x)
-    for given in EVERY:
-        options = dict(zip(OPTIONS, given, strict=True))
+    for given in itertools.product((True, False), repeat=len(REACH)):
+        options = dict(zip(REACH, given, strict=True))
         report = fusedmlp.patch(model, **options)
         assert [entry.op for entry in report.patched] == ops and not report.left, options
         details = [entry.detail for entry in report.patched]
@@ -109,6 +109,14 @@ def test_a_parameter_that_is_none_is_none_of_the_router():
     model.gate.register_parameter("bias", None)
     assert {entry.name for entry in fusedmlp.patch(model).patched} == {*ROUTED}
     assert {name for name, _ in model.gate._plan.matrices(model.gate)} == {"weight"}
+
+
+def test_a_router_that_is_left_has_a_line():
+    model = block()
+    model.gate.register_forward_hook(lambda *_: None)
+    (left,) = fusedmlp.patch(model).left
+    assert (left.name, left.kind, left.op) == ("gate", type(model.gate).__name__, None)
+    assert left.detail == "its router runs as it is: it has hooks"
 
 
 def test_only_a_block_that_is_in_one_bit():
