@@ -80,6 +80,11 @@ def test_every_file_of_ops_has_a_row_and_type_checkers_see_no_other():
     assert set(public_ops()) <= set(fusedmlp.__all__)
 
 
+def test_ops_are_listed_by_their_names():
+    """Whichever file was imported first."""
+    assert list(OPS) == sorted(OPS) and public_ops() == sorted(public_ops())
+
+
 def test_linked_folders():
     """kernels/ and bench/ are imported through symlinks, docs/ and examples/ are read
     through them; kernels/ must not be a package of its own."""
