@@ -80,7 +80,7 @@ def test_each_gradient_alone(name):
 
 @pytest.mark.parametrize("packed", (False, True))
 def test_masked_products_of_experts_give_each_gradient_alone(packed):
-    """Of three experts, one idle, and rows that none takes, whose results are 0."""
+    """Three experts, one idle, and rows that none takes, whose results are 0."""
     E, n_m, H, D, ends = 3, 2, 5, 8, (0, 2, 2, 6, 7)
     a, w, logits = draw(7, D), draw(E, H, D), draw(E, n_m, H, D)
     bits = [fusedmlp.pack_masks(own.detach()) for own in logits]

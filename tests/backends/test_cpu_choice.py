@@ -151,7 +151,7 @@ def test_which_strides_the_grouped_product_takes(size, strides, expected):
      (torch.float64, 6, 8, False)],
 )  # fmt: skip
 def test_which_products_are_grouped(dtype, rows, columns, expected):
-    """Of three experts: from two rows each on, in a dtype and rows of 16 bytes that it takes."""
+    """With three experts: from two rows each on, in a dtype and rows of 16 bytes that it takes."""
     a, w = torch.zeros(rows, 8, dtype=dtype), torch.zeros(3, 8, columns, dtype=dtype)
     assert grouped._by_groups(3, rows, a, w) == expected
 
