@@ -25,6 +25,7 @@ from torch.distributed.tensor.placement_types import Placement, _StridedShard
 from ..packing import Packed
 from ..patching.dense import Dense
 from ..patching.experts import Experts
+from ..patching.lora import wraps_parameter
 from ..patching.moe import Llama4, Switch
 from ..patching.plan import Plan, child
 from ..patching.projection import full_name, is_projection, transposed
@@ -180,7 +181,13 @@ def _plan_of(module: nn.Module) -> Plan:
         raise ValueError(
             f"tensor_parallel_plan: {type(module).__name__} must be a block that patch() patched"
         )
-    return module._plan
+    plan: Plan = module._plan
+    if isinstance(plan, Llama4) and wraps_parameter(module.experts):  # type: ignore[arg-type]
+        raise ValueError(
+            f"tensor_parallel_plan: experts of {type(module).__name__} must be without adapters, "
+            "got PEFT's ParamWrapper around them; merge them by merge_and_unload()"
+        )
+    return plan
 
 
 def _patched(op: str, model: nn.Module) -> dict[str, Plan]:

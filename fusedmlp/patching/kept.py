@@ -10,6 +10,7 @@ from torch import nn
 
 from ..layers.parts.around import bare
 from .around import passed_over
+from .lora import beneath
 from .plan import Plan, child
 
 # The holder is None for the patched module itself: no module refers to itself.
@@ -44,8 +45,8 @@ def keep(module: nn.Module, plan: Plan) -> Kept:
 
 def _part(module: nn.Module, path: str) -> _Part:
     above, _, key = path.rpartition(".")
-    holder = child(module, above) if above else None
-    inner = child(module, path)
+    holder = beneath(child(module, above)) if above else None
+    inner = beneath(child(module, path))
     forward = getattr(type(inner), "forward", None)
     return path, holder, key, inner, len(inner._modules), forward
 
@@ -70,7 +71,8 @@ def changed(module: Any, kept: Kept) -> str | None:
     if kept.children is not None and children != kept.children:
         return "the number of its submodules has changed"
     for path, holder, key, inner, children, forward in kept.parts:
-        if (module if holder is None else holder)._modules.get(key) is not inner:
+        now = (module if holder is None else holder)._modules.get(key)
+        if now is not inner and not (path in module._plan.wrapped() and beneath(now) is inner):
             return f"{path} is another module than at patch()"
         if len(inner._modules) != children:
             return f"the number of submodules of {path} has changed"
@@ -94,6 +96,6 @@ def stale(module: Any) -> str | None:
         return change
     callable_ = plan.may_call()
     for path in plan.bypassed():
-        if path not in callable_ and (around := passed_over(child(module, path))):
+        if path not in callable_ and (around := passed_over(beneath(child(module, path)))):
             return f"{path} {around}"
     return plan.obstacle(module)

@@ -60,6 +60,20 @@ def wraps_parameter(module: nn.Module) -> bool:
     return kind.__module__ == _HOME and kind.__name__ == "ParamWrapper"
 
 
+def wrappers_of(module: Any) -> tuple[nn.Module, list[Any]]:
+    """What stands in PEFT's wrappers of parameters, and those, the outermost first."""
+    found = []
+    while wraps_parameter(module):
+        found.append(module)
+        module = module.base_layer
+    return module, found
+
+
+def beneath(module: Any) -> Any:
+    """What stands in them, or `module` itself."""
+    return wrappers_of(module)[0]
+
+
 def active(module: Any) -> list[str]:
     """Names of the adapters that it has and that are neither merged nor off."""
     if module._disable_adapters or module.merged_adapters:

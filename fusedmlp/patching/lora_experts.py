@@ -13,17 +13,19 @@ Of one that holds s, B and A the weight beneath is read, and any other is what i
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..check.lora import RANKS
+from ..layers.parts.around import bare
 from ..packing import halves
 from ..reference.lora import Adapter, Lora
+from .around import stands_around
 from .form import Form, form_of
-from .lora import active, wraps_parameter
+from .lora import active
 from .projection import local
 
 _METHOD, _FACTORS = "_activate_lora", "get_delta_factors"  # of PEFT's ParamWrapper
@@ -59,9 +61,8 @@ def _activate(wrapper: Any, names: list[str]) -> AbstractContextManager[None]:
 
 @contextmanager
 def _beside(wrapper: Any) -> Iterator[None]:
-    (name,) = active(wrapper)
     experts, key = wrapper.get_base_layer(), wrapper.parameter_name
-    experts._adapters[key] = Factors(*wrapper.get_delta_factors(name))
+    experts._adapters[key] = factors_of(wrapper)
     try:
         yield
     finally:
@@ -76,32 +77,53 @@ def _beside(wrapper: Any) -> Iterator[None]:
 def refusal(wrapper: Any) -> str | None:
     """Why PEFT adds the adapters of a wrapper to the weight; None where moe_mlp takes them."""
     experts = wrapper.get_base_layer()
-    names = active(wrapper)
-    if not names:
+    if not active(wrapper):
         return "none is active"
-    if missing := [m for m in (_METHOD, _FACTORS) if not hasattr(type(wrapper), m)]:
-        return f"this version of PEFT has no {missing[0]}()"
     if _METHOD not in vars(wrapper):
         return "it was wrapped after patch(), and patch(model) once more attaches it"
     if "_adapters" not in vars(experts):
         return "its experts are not patched"
     if experts._split is not None:
         return "its experts are spread over ranks"
+    form = form_of(experts)
+    return form if isinstance(form, str) else unread(wrapper, form)
+
+
+def unread(wrapper: Any, form: Form) -> str | None:
+    """Why s, B and A of its one active adapter are not an Adapter of moe_mlp."""
+    if missing := [m for m in (_METHOD, _FACTORS) if not hasattr(type(wrapper), m)]:
+        return f"this version of PEFT has no {missing[0]}()"
+    names = active(wrapper)
     if len(names) > 1:
         return f"{len(names)} adapters are active at once ({', '.join(names)})"
-    form = form_of(experts)
-    if isinstance(form, str) or wrapper.parameter_name not in form.names()[:2]:
+    if wrapper.parameter_name not in form.names()[:2]:
         return f"{wrapper.parameter_name} is no stacked weight"
     if wrapper.num_experts == 1:
         return "there is one expert, whose adapter PEFT holds as a matrix"
-    if wrapper.r[names[0]] not in RANKS:
-        return f"its rank {wrapper.r[names[0]]} is not from {RANKS[0]} to {RANKS[-1]}"
-    if not isinstance(wrapper.scaling[names[0]], (int, float)):
-        return f"its scaling is a {type(wrapper.scaling[names[0]]).__name__}, not a number"
+    for name in names:
+        if wrapper.r[name] not in RANKS:
+            return f"its rank {wrapper.r[name]} is not from {RANKS[0]} to {RANKS[-1]}"
+        if not isinstance(scale := wrapper.scaling[name], (int, float)):
+            return f"its scaling is a {type(scale).__name__}, not a number"
     return None
 
 
-def described(wrappers: list[Any]) -> str:
+def factors_of(wrapper: Any) -> Factors | None:
+    """Those of its active adapter, where `unread` has no reason."""
+    return next((Factors(*wrapper.get_delta_factors(name)) for name in active(wrapper)), None)
+
+
+def block_refusal(wrapper: Any, form: Form) -> str | None:
+    """Why a block around the experts, which reads what they hold, must call them."""
+    if not bare(wrapper):
+        return f"a wrapper of PEFT around its experts {stands_around(wrapper)}"
+    if wrapper._disable_adapters and wrapper.merged_adapters:
+        return "adapters of its experts are merged and disabled, which the next call unmerges"
+    why = unread(wrapper, form)
+    return why and f"PEFT adds LoRA to {wrapper.parameter_name} before each call, as {why}"
+
+
+def described(wrappers: list[Any], refusal: Callable[[Any], str | None] = refusal) -> str:
     """For the report: which adapters are read, and which are added, and why."""
     inside, added = [], []
     for wrapper in wrappers:
@@ -115,15 +137,6 @@ def described(wrappers: list[Any]) -> str:
     words = [f"LoRA inside: {', '.join(inside)}"] if inside else []
     words += [f"PEFT adds LoRA {', '.join(added)}"] if added else []
     return "; ".join(words)
-
-
-def wrappers_of(module: Any) -> tuple[nn.Module, list[Any]]:
-    """What stands in PEFT's wrappers of parameters, and those, the outermost first."""
-    found = []
-    while wraps_parameter(module):
-        found.append(module)
-        module = module.base_layer
-    return module, found
 
 
 def taken(experts: Any, name: str) -> tuple[Tensor, Factors | None]:

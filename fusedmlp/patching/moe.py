@@ -23,7 +23,9 @@ from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import route_to
 from .activation import name_by_values
 from .dense import idle, is_projection, local
-from .lora import wraps_parameter
+from .form import Form
+from .lora import base_of, wrappers_of, wraps_parameter
+from .lora_experts import block_refusal, described, factors_of, lora_of
 from .plan import Plan, child, hooked, passed_by
 from .routed import ToExperts, ToScale, to_experts, to_scale
 from .stack import lie_together, stacked
@@ -48,23 +50,53 @@ class Llama4(Plan):
     def passes_by(self) -> tuple[str, ...]:
         return self.bypassed()
 
+    def wrapped(self) -> tuple[str, ...]:
+        return ("experts",)
+
+    def _form(self) -> Form:
+        return Form("gate_up_proj", self.activation, "gate_up", transposed=True, bias=False)
+
+    def _refusal(self, wrapper: Any) -> str | None:
+        return block_refusal(wrapper, self._form())
+
+    def way(self, module: Any) -> tuple[str | None, str]:
+        wrappers = wrappers_of(module.experts)[1]
+        why = next(filter(None, map(self._refusal, wrappers)), None)
+        return (None, f"{why}, so its own forward is called") if why else (self.op, "")
+
+    def waits(self, module: nn.Module) -> bool:
+        return True
+
+    def notes(self, module: Any) -> str:
+        return described(wrappers_of(module.experts)[1], self._refusal)
+
     def example(self, module: Any, rows: int, like: Tensor) -> tuple[Tensor, ...]:
         (width, *_) = [p.shape[-1] for p in module.router.parameters() if p.dim() == 2]
         return (like.new_zeros(1, rows, width),)
 
     def run(self, module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        experts: Any
+        experts, wrappers = wrappers_of(module.experts)
+        split = getattr(module, "_split", None)  # a module that has adopted a hub layer has none
+        if wrappers and (split is not None or self.way(module)[1]):
+            if split is not None:
+                raise passed_by(module, "PEFT's wrappers stand around experts spread over ranks")
+            own: tuple[Tensor, Tensor] = module._own_class.forward(module, hidden_states)
+            return own
+        low = {wrapper.parameter_name: factors_of(wrapper) for wrapper in wrappers}
+        lora = lora_of(low.get("gate_up_proj"), low.get("down_proj"), self._form())
+        options: dict[str, Any] = {} if lora is None else {"lora": lora}
         x = hidden_states.reshape(-1, module.hidden_dim)
         routed = module.router(x)
         scores, logits = routed[self.routed.scores], routed[self.routed.logits]
         expert = logits.argmax(1)
         score = scores.gather(1, expert.unsqueeze(1))
-        w, w_down = local(module.experts.gate_up_proj), local(module.experts.down_proj)
+        w, w_down = local(experts.gate_up_proj), local(experts.down_proj)
         ones = torch.ones_like(expert, dtype=torch.float32)
-        split = getattr(module, "_split", None)  # a module that has adopted a hub layer has none
         call = moe_mlp if split is None else split
         y = call(
             x * score, route_to(expert, ones, module.num_experts), w.mT, None, w_down.mT,
-            activation=self.activation, packed="gate_up",
+            activation=self.activation, packed="gate_up", **options,
         )  # fmt: skip
         return module.shared_expert(x) + y, logits
 
@@ -108,9 +140,21 @@ class Switch(Plan):
     def bypassed(self) -> tuple[str, ...]:
         return (*self.passes_by(), *self.projections())
 
+    def way(self, module: nn.Module) -> tuple[str | None, str]:
+        for path in self.projections():
+            if _adapted(child(module, path)):
+                return None, (
+                    f"{path} has an adapter of PEFT's, so its own forward is called; "
+                    "unpatch(model), then patch(model) fuse its experts one by one"
+                )
+        return self.op, ""
+
+    def waits(self, module: nn.Module) -> bool:
+        return True
+
     def obstacle(self, module: nn.Module) -> str | None:
         for path in self.projections():
-            if not is_projection(inner := child(module, path)):
+            if not is_projection(inner := child(module, path)) and not _adapted(inner):
                 return f"{path} is a {type(inner).__name__}, no plain projection"
         return None
 
@@ -124,6 +168,8 @@ class Switch(Plan):
             for inner in (e.wi, e.wo):
                 if around := hooked(inner):
                     raise passed_by(module, f"a projection of expert {i} {around}")
+                if _adapted(inner):
+                    return module._own_class.forward(module, hidden_states)
                 if not is_projection(inner):
                     what = type(inner).__name__
                     raise passed_by(module, f"a projection of expert {i} is now a {what}")
@@ -145,14 +191,18 @@ class Switch(Plan):
         return y.view(hidden_states.shape)
 
 
+def _adapted(projection: nn.Module) -> bool:
+    """Whether it is in a layer of PEFT's, which the model's own forward calls."""
+    return base_of(projection) is not projection or wraps_parameter(projection)
+
+
 def _llama4(module: Any) -> Plan | str:
     if module.top_k != 1:
         return f"it takes {module.top_k} experts a token, not 1"
-    if wraps_parameter(module.experts):
-        return "PEFT's ParamWrapper stands around its experts, whose weights the call would read"
-    activation = name_by_values(module.experts.act_fn)
+    act: Any = child(module, "experts.act_fn")
+    activation = name_by_values(act)
     if activation is None:
-        return f"{type(module.experts.act_fn).__name__} is no activation that has a kernel"
+        return f"{type(act).__name__} is no activation that has a kernel"
     try:
         return Llama4(activation=activation, routed=to_scale(module))
     except NoMatch as error:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..invariance import batch_invariant
 from ..layers.parts.around import hooked
+from .lora import beneath
 from .projection import called
 
 
@@ -62,6 +63,10 @@ class Plan:
         parents first. Replacing one after patch() makes the next call raise."""
         return ()
 
+    def wrapped(self) -> tuple[str, ...]:
+        """Those in `passes_by()` around which PEFT may put wrappers of their parameters."""
+        return ()
+
     def own_parameters(self, module: nn.Module) -> tuple[str, ...]:
         """Names of the parameters of the module's own, in none of its submodules, that `run`
         reads."""
@@ -77,7 +82,7 @@ class Plan:
     def read_modules(self, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """The submodules whose parameters `run` reads as `module` is now, by their paths."""
         for path in self.bypassed():
-            inner = child(module, path)
+            inner = beneath(child(module, path))
             if not (path in self.may_call() and called(inner)):
                 yield path, inner
 
@@ -144,8 +149,11 @@ class Plan:
 
 
 def child(module: nn.Module, path: str) -> nn.Module:
-    for name in path.split("."):
-        module = getattr(module, name)
+    """What stands at `path`; on the way there PEFT's wrappers of parameters are looked through."""
+    first, *rest = path.split(".")
+    module = getattr(module, first)
+    for name in rest:
+        module = getattr(beneath(module), name)
     return module
 
 

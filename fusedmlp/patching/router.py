@@ -18,7 +18,7 @@ from ..layers.parts.around import hooked
 from .dense import local
 from .experts import Experts
 from .form import settings_of
-from .lora_experts import wrappers_of
+from .lora import beneath
 from .plan import Plan, child, passed_by
 from .route import ARGUMENT, Route, is_matrix, route_of
 from .swap import Patched
@@ -97,7 +97,7 @@ def plan_of_router(router: nn.Module) -> Router | str:
 
 def experts_among(modules: Iterable[nn.Module]) -> Any:
     """The one module of patched experts among `modules`, or None."""
-    inside = (wrappers_of(m)[0] for m in modules)
+    inside = (beneath(m) for m in modules)
     found = [m for m in inside if isinstance(m, Patched) and isinstance(m._plan, Experts)]
     return found[0] if len(found) == 1 else None
 

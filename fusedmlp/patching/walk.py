@@ -22,8 +22,8 @@ from ..ops import binary_gated_mlp, gated_act
 from .around import by_accelerate, passed_over
 from .find import Chained, Direct, find
 from .kept import stale
-from .lora import base_of, wraps_parameter
-from .lora_experts import attach, described, wrappers_of
+from .lora import base_of, beneath, wrappers_of, wraps_parameter
+from .lora_experts import attach, described
 from .moe import ADAPTERS
 from .plan import Plan, child
 from .projection import called
@@ -251,9 +251,9 @@ class Walk:
             return why
         read: list[tuple[str, Any]] = [(n, getattr(module, n)) for n in plan.own_parameters(module)]
         for path in plan.bypassed():
-            inner = child(module, path)
+            inner = beneath(child(module, path))
             if path in plan.may_call():
-                inner = base_of(inner)
+                inner = base_of(child(module, path))
                 if called(inner):
                     continue
             if around := passed_over(inner):

@@ -14,6 +14,7 @@ from peft.tuners.lora import layer
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import fusedmlp
+from fusedmlp.distributed import expert_parallel_plan
 from fusedmlp.patching import form
 from fusedmlp.testing.memory import kept_bytes
 
@@ -203,23 +204,83 @@ def test_by_the_table_of_transformers():
     assert_alike(ours, plain, batch("llama"))
 
 
-@pytest.mark.parametrize(
-    "name, own, why",
-    (("llama4", {"target_parameters": ["experts.gate_up_proj"]}, "PEFT's ParamWrapper stands"),
-     ("switch", {"target_modules": ["wi", "wo"]}, "an expert's wi is no plain Linear")),
-)  # fmt: skip
-def test_blocks_with_a_plan_of_their_own_are_left(name, own, why):
-    """Patched before PEFT, their call raises: it would pass by the adapters."""
-    models = []
-    for when in ("after", "before", None):
-        model = build(name, **KINDS[name]).eval()
-        if when == "before":
-            fusedmlp.patch(model)
-        torch.manual_seed(1)
-        models.append(get_peft_model(model, LoraConfig(**LORA | own)).eval())
-    ours, before, plain = models
-    left = [entry for entry in fusedmlp.patch(ours).left if "router" not in entry.name]
-    assert left and all(entry.detail.startswith(why) for entry in left)
-    assert_alike(ours, plain, batch(name))
-    with pytest.raises(TypeError, match="which the fused call would pass by"):
-        before(**batch(name))
+OWN = {
+    "llama4": {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+    "switch": {"target_modules": ["wi", "wo"]},
+}
+
+
+def block_of_its_own(name, patched=None):
+    model = build(name, **KINDS[name]).eval()
+    if patched == "before":
+        fusedmlp.patch(model)
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(**LORA | OWN[name])).eval()
+    if patched == "after":
+        fusedmlp.patch(model)
+    return model
+
+
+def experts_entry(model):
+    kinds = ("Llama4TextMoe", "SwitchTransformersSparseMLP")
+    return next(e for e in fusedmlp.patch(model).entries if e.kind in kinds)
+
+
+@pytest.mark.parametrize("patched", ("before", "after"))
+@pytest.mark.parametrize("name", OWN)
+def test_blocks_with_a_plan_of_their_own(name, patched, monkeypatch):
+    """Switched off and on, merged and not, and taken off again."""
+    ours, plain = block_of_its_own(name, patched), block_of_its_own(name)
+    inputs = batch(name)
+    with merges(monkeypatch) as made:
+        assert_alike(ours, plain, inputs)
+    assert name == "switch" or set(made) == {"_LoraFactorsProxy"} and len(made) == 4  # plain's
+    for method in ("disable_adapter_layers", "enable_adapter_layers", "merge_adapter",
+                   "disable_adapter_layers", "enable_adapter_layers"):  # fmt: skip
+        for model in (ours, plain):
+            getattr(model if hasattr(model, method) else model.base_model, method)()
+        assert_alike(ours, plain, inputs)
+    for model in (ours, plain):
+        model.merge_adapter()
+    assert_alike(ours.unload(), plain.unload(), inputs)
+
+
+@pytest.mark.parametrize("patched", ("before", "after"))
+def test_what_llama4_says(patched):
+    """Fused with its adapters; by its own forward where one must be added by PEFT."""
+    ours, plain = block_of_its_own("llama4", patched), block_of_its_own("llama4")
+    entry = experts_entry(ours)
+    assert entry.op == "moe_mlp" and entry.detail.endswith(
+        "; LoRA inside: down_proj 'default' of rank 3, gate_up_proj 'default' of rank 3"
+    )
+    for model in (ours, plain):
+        torch.manual_seed(2)
+        model.add_adapter("other", LoraConfig(**LORA | OWN["llama4"]))
+        model.base_model.set_adapter(["default", "other"])
+    entry = experts_entry(ours)
+    assert entry.op is None and "2 adapters are active at once" in entry.detail
+    assert entry.detail.endswith("so its own forward is called")
+    assert_alike(ours, plain, batch("llama4"))
+    fusedmlp.unpatch(ours)
+    assert_alike(ours, plain, batch("llama4"))
+
+
+def test_what_switch_says():
+    """Its experts one by one, with adapters inside, if patched after PEFT; its own forward else."""
+    before, after = block_of_its_own("switch", "before"), block_of_its_own("switch", "after")
+    entry = experts_entry(before)
+    assert entry.op is None and "experts.expert_0.wi has an adapter of PEFT's" in entry.detail
+    assert "wi is no plain Linear" in experts_entry(after).detail
+    fusedmlp.unpatch(before)
+    for model in (before, after):
+        one_by_one = [e for e in fusedmlp.patch(model).patched if "expert_" in e.name]
+        assert one_by_one and all("LoRA inside" in e.detail and e.op == "mlp" for e in one_by_one)
+
+
+def test_adapters_are_not_spread_over_ranks():
+    ours = block_of_its_own("llama4", "after")
+    (name, style), *_ = expert_parallel_plan(ours).items()
+    with pytest.raises(
+        ValueError, match="Llama4TextMoe must be without adapters, got PEFT's Param"
+    ):
+        style._apply(ours.get_submodule(name), None)
