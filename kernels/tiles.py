@@ -230,13 +230,14 @@ def add_low_rank(
     PRECISION: tl.constexpr,
 ):
     """acc + t b' of (a part of) a tile, where t (M, r) and b (N, r) are an adapter's; acc where t
-    is None. sizes: r, the row stride of t, and both strides of b. In an accumulator of its own:
-    with one for both, ptxas waits after every wgmma of the main loop (sm_90, Triton 3.9, 2026-11).
-    Nothing is loaded ahead, which would take shared memory beside the tiles'."""
+    is None. sizes: r, where its steps end, the row stride of t, and both strides of b. In an
+    accumulator and a loop of its own: with one accumulator for both, or without the loop (which a
+    bound of 1 is compiled into), ptxas waits after every wgmma of the main loop (sm_90, Triton 3.9,
+    2026-11). Nothing is loaded ahead, which would take shared memory beside the tiles'."""
     if t is not None:
-        r, stride_tm, stride_bn, stride_bk = sizes
+        r, end, stride_tm, stride_bn, stride_bk = sizes
         low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in tl.range(0, r, RANK_STEP, num_stages=1):
+        for k in tl.range(0, end, RANK_STEP, num_stages=1):
             left = load_tile(t, stride_tm, 1, m0, k, M, r, BLOCK_M, RANK_STEP, False)
             right = load_weight(
                 b, stride_bn, stride_bk, n0, k, N, r, BLOCK_N, RANK_STEP, False, True, True
@@ -406,7 +407,9 @@ def low_rank_of(t: Tensor | None, b: Tensor | None) -> tuple[int, ...] | None:
         return None
     if t.stride(1) != 1 and t.shape[1] > 1:
         raise AssertionError("an adapter's product x a' has contiguous columns")
-    return t.shape[1], t.stride(0), *b.stride()
+    r, step = t.shape[1], RANK_STEP.value
+    # Never 1, which Triton would compile in.
+    return r, -(-r // step) * step, t.stride(0), *b.stride()
 
 
 def weight_of(

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 import triton
+from compiled import in_compiler
+from ranked import faults_at
 
 from fusedmlp.bench.gate import compiling, kernels as aot
 from fusedmlp.bench.gate.inspecting import OPCODE
@@ -146,3 +148,10 @@ def test_the_gate_refuses_interpreted_kernels():
         env={**os.environ, "TRITON_INTERPRET": "1"},
     )
     assert result.returncode == 2 and "TRITON_INTERPRET is set" in result.stderr
+
+
+def test_adapters_of_rank_1_leave_wgmma_in_flight():
+    """Triton compiles an argument of 1 in, and ptxas waits after every product of the main loop
+    where the adapter's is in no loop of its own."""
+    found = in_compiler(faults_at, 1)
+    assert len(found) == 4 and not any(found.values()), found
