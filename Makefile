@@ -33,7 +33,7 @@ KERNEL ?=
 LIMIT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test long quick lint execute gate gate-triton gate-csrc bound docs floors mutants prove families patch-sweep bench
+.PHONY: help test long invariance quick lint execute gate gate-triton gate-csrc bound docs floors mutants prove families patch-sweep bench
 
 # $(call needs,MODULE,EXTRA): one error where a Python module is not there.
 needs = @$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("$(1)") or \
@@ -56,6 +56,10 @@ test: ## the suite, but for what tests/long.txt lists and what is marked slow
 long: ## what tests/long.txt lists: whole commands, torch.compile, large grids
 	$(call needs,pytest,test)
 	$(PYTEST) -n $(JOBS) -m "long and not slow"
+
+invariance: ## the grid of batch invariance: every case, and five blocks as compiled for each GPU
+	$(call needs,pytest,test)
+	$(PYTEST) -n $(JOBS) -m slow tests/ops/test_batch_invariance.py
 
 quick: ## each op once and the rules of the house, in two minutes on two cores
 	$(call needs,pytest,test)
