@@ -31,12 +31,12 @@ def mixtral():
     return MixtralForCausalLM(config).eval()
 
 
-def adapted(patched=None, stacks=STACKS):
+def adapted(patched=None, stacks=STACKS, **changes):
     model = mixtral()
     if patched == "before":
         fusedmlp.patch(model)
     torch.manual_seed(1)
-    model = get_peft_model(model, LoraConfig(**LORA, target_parameters=stacks)).eval()
+    model = get_peft_model(model, LoraConfig(**LORA | changes, target_parameters=stacks)).eval()
     if patched == "after":
         fusedmlp.patch(model)
     return model
@@ -120,6 +120,38 @@ def test_as_any_patched_model(how, monkeypatch):
             ours.compile(backend="eager", fullgraph=True)  # which PEFT's own way breaks
         assert_alike(ours, plain, batch("llama"), tolerance)
     assert len(made) in (4, 8)  # the unpatched model's own, at each forward
+
+
+CONFIGURATIONS = (
+    {"bias": "lora_only"}, {"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"r": 1},
+    {"r": 64, "use_rslora": True}, {"rank_pattern": {".*gate_up_proj": 2}},
+    {"init_lora_weights": True}, {"inference_mode": True},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("patched", ("before", "after"))
+def test_configurations(patched, changes):
+    ours, plain = adapted(patched, **changes), adapted(**changes)
+    assert_alike(ours, plain, batch("llama"))
+
+
+@pytest.mark.parametrize("patched", ("before", "after"))
+def test_experts_that_train_too(patched):
+    ours, plain = adapted(patched), adapted()
+    for model in (ours, plain):
+        model.base_model.model.model.layers[0].mlp.experts.get_base_layer().requires_grad_(True)
+    assert_alike(ours, plain, batch("llama"))
+
+
+def test_an_adapter_is_deleted():
+    ours, plain = adapted("after"), adapted()
+    for model in (ours, plain):
+        torch.manual_seed(2)
+        model.add_adapter("other", LoraConfig(**LORA | {"r": 2}, target_parameters=STACKS))
+        model.delete_adapter("default")
+        model.set_adapter("other")
+    assert_alike(ours, plain, batch("llama"))
 
 
 def test_what_peft_adds_as_before():

@@ -89,10 +89,10 @@ def _reset(owner: nn.Module, module: nn.Module) -> None:
 
 def affine(owner: nn.Module, linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of an nn.Linear. What a replacement adds to them would be lost: refused."""
-    if type(linear).forward is not nn.Linear.forward:
+    if (kind := type(linear)).forward is not nn.Linear.forward:
         raise TypeError(
             f"{type(owner).__name__}: every projection must be an nn.Linear, whose parameters are "
-            f"read without calling it, got {type(linear).__name__}; merge an adapter first"
+            f"read without calling it, got {kind.__module__}.{kind.__name__}; merge adapters first"
         )
     return linear.weight, linear.bias  # type: ignore[return-value]
 
