@@ -153,7 +153,7 @@ def test_one_call_where_nothing_stands_in_the_way(reason):
 
 @pytest.mark.interpreter
 def test_batch_invariance_calls_projections(on_triton):
-    """The kernels promise nothing of it with adapters."""
+    """The kernels promise nothing with adapters."""
     model, x = adapted(), torch.randn(3, 128)
     mlp = model.base_model.model.model.layers[0].mlp
     y = mlp(x)

@@ -13,7 +13,7 @@ from fusedmlp.kernels.launches import dense
 
 
 def faults_at(rank: int) -> dict[str, list[str]]:
-    """Of each launch's largest tile on sm_90."""
+    """The faults of each launch's largest tile on sm_90."""
     found: dict[str, list[str]] = {}
     with mock.patch.object(dense, "RANK", rank):
         for job in jobs_of(ARCHES["sm_90"], []):
