@@ -16,13 +16,13 @@ from .jobs import Job
 
 
 def captured(job: Job) -> list[Launched]:
-    """Every launch that the job's call would make."""
+    """The job's launches, of each compiled kernel the first: a call may launch one many times."""
     arch = job.arch
     if job.key is not None and job.tile is not None:
         arch = dataclasses.replace(arch, tiles={job.key: (job.tile,)})
     with compile_only(arch) as compiled:
         job.call()
-    return compiled
+    return list({id(launched.kernel): launched for launched in reversed(compiled)}.values())[::-1]
 
 
 @functools.cache

@@ -87,11 +87,17 @@ def _paid_for(tile: Tile, arch: Arch, kernel: str, size: int) -> Iterator[Tile]:
 # The same of hyper_attention's kernels, where block_m is the side of a tile of scores (of a step,
 # the fewest sources of a block). What fits them only the compiler knows.
 _HYPER_RANGES = {"block_m": (16, 128), "block_k": (16, 128), "num_warps": (4, 8)}
-_HYPER_COLUMNS = ("hyper_attention_out", "hyper_attention_dv", "hyper_attention_step")
+_HYPER_COLUMNS = (
+    "hyper_attention_out", "hyper_attention_dz2", "hyper_attention_dv", "hyper_attention_step",
+)  # fmt: skip
+# Backward's kernels share tiles, of the side that hyper_attention_scores has.
+_HYPER_SHARED = tuple(f"hyper_attention_{k}" for k in ("dz2", "gate", "dslots", "dq", "dk", "dv"))
 
 
 def _hyper_moves(tile: Tile, kernel: str) -> Iterator[Tile]:
     ranges = _HYPER_RANGES | ({"block_n": (16, 256)} if kernel in _HYPER_COLUMNS else {})
+    if kernel in _HYPER_SHARED:
+        ranges.pop("block_m")
     for name, (low, high) in ranges.items():
         now = getattr(tile, name)
         for value in (now // 2, now * 2):

@@ -91,7 +91,7 @@ ARCHES: dict[str, Arch] = {
         Arch("sm_80", 80, "mma.sync", 166_912, 2048, _MMA, hyper.MMA),
         Arch("sm_86", 86, "mma.sync", 101_376, 1536, _MMA, hyper.MMA),
         # The GPU that the tiles are made for.
-        Arch("sm_90", 90, "wgmma", 232_448, 2048, _TMA, hyper.WGMMA, (H100, H200), thorough=True),
+        Arch("sm_90", 90, "wgmma", 232_448, 2048, _TMA, hyper.TMA, (H100, H200), thorough=True),
         Arch("sm_100", 100, "tcgen05", 232_448, 2048, _TCGEN05, hyper.TMA, (B200,)),
         Arch("sm_103", 103, "tcgen05", 232_448, 2048, _TCGEN05, hyper.TMA),
         # Thor, which CUDA 12 called sm_101.

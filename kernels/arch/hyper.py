@@ -22,41 +22,41 @@ def _square(rows: int, width: int, warps: int, values: int) -> Tile:
 
 
 # (kernel, bytes of an element) -> tile of hyper_attention's passes; strides are free everywhere.
-# Fewer rows where more would spill under Triton 3.6: 3.9 has room for 64 in dslots on sm_90 and
-# sm_100, for 64 in dz1 on sm_90, and for 32 in dq. No GPU has timed them.
+# Backward's passes share tiles, of the size that scores has. No GPU has timed any.
 _FP32: Tiles = {
     (f"hyper_attention_{k}", 4): (_square(16, 32, 4, 64),)
-    for k in ("h1", "out", "dz2", "dz1", "dq", "dk", "dv", "dslots")
+    for k in ("h1", "out", "scores", "dz2", "gate", "dq", "dk", "dv", "dslots")
 }
 # A step of decoding: the fewest sources of a block, how many values of each it loads at once (more
 # sources where rows are short), and the most columns.
 _STEP: Tiles = {
     ("hyper_attention_step", size): (Tile(64, 128, 64, 4, 1, loads="element"),) for size in (2, 4)
 }
-_SMALL = {
-    ("hyper_attention_dq", 2): _square(16, 64, 4, 128),
-    ("hyper_attention_dslots", 2): _square(16, 64, 8, 128),
+_BACKWARD: Tiles = {
+    # As many columns as do not spill at a time: on sm_90 16 take 9% longer.
+    ("hyper_attention_gate", 2): (_square(64, 32, 4, 128),),
+    **{
+        (f"hyper_attention_{k}", 2): (_square(64, 64, 4, 128),)
+        for k in ("scores", "dz2", "dslots", "dq", "dk", "dv")
+    },
 }
 MMA: Tiles = {
     **_STEP,
     **_FP32,
-    **{key: (tile,) for key, tile in _SMALL.items()},
-    **{(f"hyper_attention_{k}", 2): (_square(32, 64, 8, 128),) for k in ("dz1", "dk", "dv")},
+    **_BACKWARD,
+    # With 32 columns Triton 3.6 spills 24 bytes on sm_120.
+    ("hyper_attention_gate", 2): (_square(64, 16, 4, 128),),
     ("hyper_attention_out", 2): (_square(64, 64, 8, 128),),
-    **{(f"hyper_attention_{k}", 2): (_square(64, 64, 8, 128),) for k in ("h1", "dz2")},
+    ("hyper_attention_h1", 2): (_square(64, 64, 8, 128),),
 }
 TMA: Tiles = {
     **_STEP,
     **_FP32,
-    **{key: (tile,) for key, tile in _SMALL.items()},
+    **_BACKWARD,
     # One warp group for 64 rows, so that it has all columns of a product with the ranks.
-    **{(f"hyper_attention_{k}", 2): (_square(64, 64, 4, 128),) for k in ("h1", "dz2")},
-    ("hyper_attention_dz1", 2): (_square(64, 64, 8, 128),),
-    **{(f"hyper_attention_{k}", 2): (_square(32, 64, 8, 128),) for k in ("dk", "dv")},
+    ("hyper_attention_h1", 2): (_square(64, 64, 4, 128),),
     ("hyper_attention_out", 2): (_square(64, 64, 4, 256),),
 }
-# With the 32 columns that `least_columns` asks of 8 warps, dz1 would spill 40 bytes at 64 rows.
-WGMMA: Tiles = {**TMA, ("hyper_attention_dz1", 2): (_square(32, 64, 8, 128),)}
 # With 4 warps ptxas spills 16 bytes on sm_110, though not on sm_100.
 TCGEN05_110: Tiles = {**TMA, ("hyper_attention_out", 2): (_square(64, 64, 8, 256),)}
 INTERPRETED: Tiles = {key: (_square(32, 16, 4, 16),) for key in MMA}

@@ -1,17 +1,4 @@
-"""What the kernels of hyper_attention share: the band skew, mixing and gate of one tile of scores.
-
-A tile holds BLOCK rows from m0 and BLOCK columns from n0. Its entry (i, j) has slot
-p0 + j - i + BLOCK - 1 of u, vt and d, with p0 = L - BLOCK - (m0 - n0): one band of 2 BLOCK slots
-serves the tile, but row i sees it shifted by i. Products with u and vt run over bands, and a tile
-becomes a band, or a band a tile, through a small scratch of its block's own:
-
-    spread   writes tile entry (i, j) at band column j - i + BLOCK - 1;  banded reads the band
-    expand   writes a band;                                              gathered reads the tile
-
-Both are plain loads and stores: the shift is a row stride of 2 BLOCK - 1 in place of 2 BLOCK. See
-kernels/README.md for what else was tried. A barrier stands between writing a scratch and reading
-it, and before it is written again.
-"""
+"""What the kernels of hyper_attention share: rows of operands, slots, the gate."""
 
 from __future__ import annotations
 
@@ -20,7 +7,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from ..exponentials import exp2, sigmoids
+from ..exponentials import exp2, reciprocal
 from ..tiles import INTERPRETED, dot, load_tile, rounded
 
 
@@ -127,47 +114,6 @@ def products(a0, b0, a, b, batch, head, m0, n0, T, width, P: tl.constexpr, WIDTH
 
 
 @triton.jit
-def visible(m0, n0, BLOCK: tl.constexpr):
-    return n0 + tl.arange(0, BLOCK)[None, :] <= m0 + tl.arange(0, BLOCK)[:, None]
-
-
-@triton.jit
-def clear(region, COUNT: tl.constexpr, BLOCK: tl.constexpr):
-    """Zero COUNT bands: spread never writes what lies outside a row's shifted tile."""
-    offs = tl.arange(0, BLOCK)[:, None] * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)[None, :]
-    zeros = tl.zeros((BLOCK, 2 * BLOCK), region.dtype.element_ty)
-    for i in tl.static_range(COUNT):
-        tl.store(region + i * (2 * BLOCK * BLOCK) + offs, zeros)
-    tl.debug_barrier()
-
-
-@triton.jit
-def _shifted(BLOCK: tl.constexpr):
-    rows = tl.arange(0, BLOCK)[:, None] * (2 * BLOCK - 1)
-    return rows + tl.arange(0, BLOCK)[None, :] + (BLOCK - 1)
-
-
-@triton.jit
-def spread(region, X, BLOCK: tl.constexpr):
-    tl.store(region + _shifted(BLOCK), rounded(X, region.dtype.element_ty))
-
-
-@triton.jit
-def gathered(region, BLOCK: tl.constexpr):
-    return tl.load(region + _shifted(BLOCK)).to(tl.float32)
-
-
-@triton.jit
-def _straight(BLOCK: tl.constexpr):
-    return tl.arange(0, BLOCK)[:, None] * (2 * BLOCK) + tl.arange(0, 2 * BLOCK)[None, :]
-
-
-@triton.jit
-def banded(region, BLOCK: tl.constexpr):
-    return tl.load(region + _straight(BLOCK))
-
-
-@triton.jit
 def slots_of(s, head, p0, L, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl.constexpr):
     """(ROWS, BLOCK_R) slots from p0 on; 0 for lags that do not exist."""
     offs_p = p0 + tl.arange(0, ROWS)
@@ -176,61 +122,6 @@ def slots_of(s, head, p0, L, RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK_R: tl
     base = s.ptr + tl.cast(head, tl.int64) * s.stride_h
     pointers = base + offs_p.to(tl.int64)[:, None] * s.stride_p + offs_r[None, :] * s.stride_r
     return tl.load(pointers, mask=mask, other=0.0)
-
-
-@triton.jit
-def expand(
-    region,
-    z,
-    s,
-    head,
-    m0,
-    n0,
-    L,
-    RANK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The band of z s' over the ranks, for `gathered`."""
-    band = slots_of(s, head, L - BLOCK - (m0 - n0), L, RANK, 2 * BLOCK, BLOCK_R)
-    F = dot(z, band.T, tl.zeros((BLOCK, 2 * BLOCK), tl.float32), PRECISION)
-    tl.store(region + _straight(BLOCK), rounded(F, region.dtype.element_ty))
-
-
-@triton.jit
-def reduce(
-    acc,
-    region,
-    s,
-    head,
-    m0,
-    n0,
-    L,
-    RANK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """acc (BLOCK, BLOCK_R) + the tile that was spread there, times s over its slots."""
-    band = slots_of(s, head, L - BLOCK - (m0 - n0), L, RANK, 2 * BLOCK, BLOCK_R)
-    return dot(banded(region, BLOCK), band, acc, PRECISION)
-
-
-@triton.jit
-def keep(d, head, m0, n0, L, SHORT: tl.constexpr, BLOCK: tl.constexpr):
-    """What a mixing multiplies each entry by: shortcut + d[p]."""
-    factor = 1.0 if SHORT else 0.0
-    if d.ptr is not None:
-        ahead = tl.arange(0, BLOCK)[None, :] - tl.arange(0, BLOCK)[:, None]
-        first = L - 1 - (m0 - n0)
-        # What is no slot is not seen either: any value does.
-        ahead = tl.minimum(tl.maximum(ahead, -first), L - 1 - first)
-        base = d.ptr + tl.cast(head, tl.int64) * d.stride_h + tl.cast(first, tl.int64) * d.stride_p
-        # Within one band 32 bits do, and take half the registers.
-        values = tl.load(base + ahead * d.stride_p)
-        factor = factor + values.to(tl.float32)
-    return factor
 
 
 @triton.jit
@@ -278,14 +169,18 @@ def gate_of(P1, P2, GLU: tl.constexpr, QUICK: tl.constexpr = False):
 
 
 @triton.jit
-def gate_grads(dA, P1, P2, coefficient, GLU: tl.constexpr, NORMED: tl.constexpr):
-    """dP1 and dP2; the norm of a row gives -coefficient P1."""
+def gate_slopes(P1, P2, GLU: tl.constexpr, QUICK: tl.constexpr = False):
+    """A and its slopes by P1 and P2. Softplus and its slope, the sigmoid, share an exponential."""
+    R = relu(P1)
     if GLU:
-        dP2 = dA * tl.where(P1 <= 0, 0.0, P1) * sigmoids(P2)[0]
-        dP1 = tl.where(P1 > 0, dA * softplus(P2), 0.0)
+        e = exp2(-1.4426950408889634 * tl.abs(P2))
+        soft = tl.maximum(P2, 0.0) + 0.6931471805599453 * _log2(1 + e, QUICK)
+        slope = tl.where(P2 < 0, e, 1.0) * reciprocal(1 + e)
+        A = R * soft
+        to_P1 = tl.where(P1 > 0, soft, 0.0)
+        to_P2 = R * slope
     else:
-        dP2 = dA
-        dP1 = tl.where(P1 > 0, dA, 0.0)
-    if NORMED:
-        dP1 = dP1 - coefficient[:, None] * P1
-    return dP1, dP2
+        A = R
+        to_P1 = tl.where(P1 > 0, 1.0, 0.0)
+        to_P2 = to_P1
+    return A, to_P1, to_P2

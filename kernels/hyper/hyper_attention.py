@@ -47,7 +47,7 @@ from .lag import (
     summed_across,
 )
 from .plan import Core, HyperCall, heads_last, mix_of, plan_launch, rows
-from .scores import row_factor, row_operands, second_rows
+from .row_tiles import row_factor, row_operands, second_rows
 
 
 @triton.jit
@@ -100,17 +100,29 @@ def put_scores(ring1, ring2, q1, q2, core, b, i, m0, n0, T, P: tl.constexpr):
 
 
 @triton.jit
-def _lag_mixed(ring, z, core, a, m0, n0, L, P: tl.constexpr):
+def mixed(S, z, core, a, m0, n0, L, P: tl.constexpr):
+    """P of a sub-head's tile by lag, or of columns of it from n0, of its scores."""
     BLOCK: tl.constexpr = P.block
     BLOCK_R: tl.constexpr = P.block_r1
     RANK: tl.constexpr = P.rank1
     PRECISION: tl.constexpr = P.precision
-    out = by_lag(ring, n0, BLOCK).to(tl.float32)
+    out = S.to(tl.float32)
     if P.rank1 > 0:
+        COLUMNS: tl.constexpr = S.shape[1]
         p0 = L - BLOCK - (m0 - n0)
-        out = kept(out, core.first.d, a, p0, L, P.short1, BLOCK)
-        out = low_rank(out, z, core.first.vt, a, p0, L, RANK, BLOCK, BLOCK_R, PRECISION)
+        out = kept(out, core.first.d, a, p0, L, P.short1, COLUMNS)
+        out = low_rank(out, z, core.first.vt, a, p0, L, RANK, COLUMNS, BLOCK_R, PRECISION)
     return out
+
+
+@triton.jit
+def only_seen(P1, n0, BLOCK: tl.constexpr):
+    """P1 of a tile by lag, 0 where there is no source. The gate and its gradients are 0 then, and
+    P2 needs no mask, which would spill under Triton 3.6."""
+    if n0 < BLOCK:
+        tl.debug_barrier()  # else the compiler makes of the branch what each tile runs through
+        P1 = tl.where(seen(n0, BLOCK, P1.shape[1]), P1, 0.0)
+    return P1
 
 
 @triton.jit
@@ -118,15 +130,11 @@ def lag_mixed(ring1, ring2, z1, z2, core, i, m0, n0, L, P: tl.constexpr):
     """P1 and P2 of a head's tile by lag, behind put_scores and a barrier."""
     BLOCK: tl.constexpr = P.block
     HEADS: tl.constexpr = P.heads
-    P1 = _lag_mixed(ring1, z1, core, i, m0, n0, L, P)
+    P1 = mixed(by_lag(ring1, n0, BLOCK), z1, core, i, m0, n0, L, P)
     P2 = P1
     if P.glu:
-        P2 = _lag_mixed(ring2, z2, core, i + HEADS, m0, n0, L, P)
-    if n0 < BLOCK:
-        tl.debug_barrier()  # else the compiler makes of the branch what each tile runs through
-        # The gate is 0 then, and P2 needs no mask, which would spill under Triton 3.6.
-        P1 = tl.where(seen(n0, BLOCK), P1, 0.0)
-    return P1, P2
+        P2 = mixed(by_lag(ring2, n0, BLOCK), z2, core, i + HEADS, m0, n0, L, P)
+    return only_seen(P1, n0, BLOCK), P2
 
 
 @triton.jit
@@ -268,7 +276,7 @@ def hyper_attention_fwd(
         tiles = cdiv(T, hyper_tile("hyper_attention_h1", q).block_m)
         launch = plan_launch("hyper_attention_h1", call, width=q.shape[-1], count=B * Q * tiles)
         noted(_h1_kernel)[launch.programs,](
-            core, rows(c1), h1, launch.scratch(q, 2), B, T, L, **launch.options
+            core, rows(c1), h1, launch.rings(q), B, T, L, **launch.options
         )
     launch = plan_launch("hyper_attention_out", call, width=q.shape[-1])
     plan = launch.plan

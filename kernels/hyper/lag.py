@@ -8,9 +8,9 @@ what is not seen lies beside the columns or before source 0.
 Scores move from the one layout to the other through a ring: a block's own scratch of BLOCK rows
 that hold two neighbouring tiles, and the even one of them twice, so that no window of BLOCK columns
 goes round. `put` writes a tile straight, in rising order of n0; `by_lag` reads a window that moves
-by one column a row, from the tile that was put last and the one before. Weights move back where
-their tiles by lag lie side by side in whole rows: `keep_tile` writes one, `by_source` reads such a
-window.
+by one column a row, from the tile that was put last and the one before. Where tiles by lag lie side
+by side in whole rows, `keep_tile` writes one, and `by_source` and `keep_by_source` read and write
+such a window: weights move back there, and the scores of backward get there.
 
 A barrier stands between writing and reading, and before what is read is written again.
 """
@@ -57,13 +57,20 @@ def _in_rows(n0, length, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def keep_tile(rows, n0, length, X, BLOCK: tl.constexpr):
-    """Write the tile by lag of n0 into rows of `length` columns."""
-    tl.store(rows + _in_rows(n0, length, BLOCK, BLOCK), rounded(X, rows.dtype.element_ty))
+    """Write the tile by lag of n0, or columns of it from n0, into rows of `length` columns."""
+    if X.dtype != rows.dtype.element_ty:
+        X = rounded(X, rows.dtype.element_ty)
+    tl.store(rows + _in_rows(n0, length, BLOCK, X.shape[1]), X)
+
+
+@triton.jit
+def tile_of(rows, n0, length, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.load(rows + _in_rows(n0, length, BLOCK, COLUMNS))
 
 
 @triton.jit
 def kept_tile(rows, n0, length, BLOCK: tl.constexpr):
-    return tl.load(rows + _in_rows(n0, length, BLOCK, BLOCK)).to(tl.float32)
+    return tile_of(rows, n0, length, BLOCK, BLOCK).to(tl.float32)
 
 
 @triton.jit
@@ -73,10 +80,24 @@ def by_source(rows, n0, length, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def seen(n0, BLOCK: tl.constexpr):
-    """Where a tile by lag has a source at all."""
+def keep_by_source(rows, n0, length, X, BLOCK: tl.constexpr):
+    """Write a tile by source to where `by_source` finds it."""
+    to = rows + _in_rows(n0 + BLOCK - 1, length - 1, BLOCK, BLOCK)
+    tl.store(to, rounded(X, rows.dtype.element_ty))
+
+
+@triton.jit
+def clear_unseen(rows, length, BLOCK: tl.constexpr):
+    """Write zeros where the first tile by lag has no source."""
+    zeros = tl.zeros((BLOCK, BLOCK), rows.dtype.element_ty)
+    tl.store(rows + _in_rows(0, length, BLOCK, BLOCK), zeros, mask=~seen(0, BLOCK, BLOCK))
+
+
+@triton.jit
+def seen(n0, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
+    """Where COLUMNS columns from n0 have a source at all."""
     row = tl.arange(0, BLOCK)[:, None]
-    return row + tl.arange(0, BLOCK)[None, :] >= BLOCK - 1 - n0
+    return row + tl.arange(0, COLUMNS)[None, :] >= BLOCK - 1 - n0
 
 
 @triton.jit

@@ -3,9 +3,10 @@ planned."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..arch.hyper import least_columns
@@ -13,6 +14,7 @@ from ..arch.tile import Tile, cdiv
 from ..device import arch_of, multiprocessors
 from ..pick import LAST, hyper_tile
 from ..tiles import compiler_options, precision
+from .lag import RING
 
 
 class Rows(NamedTuple):
@@ -35,9 +37,9 @@ class Slots(NamedTuple):
 
 
 class Mix(NamedTuple):
-    """One mixing. z: control times h = X u (the second mixing's times n too), the operand that
-    meets vt; dh: the one that meets u in backward, control times dz. Both are contiguous
-    (B, heads, T, rank): strides would cost registers."""
+    """One mixing. z: control times h = X u (in forward the second mixing's times n too), the
+    operand that meets vt; dh: the one that meets u in backward, control times dz. Both are
+    contiguous (B, heads, T, rank): strides would cost registers."""
 
     u: Slots
     vt: Slots
@@ -82,11 +84,6 @@ class PassPlan:
     block_r2: int
     precision: str
     quick: bool
-
-    @property
-    def region(self) -> int:
-        """Elements of one band."""
-        return 2 * self.block * self.block
 
 
 def rows(t: Tensor | None) -> Any:
@@ -135,15 +132,16 @@ class PassLaunch(NamedTuple):
             **compiler_options(self.tile),
         }
 
-    def scratch(self, like: Tensor, regions: int) -> Tensor:
-        return like.new_empty(self.programs * regions * self.plan.region)
+    def rings(self, like: Tensor) -> Tensor:
+        """A ring of each block's."""
+        return like.new_empty(self.programs * RING.value * self.plan.block**2)
 
 
-def heads_last(t: Tensor) -> Tensor:
+def heads_last(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Memory for (B, heads, T, width) with a token's heads side by side, as the next projection
-    takes them."""
+    takes them. dtype: None is that of `t`."""
     B, heads, T, width = t.shape
-    return t.new_empty((B, T, heads, width)).transpose(1, 2)
+    return t.new_empty((B, T, heads, width), dtype=dtype).transpose(1, 2)
 
 
 class HyperCall(NamedTuple):
@@ -157,14 +155,16 @@ class HyperCall(NamedTuple):
 
 
 def plan_launch(
-    kernel: str, call: HyperCall, *, count: int | None = None, parts: int = 1, width: int = 0
+    kernel: str, call: HyperCall, *, count: int | None = None, width: int = 0, block: int = 0
 ) -> PassLaunch:
     """The launch of `kernel`, whose blocks walk over `count` pieces of work (None: one for each
-    head, row tile and part). width: of what it multiplies in steps; 0 is the widest operand's."""
+    head and row tile). width: of what it multiplies in steps; 0 is the widest operand's. block: the
+    side of the tiles it finds; 0 is its own."""
     q, v, ranks, shorts, normed = call
     _, Q, T, dq = q.shape
     B, H, _, dv = v.shape
     tile = LAST[kernel] = hyper_tile(kernel, q)
+    tile = replace(tile, block_m=block or tile.block_m)
     least = least_columns(arch_of(q.device).mma, tile)
     plan = PassPlan(
         glu=Q == 2 * H, normed=normed, heads=H, sub_heads=Q, width_qk=dq, width_v=dv,
@@ -174,5 +174,5 @@ def plan_launch(
         block_r1=block_of(max(ranks[0], 1), least), block_r2=block_of(max(ranks[1], 1), least),
         precision=precision(q.dtype), quick=q.element_size() == 2,
     )  # fmt: skip
-    work = B * H * cdiv(T, tile.block_m) * parts if count is None else count
+    work = B * H * cdiv(T, tile.block_m) if count is None else count
     return PassLaunch(plan, min(work, 4 * multiprocessors(q.device)), tile)

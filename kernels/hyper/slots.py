@@ -1,8 +1,8 @@
-"""Gradients of u, vt and d of both mixings.
+"""Gradients of u, vt and d of a mixing, and what the mixing makes of a chunk's tiles.
 
-All entries of a tile diagonal, over all rows and batches, meet the same band of slots. A block
-walks one diagonal with that band's gradients in registers and writes them once; neighbouring
-diagonals share half a band, which gradients.py adds. No atomics.
+All entries of a tile by lag, over all its row tiles, meet the same BLOCK slots. A block walks over
+the row tiles of one, with the gradients of those slots in registers, and writes them once. No
+atomics: gradients.py adds up the sequences of the batch.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 
 from ..tiles import dot
-from .band import banded, clear, fresh, gate_of, rows_of, spread, visible
-from .score_grads import expand_grads, mixed_grads, norm_coefficient, value_grads
-from .scores import both_scores, first_rows, row_factor, row_operands, second_rows
+from .band import fresh
+from .chunks import CHUNK, SCORE_GRADS, SCORES, WEIGHT_GRADS, WEIGHTS, in_batch, tile_rows
+from .lag import keep_tile, kept, low_rank, tile_of
+from .row_tiles import first_rows, row_factor, second_rows
 
 
 class Bands(NamedTuple):
-    """Where one mixing's gradients go: (splits, heads, diagonals, 2 BLOCK, BLOCK_R), d's without
-    the last; float32."""
+    """Where one mixing's gradients go: (B, heads, lag tiles, BLOCK, BLOCK_R), d's without the last;
+    float32."""
 
     du: Any
     dvt: Any
@@ -28,98 +29,89 @@ class Bands(NamedTuple):
 
 
 @triton.jit
-def _add_band(
-    du, dvt, dd, region, X, dOut, dh, z, has_d: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add X' dh, dOut' z and the sums of X dOut along the tile's diagonals to a band."""
-    REGION: tl.constexpr = 2 * BLOCK * BLOCK
-    spread(region, X, BLOCK)
-    spread(region + REGION, dOut, BLOCK)
-    if has_d:
-        spread(region + 2 * REGION, X * dOut, BLOCK)
-    tl.debug_barrier()
-    du = dot(banded(region, BLOCK).T, dh, du, PRECISION)
-    dvt = dot(banded(region + REGION, BLOCK).T, z, dvt, PRECISION)
-    if has_d:
-        dd += tl.sum(banded(region + 2 * REGION, BLOCK).to(tl.float32), 0)
-    return du, dvt, dd
-
-
-@triton.jit
-def _store_band(bands, du, dvt, dd, at, BLOCK: tl.constexpr, BLOCK_R: tl.constexpr):
-    offs_p = tl.arange(0, 2 * BLOCK)
+def _add_band(bands, du, dvt, dd, at, again, BLOCK: tl.constexpr,
+              BLOCK_R: tl.constexpr):  # fmt: skip
+    """Write a band's gradients; again: add them to what earlier rows left there."""
+    offs_p = tl.arange(0, BLOCK)
     offs = offs_p[:, None] * BLOCK_R + tl.arange(0, BLOCK_R)[None, :]
-    base = tl.cast(at, tl.int64) * (2 * BLOCK)
-    tl.store(bands.du + base * BLOCK_R + offs, du)
-    tl.store(bands.dvt + base * BLOCK_R + offs, dvt)
+    base = tl.cast(at, tl.int64) * BLOCK
+    to_u = bands.du + base * BLOCK_R + offs
+    to_v = bands.dvt + base * BLOCK_R + offs
+    if again:
+        du += tl.load(to_u)
+        dvt += tl.load(to_v)
+    tl.store(to_u, du)
+    tl.store(to_v, dvt)
     if bands.dd is not None:
-        tl.store(bands.dd + base + offs_p, dd)
+        to_d = bands.dd + base + offs_p
+        if again:
+            dd += tl.load(to_d)
+        tl.store(to_d, dd)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHUNK)
 def slots_kernel(
-    core, do, z3_ptr, bands, coefficient_ptr, scratch_ptr, batch, splits, T, L,
-    WHICH: tl.constexpr, P: tl.constexpr,
+    core, bands, planes, first, heads, low, high, T, L, tiles,
+    MIXING: tl.constexpr, WANTED: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
-    """WHICH: 1 and 2, the first mixing of sub-heads i and i + H; 3, the second mixing. One a
-    launch: the bands of more would spill."""
+    """MIXING 1: X = S, G = dP, of which dS is made; 2: X = A, of which Y is, and G = dY. In place.
+    Not WANTED: that alone, for tiles without gradients."""
     core = fresh(core)
-    do = fresh(do)
     bands = fresh(bands)
     BLOCK: tl.constexpr = P.block
-    BLOCK_D: tl.constexpr = P.block_d
-    BLOCK_R: tl.constexpr = P.block_r2 if WHICH == 3 else P.block_r1
-    WIDTH_V: tl.constexpr = P.width_v
+    BLOCK_R: tl.constexpr = P.block_r1 if MIXING == 1 else P.block_r2
+    RANK: tl.constexpr = P.rank1 if MIXING == 1 else P.rank2
+    SHORT: tl.constexpr = P.short1 if MIXING == 1 else P.short2
     HEADS: tl.constexpr = P.heads
-    OUT_HEADS: tl.constexpr = P.heads if WHICH == 3 else P.sub_heads
-    GLU: tl.constexpr = P.glu
+    SUBS: tl.constexpr = P.sub_heads // P.heads if MIXING == 1 else 1
+    X: tl.constexpr = SCORES if MIXING == 1 else WEIGHTS
+    G: tl.constexpr = SCORE_GRADS if MIXING == 1 else WEIGHT_GRADS
     PRECISION: tl.constexpr = P.precision
-    HAS_D: tl.constexpr = bands.dd is not None
-    REGION: tl.constexpr = 2 * BLOCK * BLOCK
-    region = scratch_ptr + tl.program_id(0).to(tl.int64) * (6 * REGION)
-    low = region + 3 * REGION
-    clear(region, 3, BLOCK)
-    tiles = tl.cdiv(T, BLOCK)
+    HAS_D: tl.constexpr = WANTED and bands.dd is not None
     for index in tl.range(
-        tl.program_id(0), tiles * splits * HEADS, tl.num_programs(0), disable_licm=True
+        tl.program_id(0), high * heads * SUBS, tl.num_programs(0), disable_licm=True
     ):
-        split = index % splits
-        i = index // splits % HEADS
-        diagonal = index // splits // HEADS
-        du = tl.zeros((2 * BLOCK, BLOCK_R), tl.float32)
-        dvt = tl.zeros((2 * BLOCK, BLOCK_R), tl.float32)
-        dd = tl.zeros((2 * BLOCK,), tl.float32)
-        for b in tl.range(split, batch, splits, disable_licm=True):
-            for m0 in tl.range(diagonal * BLOCK, T, BLOCK, disable_licm=True):
-                n0 = m0 - diagonal * BLOCK
-                n = row_factor(core, b, i, m0, T, P)
-                do0 = rows_of(do, b, i, m0, 0, T, WIDTH_V, BLOCK, BLOCK_D)
-                q1, q2, z1, z2 = row_operands(core, b, i, m0, T, P)
-                dh3 = second_rows(core.second.dh_ptr, b, i, m0, T, P)
-                expand_grads(low, z1, z2, dh3, core, i, m0, n0, L, P)
+        sub = index % SUBS
+        head = index // SUBS % heads
+        lag = index // SUBS // heads
+        b, i = in_batch(head, first, HEADS)
+        a = i + sub * HEADS
+        p0 = L - BLOCK - lag * BLOCK
+        du = tl.zeros((BLOCK, BLOCK_R), tl.float32)
+        dvt = tl.zeros((BLOCK, BLOCK_R), tl.float32)
+        # Summed over the rows at the end: a sum takes as long as a product.
+        dd = tl.zeros((BLOCK, BLOCK), tl.float32)
+        for j in tl.range(tl.maximum(lag, low), high, disable_licm=True):
+            m0 = j * BLOCK
+            n0 = m0 - lag * BLOCK
+            at_x, length = tile_rows(planes, sub * 2 + X, head, j, heads, low, high, BLOCK)
+            at_g, _l = tile_rows(planes, sub * 2 + G, head, j, heads, low, high, BLOCK)
+            if MIXING == 1:
+                z = first_rows(core.first.z_ptr, b, a, m0, T, P)
+                dh = first_rows(core.first.dh_ptr, b, a, m0, T, P)
+            else:
+                z = second_rows(core.second.z_ptr, b, a, m0, T, P)
+                dh = second_rows(core.second.dh_ptr, b, a, m0, T, P)
+            if MIXING == 1 or WANTED:
+                Gt = tile_of(at_g, n0, length, BLOCK, BLOCK)
+            if MIXING == 2 or WANTED:
+                Xt = tile_of(at_x, n0, length, BLOCK, BLOCK)
+            if WANTED:
+                du = dot(Xt.T, dh, du, PRECISION)
+                dvt = dot(Gt.T, z, dvt, PRECISION)
+                if HAS_D:
+                    dd += Xt.to(tl.float32) * Gt.to(tl.float32)
+            if MIXING == 1:
+                out = kept(Gt.to(tl.float32), core.first.d, a, p0, L, SHORT, BLOCK)
+                out = kept(Gt.to(tl.float32), core.first.d, a, p0, L, SHORT, BLOCK)
+                out = low_rank(out, dh, core.first.u, a, p0, L, RANK, BLOCK, BLOCK_R, PRECISION)
                 tl.debug_barrier()
-                dY = value_grads(do0, n, core, do, b, i, m0, n0, T, P)
-                S1, P1, S2, P2 = both_scores(q1, q2, low, low + REGION, core, b, i, m0, n0, T, L, P)
-                if WHICH == 3:
-                    # dY holds n; second.z would bring it in once more.
-                    z = second_rows(z3_ptr, b, i, m0, T, P)
-                    du, dvt, dd = _add_band(
-                        du, dvt, dd, region, gate_of(P1, P2, GLU), dY, dh3, z, HAS_D, BLOCK,
-                        PRECISION,
-                    )  # fmt: skip
-                else:
-                    coefficient = norm_coefficient(coefficient_ptr, n, b, i, m0, T, P)
-                    dP1, dP2 = mixed_grads(low, P1, P2, dY, coefficient, core, i, m0, n0, L, P)
-                    S = S1 if WHICH == 1 else S2
-                    dP = dP1 if WHICH == 1 else dP2
-                    z = z1 if WHICH == 1 else z2
-                    dh = first_rows(core.first.dh_ptr, b, i + (WHICH - 1) * HEADS, m0, T, P)
-                    S = tl.where(visible(m0, n0, BLOCK), S, 0.0)
-                    du, dvt, dd = _add_band(
-                        du, dvt, dd, region, S, dP, dh, z, HAS_D, BLOCK, PRECISION
-                    )
-        tl.debug_barrier()
-        head = i + (HEADS if WHICH == 2 else 0)
-        at = (split * OUT_HEADS + head) * tiles + diagonal
-        _store_band(bands, du, dvt, dd, at, BLOCK, BLOCK_R)
+                keep_tile(at_g, n0, length, out, BLOCK)
+            else:
+                out = kept(Xt.to(tl.float32), core.second.d, a, p0, L, SHORT, BLOCK)
+                out = low_rank(out, z, core.second.vt, a, p0, L, RANK, BLOCK, BLOCK_R, PRECISION)
+                tl.debug_barrier()
+                keep_tile(at_x, n0, length, out * row_factor(core, b, i, m0, T, P)[:, None], BLOCK)
+        if WANTED:
+            at = (b * (HEADS * SUBS) + a) * tiles + lag
+            _add_band(bands, du, dvt, tl.sum(dd, 0), at, lag < low, BLOCK, BLOCK_R)

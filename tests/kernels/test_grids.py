@@ -44,7 +44,7 @@ def test_a_batch_above_65535(grids):
         position = torch.zeros(1, dtype=torch.int64)
         q, k, v, c1, u1, vt1, d1, c2, u2, vt2, d2 = operands(batch, 1, step=True)
         hyper_attention_step(q, k, v, position, c1, u1, vt1, d1, c2, u2, vt2, d2, *OPTIONS)
-    assert {"coefficient_kernel", "dz1_kernel", "slots_kernel", "_sum_kernel"} <= grids.keys()
+    assert {"coefficient_kernel", "gate_kernel", "slots_kernel", "_sum_kernel"} <= grids.keys()
     assert not [fault for grid in grids.values() for fault in in_grid(grid)]
     assert grids["coefficient_kernel"] == (batch,)
 
@@ -59,7 +59,7 @@ def test_a_warp_group_has_sixteen_columns(rank):
     wide = hopper.with_row("hyper_attention_out", 2, (replace(tile, num_warps=8),))
     for arch in (*ARCHES.values(), wide):
         with pretend(arch, 132):
-            for name in ("h1", "out", "dz1", "dz2"):
+            for name in ("h1", "out", "gate", "dz2", "dslots"):
                 call = HyperCall(q, q[:, :1], (rank, rank), (True, True), True)
                 launch = plan_launch(f"hyper_attention_{name}", call)
                 groups = max(1, launch.tile.num_warps // 4 // max(1, launch.plan.block // 64))

@@ -184,8 +184,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     Fault(
         "kernels/hyper/gradients.py",
-        "(u2, d2) if any(need[8:]) else None",
-        "(u2, d2) if any(need[4:]) else None",
+        "(need[2] or any(need[8:]))",
+        "(need[2] or any(need[4:]))",
         "gradients that nobody wants are computed",
     ),
     # ---- what only a GPU would show
@@ -214,10 +214,10 @@ FAULTS: tuple[Fault, ...] = (
         "the next caller takes the driver's error for its own",
     ),
     Fault(
-        "kernels/hyper/band.py",
-        "ahead = tl.minimum(tl.maximum(ahead, -first), L - 1 - first)",
-        "ahead = tl.minimum(tl.maximum(ahead, -first), L - first)",
-        "one d past the last head is read",
+        "kernels/hyper/slots.py",
+        "lag < low, BLOCK",
+        "low > 0, BLOCK",
+        "a chunk's own lags are added to what memory held",
     ),
     Fault(
         "kernels/moe/moe_mlp.py",
@@ -324,12 +324,6 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "if bias_ptr is None and not BY_LOGITS:",
         "if bias_ptr is None:",
         "by logits the key is theirs already",
-    ),
-    Equivalent(
-        "kernels/hyper/score_grads.py",
-        "if P.rank1 > 0 or P.rank2 > 0:",
-        "if P.rank1 > 0:",
-        "a block's barrier: in the interpreter one thread runs the block",
     ),
     Equivalent(
         "csrc/schedule.cuh",

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import triton.language as tl
 from hyper_checks import core_inputs, perturbed
 from layer_checks import draw
 from op_checks import opcheck
@@ -12,7 +13,7 @@ import fusedmlp
 from fusedmlp import hyper_attention
 from fusedmlp.kernels.arch import arch_for
 from fusedmlp.kernels.device import pretend
-from fusedmlp.kernels.hyper import gradients as hyper_gradients
+from fusedmlp.kernels.hyper import backward as hyper_backward, chunks, gradients as hyper_gradients
 from fusedmlp.ops import hyper_attention as op
 from fusedmlp.testing import assert_close_to, evaluate, yardsticks
 
@@ -104,6 +105,33 @@ def test_scores_of_exactly_zero(kind, norm, device, on_triton):
     check({k: t.to(device) for k, t in only(inputs, 2).items()}, kind=kind, norm=norm)
 
 
+@pytest.mark.parametrize("heads, tiles", ((1, 1), (8, 3), (5, 4), (2, 9), (1, 40)))
+@pytest.mark.parametrize("most", (1, 4, 8, 132))
+def test_chunks_hold_every_row_once(heads, tiles, most):
+    found = chunks.chunks_of(heads, tiles, most)
+    places = [
+        (head, row)
+        for c in found
+        for head in range(c.first, c.first + c.heads)
+        for row in range(c.low, c.high)
+    ]
+    assert sorted(places) == [(h, j) for h in range(heads) for j in range(tiles)]
+    # No more than `most` rows of the mean length, or a row where that is less.
+    kept = max(sum(j + 1 for j in range(c.low, c.high)) * c.heads for c in found)
+    assert kept <= max(tiles, most * (tiles + 1) / 2)
+
+
+@pytest.mark.interpreter
+@pytest.mark.parametrize("most", (1, 4, 6), ids=("rows", "a head", "two heads"))
+def test_chunks_and_segments(most, on_triton, monkeypatch):
+    """Backward by part of a head, by heads; and rows in segments of two tiles."""
+    monkeypatch.setattr(hyper_gradients, "multiprocessors", lambda device: most)
+    for module in (chunks, hyper_backward):
+        monkeypatch.setattr(module, "SEGMENT", tl.constexpr(2))
+    inputs = core_inputs(**{**SMALL, "H": 3, "T": 70, "L": 70}, dtype=torch.float32)
+    check(inputs)
+
+
 @pytest.mark.interpreter
 def test_tiles_of_hopper(on_triton):
     """Two tiles of 64 rows, whose ranks are padded to more than the next power of 2."""
@@ -134,13 +162,16 @@ def test_strides_are_read_in_place(device, on_triton):
     check(laid, dy=torch.ones((), device=device).expand(inputs["v"].shape))
 
 
-GATED = ("coefficient_kernel", "dz2_kernel", "dz1_kernel")
 # What the gradient of one tensor alone launches.
+DZ2 = ("dz2_kernel", "sum_kernel")
+WEIGHTS = ("scores_kernel", "gate_kernel")
+GATED = ("coefficient_kernel", *DZ2, *WEIGHTS, "sum_kernel")
+MIXED = (*GATED, "slots_kernel")
 ALONE = {
-    "q": (*GATED, "dq_kernel"), "k": (*GATED, "dk_kernel"), "v": ("dv_kernel",), "c1": GATED,
-    "c2": ("dz2_kernel",),
-    **dict.fromkeys(("u1", "vt1", "d1"), (*GATED, "slots_kernel", "slots_kernel")),
-    **dict.fromkeys(("u2", "vt2", "d2"), ("dz2_kernel", "slots_kernel")),
+    "q": (*MIXED, "dq_kernel"), "k": (*MIXED, "columns_kernel"),
+    "v": (*WEIGHTS, "slots_kernel", "columns_kernel"), "c1": GATED, "c2": DZ2,
+    **dict.fromkeys(("u1", "vt1", "d1"), MIXED),
+    **dict.fromkeys(("u2", "vt2", "d2"), (*DZ2, *WEIGHTS, "slots_kernel")),
 }  # fmt: skip
 
 
@@ -317,14 +348,14 @@ def test_the_comparison_can_fail(device, on_triton, monkeypatch):
             check(inputs)
 
 
-def test_bands_of_neighbouring_diagonals_add_up():
-    """Two diagonals of blocks of 2, by hand: lags 0..3 are slots L-1..L-4."""
-    bands = torch.zeros(1, 1, 2, 4, 1)
-    bands[0, 0, 0, :, 0] = torch.tensor([10.0, 1.0, 0.0, 0.0])  # lags 1, 0, -1, -2
-    bands[0, 0, 1, :, 0] = torch.tensor([1000.0, 100.0, 20.0, 2.0])  # lags 3, 2, 1, 0
-    folded = hyper_gradients._fold(bands.clone(), 2, 6, 1)[0, :, 0]
-    assert folded.tolist() == [0, 0, 1000, 100, 30, 3]
-    assert hyper_gradients._fold(bands, 2, 3, 1)[0, :, 0].tolist() == [100, 30, 3]
+def test_lag_tiles_become_slots():
+    """Two tiles of 2 lags, by hand, of two sequences: lags 0..3 are slots L-1..L-4."""
+    bands = torch.zeros(2, 1, 2, 2, 1)
+    bands[0, 0, 0, :, 0] = torch.tensor([10.0, 1.0])  # lags 1, 0
+    bands[0, 0, 1, :, 0] = torch.tensor([1000.0, 100.0])  # lags 3, 2
+    bands[1, 0, 0, :, 0] = torch.tensor([20.0, 2.0])
+    assert hyper_gradients._fold(bands, 6, 1)[0, :, 0].tolist() == [0, 0, 1000, 100, 30, 3]
+    assert hyper_gradients._fold(bands, 3, 1)[0, :, 0].tolist() == [100, 30, 3]
 
 
 GOOD = core_inputs(B=1, H=2, T=3, L=4, dtype=torch.float32)

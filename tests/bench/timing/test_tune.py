@@ -109,7 +109,14 @@ def test_every_kernel_of_the_table_has_a_launcher():
     assert {kernel for table in tables for kernel, _ in table} == set(LAUNCHES)
 
 
-@pytest.mark.parametrize("kernel", ("hyper_attention_dq", "hyper_attention_step"))
+def test_passes_that_share_tiles_keep_their_size():
+    for kernel in candidates._HYPER_SHARED:
+        (tile,) = HOPPER.hyper[kernel, 2]
+        near = candidates.neighbours(tile, HOPPER, kernel, 2)
+        assert near and {t.block_m for t in near} == {tile.block_m}, kernel
+
+
+@pytest.mark.parametrize("kernel", ("hyper_attention_scores", "hyper_attention_step"))
 def test_a_search_of_hyper_attentions_tiles(kernel):
     """Its tiles are reached, small ones too, and the launch obeys."""
     (tile,) = HOPPER.hyper[kernel, 2]
