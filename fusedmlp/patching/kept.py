@@ -25,11 +25,13 @@ class Kept(NamedTuple):
     parts: (path, the module that holds it, its key there, itself, how many submodules it has, the
         forward of its class).
     values: (path, the module that holds it, its name there, itself): `self.act = torch.relu`.
+    wrapped: paths of parts around which PEFT may put wrappers of their parameters.
     """
 
     children: int | None
     parts: tuple[_Part, ...]
     values: tuple[_Value, ...]
+    wrapped: tuple[str, ...]
 
 
 def keep(module: nn.Module, plan: Plan) -> Kept:
@@ -40,7 +42,8 @@ def keep(module: nn.Module, plan: Plan) -> Kept:
         values += _functions("", None, module)
     else:
         values = [_value(module, path, name) for path, name in named]
-    return Kept(None if plan.is_part() else len(module._modules), parts, tuple(values))
+    count = None if plan.is_part() else len(module._modules)
+    return Kept(count, parts, tuple(values), plan.wrapped())
 
 
 def _part(module: nn.Module, path: str) -> _Part:
@@ -72,7 +75,7 @@ def changed(module: Any, kept: Kept) -> str | None:
         return "the number of its submodules has changed"
     for path, holder, key, inner, children, forward in kept.parts:
         now = (module if holder is None else holder)._modules.get(key)
-        if now is not inner and not (path in module._plan.wrapped() and beneath(now) is inner):
+        if now is not inner and not (path in kept.wrapped and beneath(now) is inner):
             return f"{path} is another module than at patch()"
         if len(inner._modules) != children:
             return f"the number of submodules of {path} has changed"

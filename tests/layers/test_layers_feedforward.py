@@ -329,7 +329,10 @@ def test_replaced_projections_are_refused_and_reparametrised_ones_work():
     nn.utils.parametrizations.weight_norm(layer.net[2])
     torch.testing.assert_close(layer(draw(3, 8)), layer.net(draw(3, 8)))
     layer.net[2] = Adapter(layer.net[2])
-    with pytest.raises(TypeError, match="FeedForward: every projection must be .* got Adapter"):
+    with pytest.raises(
+        TypeError,
+        match="FeedForward: every projection must be .* got test_layers_feedforward.Adapter",
+    ):
         layer(draw(3, 8))
 
 
