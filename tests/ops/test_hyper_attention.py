@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 import triton.language as tl
-from hyper_checks import core_inputs, perturbed
+from compiled import in_compiler
+from hyper_checks import check, chunks_executed, core_inputs, perturbed
 from layer_checks import draw
 from op_checks import opcheck
 
@@ -15,26 +16,9 @@ from fusedmlp.kernels.arch import arch_for
 from fusedmlp.kernels.device import pretend
 from fusedmlp.kernels.hyper import backward as hyper_backward, chunks, gradients as hyper_gradients
 from fusedmlp.ops import hyper_attention as op
-from fusedmlp.testing import assert_close_to, evaluate, yardsticks
+from fusedmlp.testing import evaluate
 
 SMALL = {"B": 1, "H": 1, "T": 37, "L": 40, "dq": 5, "dv": 6}
-
-
-def reference(inputs, options):
-    absent = {name: None for name in op.NAMES if name not in inputs}
-    return fusedmlp.reference.hyper_attention(**inputs, **absent, **options)
-
-
-def check(inputs, dy=None, wanted=None, **options):
-    """Output and gradients by the tolerance rule; None arguments left out."""
-    inputs = {k: t for k, t in inputs.items() if t is not None}
-    torch.manual_seed(1)
-    dy = torch.randn_like(inputs["v"]) if dy is None else dy
-    ours = evaluate(lambda t: hyper_attention(**t, **options), inputs, dy, wanted)
-    known = yardsticks(lambda t: reference(t, options), inputs, dy, wanted)
-    for name, out in ours.items():
-        assert_close_to(out, *known[name], name=name)
-    return ours
 
 
 def only(inputs, *mixings, diag=True):
@@ -130,6 +114,14 @@ def test_chunks_and_segments(most, on_triton, monkeypatch):
         monkeypatch.setattr(module, "SEGMENT", tl.constexpr(2))
     inputs = core_inputs(**{**SMALL, "H": 3, "T": 70, "L": 70}, dtype=torch.float32)
     check(inputs)
+
+
+@pytest.mark.parametrize("most, T, chunks", ((3, 200, 8), (40, 1100, 1)), ids=("rows", "segments"))
+def test_compiled_chunks_and_segments(most, T, chunks):
+    """The same as Triton emits it: 4 row tiles of a head, one a chunk; 18 of two heads, the longest
+    of which are two segments."""
+    ran = in_compiler(chunks_executed, "sm_90", most, T)
+    assert ran["backward.gate_kernel"] == ran["backward.scores_kernel"] == chunks
 
 
 @pytest.mark.interpreter

@@ -1,10 +1,19 @@
 """What the tests of HyperGLU share: the core written out as loops over rows and sources, and
 perturbed layers."""
 
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 
+import fusedmlp
+from fusedmlp import backend, hyper_attention
+from fusedmlp.backends.library import serve_cpu
+from fusedmlp.bench.gate.ptx import emulate
 from fusedmlp.hyperglu import HyperGLU, HyperGLUConfig
+from fusedmlp.kernels.arch import ARCHES
+from fusedmlp.ops import hyper_attention as op
+from fusedmlp.testing import assert_close_to, evaluate, yardsticks
 
 
 def by_loops(q, k, v, c1, u1, vt1, d1, c2, u2, vt2, d2, *, kind="glu", norm="out_scale",
@@ -105,3 +114,29 @@ def core_inputs(
     # Scores near 1: of heavier tails a few values decide a whole tensor's bound.
     inputs["q"] = inputs["q"] / dq**0.5
     return inputs
+
+
+def reference(inputs, options):
+    absent = {name: None for name in op.NAMES if name not in inputs}
+    return fusedmlp.reference.hyper_attention(**inputs, **absent, **options)
+
+
+def check(inputs, dy=None, wanted=None, **options):
+    """Output and gradients by the tolerance rule; None arguments left out."""
+    inputs = {k: t for k, t in inputs.items() if t is not None}
+    torch.manual_seed(1)
+    dy = torch.randn_like(inputs["v"]) if dy is None else dy
+    ours = evaluate(lambda t: hyper_attention(**t, **options), inputs, dy, wanted)
+    known = yardsticks(lambda t: reference(t, options), inputs, dy, wanted)
+    for name, out in ours.items():
+        assert_close_to(out, *known[name], name=name)
+    return ours
+
+
+def chunks_executed(arch, multiprocessors, T):
+    """How often each compiled kernel ran in a checked forward and backward of two heads."""
+    serve_cpu()
+    inputs = core_inputs(B=1, H=2, T=T, L=T + 3, dq=8, dv=8, dtype=torch.bfloat16)
+    with emulate(ARCHES[arch], multiprocessors=multiprocessors) as machine, backend("triton"):
+        check(inputs)
+    return Counter(run.kernel for run in machine.runs)
