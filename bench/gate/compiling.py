@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 import subprocess
 
@@ -16,13 +17,19 @@ from .jobs import Job
 
 
 def captured(job: Job) -> list[Launched]:
-    """The job's launches, of each compiled kernel the first: a call may launch one many times."""
+    """The job's launches, of each compiled kernel one, however often a call launches it; its grid
+    is as long in each dimension as any of them."""
     arch = job.arch
     if job.key is not None and job.tile is not None:
         arch = dataclasses.replace(arch, tiles={job.key: (job.tile,)})
     with compile_only(arch) as compiled:
         job.call()
-    return list({id(launched.kernel): launched for launched in reversed(compiled)}.values())[::-1]
+    found: dict[int, Launched] = {}
+    for made in compiled:
+        largest = found.setdefault(id(made.kernel), made).grid
+        grid = tuple(map(max, itertools.zip_longest(largest, made.grid, fillvalue=1)))
+        found[id(made.kernel)] = made._replace(grid=grid)
+    return list(found.values())
 
 
 @functools.cache

@@ -1,11 +1,13 @@
 """The ahead-of-time gate under the installed Triton: every kernel compiles for every GPU, without
 spills."""
 
+import contextlib
 import dataclasses
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import triton
@@ -155,3 +157,13 @@ def test_adapters_of_rank_1_leave_wgmma_in_flight():
     where the adapter's is in no loop of its own."""
     found = in_compiler(faults_at, 1)
     assert len(found) == 4 and not any(found.values()), found
+
+
+def test_a_kernel_launched_often_is_one_row_with_its_largest_grid(monkeypatch):
+    one, other = object(), object()
+    launches = [("a", one, (5,)), ("b", other, (1, 2)), ("a", one, (3, 70_000)), ("a", one, (9, 1))]
+    made = [compiling.Launched(*launch) for launch in launches]
+    monkeypatch.setattr(compiling, "compile_only", lambda arch: contextlib.nullcontext(made))
+    job = SimpleNamespace(arch=arch_for(90), key=None, tile=None, call=lambda: None)
+    found = compiling.captured(job)
+    assert [tuple(launch) for launch in found] == [("a", one, (9, 70_000)), ("b", other, (1, 2))]
