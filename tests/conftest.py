@@ -58,6 +58,14 @@ def launched():
         yield names
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Tests last from milliseconds to minutes, so an idle worker takes from a busy one. Not an
+    option in pyproject.toml, which pytest without xdist would refuse."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
+
+
 LONG = Path(__file__).with_name("long.txt")
 
 

@@ -155,7 +155,8 @@ def compile_tests(arch: Arch, selection: Sequence[str]) -> tuple[dict[str, bool]
         argv = [sys.executable, "-m", "pytest", "-p", "gpu_tests_compiled", "-q", *selection]
         done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
         if not found.exists():
-            raise Refusal(f"gate fill-cache: the tests could not be run:\n{done.stdout[-2000:]}")
+            said = f"{done.stdout}\n{done.stderr}".strip()[-2000:]
+            raise Refusal(f"gate fill-cache: the tests could not be run:\n{said}")
         hits, faults = json.loads(found.read_text())
         return hits, faults
 
