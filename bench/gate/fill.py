@@ -154,7 +154,8 @@ def compile_tests(arch: Arch, selection: Sequence[str]) -> tuple[dict[str, bool]
         }
         argv = [sys.executable, "-m", "pytest", "-p", "gpu_tests_compiled", "-q", *selection]
         done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
-        if not found.exists():
+        # 1: some failed, as may be on results that nobody computed. More: they did not run.
+        if done.returncode > 1 or not found.exists():
             said = f"{done.stdout}\n{done.stderr}".strip()[-2000:]
             raise Refusal(f"gate fill-cache: the tests could not be run:\n{said}")
         hits, faults = json.loads(found.read_text())

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -241,3 +242,20 @@ def test_every_step_that_launches_triton_is_in_what_is_compiled():
     assert around == neighbours(first, arch, "gated_linear_fwd", 2)
     # A GPU's sizes of a check, on a machine that has none.
     assert any(one.work.size == "509x1021x1531" for one in found)
+
+
+@pytest.mark.parametrize("code", (0, 1, 2, 4))
+def test_tests_that_do_not_run_are_an_error(monkeypatch, code):
+    """Failing tests have launched what they launch; where pytest collects none, none are there."""
+
+    def ran(argv, env, **options):
+        _, _, found = env[fill.TESTS].partition(":")
+        Path(found).write_text("[{}, []]")
+        return subprocess.CompletedProcess(argv, code, "ERROR tests/a.py", "no module b")
+
+    monkeypatch.setattr(fill.subprocess, "run", ran)
+    if code < 2:
+        assert fill.compile_tests(ARCHES["sm_90"], ()) == ({}, [])
+        return
+    with pytest.raises(Refusal, match="could not be run:\nERROR tests/a.py\nno module b"):
+        fill.compile_tests(ARCHES["sm_90"], ())
