@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -160,6 +161,16 @@ def writable(text: str) -> str:
     path = Path(text)
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(f"must be a file that can be written; got {text!r}")
+    return text
+
+
+def writable_folder(text: str) -> str:
+    """An argument that is a folder to write into once all is done: made before anything has begun,
+    or refused then."""
+    with contextlib.suppress(OSError):
+        Path(text).mkdir(parents=True, exist_ok=True)
+    if not Path(text).is_dir() or not os.access(text, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be a folder that can be written; got {text!r}")
     return text
 
 

@@ -11,7 +11,16 @@ import torch
 
 from ...progress import Progress
 from .. import machine, render
-from ..options import PROG, Refusal, count, need, subparser, write_json, write_text
+from ..options import (
+    PROG,
+    Refusal,
+    count,
+    need,
+    subparser,
+    writable_folder,
+    write_json,
+    write_text,
+)
 from . import growth, targets
 
 Record = dict[str, Any]
@@ -110,5 +119,8 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--rounds", type=count, default=9, help="rounds of turns (default: 9)")
     parser.add_argument("--growth", action="store_true", help="also how costs grow")
     parser.add_argument(
-        "--write", metavar="FOLDER", help="write results.json, table.md, growth.svg"
+        "--write",
+        metavar="FOLDER",
+        type=writable_folder,
+        help="write results.json, table.md, growth.svg",
     )

@@ -27,11 +27,23 @@ def test_names_of_targets_differ():
 
 
 def test_what_is_kept_is_within_its_targets(tmp_path, capsys):
-    assert cli.main(["cpu", "--only", "keeps", "--rounds", "1", "--write", str(tmp_path)]) == 0
+    folder = tmp_path / "a new" / "one"
+    assert cli.main(["cpu", "--only", "keeps", "--rounds", "1", "--write", str(folder)]) == 0
     assert capsys.readouterr().out.count("yes") == 3
-    records = json.loads((tmp_path / "results.json").read_text())["records"]
+    records = json.loads((folder / "results.json").read_text())["records"]
     assert [r["met"] for r in records] == 3 * [True]
-    assert records[0]["name"] in (tmp_path / "table.md").read_text()
+    assert records[0]["name"] in (folder / "table.md").read_text()
+
+
+def test_a_folder_that_cannot_be_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(targets, "targets", lambda: pytest.fail("it measures"))
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "in"):
+        with pytest.raises(SystemExit):
+            cli.main(["cpu", "--write", str(folder)])
+        assert "must be a folder that can be written; got" in capsys.readouterr().err
 
 
 def test_a_missed_target_is_an_error(monkeypatch, capsys):
