@@ -182,11 +182,12 @@ def _plan_of(module: nn.Module) -> Plan:
             f"tensor_parallel_plan: {type(module).__name__} must be a block that patch() patched"
         )
     plan: Plan = module._plan
-    if isinstance(plan, Llama4) and wraps_parameter(module.experts):  # type: ignore[arg-type]
-        raise ValueError(
-            f"tensor_parallel_plan: experts of {type(module).__name__} must be without adapters, "
-            "got PEFT's ParamWrapper around them; merge them by merge_and_unload()"
-        )
+    for path in plan.wrapped():
+        if wraps_parameter(child(module, path)):
+            raise ValueError(
+                f"tensor_parallel_plan: {path} of {type(module).__name__} must be without "
+                "adapters, got PEFT's ParamWrapper around them; merge them by merge_and_unload()"
+            )
     return plan
 
 
