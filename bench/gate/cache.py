@@ -12,7 +12,7 @@ import os
 import sys
 import sysconfig
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,8 @@ KEPT = (".cubin", ".json")
 EXTENSION_STAMP = ROOT / "fusedmlp" / "_C.stamp"
 
 
-def _hash(paths: Iterator[Path]) -> str:
+def hash_of(paths: Iterable[Path]) -> str:
+    """The hash of files of this project: names and content."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
@@ -37,14 +38,14 @@ def _hash(paths: Iterator[Path]) -> str:
 def kernel_sources() -> str:
     """The hash of all code that decides what is compiled and launched."""
     folders = ("fusedmlp", "kernels")
-    return _hash(p for folder in folders for p in (ROOT / folder).rglob("*.py") if p.is_file())
+    return hash_of(p for folder in folders for p in (ROOT / folder).rglob("*.py") if p.is_file())
 
 
 def extension_sources() -> str:
     """The hash of all that the extension is built of."""
     kinds = (".cu", ".cuh", ".h", ".cpp")
     found = (path for path in (ROOT / "csrc").rglob("*") if path.suffix in kinds)
-    return _hash(iter([*found, ROOT / "CMakeLists.txt"]))
+    return hash_of([*found, ROOT / "CMakeLists.txt"])
 
 
 def kernel_stamp() -> dict[str, str]:
@@ -60,7 +61,8 @@ def extension_stamp() -> dict[str, str]:
     return {"sources": extension_sources(), "python": str(sysconfig.get_config_var("EXT_SUFFIX"))}
 
 
-def _differences(stamp: Mapping[str, Any], now: Mapping[str, str]) -> str:
+def differences(stamp: Mapping[str, Any], now: Mapping[str, str]) -> str:
+    """What of a stamp is not as it is now; nothing where all is."""
     return ", ".join(
         f"{name} {stamp.get(name)} there, {value} here"
         for name, value in now.items()
@@ -160,7 +162,7 @@ def take(folder: Path) -> Path:
         raise Refusal(
             f"{folder} holds no {STAMP}, so nobody knows of which sources it is: {remedy}"
         )
-    if wrong := _differences(stamp, kernel_stamp()):
+    if wrong := differences(stamp, kernel_stamp()):
         raise Refusal(f"the cache {folder} is stale ({wrong}): {remedy}")
     if stamp.get("path") != str(folder):
         _move(folder, str(stamp.get("path")))
@@ -187,7 +189,7 @@ def extension_is_carried() -> bool:
     stamp = _read(EXTENSION_STAMP)
     if not stamp or not built.exists():
         return False
-    if wrong := _differences(stamp, extension_stamp()):
+    if wrong := differences(stamp, extension_stamp()):
         raise Refusal(
             f"the extension {built} is stale ({wrong}): build it again with `gate fill-cache DIR "
             f"--extension`, or delete {EXTENSION_STAMP}, and it is built on the GPU's machine"

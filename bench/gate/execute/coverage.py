@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Iterable, Sequence
@@ -17,6 +18,7 @@ from .jobs import DTYPES
 __all__ = ["functions", "missing"]
 
 
+@functools.cache
 def functions() -> set[str]:
     """Every kernel of kernels/ by the name that a run has: what a launcher may start."""
     found = set()

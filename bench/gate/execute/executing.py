@@ -26,11 +26,13 @@ ORDERS = (*SAME, Order("seed", 2, "backwards", 1.0))
 
 @dataclasses.dataclass(frozen=True)
 class Executed:
-    """One row of the report. error and bound: of the result that comes nearest to its bound, in
-    the maximum or the RMS, which `result` says. findings: empty where all is right. launched:
-    kernels as the compiler names them. run_s: of the machine; other_s: Triton's compiler and the
-    reference."""
+    """One row of the report. job: its name. orders: in which it ran. error and bound: of the result
+    that comes nearest to its bound, in the maximum or the RMS, which `result` says. findings: empty
+    where all is right. launched: kernels as the compiler names them. run_s: of the machine;
+    other_s: Triton's compiler and the reference."""
 
+    job: str
+    orders: tuple[str, ...]
     kernel: str
     arch: str
     dtype: str
@@ -112,7 +114,8 @@ def execute(job: Job, orders: Sequence[Order] = ORDERS) -> list[Executed]:
         findings.append(f"{type(error).__name__}: {error}")
     seconds = time.perf_counter() - start
     row = Executed(
-        "", job.arch.name, str(job.dtype).removeprefix("torch."), job.what, "", *worst,
-        tuple(findings), tuple(sorted(launched)), instructions, max(seconds - run_s, 0.0), run_s,
+        job.name, tuple(map(str, orders)), "", job.arch.name, str(job.dtype).removeprefix("torch."),
+        job.what, "", *worst, tuple(findings), tuple(sorted(launched)), instructions,
+        max(seconds - run_s, 0.0), run_s,
     )  # fmt: skip
     return [dataclasses.replace(row, kernel=kernel, tile=tile) for kernel, tile in job.covers]

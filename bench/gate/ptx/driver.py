@@ -227,12 +227,15 @@ def emulate(
     """
     emulated = Emulated(arch, order, edit, options, calls=calls)
     previous = driver._active
-    hook = triton.knobs.runtime.add_stages_inspection_hook
+    knobs = triton.knobs
     driver.set_active(emulated)
-    triton.knobs.runtime.add_stages_inspection_hook = _ptx_is_the_binary
     try:
-        with pretend(arch, multiprocessors), poison(emulated.fresh.note):
+        with (
+            knobs.runtime.scope(), knobs.compilation.scope(), pretend(arch, multiprocessors),
+            poison(emulated.fresh.note),
+        ):  # fmt: skip
+            knobs.runtime.add_stages_inspection_hook = _ptx_is_the_binary
+            knobs.compilation.store_binary_only = True  # nobody reads what comes before the PTX
             yield emulated
     finally:
         driver._active = previous
-        triton.knobs.runtime.add_stages_inspection_hook = hook

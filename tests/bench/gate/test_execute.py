@@ -1,10 +1,15 @@
 """`gate execute`: what it runs, what it says, and what it refuses."""
 
+import json
+import os
+import re
+
 import executed
 import pytest
 from compiled import in_compiler
 
 from fusedmlp.bench import cli
+from fusedmlp.bench.gate.execute import kept
 from fusedmlp.testing import CASES
 
 JOB = "sm_80 gated_act bfloat16 aligned chosen"
@@ -63,6 +68,124 @@ def test_bad_input(argv, said, capsys):
     assert code == 2
     assert said in text
     assert written == {}
+
+
+# ---- the file of a run that ended early
+
+TWO = ("--arch", "sm_80", "--match", "gated_act bfloat16 (aligned|no rows) ")
+
+
+def one_row():
+    code, text, written = in_compiler(executed.main, "--arch", "sm_80", "--match", f"{JOB}$")
+    assert code == 0, text
+    return written
+
+
+def test_resume_executes_what_is_left():
+    before = one_row()
+    before["records"][0]["run_s"] = 1234.5
+    code, text, written = in_compiler(executed.resumed, before, *TWO, "--resume")
+    assert code == 0, text
+    assert "1 of 2 jobs passed" in text
+    assert "2 rows executed, 0 with findings" in text
+    assert written["records"][0] == before["records"][0]
+    assert [row["what"] for row in written["records"]] == ["aligned", "no rows"]
+    # Without it all is executed anew, and what a part does not ask for stays.
+    _, _, written = in_compiler(executed.resumed, before, *TWO)
+    assert written["records"][0]["run_s"] < 1000
+    before = written
+    only = (*TWO[:3], "gated_act bfloat16 one row")
+    _, text, written = in_compiler(executed.resumed, before, *only, "--resume")
+    assert "1 rows executed" in text
+    assert written["records"][:2] == before["records"]
+
+
+@pytest.mark.parametrize("change", ["findings", "orders"])
+def test_resume_executes_again_what_failed_or_had_fewer_orders(change):
+    before = one_row()
+    (row,) = before["records"]
+    row["run_s"] = 1234.5
+    if change == "findings":
+        row["findings"] = ["a fault"]
+    else:
+        del row["orders"][1]
+    args = ("--arch", "sm_80", "--match", f"{JOB}$", "--resume")
+    code, text, written = in_compiler(executed.resumed, before, *args)
+    assert code == 0, text
+    assert "0 of 1 jobs passed" in text
+    (row,) = written["records"]
+    assert row["run_s"] < 1000
+    assert row["findings"] == []
+    assert len(row["orders"]) == 4
+
+
+def test_the_verdict_is_of_old_rows_and_new_ones():
+    args = ("--arch", "sm_80", "--resume")
+    before = in_compiler(executed.whole, "sm_80", JOB)
+    code, text, written = in_compiler(executed.resumed, before, *args)
+    assert code == 0, text
+    assert written["not_executed"] == []
+    assert len(written["records"]) == len(before["records"]) + 1
+    for row in before["records"]:
+        row["launched"] = []
+    code, text, written = in_compiler(executed.resumed, before, *args)
+    assert code == 1
+    assert "not executed: sm_80 gated_linear" in text
+    assert not any("gated_act" in line for line in written["not_executed"])
+
+
+def test_what_was_executed_is_kept_at_sigterm():
+    code, text, written = in_compiler(executed.interrupted, *TWO)
+    assert code == 130
+    assert "--resume goes on" in text
+    assert [row["what"] for row in written["records"]] == ["aligned"]
+
+
+@pytest.mark.parametrize(
+    ("before", "said"),
+    [
+        ("no JSON", "is no file that `gate execute --json` wrote"),
+        ("[]", "is no file that `gate execute --json` wrote"),
+        ('{"records": []}', "sources None there"),
+        ({"stamp": {"triton": "3.0.0"}}, "triton 3.0.0 there"),
+    ],
+)
+def test_a_file_of_others_is_refused_and_left_as_it_is(before, said):
+    text = before if isinstance(before, str) else json.dumps(before)
+    code, printed, after = in_compiler(executed.resumed, text, *TWO, "--resume")
+    assert code == 2
+    assert said in printed
+    assert after == text
+
+
+def test_resume_needs_a_file_and_a_file_is_one(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    assert cli.main(["gate", "execute", "--resume"]) == 2
+    assert "the FILE of --json, which is not given" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["gate", "execute", "--json", os.devnull])
+    assert "must be a file that can be replaced" in capsys.readouterr().err
+
+
+def test_a_stamp_is_of_what_decides_a_row():
+    found = in_compiler(executed.sources)
+    assert {
+        "bench/gate/execute/jobs.py", "bench/gate/ptx/lower.py", "bench/gate/ptx/machine/lanes.h",
+        "fusedmlp/testing/rule.py", "fusedmlp/packing.py", "kernels/dense/gated_linear.py",
+    } <= set(found)  # fmt: skip
+    # What it leaves out is reached by the package's face alone.
+    apart = rf"^\s*(from|import) [.\w]*\b({'|'.join(kept.APART)})\b"
+    faces = {"fusedmlp/_api.py", "fusedmlp/cli.py", "fusedmlp/explaining.py"}
+    inside = {path for path in found if path.endswith(".py")} - faces
+    assert [path for path in inside if re.search(apart, found[path], re.M)] == []
+    assert any(re.search(apart, found[path], re.M) for path in faces)
+    assert not any(path.startswith("fusedmlp/layers") for path in found)
+
+
+def test_a_group_has_one_process_and_a_death_is_an_error():
+    found = in_compiler(executed.groups, [1, 2], [3, 4])
+    assert found[1] == found[2] != found[3] == found[4]
+    assert in_compiler(executed.death) == "a process that executes jobs ended with code 7"
 
 
 def test_the_interpreter_is_refused(monkeypatch, capsys):
