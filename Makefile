@@ -15,7 +15,7 @@ SITE = NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 # Each op once, and the rules that every file, row, page and docstring obeys.
 QUICK = tests/ops/test_each_op.py tests/kernels tests/backends/test_backend.py tests/house \
-	-m "not slow and not long"
+	-m "not slow and not long and not nightly"
 
 # `make floors ENVIRONMENTS=oldest` runs that one alone.
 ENVIRONMENTS ?=
@@ -33,7 +33,7 @@ KERNEL ?=
 LIMIT ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help test long invariance quick lint execute gate gate-triton gate-csrc bound docs floors mutants prove families patch-sweep bench
+.PHONY: help test long nightly invariance quick lint execute gate gate-triton gate-csrc bound docs floors mutants prove families patch-sweep bench
 
 # $(call needs,MODULE,EXTRA): one error where a Python module is not there.
 needs = @$(PYTHON) -c 'import importlib.util, sys; importlib.util.find_spec("$(1)") or \
@@ -49,13 +49,18 @@ needs_nvcc = @command -v "$(NVCC)" > /dev/null || { echo "make $@: needs nvcc, w
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-test: ## the suite, but for what tests/long.txt lists and what is marked slow
+test: ## the suite, but for what is long, nightly (tests/*.txt) or slow
 	$(call needs,pytest,test)
 	$(PYTEST) -n $(JOBS)
 
-long: ## what tests/long.txt lists: whole commands, torch.compile, large grids
+long: ## what tests/long.txt lists: whole commands, torch.compile, whole models
 	$(call needs,pytest,test)
 	$(PYTEST) -n $(JOBS) -m "long and not slow"
+
+nightly: ## what .ci/run leaves out: large grids, all that is slow, every kernel executed; hours
+	$(call needs,pytest,test)
+	$(PYTEST) -n $(JOBS) -m "nightly or slow"
+	$(BENCH) gate execute
 
 invariance: ## the grid of batch invariance: every case, and five blocks as compiled for each GPU
 	$(call needs,pytest,test)

@@ -66,16 +66,22 @@ def pytest_cmdline_main(config):
         config.option.dist = "worksteal"
 
 
-LONG = Path(__file__).with_name("long.txt")
+LISTS = ("long", "nightly")  # a mark of each has the tests of the file of that name
+
+
+def listed() -> dict[str, str]:
+    """A test or a file of tests -> the mark that it gets."""
+    of = {mark: Path(__file__).with_name(f"{mark}.txt").read_text().splitlines() for mark in LISTS}
+    return {line: mark for mark, lines in of.items() for line in lines if line and line[0] != "#"}
 
 
 def pytest_collection_modifyitems(config, items):
     """A test of another machine says nothing here: it is left out, not passed or skipped. So are
-    those of long.txt, but where their file, their folder or their mark is asked for."""
-    listed = {line for line in LONG.read_text().splitlines() if line and line[0] != "#"}
+    those of the LISTS, but where their file, their folder or their mark is asked for."""
+    marks = listed()
+    tests = Path(__file__).parent
     named = {Path(argument.partition("::")[0]).resolve() for argument in config.args}
-    named -= {LONG.parent, *LONG.parents}  # all tests are no folder of them
-    by_mark = "long" in config.option.markexpr
+    named -= {tests, *tests.parents}  # all tests are no folder of them
     others = {"gpu" if DEVICE == "cpu" else "interpreter"}
     if not shutil.which("nvcc"):
         others.add("nvcc")
@@ -86,10 +92,11 @@ def pytest_collection_modifyitems(config, items):
 
     def runs(item):
         test, _, _ = item.nodeid.partition("[")
-        long = not listed.isdisjoint((test, test.partition("::")[0]))
-        if long:
-            item.add_marker(pytest.mark.long)
-        wanted = by_mark or not long or not named.isdisjoint((item.path, *item.path.parents))
+        mark = marks.get(test) or marks.get(test.partition("::")[0])
+        if mark:
+            item.add_marker(mark)
+        wanted = not mark or mark in config.option.markexpr
+        wanted = wanted or not named.isdisjoint((item.path, *item.path.parents))
         return wanted and others.isdisjoint(mark.name for mark in item.iter_markers())
 
     here = {item: runs(item) for item in items}

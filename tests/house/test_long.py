@@ -1,4 +1,4 @@
-"""tests/long.txt: what it lists is there, and runs where it is asked for."""
+"""tests/long.txt and tests/nightly.txt: what they list is there, and runs where it is asked for."""
 
 import re
 import subprocess
@@ -9,14 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 LISTED = [
-    line for line in (ROOT / "tests/long.txt").read_text().splitlines() if line and line[0] != "#"
+    line
+    for mark in ("long", "nightly")
+    for line in (ROOT / f"tests/{mark}.txt").read_text().splitlines()
+    if line and line[0] != "#"
 ]
 
 
 ELSEWHERE = [
     f"--ignore={path.relative_to(ROOT)}"
     for path in (ROOT / "tests").iterdir()
-    if path.is_dir() and path.name not in ("hub", "prove")
+    if path.is_dir() and path.name not in ("hub", "prove", "kernels")
 ]
 
 
@@ -33,13 +36,16 @@ def test_a_listed_test_is_there(line):
     [
         (["tests", *ELSEWHERE], set()),
         (["tests/hub", "tests/prove/test_prove.py"], {"hub", "prove"}),
+        (["tests/kernels/test_tolerance.py"], {"kernels"}),
         (["-m", "long", "tests", *ELSEWHERE], {"hub", "prove"}),
-        (["-m", "not slow and not long", "tests/hub"], set()),
+        (["-m", "nightly", "tests", *ELSEWHERE], {"kernels"}),
+        (["-m", "not slow and not long and not nightly", "tests/hub", "tests/kernels"], set()),
     ],
 )
-def test_long_tests_run_where_their_file_folder_or_mark_is_named(asked, runs):
+def test_they_run_where_their_file_folder_or_mark_is_named(asked, runs):
     # Without xdist, since no option of it may stand in pyproject.toml: a GPU's machine may lack it.
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:xdist", *asked]
     out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    of = {"hub": "::test_its_own_tests_pass", "prove": "::test_a_tool_that_does_not_install"}
+    of = {"hub": "::test_its_own_tests_pass", "prove": "::test_a_tool_that_does_not_install",
+          "kernels": "::test_a_damaged_result_fails"}  # fmt: skip
     assert {room for room, test in of.items() if test in out} == runs

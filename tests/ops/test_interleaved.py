@@ -273,7 +273,9 @@ def test_the_cuda_kernel_refuses_and_says_why():
         cuda.gated_linear_bwd(None, dy, down, gu, "silu", "interleaved", True, True)
 
 
-@pytest.mark.parametrize("arch", ("sm_80", "sm_90", "sm_100"))
+@pytest.mark.parametrize(
+    "arch", ("sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_100")))
+)
 @each_name
 def test_as_compiled_for_a_gpu(name, arch):
     """Forward and backward by the tolerance rule, in two orders of what hardware leaves open."""
