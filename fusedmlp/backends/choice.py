@@ -114,9 +114,9 @@ def always_reference(x: Tensor) -> bool:
 def for_cpu(x: Tensor) -> bool:
     """Whether an op that runs its reference on `x` may take what backends/cpu has in its place. A
     reference that was asked for is the formula itself, and so is one inside batch_invariant()."""
-    if invariant() or transformed():
+    if (HERE.backend or _chosen) != "auto" or not (x.is_cpu or x.is_meta):
         return False
-    return chosen() == "auto" and (x.is_cpu or x.is_meta)
+    return not (invariant() or transformed())
 
 
 def pick(op: str, x: Tensor, name: str = "x") -> str:

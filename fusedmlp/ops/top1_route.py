@@ -159,9 +159,9 @@ def top1_route(logits: Tensor, *, capacity: int | None = None) -> Routing:
     check_logits(OP, logits)
     check_capacity(OP, capacity)
     flat = rows(logits)
+    if choice.for_cpu(flat) and readable(flat) and flat.shape[0] == 1:
+        return cpu.top1_route_one(flat)
     if choice.pick(OP, logits, "logits") == "reference":
-        if choice.for_cpu(flat) and readable(flat) and flat.shape[0] == 1:
-            return cpu.top1_route_one(flat)
         return reference.top1_route(flat, capacity)
     if check.wants_grad(logits):
         return Routing(*Top1RouteFunction.apply(flat, capacity))

@@ -13,7 +13,7 @@ from torch import Tensor
 def readable(t: Tensor) -> bool:
     return (
         not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        and not torch._C._is_tracing()
         and type(t) is Tensor
         and t.is_cpu
         and not torch._C._len_torch_dispatch_stack()

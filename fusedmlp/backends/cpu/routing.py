@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ...reference import Routing, top1_route
-from .eager import needs_grad
 
 FEW = 32  # choices; the formula catches up at 64
 
@@ -56,7 +55,10 @@ def route_few(expert: Tensor, prob: Tensor, num_experts: int, capacity: int | No
 
 def top1_route_one(logits: Tensor) -> Routing:
     """`top1_route` of one token, (1, E)."""
-    z = (logits if logits.dtype is torch.float64 else logits.float()).squeeze(0)
+    dtype = logits.dtype
+    z = logits.squeeze(0)
+    if dtype is not torch.float32 and dtype is not torch.float64:
+        z = z.float()
     values = z.tolist()
     largest = max(values)
     e = values.index(largest)
@@ -65,12 +67,14 @@ def top1_route_one(logits: Tensor) -> Routing:
     share = prob.item()
     if not share > 0:  # NaN
         return top1_route(logits)
-    if needs_grad(z):
+    if p.requires_grad:
         lse = z[e : e + 1] - prob.log()
     else:
-        lse = z.new_full((1,), largest - math.log(share))
-    if z.dtype is not logits.dtype:
-        prob = prob.to(logits.dtype)
+        # Memory of the host's own, here and below: half of what a tensor's new_full costs.
+        code = "f" if z.dtype is torch.float32 else "d"
+        lse = torch.frombuffer(array(code, (largest - math.log(share),)), dtype=z.dtype)
+    if z.dtype is not dtype:
+        prob = prob.to(dtype)
     expert = torch.frombuffer(array("q", (e,)), dtype=torch.int64)
     E = len(values)
     tokens, rows, offsets, counts = _tensors(_place_of_one(e, E), 1, E)
