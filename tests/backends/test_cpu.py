@@ -13,11 +13,14 @@ from fusedmlp.backends.cpu import (
     binary as cpu_binary,
     grouped,
     masked as cpu_masked,
+    memory,
     routing as cpu_routing,
     trees,
 )
 from fusedmlp.backends.op import OPS
 from fusedmlp.hyperglu import HyperGLU, HyperGLUConfig
+from fusedmlp.packing import ORDERS
+from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.reference.masked import products as masked_formula
 from fusedmlp.testing import CASES
 from fusedmlp.testing.memory import kept_bytes
@@ -395,6 +398,10 @@ def test_what_blocks_keep():
     assert kept(fusedmlp.masked_gated_linear, x, first, masks) == 5
     with fusedmlp.backend("reference"):
         assert kept(fusedmlp.gated_mlp, x, first, draw(H, D), last) == 4
+    routing = fusedmlp.top1_route(torch.randn(M, 3))  # every row has one expert
+    routing = routing._replace(prob=draw(M))
+    block = lambda *t: fusedmlp.moe_mlp(t[0], routing._replace(prob=t[1]), *t[2:])  # noqa: E731
+    assert kept(block, x, routing.prob, *experts(3, D, H)) == 2
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -415,14 +422,80 @@ FROM_SYSTEM = [(1, 512, 512, True), (2, 512, 512, False), (1, 513, 256, True), (
 
 @pytest.mark.parametrize("used, K, N, expected", FROM_SYSTEM)
 def test_which_gradients_are_zeros_of_the_system(used, K, N, expected, monkeypatch):
-    fresh, calls = grouped._fresh, []
-    monkeypatch.setattr(grouped, "_fresh", lambda *a: calls.append(a) or fresh(*a))
+    fresh, calls = memory.zeros, []
+    monkeypatch.setattr(memory, "zeros", lambda *a: calls.append(a) or fresh(*a))
     a, b = torch.randn(used, K), torch.randn(used, N)
     offsets = torch.arange(10, dtype=torch.int32).clamp(max=used)
-    made = grouped.outer_of(a, b, offsets, offsets.tolist())
+    made = grouped.outer_of(a, b, offsets, grouped.busy(offsets.tolist()))
     assert bool(calls) == expected
     torch.testing.assert_close(made[:used], a.unsqueeze(2) * b.unsqueeze(1))
     assert made.shape == (8, K, N) and not made[used:].any()
+
+
+def backward_of_large_stacks():
+    """Gradients of 8 experts, one of them idle, of 2 MiB each."""
+    torch.manual_seed(0)
+    stacks = experts(8, 256, 256, torch.float32)
+    x, routing = torch.randn(21, 256), fusedmlp.top1_route(torch.eye(8)[:7].repeat(3, 1))
+    y = fusedmlp.moe_mlp(x, routing, *stacks)
+    return lambda: list(torch.autograd.grad(y, stacks, torch.ones_like(y), retain_graph=True))
+
+
+def test_memory_of_a_gradient_is_lent_again_once_nobody_has_it():
+    make = backward_of_large_stacks()
+    grads = make()
+    assert not any(g.untyped_storage().resizable() for g in grads)
+    assert not any(g[7].any() for g in grads)
+    kept, expected = grads[0].view(-1)[5:7].numpy(), [g.clone() for g in grads]
+    where = [g.data_ptr() for g in grads]
+    grads[0].fill_(3)
+    for g in grads[1:]:
+        g.fill_(float("nan"))  # as whoever has it may
+    del g
+    while grads:
+        grads.pop()
+    again = make()
+    torch.testing.assert_close(again, expected)
+    assert {g.data_ptr() for g in again} > set(where[1:])
+    assert where[0] not in {g.data_ptr() for g in again} and (kept == 3).all()
+    del kept
+    more = make()  # while `again` lives
+    assert where[0] in {g.data_ptr() for g in more}
+    torch.testing.assert_close(again + more, 2 * expected)
+
+
+def test_memory_of_gradients_is_kept_up_to_a_bound(monkeypatch):
+    free = lambda: sum(len(pages) for own in memory._free.values() for pages in own)  # noqa: E731
+    monkeypatch.setattr(memory, "_free", {})
+    monkeypatch.setattr(memory, "MOST", 5 << 20)
+    like, tensors = torch.empty(0), []
+    for size in (2, 2, 3):
+        tensors.append(memory.lent(like, size << 18)[0])
+    assert not free()
+    for expected in (3 << 20, 5 << 20, 2 << 20):  # the last is one too many, and is kept alone
+        tensors.pop()
+        assert free() == expected
+    assert not memory.lent(like, 2 << 18)[1] and memory.lent(like, 1 << 18)[1]
+    assert not memory._lent
+
+
+FIRST = [(name, kind) for name, row in ACTIVATIONS.items()
+         for kind in (*ORDERS, "apart", "plain") if kind != "plain" or row.up is None]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, kind", FIRST)
+def test_gradients_of_experts_with_every_activation(name, kind):
+    packed = kind if kind in ORDERS else None
+    x, prob, (gate, up, down) = draw(5, 8), draw(5, 2), experts(4)
+    first = (draw(4, 24, 8), None) if packed else (gate, up if kind == "apart" else None)
+    leaves = [t for t in (x, prob, *first, down) if t is not None]
+
+    def call():
+        routing = fusedmlp.route_to(torch.arange(10).view(5, 2) % 3, prob, 4)
+        y = fusedmlp.moe_mlp(x, routing, *first, down, activation=name, packed=packed)
+        return y, torch.autograd.grad(y.square().sum(), leaves)
+
+    torch.testing.assert_close(*both(call))
 
 
 @pytest.mark.parametrize("turned", (True, False))

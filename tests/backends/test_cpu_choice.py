@@ -61,9 +61,6 @@ WAYS = [
     (lambda: of_case("hyper_attention_step", 3, True), False, hyper, "step"),
     (lambda: of_case("moe_mlp", 3), True, experts, "moe_mlp"),
     (lambda: of_case("moe_mlp", 3), False, traced, "moe_mlp"),
-    (lambda: of_case("moe_mlp", 1), True, experts, "_one_token"),
-    (lambda: of_case("moe_mlp", 2), False, experts, "_one_token"),
-    (lambda: of_case("moe_mlp", 1, True), True, experts, "_one_token"),
     (lambda: of_case("moe_linear", 3), True, traced, "moe_linear"),
     *((lambda rows=rows, grad=grad: fusedmlp.binary_linear(draw(rows, 128, grad=grad), BITS),
        rows <= 16 and not grad, binary, "_few_rows")

@@ -17,10 +17,8 @@ products. An expert without rows costs nothing but its part of a gradient.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from math import prod
 from typing import Any
 
@@ -29,24 +27,28 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..library import define_for_cpu
+from . import memory
 from .eager import needs_grad, readable
 
 # What PyTorch's grouped product takes. It walks all experts; few rows are faster in a loop.
 _GROUPED = (torch.float32, torch.bfloat16, torch.float16)
-# From this size on malloc asks the system for each block anew, whose pages of 4 KiB are made one
-# by one as they are written: 16 ms for 32 MiB. Huge ones take 0.8 ms.
-_FROM_SYSTEM = 32 << 20
-# A huge page costs what two of malloc's, which are warm, do: 80 us beside 40 to 60.
+# Gradients from here on have memory of memory.py; from there on, which it cannot keep, new one.
+_LENT, _FROM_SYSTEM = 1 << 20, 32 << 20
+# A huge page costs what two of those that are warm do: 80 us beside 40 to 60.
 _PAGE = 2 << 20
 
+Parts = list[tuple[int, int, int]]
 
-def busy(ends: list[int]) -> Iterator[tuple[int, int, int]]:
-    """(expert, its first row, the row behind its last) of the experts in use."""
-    row = 0
+
+def busy(ends: list[int]) -> Parts:
+    """(expert, its first row, the row behind its last) of the experts in use, whose offsets are
+    these."""
+    parts, row = [], 0
     while row < ends[-2]:
         e = bisect_right(ends, row) - 1
-        yield e, row, ends[e + 1]
+        parts.append((e, row, ends[e + 1]))
         row = ends[e + 1]
+    return parts
 
 
 def _fits(t: Tensor) -> bool:
@@ -58,31 +60,25 @@ def _fits(t: Tensor) -> bool:
 
 
 def _by_groups(experts: int, rows: int, a: Tensor, b: Tensor) -> bool:
+    if rows < 2 * experts:
+        return False
     # It pads the rows of its result to 16 bytes, which would not be what the fake says.
     whole = b.shape[-1] * b.element_size() % 16 == 0
-    return a.dtype in _GROUPED and rows >= 2 * experts and whole and _fits(a) and _fits(b)
+    return a.dtype in _GROUPED and whole and _fits(a) and _fits(b)
 
 
-def _fresh(like: Tensor, *shape: int) -> Tensor:
-    """Zeros from the system, whose memory costs nothing until it is written to. Its storage cannot
-    be resized."""
-    pages = mmap.mmap(
-        -1, prod(shape) * like.element_size(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-    )
-    with contextlib.suppress(OSError, AttributeError):  # a kernel without large pages
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=like.dtype).view(shape)
-
-
-def product_of(a: Tensor, w: Tensor, offsets: Tensor, ends: list[int]) -> Tensor:
-    """`product` without a gradient, of the values of offsets; a may end where kept rows do."""
-    kept, rows = ends[-2], a.shape[0]
-    if not kept:
+def product_of(a: Tensor, w: Tensor, offsets: Tensor, parts: Parts) -> Tensor:
+    """`product` without a gradient, of the experts in use; a may end where kept rows do."""
+    rows = a.shape[0]
+    if not parts:
         return a.new_zeros(rows, w.shape[1])
+    kept = parts[-1][2]
     if _by_groups(w.shape[0], kept, a, w.mT):
         made = F.grouped_mm(a[:kept], w.mT, offs=offsets[1:-1])
+    elif len(parts) == 1:
+        made = F.linear(a[:kept], w[parts[0][0]])
     else:
-        made = torch.cat([F.linear(a[start:end], w[e]) for e, start, end in busy(ends)])
+        made = torch.cat([F.linear(a[start:end], w[e]) for e, start, end in parts])
     return made if kept == rows else F.pad(made, (0, 0, 0, rows - kept))
 
 
@@ -93,36 +89,37 @@ def _from_system(E: int, used: int, one: int) -> bool:
     return E * one >= _FROM_SYSTEM or 2 * touched * _PAGE < E * one
 
 
-def _idle_zeros(like: Tensor, E: int, used: Sequence[int], *shape: int) -> Tensor:
+def _idle_zeros(like: Tensor, E: int, parts: Parts, *shape: int) -> Tensor:
     """(E, *shape): 0 for experts that are not in use; parts of the others are to be written."""
-    if _from_system(E, len(used), prod(shape) * like.element_size()):
-        return _fresh(like, E, *shape)
-    out, idle = like.new_empty(E, *shape), 0
-    for e in (*used, E):
+    one = prod(shape) * like.element_size()
+    if _from_system(E, len(parts), one):
+        return memory.zeros(like, E, *shape)
+    if E * one < _LENT:
+        out = like.new_empty(E, *shape)
+    else:
+        out, new = memory.lent(like, E, *shape)
+        if new:
+            return out
+    idle = 0
+    for e, _, _ in (*parts, (E, 0, 0)):
         if idle < e:
             out[idle:e].zero_()
         idle = e + 1
     return out
 
 
-def outer_of(a: Tensor, b: Tensor, offsets: Tensor, ends: list[int]) -> Tensor:
+def outer_of(a: Tensor, b: Tensor, offsets: Tensor, parts: Parts) -> Tensor:
     """`outer` in the same way."""
-    E, kept, K, N, parts = len(ends) - 2, ends[-2], a.shape[1], b.shape[1], list(busy(ends))
-    if not _from_system(E, len(parts), K * N * a.element_size()) and _by_groups(E, kept, a.t(), b):
+    E, kept, K, N = len(offsets) - 2, parts[-1][2] if parts else 0, a.shape[1], b.shape[1]
+    small = E * K * N * a.element_size() < _LENT
+    if small and _by_groups(E, kept, a.t(), b):  # which cannot write to memory of ours
         return F.grouped_mm(a[:kept].t(), b[:kept], offs=offsets[1:-1])
-    out = _idle_zeros(a, E, [e for e, _, _ in parts], K, N)
-    for e, start, end in parts:
-        torch.mm(a[start:end].t(), b[start:end], out=out[e])
-    return out
-
-
-def stacked(like: Tensor, used: Sequence[int], parts: Sequence[Tensor]) -> Tensor:
-    """The parts of experts in use, 0 for the others, laid out as `like` (E, ...) is."""
-    if like.dim() == 3 and like.stride(1) < like.stride(2):
-        return stacked(like.mT, used, [part.mT for part in parts]).mT
-    out = _idle_zeros(like, like.shape[0], used, *like.shape[1:])
-    for e, part in zip(used, parts, strict=True):
-        out[e].copy_(part)
+    out = _idle_zeros(a, E, parts, K, N)
+    sizes = [end - start for _, start, end in parts]
+    each = zip(parts, a[:kept].t().split(sizes, 1), b[:kept].split(sizes), strict=True)
+    for (e, start, end), own, rows in each:
+        # A single row makes it elementwise, which costs less.
+        (torch.mul if end - start == 1 else torch.mm)(own, rows, out=out[e])
     return out
 
 
@@ -151,14 +148,14 @@ def _outer_backward(ctx: Any, dw: Tensor) -> tuple[Tensor | None, Tensor | None,
 
 product_op = define_for_cpu(
     "experts_product(Tensor a, Tensor w, Tensor offsets) -> Tensor",
-    lambda a, w, offsets: product_of(a, w, offsets, offsets.tolist()),
+    lambda a, w, offsets: product_of(a, w, offsets, busy(offsets.tolist())),
     lambda a, w, offsets: a.new_empty(a.shape[0], w.shape[1]),
     lambda a, w, offsets, **_: 2 * a[0] * prod(w[1:]),
     _product_backward,
 )
 outer_op = define_for_cpu(
     "experts_outer(Tensor a, Tensor b, Tensor offsets) -> Tensor",
-    lambda a, b, offsets: outer_of(a, b, offsets, offsets.tolist()),
+    lambda a, b, offsets: outer_of(a, b, offsets, busy(offsets.tolist())),
     lambda a, b, offsets: a.new_empty(offsets.shape[0] - 2, a.shape[1], b.shape[1]),
     lambda a, b, offsets, **_: 2 * a[0] * a[1] * b[1],
     _outer_backward,
@@ -168,5 +165,5 @@ outer_op = define_for_cpu(
 def product(a: Tensor, w: Tensor, offsets: Tensor) -> Tensor:
     """a[r] w[e]' for the rows r of every expert e, 0 for rows of none; with all derivatives."""
     if readable(offsets) and not needs_grad(a, w):
-        return product_of(a, w, offsets, offsets.tolist())
+        return product_of(a, w, offsets, busy(offsets.tolist()))
     return product_op(a, w, offsets)
