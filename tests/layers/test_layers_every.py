@@ -270,6 +270,75 @@ def _is_op(found):
     return inspect.isfunction(found) and found.__module__.startswith("fusedmlp.ops.")
 
 
+# --- repr()
+
+# What a layer and the modules inside it say of themselves; they are silent where nothing stands.
+WORDS = {
+    "GLU": "GLU(Sigmoid fused as 'sigmoid')",
+    "Bilinear": "Bilinear(Identity fused as 'identity')",
+    "ReGLU": "ReGLU(ReLU fused as 'relu')",
+    "SwiGLU": "SwiGLU(SiLU fused as 'silu')",
+    "GeGLU": "GeGLU(GELU fused as 'gelu')",
+    "FeedForward": "FeedForward(GELU fused as 'gelu')",
+    "FeedForward gated": "SwiGLU(SiLU fused as 'silu')",
+    "FeedForward unknown": "FeedForward(Stranger in PyTorch)",
+    "MLP": "FusedSequential(runs Linear, RMSNorm, GELU, Dropout, Linear, RMSNorm)",
+    "MLP pre": "FusedSequential(runs RMSNorm, Linear, PReLU, Dropout, Linear, RMSNorm)",
+    "GatingMechanism": "FusedSequential(runs Linear, RMSNorm, GELU, Dropout, Linear + Sigmoid)",
+    "ResidualWrapper": "FeedForward(GELU fused as 'gelu')",
+    "NGPT": f"NGPT(paper=False) L2Norm(dim=-1, norm_eps=0.0) Scale({D}, init=0.5, scale={D**-0.5})",
+    "NGPT all": "NGPT(paper=True) L2Norm(dim=-1, norm_eps=0.1) Scale(85, init=1.0, scale=1.0) "
+    f"Scale(85, init={D**0.5}, scale=1.0) Scale(1, init=0.05, scale=1.0)",
+    "L2Norm": "L2Norm(dim=-1, norm_eps=0.0)",
+    "GMLP": "GMLP(seq_len=4, drop_path=0.0) SpatialGatingUnit(canonical_gate=False) "
+    "SpatialGatingUnit(canonical_gate=False)",
+    "GMLP all": "GMLP(seq_len=4, drop_path=0.5) SpatialGatingUnit(canonical_gate=True)",
+    "PointwiseMLP": "PointwiseMLP(activation='swiglu', backend='torch')",
+    "FastFeedForward all": "SwiGLU(SiLU fused as 'silu')",
+    "Top1MoE": "Top1MoE(1 of 2 experts: top1_route, one moe_mlp, 'silu', and one gated_mlp for the "
+    "shared expert)",
+    "TopKMoE": "TopKMoE(2 of 4 experts: topk_route, one moe_mlp, 'silu')",
+    "TopKMoE all": "TopKMoE(2 of 4 experts: topk_route, one moe_mlp, 'swiglu_oai(limit=1.0)', and "
+    "one gated_mlp for the shared expert)",
+    "BinaryLinear": f"BinaryLinear(in_features={D}, out_features={D}, bias=True, packed=False)",
+    "BinaryGatedMLP": "BinaryGatedMLP(activation='silu')"
+    + f" BinaryLinear(in_features={D}, out_features=128, bias=False, packed=False)" * 2
+    + f" BinaryLinear(in_features=128, out_features={D}, bias=False, packed=False)",
+}
+# The same of options that no layer of MAKERS has.
+OPTIONS = {
+    "PointwiseMLP(activation='glu', backend='fused', glu_order='torch')":
+        lambda: layers.PointwiseMLP(D, "glu", backend="fused", glu_order="torch"),
+    "PointwiseMLP(activation='glu', backend='torch', glu_order='gate_first')":
+        lambda: layers.PointwiseMLP(D, "glu"),
+    "PointwiseMLP(activation='glu', backend='fused', glu_order='gate_first', recompute=True)":
+        lambda: layers.PointwiseMLP(D, "glu", backend="fused", recompute=True),
+    "BinaryLinear(in_features=128, out_features=8, bias=False, packed=True) BinaryWeight(H=8, D=128)":
+        lambda: layers.BinaryLinear(128, 8).pack(),
+    "GLUBase(Stranger in PyTorch)": lambda: GLUBase(D, D, Stranger()),
+    "L2Norm(dim=1, norm_eps=0.25)": lambda: layers.L2Norm(1, 0.25),
+}  # fmt: skip
+
+
+def words(layer):
+    own = [m for m in layer.modules() if type(m).__module__.startswith("fusedmlp")]
+    said = [(type(m).__name__, m.extra_repr()) for m in own]
+    # test_layers_widths.py is about these.
+    return " ".join(
+        f"{name}({text})" for name, text in said if text and "multiple of 8" not in text
+    )
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_repr_says_what_a_layer_is(name):
+    assert words(MAKERS[name]()) == WORDS.get(name, "")
+
+
+@pytest.mark.parametrize("expected", OPTIONS)
+def test_repr_says_which_options_it_has(expected):
+    assert words(OPTIONS[expected]()) == expected
+
+
 # --- names
 
 

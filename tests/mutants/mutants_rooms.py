@@ -435,22 +435,15 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "package",
-        ("fusedmlp/explaining.py",),
-        (
-            "tests/backends/test_backend.py",
-            "tests/layers/test_layers_every.py",
-            "tests/backends/test_cuda_backend.py",
-        ),
-    ),
-    Row(
-        "package",
         ("fusedmlp/dry/*.py", "fusedmlp/explaining.py"),
         (
+            "tests/dry/test_dry_blocks.py",
             "tests/dry/test_apart.py",
             "tests/dry/test_explain_gpu.py",
             "tests/dry/test_warmup.py",
             "tests/layers/test_layers_every.py",
             "tests/backends/test_backend.py",
+            "tests/backends/test_cuda_backend.py",
         ),
     ),
     Row(
