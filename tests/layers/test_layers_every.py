@@ -313,8 +313,8 @@ OPTIONS = {
         lambda: layers.PointwiseMLP(D, "glu"),
     "PointwiseMLP(activation='glu', backend='fused', glu_order='gate_first', recompute=True)":
         lambda: layers.PointwiseMLP(D, "glu", backend="fused", recompute=True),
-    "BinaryLinear(in_features=128, out_features=8, bias=False, packed=True) BinaryWeight(H=8, D=128)":
-        lambda: layers.BinaryLinear(128, 8).pack(),
+    "BinaryLinear(in_features=128, out_features=8, bias=False, packed=True) "
+    "BinaryWeight(H=8, D=128)": lambda: layers.BinaryLinear(128, 8).pack(),
     "GLUBase(Stranger in PyTorch)": lambda: GLUBase(D, D, Stranger()),
     "L2Norm(dim=1, norm_eps=0.25)": lambda: layers.L2Norm(1, 0.25),
 }  # fmt: skip
