@@ -24,7 +24,7 @@ def shape(op: str, name: str, t: Tensor, *expected: int) -> None:
 
 def transposed(name: str, got: Sequence[int], expected: Sequence[int]) -> str:
     """What to say of a weight, or a stack of them, that is right but for its last two sizes."""
-    if len(got) < 2 or len(got) != len(expected) or (*got[:-2], got[-1], got[-2]) != (*expected,):
+    if len(got) < 2 or (*got[:-2], got[-1], got[-2]) != (*expected,):
         return ""
     return f"; {name} is (out, in), as nn.Linear's weight: is it transposed? Transpose it back"
 

@@ -457,4 +457,34 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         '_F = TypeVar("_F")',
         "for the type checker",
     ),
+    Equivalent(
+        "fusedmlp/check/__init__.py",
+        "hint = transposed(name, t.shape, expected)",
+        "hint = transposed(name, expected, t.shape)",
+        "either is the other transposed, or neither is",
+    ),
+    Equivalent(
+        "fusedmlp/check/__init__.py",
+        "hint = transposed(name, got, expected)",
+        "hint = transposed(name, expected, got)",
+        "either is the other transposed, or neither is",
+    ),
+    Equivalent(
+        "fusedmlp/check/__init__.py",
+        "if row is not None and (gated or row.up is None):",
+        "if row is not None and (gated):",
+        "the short way of most calls; what goes on finds the name as good",
+    ),
+    Equivalent(
+        "fusedmlp/check/__init__.py",
+        "if row is not None and (gated or row.up is None):",
+        "if row is not None and (gated and row.up is None):",
+        "the short way of most calls; what goes on finds the name as good",
+    ),
+    Equivalent(
+        "fusedmlp/dry/driver.py",
+        "nothing = _running(lambda *_, **__: None, JITFunction, InterpretedFunction)",
+        "nothing = _running(lambda *_, **__: None, InterpretedFunction, JITFunction)",
+        "each of the kinds has its own attribute replaced, in any order",
+    ),
 )

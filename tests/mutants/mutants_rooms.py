@@ -23,6 +23,7 @@ LAUNCHES = "tests/ops/test_every_kernel.py"
 ROW = ("tests/ops/test_unread.py", LAUNCHES, "tests/ops/test_flops.py")
 EACH_OP = "tests/ops/test_each_op.py"
 ERRORS = "tests/ops/test_errors.py"
+ARGUMENTS = "tests/ops/test_arguments.py"
 STRIDES = "tests/ops/test_strides.py"
 LORA = "tests/ops/test_lora.py"
 DENSE = (EACH_OP, ERRORS, "tests/kernels/test_arch.py", STRIDES, "tests/ops/test_ops.py")
@@ -390,15 +391,23 @@ ROWS: tuple[Row, ...] = (
         (*LAYERS, "tests/layers/test_layers_moe.py"),
     ),
     Row(
+        "check", ("fusedmlp/check/experts.py",), (ARGUMENTS, *ROUTED, "tests/ops/test_moe_lora.py")
+    ),
+    Row(
+        "check",
+        ("fusedmlp/check/hyper.py",),
+        (ARGUMENTS, *HYPER, "tests/hyperglu/test_hyperglu_calls.py"),
+    ),
+    Row(
         "check",
         ("fusedmlp/check/*.py",),
         (
-            EACH_OP,
             ERRORS,
-            "tests/ops/test_arguments.py",
+            ARGUMENTS,
             "tests/ops/test_masked_errors.py",
             "tests/ops/test_binary_errors.py",
-            "tests/hyperglu/test_hyperglu_calls.py",
+            "tests/ops/test_gates.py",
+            EACH_OP,
             "tests/ops/test_moe_mlp.py",
         ),
     ),
@@ -451,7 +460,7 @@ ROWS: tuple[Row, ...] = (
         ("fusedmlp/*.py",),
         (
             EACH_OP,
-            "tests/ops/test_arguments.py",
+            ARGUMENTS,
             "tests/backends/test_backend.py",
             "tests/house/test_rows.py",
             "tests/house/test_anatomy.py",

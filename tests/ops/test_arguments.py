@@ -141,3 +141,54 @@ def test_a_wider_argument_has_a_gradient_as_wide(op, name, dtype, device, on_tri
     grad = evaluate(case.run, inputs, dy, (name,))[f"d{name}"]
     assert grad.dtype == dtype
     assert (grad != grad.bfloat16().to(dtype)).float().mean() > 0.5
+
+
+OF_ROWS = [op for op, name in SPOILT if name == "x"]
+
+
+@pytest.mark.parametrize("op", OF_ROWS)
+def test_x_of_more_dimensions_is_as_many_rows(op, each_backend):
+    arguments, _ = arguments_of(LAST[op])
+    x = arguments["x"]
+    flat, deep = (LAST[op].fn(**{**arguments, "x": t}) for t in (x, x.view(2, 2, -1)))
+    assert deep.shape[:-1] == (2, 2)
+    assert torch.equal(deep.flatten(0, 1), flat)
+
+
+@pytest.mark.parametrize("op", OF_ROWS)
+def test_the_last_dimension_of_x_is_the_one_that_is_named(op, each_backend):
+    """Not one before it, which may be as wide as the weight by chance."""
+    arguments, _ = arguments_of(LAST[op])
+    D = arguments["x"].shape[-1]
+    weight = next(name for name in ("w_gate", "w_in", "w") if name in arguments)
+    H = arguments[weight].shape[-2]
+    for size, blamed in (((2, D, 7), "x"), ((2, H, 7), "x"), ((D, 2, 7), "x"), ((2, D, H), weight)):
+        with pytest.raises(ValueError, match=rf"^{op}: {blamed} must "):
+            LAST[op].fn(**{**arguments, "x": torch.ones(size)})
+
+
+@pytest.mark.parametrize("op, name", [p for p in SPOILT if p[1].startswith("w")])
+def test_a_module_in_the_place_of_its_weight(op, name):
+    arguments, _ = arguments_of(LAST[op])
+    for given, words in (
+        (torch.nn.Linear(16, 24), "Linear; give its weight"),
+        (torch.nn.ReLU(), "ReLU"),
+    ):
+        with pytest.raises(TypeError) as caught:
+            LAST[op].fn(**{**arguments, name: given})
+        assert str(caught.value) == f"{op}: {name} must be a Tensor, got {words}"
+
+
+# Routers compute in float32.
+@pytest.mark.parametrize("op", [op for op in LAST if not op.endswith("_route")])
+def test_autocast_makes_one_dtype_of_all(op):
+    """Of tensors in another narrow one, too; a gradient comes back in its own."""
+    arguments, tensors = arguments_of(LAST[op])
+    tensors = [name for name in tensors if arguments[name].is_floating_point()]
+    for dtype in (torch.float32, torch.float16):
+        given = {k: arguments[k].to(dtype).requires_grad_() for k in tensors}
+        with torch.autocast("cpu", torch.bfloat16):
+            out = LAST[op].fn(**{**arguments, **given})
+        assert out.dtype == torch.bfloat16
+        first = given[tensors[0]]
+        assert torch.autograd.grad(out.sum(), first)[0].dtype == dtype
