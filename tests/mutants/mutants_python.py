@@ -31,6 +31,8 @@ NEIGHBOURS = dict(
                  ("floor", "ceil"), ("zeros", "ones"), ("zeros_like", "ones_like"))
     for pair in ((a, b), (b, a))
 )  # fmt: skip
+# Their arguments may stand in any order.
+SYMMETRIC = {"min", "max", "minimum", "maximum"}
 # A tensor has the same values after them.
 PASSING = {"detach", "contiguous"}
 # They change how fast a kernel is, and nothing else; or (`strict`, of zip) assert what holds.
@@ -212,12 +214,13 @@ class _Finder(ast.NodeVisitor):
     def visit_Call(self, node: ast.Call) -> None:
         if self.source(node.func) == "warnings.warn":
             return
-        self.swap("arguments swapped", node.args)
+        of = node.func
+        name = of.id if isinstance(of, ast.Name) else getattr(of, "attr", "")
+        if name not in SYMMETRIC:
+            self.swap("arguments swapped", node.args)
         for i, keyword in enumerate(node.keywords):
             if keyword.arg and keyword.arg not in UNSEEN:
                 self.drop_keyword(node, i)
-        of = node.func
-        name = of.id if isinstance(of, ast.Name) else getattr(of, "attr", "")
         if name in NEIGHBOURS:
             end = self.span(of)[1]
             self.add("its neighbour", end - len(name), end, NEIGHBOURS[name])

@@ -97,6 +97,7 @@ def test_a_seed_repeats_and_another_differs():
         ("y = f(b=c, d=e)", "keyword dropped", ["y = f(b=c)", "y = f(d=e)"]),
         ("y = f(rtol=1e-9, by=0.5)", "constant doubled", ["y = f(rtol=1e-9, by=1.0)"]),
         ("y = f(a, b)", "arguments swapped", ["y = f(b, a)"]),
+        ("y = min(a, b) + c.maximum(d, e)", "arguments swapped", []),
         ("y = t.amin(a)", "its neighbour", ["y = t.amax(a)"]),
         ("y = t.detach()", "call dropped", ["y = t"]),
         ("f(a)", "statement dropped", ["pass"]),

@@ -418,6 +418,41 @@ def test_one_clear_error(changed, error, message, each_backend):
     assert str(caught.value).startswith("moe_mlp: ")
 
 
+W, DOWN = torch.ones(EXPERTS, 24, 16), torch.ones(EXPERTS, 16, 24)
+CONSUMERS = {
+    "moe_mlp": lambda routing: moe_mlp(torch.ones(4, 16), routing, W, W, DOWN),
+    "moe_linear": lambda routing: fusedmlp.moe_linear(torch.ones(4, 16), routing, W),
+}
+
+
+@pytest.mark.parametrize("field", Routing._fields[:6])
+@pytest.mark.parametrize("op", CONSUMERS)
+def test_a_field_of_the_routing_that_is_read_is_looked_at(op, field, each_backend):
+    """moe_linear reads no prob, so that may be anything."""
+    t = getattr(ROUTING, field)
+    wrong = [
+        (None, TypeError, "must be a Tensor, got NoneType"),
+        (t[:-1], ValueError, rf"must have shape \({len(t)},\) for x's 4 tokens and the weights' 3 exp"),
+        (t.double(), TypeError, r"must (be|have) .*torch\.\w+, got torch.float64"),
+        (t.to("meta"), ValueError, "must be on x's device cpu, got meta"),
+    ]  # fmt: skip
+    for value, error, message in wrong:
+        routing = ROUTING._replace(**{field: value})
+        if (op, field) == ("moe_linear", "prob"):
+            assert CONSUMERS[op](routing).isfinite().all()
+            continue
+        with pytest.raises(error, match=rf"^{op}: routing\.{field} {message}"):
+            CONSUMERS[op](routing)
+
+
+def test_one_expert_is_a_dense_block(device, each_backend):
+    x, w, down = (torch.randn(s, device=device) for s in ((5, 16), (1, 24, 16), (1, 16, 24)))
+    routing = route_to(torch.zeros(5, dtype=torch.int64, device=device), x.new_ones(5), 1)
+    y = moe_mlp(x, routing, w, w, down)
+    torch.testing.assert_close(y, fusedmlp.gated_mlp(x, w[0], w[0], down[0]))
+    torch.testing.assert_close(fusedmlp.moe_linear(x, routing, w), x @ w[0].T)
+
+
 def test_a_routing_is_a_pytree():
     leaves, spec = torch.utils._pytree.tree_flatten(ROUTING)
     assert isinstance(torch.utils._pytree.tree_unflatten(leaves, spec), Routing)
