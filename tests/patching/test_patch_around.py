@@ -155,3 +155,20 @@ def test_an_identity_alone_is_the_activation_identity():
     made.same = nn.ReLU()
     with pytest.raises(TypeError, match="same is another module than at patch"):
         made(X)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("kind", (Gated, Plain))
+@pytest.mark.parametrize("layout", (torch.strided, torch.jagged), ids=str)
+def test_rows_of_sequences_that_are_not_alike_long(layout, kind):
+    """A nested tensor, given by its place or its name: of the strided layout, which no kernel
+    takes, the block's own forward is run."""
+    rows = [X[0, :2], X[1]]
+    made = block(kind, "x", "h", "y")
+    expected = [made(t) for t in rows]
+    assert fusedmlp.patch(made).patched
+    x = torch.nested.nested_tensor(rows, layout=layout)
+    for y in (made(x), made(x=x)):
+        assert y.is_nested and y.layout is layout
+        for mine, theirs in zip(y.unbind(), expected, strict=True):
+            torch.testing.assert_close(mine, theirs)

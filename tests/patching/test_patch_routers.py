@@ -97,6 +97,20 @@ class Scaled(Flat):
         return self.experts(x.view(-1, D), mask, prob * 2).view(x.shape)
 
 
+class OfAnother(Flat):
+    """What the experts are given is the first of two results, but not of the router's."""
+
+    def forward(self, x):
+        _, mask, prob = self.router(x.view(-1, D))
+        return self.experts(x.view(-1, D), mask, prob.sort(0)[0]).view(x.shape)
+
+
+class ByTwo(Flat):
+    def forward(self, x):
+        routed = self.router(x.view(-1, D))
+        return self.experts(x.view(-1, D), routed[1:], routed[2]).view(x.shape)
+
+
 class Unrolled(Flat):
     def forward(self, x):
         _, mask, prob = self.router(x.view(-1, D))
@@ -151,6 +165,8 @@ def test_switch_with_dropout_in_some_experts(dropping, training):
     "kind, reason",
     [
         (Scaled, "its forward hands on mul, which its router did not return as it is"),
+        (OfAnother, "its forward hands on getitem_3, which its router did not return as it is"),
+        (ByTwo, "its forward hands on getitem, which its router did not return as it is"),
         (Unrolled, "its forward is not experts(x, mask, prob) with what its router returns"),
     ],
 )

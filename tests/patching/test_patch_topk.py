@@ -261,6 +261,12 @@ def test_another_router_is_left_with_the_reason(kind, reason):
         torch.testing.assert_close(ours, made(x))
 
 
+def test_weights_tell_routers_apart_where_every_expert_is_chosen():
+    assert dict(route_of(Router(E)).options) == {"score": "sigmoid", "eps": 1e-20, "scale": 2.5}
+    none = "topk_route has no arguments that choose and weigh as it does"
+    assert route_of(Tempered(E)) == none
+
+
 class LikeX(Router):
     def rounded(self, weights, logits, x):
         return weights.to(x.dtype)
