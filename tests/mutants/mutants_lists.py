@@ -487,4 +487,10 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "nothing = _running(lambda *_, **__: None, InterpretedFunction, JITFunction)",
         "each of the kinds has its own attribute replaced, in any order",
     ),
+    Equivalent(
+        "fusedmlp/patching/gate.py",
+        "return g, u",
+        "return u, g",
+        "pairs to try a gate on; those with g and u exchanged tell gates apart as well",
+    ),
 )
