@@ -122,6 +122,13 @@ def test_embedding_and_recurrent():
                 torch.testing.assert_close(columns, torch.eye(len(columns)), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_scale_of_0_leaves_no_weight(method):
+    module = linear()
+    initialize_weights(module, method, scale=0)
+    assert not module.weight.any()
+
+
 def test_other_modules_and_children_are_left():
     model = nn.Sequential(linear(), nn.PReLU())
     before = [p.clone() for p in model.parameters()]

@@ -10,12 +10,14 @@ from torch import nn
 
 import fusedmlp
 from fusedmlp import layers
+from fusedmlp.layers.glu import GLUBase
 from fusedmlp.layers.gmlp import GMLPBlock, SpatialGatingUnit
 from fusedmlp.layers.init_weights import (
     apply_initialization,
     create_initializer,
     initialize_weights,
 )
+from fusedmlp.layers.ngpt import NormLinear, Scale
 
 D = 8
 # Layers that pass x to a module of PyTorch's first; (2, 4, 8) is right for all of them.
@@ -62,6 +64,21 @@ def test_x_of_another_width_dtype_or_type(named):
     ):
         with pytest.raises(error, match=f"^{owner}: {re.escape(message)}"):
             layer(x)
+
+
+def test_hooks_change_no_error(named):
+    for module in named[1].modules():
+        if type(module) is nn.Linear:
+            module.register_forward_hook(lambda *_: None)
+    test_x_of_another_width_dtype_or_type(named)
+
+
+@pytest.mark.parametrize("name", ("SwiGLUMLP", "ReluSquaredMLP", "GELUMLP", "SiLUMLP"))
+def test_a_layer_whose_modules_are_called_names_itself(name):
+    """And not the op that it would call, which says what is wrong else."""
+    layer = getattr(layers, name)(D)
+    next(layer.children()).register_forward_hook(lambda *_: None)
+    test_x_of_another_width_dtype_or_type((name, layer))
 
 
 def test_x_in_any_floating_dtype_under_autocast(named):
@@ -215,15 +232,24 @@ NEEDED = {
     "BinaryLinear": {"in_features": 128, "out_features": D},
     "BinaryGatedMLP": {"dim": 128, "hidden": 128},
     "ResidualWrapper": {"module": nn.Identity()},
+    "GLUBase": {"dim_in": D, "dim_out": D, "activation": nn.Tanh()},
 }
 # L2Norm takes a width as norms do, and needs none; a clip may be past all weights.
 UNREAD, ENDLESS = (("L2Norm", "dim"),), ("clip",)
 
 
+# Those that others are made of, and that may be made alone.
+INNER = {kind.__name__: kind for kind in (GMLPBlock, SpatialGatingUnit, NormLinear, Scale, GLUBase)}
+
+
+def kind_of(name):
+    return INNER.get(name) or getattr(layers, name)
+
+
 def numbers():
     """(layer, what it needs, each of its options that is a number)."""
-    for name in layers.__all__:
-        options = inspect.signature(getattr(layers, name)).parameters
+    for name in (*layers.__all__, *INNER):
+        options = inspect.signature(kind_of(name)).parameters
         needed = {
             n: D for n, option in options.items() if option.default is inspect.Parameter.empty
         }
@@ -237,7 +263,7 @@ def numbers():
 @pytest.mark.parametrize("name, needed, option", list(numbers()))
 def test_what_is_no_number_is_refused(name, needed, option):
     """By the layer, or by the part of it that has the option."""
-    make = getattr(layers, name)
+    make = kind_of(name)
     make(**needed)
     if option == "bottleneck_factor":  # which is in the place of another
         needed = {"input_dim": D}
@@ -246,3 +272,19 @@ def test_what_is_no_number_is_refused(name, needed, option):
             continue
         with pytest.raises((TypeError, ValueError), match=r"^\w+: \w+.* must be .*"):
             make(**{**needed, option: bad})
+
+
+def sizes():
+    for name, needed, option in numbers():
+        annotation = str(inspect.signature(kind_of(name)).parameters[option].annotation)
+        # Trees have mlp_utils' words for a depth; groups and topk_group are asked for together.
+        if "float" not in annotation and not re.search("group|depth", option):
+            yield name, needed, option
+
+
+@pytest.mark.parametrize("name, needed, option", list(sizes()))
+def test_sizes_begin_at_1(name, needed, option):
+    """By the layer, or by the part of it that has the option."""
+    for size in (0, -3):
+        with pytest.raises(ValueError, match=rf"^\w+: \w+ must be .* 1\b.*, got {size}"):
+            kind_of(name)(**{**needed, option: size})

@@ -230,6 +230,36 @@ def test_gating_on_each_backend(pre_norm, each_backend, device):
     assert_matches(layer, sequential(layer.gate, "gate."), draw(5, 8, device=device))
 
 
+@pytest.mark.parametrize("i", range(4))
+def test_a_hook_inside_a_fused_sequence_runs(i, on_triton, device):
+    """On the kernels too, where what has none is fused."""
+    layer = randomise_(MLP(8, norm_mode="none")).to(device).eval()
+    x, seen = draw(3, 8, device=device), []
+    y = layer(x)
+    layer.model[i].register_forward_hook(lambda *args: seen.append(args))
+    torch.testing.assert_close(layer(x), y)
+    assert len(seen) == 1
+
+
+def test_gating_without_dropout_holds_none():
+    layer = GatingMechanism(8, bottleneck_dim=4, dropout=0.0)
+    assert kinds(layer.gate) == [LINEAR, NORM, ACT, LINEAR, nn.Sigmoid]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: MLP(8, norm_mode="none", dropout=0.5, **options),
+        lambda **options: GatingMechanism(8, bottleneck_dim=4, use_norm=False, **options),
+    ],
+)
+def test_a_dropout_between_them_does_not_forbid_recomputing(make):
+    """In eval the linears around it are one call."""
+    layer, plain = randomise_(make(recompute=True)).eval(), randomise_(make()).eval()
+    assert "recompute=True" in repr(layer)
+    torch.testing.assert_close(layer(draw(3, 8)), plain(draw(3, 8)))
+
+
 def test_gating_initial_values():
     torch.manual_seed(0)
     layer = GatingMechanism(64, bottleneck_factor=0.5).eval()

@@ -154,13 +154,40 @@ def test_l2norm_of_large_and_other_dims():
     assert torch.autograd.gradcheck(l2norm, (x.double().requires_grad_(),))
 
 
-def test_soft_edge_is_a_constant_for_autograd():
-    x = torch.tensor([[3.0, 4.0]], dtype=torch.float64, requires_grad=True)
+@pytest.mark.parametrize("x, norm", [([3.0, 4.0], 1.1), ([0.3, 0.4], 0.9), ([0.63, 0.84], 1.05)])
+def test_the_norm_of_the_result_is_a_constant_for_autograd(x, norm):
+    """An edge, and what lies between both, where the value is left alone."""
+    x = torch.tensor([x], dtype=torch.float64, requires_grad=True)
     y = l2norm(x, norm_eps=0.1)
     (slope,) = torch.autograd.grad(y[0, 0], x)
     leaf = x.detach().requires_grad_()
-    (expected,) = torch.autograd.grad(1.1 * (leaf / leaf.norm())[0, 0], leaf)
+    (expected,) = torch.autograd.grad(norm * (leaf / leaf.norm())[0, 0], leaf)
     torch.testing.assert_close(slope, expected)
+
+
+@pytest.mark.parametrize("part", ("", ".linear"))
+@pytest.mark.parametrize("name", ("hidden", "gate", "out"))
+@pytest.mark.parametrize("paper", (True, False))
+def test_a_hook_on_a_norm_linear_runs(paper, name, part):
+    """Then its products are calls, of which scales are no part."""
+    layer, x = randomise_(NGPT(8, paper=paper)), draw(3, 8)
+    y, seen = layer(x), []
+    module = layer.get_submodule(f"feedforward_net.norm_linear_{name}{part}")
+    module.register_forward_hook(lambda *args: seen.append(args))
+    torch.testing.assert_close(layer(x), y)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("paper", (True, False))
+def test_norm_eps_reaches_every_norm(paper):
+    layer = NGPT(8, paper=paper, norm_eps=0.25)
+    found = {
+        path: value
+        for path, m in layer.named_modules()
+        for name, value in vars(m).items()
+        if name.endswith("norm_eps")
+    }
+    assert set(found.values()) == {0.25} and len(found) == 4, found
 
 
 @pytest.mark.parametrize("rows", (True, False))

@@ -76,6 +76,9 @@ def test_what_is_random_acts_in_training_alone(name):
     torch.testing.assert_close(first, one(without.eval()(x)))
     first, second = one(without.train()(x)), one(without(x))
     assert torch.equal(first, second)
+    state = torch.get_rng_state()
+    layer.eval()(x), without.train()(x)
+    assert torch.equal(torch.get_rng_state(), state), "numbers are drawn for nothing"
 
 
 # The largest of each option that is a probability or a width of noise; below 1 where 1 is refused.
@@ -216,6 +219,24 @@ def test_saturated_and_undecided_routers(name, scale, dtype):
         sum(t.float().sum() for t in outs).backward()
         grads = [x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
         assert all(t.isfinite().all() for t in grads)
+
+
+LEARNED = {
+    "GatingMechanism PReLU": lambda: layers.GatingMechanism(D, bottleneck_dim=8, act_fn=nn.PReLU)
+}
+
+
+@pytest.mark.parametrize("name", (*MAKERS, *LEARNED))
+def test_initial_values_again(name):
+    """Of every parameter, whatever the layer was before."""
+    layer = {**MAKERS, **LEARNED}[name]()
+    if next(layer.parameters(), None) is None:  # L2Norm
+        return
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.fill_(7.0)
+    layer.init_weights_()
+    assert not [key for key, p in layer.named_parameters() if (p == 7.0).any()]
 
 
 # Weights are uniform within factor / sqrt(columns) where a layer says so; others have other rules.

@@ -45,6 +45,13 @@ class Nested(nn.Module):
         return self.inner(x)
 
 
+class KeysAlone:
+    """No mapping: nothing is found by its keys."""
+
+    def keys(self):
+        return ["__target__"]
+
+
 DROPOUT = "torch.nn.Dropout"
 
 
@@ -140,6 +147,7 @@ def test_arithmetic_is_all_that_a_string_can_do():
         (0.1, TypeError, "dropout_cfg must be None, an nn.Module, .* got 0.1"),
         ("Dropout", TypeError, "dropout_cfg must be None, an nn.Module, .* got 'Dropout'"),
         (dict, TypeError, "dropout_cfg must be None"),
+        (KeysAlone(), TypeError, "dropout_cfg must be None, an nn.Module, .* got <.*KeysAlone"),
     ],
 )
 def test_bad_dropout_configs(config, error, message):

@@ -14,7 +14,7 @@ from torch import nn
 import fusedmlp
 from fusedmlp import layers
 from fusedmlp.layers import ngpt
-from fusedmlp.layers.parts.widths import Default
+from fusedmlp.layers.parts.widths import Default, off_fast_loads
 
 # layer -> (its factor's name, the width at D = 32 and a factor of 1.7).
 SCALED = {
@@ -181,6 +181,23 @@ def test_a_slow_stride():
     assert "layout of c_up.weight has no contiguous dimension" in repr(block)
     block.c_up.weight = nn.Parameter(torch.randn(64, 192).T)
     assert not slow(block)
+
+
+def test_rows_of_one_matrix_have_no_stride():
+    """Where there is one, it matters to nobody how far apart they are."""
+    for rows, found in ((1, []), (2, ["stride 68 of w"]), (3, ["stride 68 of w"])):
+        for size in (torch.empty(rows, 68)[:, :64], torch.empty(2, rows, 68)[..., :64].mT):
+            (*lines,) = off_fast_loads([("w", size)])
+            assert [line.partition(" is ")[0] for line in lines] == found
+
+
+def test_names_of_one_width_are_counted():
+    names = [("a", 12), ("b", 8), ("c", 12), ("d", 12), ("a", 12)]
+    counted = {2: "width 12 of a", 3: "width 12 of a and 1 more", 5: "width 12 of a and 2 more"}
+    for count, words in counted.items():
+        (line,) = off_fast_loads(names[:count])
+        assert line.startswith(f"{words} is no multiple of 8: in 16 bits")
+        assert line.endswith("; 16 would have vector or TMA loads")
 
 
 def test_the_report_names_a_slow_width():

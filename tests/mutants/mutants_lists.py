@@ -392,12 +392,6 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "versions 2 and 3 are neighbours: what is neither and below 3 is below 2",
     ),
     Equivalent(
-        "fusedmlp/layers/parts/block.py",
-        "if not bare(gate, up, down, dropout):",
-        "if not bare(gate, up, dropout, down):",
-        "it asks each of them, in any order",
-    ),
-    Equivalent(
         "fusedmlp/distributed/experts.py",
         "return number.index_select(0, key.argsort(stable=True)), kept[:-1]",
         "return number.index_select(0, key.argsort(stable=False)), kept[:-1]",
@@ -492,5 +486,29 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "return g, u",
         "return u, g",
         "pairs to try a gate on; those with g and u exchanged tell gates apart as well",
+    ),
+    Equivalent(
+        "fusedmlp/layers/parts/sequential.py",
+        "if left > 2 and passes_through(children[start + 2]) and bare(children[start + 2]):",
+        "if left > 3 and passes_through(children[start + 2]) and bare(children[start + 2]):",
+        "behind a dropout that is the last there is no second linear",
+    ),
+    Equivalent(
+        "fusedmlp/layers/init_weights.py",
+        "for name, parameter in module.named_parameters(recurse=False):",
+        "for name, parameter in module.named_parameters():",
+        "a GRU and an LSTM hold no modules",
+    ),
+    Equivalent(
+        "fusedmlp/layers/ngpt.py",
+        "weight = weight * rows().unsqueeze(-1)",
+        "weight = weight * rows().unsqueeze(1)",
+        "rows() is a vector",
+    ),
+    Equivalent(
+        "fusedmlp/layers/gmlp.py",
+        "assert seq_len is not None and depth is not None",
+        "assert seq_len is not None",
+        "for the type checker",
     ),
 )

@@ -271,6 +271,17 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "layers",
+        ("fusedmlp/activations.py", "fusedmlp/layers/parts/activation.py"),
+        (
+            "tests/layers/test_activations.py",
+            *FEEDFORWARD,
+            "tests/layers/test_layers_mlp.py",
+            "tests/ops/test_gates.py",
+            *LAYERS,
+        ),
+    ),
+    Row(
+        "layers",
         ("fusedmlp/layers/*.py", "fusedmlp/layers/parts/*.py"),
         (
             "tests/layers/test_activations.py",
@@ -280,7 +291,6 @@ ROWS: tuple[Row, ...] = (
             *LAYERS,
         ),
     ),
-    Row("layers", ("fusedmlp/activations.py",), ("tests/layers/test_activations.py", *LAYERS)),
     Row("hyperglu", ("fusedmlp/hyperglu/*.py",), HYPERGLU),
     # ---- weights, models
     Row("weights", ("fusedmlp/weights/gguf*.py",), ("tests/weights/test_gguf.py",)),

@@ -100,7 +100,7 @@ def build(
         f"{where} must be {also}an activation's name or a callable that makes an nn.Module from no "
         "arguments"
     )
-    if isinstance(activation, nn.Module) or not callable(activation):
+    if isinstance(activation, nn.Module):
         remedy = _instead(activation) or _maker(activation)
         raise TypeError(f"{expected}, got {activation!r}{remedy}")
     try:
