@@ -52,6 +52,8 @@ def least_ms(
     work: Work, phase: str, launches: Sequence[Launch], roof: Roof, arch: Arch
 ) -> float | None:
     """At least so many milliseconds, or None where a kernel of the op has no row in the table."""
+    if work.case.op == "hyper_attention":
+        return _of_calls(work, phase, roof, arch)
     rows = [_row(arch, launch, phase != "forward") for launch in launches]
     if not rows or any(row is None for row in rows) or work.torch_dtype.itemsize != 2:
         return None
@@ -69,6 +71,20 @@ def least_ms(
     if rest > 0.001 * work.flops(phase):
         left = max(0.0, work.bytes(phase) - moved) + again
         total += max(rest / roof.flops[work.dtype], left / roof.bytes_per_s, LATENCY_S)
+    return total * 1e3
+
+
+def _of_calls(work: Work, phase: str, roof: Roof, arch: Arch) -> float | None:
+    """hyper_attention's, whose kernels make no result tile by tile: at the sizes of its rows."""
+    if work.case.name != "hyper_attention-layer" or work.torch_dtype.itemsize != 2 or not _table():
+        return None
+    least_seconds = rooms.load("gate.bound.calls", "predict").least_seconds
+    total = 0.0
+    for half in ("forward", "backward") if phase == "both" else (phase,):
+        own = least_seconds(_table().values(), arch.name, half, (work.M, work.D, work.H))
+        if own is None:
+            return None
+        total += max(own, work.bytes(half) / roof.bytes_per_s)
     return total * 1e3
 
 

@@ -4,8 +4,9 @@ The real launchers run on CPU tensors for a GPU that is not there; one block of 
 walked instruction by instruction with the launch's own parameters, so that trip counts are
 executed; and a timeline of pipes, scoreboards and barriers says how long the block takes at least.
 A row is the share of the tensor cores' peak (of the memory's bandwidth for few rows) that a
-tile of depth K can reach at best, and the unit that limits it. A bound that is more than 2 % below
-the committed table's, a kernel that is not in it, or one that cannot be read, is an error.
+tile of depth K can reach at best, and the unit that limits it; hyper_attention's kernels, whose
+depth is T, are followed by its whole calls. A bound that is more than 2 % below the committed
+table's, a kernel that is not in it, or one that cannot be read, is an error.
 
 Everything printed is computed; nothing is measured. bench/gate/bound/README.md has the model, what
 it assumes, and how far it is from kernels whose speed is published. csrc/'s kernels are read from
@@ -24,7 +25,8 @@ from ....kernels.arch import ARCHES
 from ...options import Refusal, writable, write_text
 from ..compiling import unknown
 from ..csrc import BUILD, BuildError, compiler, objects
-from . import csrc, cutlass, table
+from . import csrc, cutlass, hyper, table
+from .calls import calls
 from .derive import all_bounds
 from .machine import MACHINES
 from .row import Bound
@@ -32,7 +34,10 @@ from .row import Bound
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", nargs="+", choices=MACHINES, help="default: all of these")
-    parser.add_argument("--kernel", nargs="+", default=(), metavar="NAME", help="only these")
+    parser.add_argument(
+        "--kernel", nargs="+", default=(), metavar="NAME",
+        help="only these; hyper_attention is all of a call's",
+    )  # fmt: skip
     parser.add_argument("--tile", metavar="TEXT", default="", help="only tiles whose name has it")
     parser.add_argument("--build", type=Path, default=BUILD, help="CMake's build folder")
     parser.add_argument(
@@ -45,13 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _triton(args: argparse.Namespace) -> Iterator[Bound]:
     def wanted(first: Bound) -> bool:
-        named = not args.kernel or first.kernel in args.kernel
-        return named and args.tile in first.tile
+        names = {first.kernel, hyper.OP if first.variant in hyper.VARIANTS else first.kernel}
+        return (not args.kernel or not names.isdisjoint(args.kernel)) and args.tile in first.tile
 
     for name in args.arch or MACHINES:
         if why := unknown(ARCHES[name]):
             raise Refusal(f"{why}: use a newer Triton, or another --arch")
         yield from all_bounds(ARCHES[name], wanted)
+        yield from hyper.bounds(ARCHES[name], wanted)
 
 
 def _csrc(args: argparse.Namespace) -> Iterator[Bound]:
@@ -85,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
         for bound in make(args):
             found.append(bound)
             print(" | ".join(table.cells(bound)), flush=True)
+    for call in calls(found):
+        print(" | ".join(table.cells(call)))
     before = table.read()
     if args.markdown:
         write_text(args.markdown, table.markdown(found) + "\n")

@@ -29,12 +29,12 @@ class Layout:
         """Constant bank 0 of a launch."""
         bank = bytearray(max(self.size, self.base + 4096))
         x, y, z = (*grid, 1, 1)[:3]
-        # Words 0 to 2 are the block's size, 3 to 5 the grid's, before Blackwell; there they lie
-        # right before the parameters' end of the driver's area.
-        block = struct.pack("<6I", threads, 1, 1, x, y, z)
-        bank[0:24] = block
+        # Words 0 to 2 are the block's size, 3 to 5 the grid's, before Blackwell; there the driver's
+        # area ends with them, on 16 bytes each.
+        block, blocks = struct.pack("<3I", threads, 1, 1), struct.pack("<3I", x, y, z)
+        bank[0:24] = block + blocks
         if self.base >= 0x380:
-            bank[0x360:0x378] = block
+            bank[0x360:0x36C], bank[0x370:0x37C] = block, blocks
         for (offset, size), data in zip(self.parameters, parameters, strict=True):
             bank[self.base + offset : self.base + offset + size] = data[:size].ljust(size, b"\0")
         return bytes(bank)

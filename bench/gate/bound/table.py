@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ...machine import ROOT
+from .calls import BATCH, Call, calls
 from .row import Bound
 
 TABLE = ROOT / "bench" / "results" / "bound" / "table.json"
 DEPTHS = (1536, 4096)
 FALL = 0.02  # of a bound, that the ratchet lets pass
 COMPUTED = "computed from machine code; nothing was run on a GPU"
-_ROUNDED = ("launch", "each", "step", "counts", "step_counts")
+_ROUNDED = ("launch", "each", "step", "further", "counts", "step_counts")
+_OF_CALLS = ("triangle", "segment", "further", "moved")  # of few rows, left out of the others
 
 
 def record(bound: Bound) -> dict[str, Any]:
@@ -23,15 +25,16 @@ def record(bound: Bound) -> dict[str, Any]:
     row = dataclasses.asdict(bound)
     for name in _ROUNDED:
         row[name] = {u: round(v, 1) for u, v in row[name].items() if round(v, 1)}
-    return row
+    return {name: value for name, value in row.items() if value or name not in _OF_CALLS}
 
 
 def bound(row: Mapping[str, Any]) -> Bound:
     """A row of the table; units that are not in it took no clock."""
     fields = dict(row)
-    units = set(fields["each"]) | set(fields["step"]) | {"order", "tensor"}
+    nothing = dict.fromkeys((*fields["each"], *fields["step"], "order", "tensor"), 0.0)
     for name in ("each", "step"):
-        fields[name] = {u: fields[name].get(u, 0.0) for u in units}
+        # Its own units first: written again, a row that has not changed is the same line.
+        fields[name] = {**fields[name], **{u: 0.0 for u in nothing if u not in fields[name]}}
     return Bound(**{**fields, "block": tuple(fields["block"])})
 
 
@@ -51,11 +54,11 @@ def write(bounds: Iterable[Bound], versions: Mapping[str, str], path: Path = TAB
 
 
 def fallen(now: Sequence[Bound], before: Sequence[Bound]) -> list[str]:
-    """Where a bound is lower by more than FALL than in the committed table, is not in it, or cannot
-    be derived any more."""
-    old = {b.key: b for b in before}
+    """Where a bound, of a kernel or of a whole call, is lower by more than FALL than in the
+    committed table, is not in it, or cannot be derived any more."""
+    old = {b.key: b for b in with_calls(before)}
     worse = []
-    for b in now:
+    for b in with_calls(now):
         was = old.get(b.key)
         if b.why:
             worse.append(f"{b.key}: not derived: {b.why}")
@@ -69,18 +72,39 @@ def fallen(now: Sequence[Bound], before: Sequence[Bound]) -> list[str]:
     return worse
 
 
+def with_calls(bounds: Sequence[Bound]) -> list[Bound | Call]:
+    """Behind the rows, the calls whose kernels are all among them."""
+    return [*bounds, *calls(bounds)]
+
+
 HEADER = (
     "GPU", "kernel, tile", "variant", "K = 1536", "K = 4096", "limit", "clocks: a tile, a step",
     "of it products", "L2 bytes a clock", "drains, barriers a step", "exposed waits a tile",
 )  # fmt: skip
 
 
-def cells(b: Bound) -> list[str]:
+def _cells_of_call(call: Call) -> list[str]:
+    if call.why:
+        return [call.arch, call.kernel, call.variant, "not derived", call.why, *[""] * 6]
+    high = DEPTHS[-1]
+    tokens = BATCH * high
+    return [
+        call.arch, f"{call.kernel}: {call.count(tokens)} launches, waves and all", call.variant,
+        *(f"{call.share(T):.0%}" for T in DEPTHS),
+        ", ".join(dict.fromkeys(map(call.limit, DEPTHS))),
+        f"{call.seconds(tokens) * 1e3:.2f} ms; {call.full_share(high):.0%} without waves",
+        *[""] * 4,
+    ]  # fmt: skip
+
+
+def cells(b: Bound | Call) -> list[str]:
     """One row of the table."""
+    if isinstance(b, Call):
+        return _cells_of_call(b)
     name = f"{b.kernel} ({b.source}), {b.tile}"
     if b.why:
         return [b.arch, name, b.variant, "not derived", b.why, *[""] * 6]
-    of = " of bandwidth" if b.skinny else ""
+    of = " of bandwidth" if b.of_bandwidth else ""
     low, high = DEPTHS
     limits = dict.fromkeys((b.limit(low), b.limit(high)))
     clocks = b.clocks(high)
@@ -103,5 +127,7 @@ def markdown(bounds: Sequence[Bound]) -> str:
         f"| {' | '.join(HEADER)} |",
         f"|{' --- |' * len(HEADER)}",
     ]
-    lines += [f"| {' | '.join(c.replace('|', '/') for c in cells(b))} |" for b in bounds]
+    lines += [
+        f"| {' | '.join(c.replace('|', '/') for c in cells(b))} |" for b in with_calls(bounds)
+    ]
     return "\n".join(lines)
