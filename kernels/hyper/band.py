@@ -90,6 +90,16 @@ def store_packed(
 
 
 @triton.jit
+def turned(index, total):
+    """The piece that a block takes for its index-th, every second turn of all blocks from its end:
+    where pieces fall in length, the block that began with the longest goes on with the shortest."""
+    programs = tl.num_programs(0)
+    first = index // programs * programs
+    last = tl.minimum(first + programs, total) - 1
+    return tl.where(index // programs % 2 == 1, first + last - index, index)
+
+
+@triton.jit
 def place(index, batch, HEADS: tl.constexpr, parts):
     """(order, b, head, part) of the index-th piece of work; order counts row or column tiles."""
     part = index % parts

@@ -32,6 +32,7 @@ from .band import (
     rows_of,
     store_conditioned,
     store_rows,
+    turned,
 )
 from .lag import (
     RING,
@@ -175,10 +176,9 @@ def _out_kernel(core, c, h_ptr, out, scratch_ptr, batch, T, L, eps, parts, room,
     weights = ring2 + RING * SQUARE
     zeros = tl.zeros((BLOCK, BLOCK), tl.float32)
     tiles = tl.cdiv(T, BLOCK)
-    for index in tl.range(
-        tl.program_id(0), tiles * batch * HEADS, tl.num_programs(0), disable_licm=True
-    ):
-        order, b, i, _ = place(index, batch, HEADS, 1)
+    work = tiles * batch * HEADS
+    for index in tl.range(tl.program_id(0), work, tl.num_programs(0), disable_licm=True):
+        order, b, i, _ = place(turned(index, work), batch, HEADS, 1)
         m0 = (tiles - 1 - order) * BLOCK
         q1, q2, z1, z2 = row_operands(core, b, i, m0, T, P)
         acc_h = tl.zeros((BLOCK_R, BLOCK), tl.float32)

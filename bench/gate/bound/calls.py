@@ -63,7 +63,7 @@ class Part:
     tile: whose row of tiles it has; pieces: of a head with row tiles from `low` to `high`; by_sub:
     once for each sub-head; columns: of what tensor one block takes a part; stay: blocks of a
     multiprocessor that the launcher begins at most, each of which takes pieces in turn (None: as
-    many as there are pieces)."""
+    many as there are pieces); turned: every second turn of theirs from its end, as band.py says."""
 
     name: str
     kernel: str
@@ -72,6 +72,7 @@ class Part:
     by_sub: bool = False
     columns: str = ""
     stay: int | None = 4
+    turned: bool = False
 
     @property
     def row(self) -> str:
@@ -89,7 +90,7 @@ class Part:
 PARTS: Mapping[str, tuple[Part, ...]] = {
     "forward": (
         Part("h1", "_h1_kernel", "h1", _rows, by_sub=True),
-        Part("out", "_out_kernel", "out", _rows, stay=2),
+        Part("out", "_out_kernel", "out", _rows, stay=2, turned=True),
     ),
     "backward": (
         Part("coefficient", "coefficient_kernel", "scores", _alike, stay=None),
@@ -154,12 +155,19 @@ class Size:
         for chunk in chunks_of(heads, tiles, self.machine.multiprocessors):
             yield from ((part, chunk) for part in rest)
 
-    def work(self, part: Part, chunk: Chunk) -> tuple[list[Piece], int]:
-        """The pieces of a launch in their order, and how many blocks take them."""
+    def pieces(self, part: Part, chunk: Chunk) -> list[Piece]:
+        """Of a launch, as the kernel counts them."""
         each = self.copies(part, chunk.heads)
-        pieces = [p for p in part.pieces(chunk.low, chunk.high) for _ in range(each)]
+        return [p for p in part.pieces(chunk.low, chunk.high) for _ in range(each)]
+
+    def work(self, part: Part, chunk: Chunk) -> tuple[list[Piece], int]:
+        """The pieces of a launch as blocks take them in turn, and how many blocks."""
+        pieces = self.pieces(part, chunk)
         most = self.machine.multiprocessors * part.stay if part.stay else len(pieces)
-        return pieces, min(len(pieces), most)
+        blocks = min(len(pieces), most)
+        turns = (pieces[k : k + blocks] for k in range(0, len(pieces), blocks))
+        taken = (t[::-1] if part.turned and k % 2 else t for k, t in enumerate(turns))
+        return [piece for turn in taken for piece in turn], blocks
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def _walker(arch: Arch, part: Part, variant: str, launch: Caught) -> Callable[[P
     """What a block of one such piece takes; of a piece that there is not, what all blocks take."""
     size = Size(arch, TOKENS, VARIANTS[variant])
     chunk = next(chunk for other, chunk in size.launches(_half(part)) if other is part)
-    pieces, _ = size.work(part, chunk)
+    pieces = size.pieces(part, chunk)
     single = dataclasses.replace(launch, grid=(len(pieces), 1, 1))
 
     def walked(piece: Piece) -> Passed:
