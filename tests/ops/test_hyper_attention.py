@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+import triton
 import triton.language as tl
 from compiled import in_compiler
 from hyper_checks import check, chunks_executed, core_inputs, perturbed
@@ -14,7 +15,13 @@ import fusedmlp
 from fusedmlp import hyper_attention
 from fusedmlp.kernels.arch import arch_for
 from fusedmlp.kernels.device import pretend
-from fusedmlp.kernels.hyper import backward as hyper_backward, chunks, gradients as hyper_gradients
+from fusedmlp.kernels.hyper import (
+    backward as hyper_backward,
+    chunks,
+    gradients as hyper_gradients,
+    hyper_attention as hyper_forward,
+)
+from fusedmlp.kernels.hyper.band import turned
 from fusedmlp.ops import hyper_attention as op
 from fusedmlp.testing import evaluate
 
@@ -130,6 +137,22 @@ def test_tiles_of_hopper(on_triton):
     inputs = core_inputs(**{**SMALL, "T": 70, "L": 70}, dtype=torch.bfloat16)
     with pretend(arch_for(90), 3):
         check(inputs)
+
+
+@triton.jit
+def _turns(out, work):
+    for index in tl.range(tl.program_id(0), work, tl.num_programs(0)):
+        tl.store(out + turned(index, work), tl.program_id(0))
+
+
+@pytest.mark.interpreter
+def test_rows_are_handed_out_in_turns(on_triton, monkeypatch):
+    """Eight pieces to three blocks, and four row tiles to the two blocks of one multiprocessor."""
+    taken = torch.full((8,), -1, dtype=torch.int32)
+    _turns[(3,)](taken, 8)
+    assert taken.tolist() == [0, 1, 2, 2, 1, 0, 0, 1]
+    monkeypatch.setattr(hyper_forward, "multiprocessors", lambda device: 1)
+    check(core_inputs(**{**SMALL, "T": 100, "L": 100}, kind="glu", dtype=torch.float32))
 
 
 def test_batches_and_heads_stay_apart(device, on_triton):

@@ -17,7 +17,7 @@ from fusedmlp.bench.gate.bound.machine import MACHINES
 from fusedmlp.bench.gate.bound.row import Bound
 from fusedmlp.bench.work import Work, case_of
 from fusedmlp.kernels.arch import ARCHES
-from fusedmlp.kernels.hyper.chunks import segment_place
+from fusedmlp.kernels.hyper.chunks import Chunk, segment_place
 
 HOPPER = ARCHES["sm_90"]
 NAMED = {part.row: part for parts in PARTS.values() for part in parts}
@@ -60,6 +60,18 @@ def test_a_piece_for_each_part_of_a_width():
     dv, dq, gate = (NAMED[f"hyper_attention_{n}"] for n in ("dv", "dq", "gate"))
     assert few.copies(dv, 2) == 2 * 4 and many.copies(dv, 2) == 2
     assert few.copies(dq, 2) == 2 * 2 and few.copies(gate, 2) == 2
+
+
+def test_blocks_that_stay_take_rows_in_turns():
+    """8 heads of 64 rows to 264 blocks: each second turn from its end, as the kernel has it."""
+    size, part = Size(HOPPER, BATCH * 4096, 2), NAMED["hyper_attention_out"]
+    chunk = Chunk(0, 8, 0, 64)
+    pieces = size.pieces(part, chunk)
+    taken, blocks = size.work(part, chunk)
+    assert blocks == 264 and taken[:blocks] == pieces[:blocks]
+    assert taken[blocks:] == pieces[blocks:][::-1]
+    # The longest way is the longest row's and the shortest's, where it was 64 and 31 tiles.
+    assert max(sum(v for v, _ in taken[k::blocks]) for k in range(blocks)) == 65
 
 
 ROW = Bound(
