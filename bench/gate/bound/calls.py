@@ -26,7 +26,7 @@ from .row import Bound
 
 # Tiles of the rows that a piece visits, and whether it is behind the first of its row tile.
 Piece = tuple[int, bool]
-ALIKE: Piece = (0, False)  # of a kernel whose pieces have no visits
+ALIKE: Piece = (0, False)  # every piece of a kernel without visits
 OP = "hyper_attention"
 # A variant of the gate's launches -> its heads, with which the table has rows.
 VARIANTS = {f"glu, H {heads}": heads for heads in (2, 16)}
@@ -156,7 +156,7 @@ class Size:
             yield from ((part, chunk) for part in rest)
 
     def pieces(self, part: Part, chunk: Chunk) -> list[Piece]:
-        """Of a launch, as the kernel counts them."""
+        """A launch has these, as its kernel counts them."""
         each = self.copies(part, chunk.heads)
         return [p for p in part.pieces(chunk.low, chunk.high) for _ in range(each)]
 

@@ -17,7 +17,7 @@ DEPTHS = (1536, 4096)
 FALL = 0.02  # of a bound, that the ratchet lets pass
 COMPUTED = "computed from machine code; nothing was run on a GPU"
 _ROUNDED = ("launch", "each", "step", "further", "counts", "step_counts")
-_OF_CALLS = ("triangle", "segment", "further", "moved")  # of few rows, left out of the others
+_OF_CALLS = ("triangle", "segment", "further", "moved")  # other rows lack them
 
 
 def record(bound: Bound) -> dict[str, Any]:
