@@ -138,6 +138,15 @@ def test_a_way_to_a_trap_is_not_taken():
     assert counts[3] == 1
 
 
+def test_a_grid_stands_where_each_generation_reads_it():
+    """sm_100 reads the number of blocks at 0x370, with 16 bytes to each size."""
+    words = lambda bank, at: [int.from_bytes(bank[at + 4 * k :][:4], "little") for k in range(3)]  # noqa: E731
+    old = LAYOUT.bank((bytes(4), bytes(4)), (7, 5, 3), 128)
+    assert words(old, 0) == [128, 1, 1] and words(old, 12) == [7, 5, 3]
+    new = dataclasses.replace(LAYOUT, base=0x380).bank((bytes(4), bytes(4)), (7, 5, 3), 128)
+    assert words(new, 0x360) == [128, 1, 1] and words(new, 0x370) == [7, 5, 3]
+
+
 def test_control_codes():
     # `S2R R9, SR_TID.X` of a kernel for sm_90: it frees scoreboard 2 and waits for none.
     control = control_of(0x000EA20000002100)

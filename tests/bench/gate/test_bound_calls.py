@@ -130,7 +130,9 @@ def test_every_kernel_of_a_call_has_a_row():
     assert len(made) == len(MACHINES) * len(VARIANTS) * 2
     for call in made:
         assert not call.why and call.share(1536) > 0.01
-        assert call.share(4096) < call.full_share(4096) < 0.5
+        assert call.share(4096) <= call.full_share(4096) < 0.5
+        # A forward's busiest unit may be busy to the end; backward's chunks end one by one.
+        assert call.half == "forward" or call.share(4096) < 0.9 * call.full_share(4096)
     text = table.markdown(table.read())
     assert text.count("hyper_attention's forward") == text.count("hyper_attention's backward") == 6
 
