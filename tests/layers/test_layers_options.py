@@ -228,7 +228,7 @@ LEARNED = {
 
 @pytest.mark.parametrize("name", (*MAKERS, *LEARNED))
 def test_initial_values_again(name):
-    """Of every parameter, whatever the layer was before."""
+    """Every parameter gets them, whatever it was before."""
     layer = {**MAKERS, **LEARNED}[name]()
     if next(layer.parameters(), None) is None:  # L2Norm
         return

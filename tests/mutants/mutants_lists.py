@@ -511,4 +511,10 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "assert seq_len is not None",
         "for the type checker",
     ),
+    Equivalent(
+        "fusedmlp/check/lora.py",
+        "return Lora(*(None if a is None or b is None else Adapter(a, b, s) for a, b, s in pairs))",
+        "return Lora(*(None if a is None else Adapter(a, b, s) for a, b, s in pairs))",
+        "a and b come together",
+    ),
 )

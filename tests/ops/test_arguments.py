@@ -182,7 +182,7 @@ def test_a_module_in_the_place_of_its_weight(op, name):
 # Routers compute in float32.
 @pytest.mark.parametrize("op", [op for op in LAST if not op.endswith("_route")])
 def test_autocast_makes_one_dtype_of_all(op):
-    """Of tensors in another narrow one, too; a gradient comes back in its own."""
+    """Tensors in another narrow one are cast too; a gradient comes back in its own dtype."""
     arguments, tensors = arguments_of(LAST[op])
     tensors = [name for name in tensors if arguments[name].is_floating_point()]
     for dtype in (torch.float32, torch.float16):

@@ -386,6 +386,7 @@ BAD = [
     ("c1", None, ValueError, "u1 must be None without c1"),
     ("u1", None, ValueError, "u1 and vt1 must be tensors with c1"),
     ("u1", torch.ones(4, 2, 3), ValueError, r"u1 must be \(4, L, r\) with L >= T = 3"),
+    ("u1", torch.ones(4, 4, 0), ValueError, r"u1 must be \(4, L, r\) .*, got \(4, 4, 0\)"),
     ("u2", torch.ones(4, 4, 2), ValueError, r"u2 must be \(2, L, r\)"),
     ("vt2", torch.ones(2, 4, 2), ValueError, r"vt2 must have shape \(2, 2, 4\)"),
     ("d1", torch.ones(4, 5), ValueError, r"d1 must have shape \(4, 4\), got \(4, 5\)"),
@@ -400,6 +401,16 @@ def test_one_clear_error(name, value, error, message, each_backend):
     with pytest.raises(error, match=message) as caught:
         hyper_attention(**{**GOOD, name: value})
     assert str(caught.value).startswith("hyper_attention: ")
+
+
+def test_sub_heads_of_glu_come_in_pairs(each_backend):
+    """Of "relu", each is a head."""
+    odd = core_inputs(B=1, H=3, T=3, L=3, r1=1, r2=1, dtype=torch.float32, kind="relu")
+    assert hyper_attention(**odd, kind="relu").shape == odd["v"].shape
+    with pytest.raises(
+        ValueError, match="q must have an even number of sub-heads for 'glu', got 3"
+    ):
+        hyper_attention(**odd)
 
 
 def test_lengths_of_both_mixings_agree():
