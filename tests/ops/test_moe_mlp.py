@@ -446,10 +446,12 @@ def test_a_field_of_the_routing_that_is_read_is_looked_at(op, field, each_backen
 
 
 def test_one_expert_is_a_dense_block(device, each_backend):
-    x, w, down = (torch.randn(s, device=device) for s in ((5, 16), (1, 24, 16), (1, 16, 24)))
+    torch.manual_seed(0)
+    x, w, down = (torch.randn(s, device=device) / 4 for s in ((5, 16), (1, 24, 16), (1, 16, 24)))
     routing = route_to(torch.zeros(5, dtype=torch.int64, device=device), x.new_ones(5), 1)
     y = moe_mlp(x, routing, w, w, down)
-    torch.testing.assert_close(y, fusedmlp.gated_mlp(x, w[0], w[0], down[0]))
+    dense = fusedmlp.gated_mlp(x, w[0], w[0], down[0])
+    torch.testing.assert_close(y, dense, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fusedmlp.moe_linear(x, routing, w), x @ w[0].T)
 
 
