@@ -1,5 +1,8 @@
 """Loads, stores, atomics, and cp.async in every space, of every width."""
 
+import mmap
+import resource
+
 import numpy as np
 import pytest
 import torch
@@ -200,3 +203,14 @@ def test_a_tensor_reaches_from_its_first_to_its_last_element():
     assert reads(held[:0], 0).endswith("past the end of t")
     assert not reads(held.T, 4 * 31) and reads(held.T, 4 * 32)
     assert not reads(held[:1].expand(4, 8), 4 * 7) and reads(held[:1].expand(4, 8), 4 * 8)
+
+
+def test_what_lies_between_two_weights_costs_nothing():
+    """One tensor map reaches both, wherever the host's memory has them."""
+    apart = 1 << 28
+    pages = mmap.mmap(-1, apart + 4096)
+    both = torch.frombuffer(pages, dtype=torch.int32).as_strided((2, 8), (apart // 4, 1))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert not reads(both, 0) and not reads(both, apart + 4 * 7)
+    assert reads(both, apart + 4 * 8).endswith("past the end of t")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB

@@ -193,7 +193,7 @@ class Program:
 _CONSTANTS, _CONSTANTS_APART = 1 << 38, 1 << 30
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(128)  # a job's kernels, in all orders; a program takes megabytes
 def load(text: str, name: str | None = None) -> Program:
     """The kernel `name` of a PTX file, or its only one. Raises Unknown for what has no model."""
     start = time.perf_counter()

@@ -321,12 +321,11 @@ struct Result {
 int ptx_run(const Program* p, const Call* call, const u8* params, int param_bytes, const GivenRegion* given,
             int regions, u64* executed, Result* result) {
   std::vector<Region> all;
-  std::vector<std::vector<Touch>> touches;
+  std::vector<Touches> touches;
   for (int k = 0; k < regions; ++k) {
     const GivenRegion& g = given[k];
     all.push_back({g.begin, g.end, reinterpret_cast<u8*>(g.host), reinterpret_cast<u8*>(g.written),
                    s32(g.name)});
-    touches.emplace_back(call->options.races ? size_t(g.end - g.begin) / call->global_granule + 2 : 0);
   }
   Cluster c;
   c.params = params;
@@ -344,6 +343,8 @@ int ptx_run(const Program* p, const Call* call, const u8* params, int param_byte
   result->count = 0;
   u32 first[3] = {0, 0, 0};
   try {
+    for (const Region& r : all)
+      touches.emplace_back(call->options.races ? size_t(r.end - r.begin) / call->global_granule + 2 : 0);
     u32 n[3];
     for (int d = 0; d < 3; ++d) {
       if (call->grid[d] % call->cluster[d]) fail("the grid is no multiple of the cluster in dimension %d", d);

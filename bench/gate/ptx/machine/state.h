@@ -1,5 +1,6 @@
 // A warp, a block, a cluster: all that a launch has at one moment.
 #pragma once
+#include <sys/mman.h>
 #include "base.h"
 
 namespace ptx {
@@ -16,8 +17,29 @@ struct Region {
 // and the writing warp's moment.
 constexpr u32 MANY = ~0u;
 struct Touch {
-  u32 writer = 0, moment = 0, reader = 0;
-  bool atomic = false;
+  u32 writer, moment, reader;
+  bool atomic;
+};
+// A region's touches. Their memory is the system's, zeros that cost nothing until they are written: two
+// weights of one tensor map may lie gigabytes apart, and nobody touches what is between.
+class Touches {
+ public:
+  explicit Touches(size_t count) : bytes(count * sizeof(Touch)) {
+    if (!bytes) return;
+    void* made = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (made == MAP_FAILED) fail("no memory to note who touches %zu granules", count);
+    first = static_cast<Touch*>(made);
+  }
+  Touches(Touches&& other) : bytes(other.bytes), first(std::exchange(other.first, nullptr)) {}
+  ~Touches() {
+    if (first) munmap(first, bytes);
+  }
+  Touch& operator[](size_t granule) { return first[granule]; }
+
+ private:
+  size_t bytes;
+  Touch* first = nullptr;
 };
 
 struct Copy {  // one lane's cp.async
@@ -154,8 +176,8 @@ struct Cluster {
   const u8* params;
   u64 param_bytes;
   std::vector<Region>* regions;
-  std::vector<std::vector<Touch>>* touches;  // by region
-  u32 granule = 1, global_granule = 1;       // bytes: of the shortest store
+  std::vector<Touches>* touches;        // by region
+  u32 granule = 1, global_granule = 1;  // bytes: of the shortest store
   std::mt19937 random;
   Options options;
   u32 copied = 1, multiplied = 1;  // the clocks of the agents below
