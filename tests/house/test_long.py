@@ -35,8 +35,7 @@ def test_a_listed_test_is_there(line):
     ("asked", "runs"),
     [
         (["tests", *ELSEWHERE], set()),
-        (["tests/hub", "tests/prove/test_prove.py"], {"hub", "prove"}),
-        (["tests/kernels/test_tolerance.py"], {"kernels"}),
+        (["tests/hub", "tests/prove/test_prove.py", "tests/kernels"], {"hub", "prove", "kernels"}),
         (["-m", "long", "tests", *ELSEWHERE], {"hub", "prove"}),
         (["-m", "nightly", "tests", *ELSEWHERE], {"kernels"}),
         (["-m", "not slow and not long and not nightly", "tests/hub", "tests/kernels"], set()),
