@@ -22,6 +22,9 @@ class Ratio:
 
 
 def _turn(call: Call, times: int) -> float:
+    """Seconds of a call, behind one that finds caches and malloc's heap as others left them: whose
+    turn comes after whose would decide else."""
+    call()
     start = time.process_time()
     for _ in range(times):
         call()
@@ -31,7 +34,7 @@ def _turn(call: Call, times: int) -> float:
 def turns(calls: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
     """Seconds of each call, `rounds` times, the calls taking turns."""
     for call in calls.values():
-        call(), call()
+        call()
     times = {n: max(1, round(SHORTEST / max(_turn(c, 1), 1e-6))) for n, c in calls.items()}
     found: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):

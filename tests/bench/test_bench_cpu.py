@@ -17,8 +17,14 @@ def test_calls_take_turns(monkeypatch):
     monkeypatch.setattr(clock, "SHORTEST", 0)
     order = []
     found = clock.turns({n: lambda n=n: order.append(n) for n in "ab"}, rounds=3)
-    assert order[-6:] == ["a", "b"] * 3
+    assert order[-12:] == ["a", "a", "b", "b"] * 3  # the first of each is not timed
     assert {len(times) for times in found.values()} == {3}
+
+
+def test_the_first_call_of_a_turn_is_not_timed(monkeypatch):
+    took = []
+    monkeypatch.setattr(clock.time, "process_time", lambda: sum(took))
+    assert clock._turn(lambda: took.append(1 if took else 9), 2) == 1
 
 
 def test_names_of_targets_differ():
