@@ -16,8 +16,9 @@ def test_a_ratio_is_the_median_of_its_rounds_with_their_middle_half():
 def test_calls_take_turns(monkeypatch):
     monkeypatch.setattr(clock, "SHORTEST", 0)
     order = []
-    found = clock.turns({n: lambda n=n: order.append(n) for n in "ab"}, rounds=3)
-    assert order[-12:] == ["a", "a", "b", "b"] * 3  # the first of each is not timed
+    found = clock.turns({n: lambda n=n: order.append(n) for n in "abc"}, rounds=3)
+    # The first of each is not timed, and every other round goes the other way.
+    assert "".join(order[-18:]) == "aabbccccbbaaaabbcc"
     assert {len(times) for times in found.values()} == {3}
 
 

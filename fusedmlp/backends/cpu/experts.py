@@ -6,6 +6,7 @@ little beside its products; what needs more derivatives goes by the operations o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,20 +35,22 @@ class Kept:
         self.offsets, self.rows, self.k = routing.offsets, routing.rows, routing.k
         self.parts, self.count, self.all = busy(ends), ends[-2], ends[-1]
         self.choices = routing.tokens[: self.count]
-        self._expert: Tensor | None = None
 
-    @property
+    @functools.cached_property
     def expert(self) -> Tensor:
         """Each row's expert."""
-        if self._expert is None:
-            self._expert = self.routing.expert.reshape(-1).index_select(0, self.choices)
-        return self._expert
+        return self.routing.expert.reshape(-1).index_select(0, self.choices)
+
+    @functools.cached_property
+    def tokens(self) -> Tensor:
+        """Each row's token."""
+        return self.choices if self.k == 1 else self.choices // self.k
 
     def gather(self, t: Tensor) -> Tensor:
         """Each row's token of t (T, N)."""
         if len(t) == 1:
             return t.expand(self.count, -1)
-        return t.index_select(0, self.choices if self.k == 1 else self.choices // self.k)
+        return t.index_select(0, self.tokens)
 
     def each(self, t: Tensor) -> Tensor:
         """Each row's value of t, shaped as routing.prob: (count, 1)."""
