@@ -3,6 +3,7 @@ imported. One thread each, unless OMP_NUM_THREADS says otherwise: NumPy, which t
 computes with, reads it once, when torch imports it."""
 
 import contextlib
+import gc
 import importlib
 import importlib.util
 import os
@@ -64,6 +65,20 @@ def pytest_cmdline_main(config):
     option in pyproject.toml, which pytest without xdist would refuse."""
     if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
         config.option.dist = "worksteal"
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_collection():
+    """What is imported and collected lives until the end: the garbage collector does not walk it
+    while it comes, nor again whenever a test has left enough."""
+    gc.disable()
+    yield
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or bindings report all that is never freed as leaks
 
 
 LISTS = ("long", "nightly")  # a mark of each has the tests of the file of that name

@@ -156,8 +156,8 @@ def installed(monkeypatch, arch: str, order: Order):
         return at
 
     monkeypatch.setattr(torch.Tensor, "data_ptr", noted)
-    libraries = {library.path: library for library in simt_extension._built(arch)[1].values()}
-    hooks = [(library._handle, launches.hook(library)) for library in libraries.values()]
+    libraries = simt_extension.libraries(arch)
+    hooks = [(library._handle, launches.hook(library)) for library in libraries]
     for handle, hook in hooks:
         handle.simt_elsewhere(hook)
     try:

@@ -1,5 +1,5 @@
-"""fusedmlp._C for the host: csrc/bindings.cpp over the kernels of one architecture, compiled by g++
-for the SIMT runner. Under `installed` the backend "cuda" runs them on CPU tensors."""
+"""fusedmlp._C for the host: csrc/bindings.cpp over all kernels, compiled by g++ for the SIMT
+runner. Under `installed` the backend "cuda" runs those of one architecture on CPU tensors."""
 
 import functools
 import importlib.machinery
@@ -31,7 +31,7 @@ FLAGS = (
 MULTIPROCESSORS = 3  # an odd number, so that a cluster of two leaves one out; loops do loop
 
 
-# Where each kernel of a build is, and what else CMake would define.
+# Where each kernel is, and what CMake defines for its architecture.
 SOURCES = {
     **{f"sm_{sm}a": dict.fromkeys(
         ("gated_linear_fwd", "gated_linear_bwd", "linear_act_fwd", "linear_act_bwd"),
@@ -51,35 +51,43 @@ DEFINES = {
 
 
 @functools.cache
-def _built(arch: str):
-    """The module and its kernels' libraries; apart, for the runner keeps a library's thread-local
+def _built():
+    """The module, and each source's library; apart, for the runner keeps a library's thread-local
     memory for __shared__."""
-    libraries = {kernel: simt_build.load(source) for kernel, source in SOURCES[arch].items()}
-    defines = (DEFINES[arch], f'FUSEDMLP_ARCHS="{arch}"', 'FUSEDMLP_CUDA_VERSION="host"')
-    paths = {str(library.path) for library in libraries.values()}
-    flags = (*FLAGS, f"-Wl,--no-as-needed,{','.join(sorted(paths))}")
+    sources = {source for of in SOURCES.values() for source in of.values()}
+    libraries = {source: simt_build.load(source) for source in sorted(sources)}
+    archs = f'FUSEDMLP_ARCHS="{" ".join(SOURCES)}"'
+    defines = (*DEFINES.values(), archs, 'FUSEDMLP_CUDA_VERSION="host"')
+    paths = ",".join(str(library.path) for library in libraries.values())
+    flags = (*FLAGS, f"-Wl,--no-as-needed,{paths}")
     path = simt_build.load("csrc/bindings.cpp", *defines, flags=flags).path
-    name = f"{arch}._C"  # pybind11 hands out one module for each name
-    loader = importlib.machinery.ExtensionFileLoader(name, str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
+    loader = importlib.machinery.ExtensionFileLoader("host._C", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("host._C", loader))
     loader.exec_module(module)
     return module, libraries
 
 
+def libraries(arch: str) -> list:
+    """Those of an architecture's kernels."""
+    _, built = _built()
+    return [built[source] for source in sorted(set(SOURCES[arch].values()))]
+
+
 def extension(arch: str, seed: int = 0):
-    """What `loader.load` finds: the module, its launchers run with `seed`; runner errors raise."""
-    module, libraries = _built(arch)
+    """What `loader.load` finds of a build for one architecture; launchers run with `seed`, and what
+    the runner finds wrong raises."""
+    module, built = _built()
 
     def on_runner(kernel, launcher):
         def launch(*arguments):
-            with libraries[kernel].running(kernel, seed=seed):
+            with built[SOURCES[arch][kernel]].running(kernel, seed=seed):
                 launcher(*arguments)
 
         return launch
 
-    ops = {key: on_runner(key[0], launcher) for key, launcher in module.OPS.items()}
-    names = set(vars(module)) - {"OPS"}
-    return SimpleNamespace(OPS=ops, **{name: getattr(module, name) for name in names})
+    ops = {key: on_runner(key[0], module.OPS[key]) for key in module.OPS if key[1] == arch}
+    others = {name: getattr(module, name) for name in vars(module) if name != "OPS"}
+    return SimpleNamespace(OPS=ops, **(others | {"ARCHS": arch}))
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -41,6 +42,17 @@ def _folder() -> Path:
     return folder
 
 
+def _build(compiler: str, library: Path) -> None:
+    part = library.with_suffix(".part")
+    done = subprocess.run(
+        [compiler, *_FLAGS, "-o", str(part), str(_SOURCES / "machine.cpp")],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise MachineError(f"{compiler} cannot build the PTX machine:\n{done.stderr[-2000:]}")
+    part.replace(library)  # whole or not there, wherever the build was stopped
+
+
 @functools.cache
 def machine() -> ctypes.CDLL:
     """The library, which takes half a minute to build the first time. Raises MachineError without
@@ -52,15 +64,10 @@ def machine() -> ctypes.CDLL:
     content = b"".join(s.read_bytes() for s in sources)
     key = hashlib.sha256(content + repr((compiler, _FLAGS, _cpu())).encode()).hexdigest()[:16]
     library = _folder() / f"ptx_{key}.so"
-    if not library.exists():
-        part = library.with_suffix(f".{os.getpid()}")
-        done = subprocess.run(
-            [compiler, *_FLAGS, "-o", str(part), str(_SOURCES / "machine.cpp")],
-            capture_output=True, text=True,
-        )  # fmt: skip
-        if done.returncode:
-            raise MachineError(f"{compiler} cannot build the PTX machine:\n{done.stderr[-2000:]}")
-        part.replace(library)  # whole or not there, however many build it at once
+    with open(library.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others wait
+        if not library.exists():
+            _build(compiler, library)
     loaded = ctypes.CDLL(str(library))
     loaded.ptx_load.restype = ctypes.c_void_p
     loaded.ptx_free.argtypes = [ctypes.c_void_p]
