@@ -172,8 +172,8 @@ def _nothing(*_: Any, **__: Any) -> None:
 def backward(out: Any, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]) -> None:
     """Every gradient that training wants of such a call; none is kept."""
     results = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
-    wanted = [t for t in (*inputs, *tensors.values()) if t.requires_grad]
-    if results and wanted:
+    if results:
+        wanted = [t for t in (*inputs, *tensors.values()) if t.requires_grad]
         ones = [torch.empty_like(t) for t in results]
         torch.autograd.grad(results, wanted, ones, allow_unused=True)
 
@@ -182,5 +182,5 @@ def backward(out: Any, tensors: Mapping[str, Tensor], inputs: tuple[Tensor, ...]
 def drawing_nothing(module: nn.Module) -> Iterator[None]:
     """Whatever a call draws is as if it had not been."""
     devices = {p.device for p in module.parameters() if p.is_cuda}
-    with torch.random.fork_rng([d.index for d in devices if d.index is not None]):
+    with torch.random.fork_rng([d.index for d in devices]):
         yield

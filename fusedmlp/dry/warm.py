@@ -162,7 +162,7 @@ def _run(block: Block, rows: int, tensors: dict[str, Tensor]) -> None:
     training = block.module.training and any(t.requires_grad for t in tensors.values())
     like = next((t for t in tensors.values() if t.is_floating_point()), block.like)
     with drawing_nothing(block.module), torch.set_grad_enabled(training):
-        inputs = block.inputs(rows, like.detach())
+        inputs = block.inputs(rows, like)
         inputs = tuple(t.requires_grad_(training and t.is_floating_point()) for t in inputs)
         out = forward(block, tensors, inputs)
         if training:

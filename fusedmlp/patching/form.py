@@ -149,9 +149,9 @@ def _agrees(experts: Any, form: Form) -> bool:
     sizes = {form.first: (2 * H if form.packed else H, D), "down_proj": (D, H)}
     for name, size in sizes.items():
         w = draw(E, *(size[::-1] if form.transposed else size))
-        small._parameters[name] = nn.Parameter(w, requires_grad=False)
+        small._parameters[name] = nn.Parameter(w)
         if form.bias:
-            b = nn.Parameter(draw(E, size[0]), requires_grad=False)
+            b = nn.Parameter(draw(E, size[0]))
             small._parameters[f"{name}_bias"] = b
     x, weights = draw(T, D), draw(T, k)
     index = torch.randint(E, (T, k), generator=generator, device="cpu")

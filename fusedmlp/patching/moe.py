@@ -71,7 +71,7 @@ class Llama4(Plan):
         return described(wrappers_of(module.experts)[1], self._refusal)
 
     def example(self, module: Any, rows: int, like: Tensor) -> tuple[Tensor, ...]:
-        (width, *_) = [p.shape[-1] for p in module.router.parameters() if p.dim() == 2]
+        (width, *_) = [p.shape[1] for p in module.router.parameters() if p.dim() == 2]
         return (like.new_zeros(1, rows, width),)
 
     def run(self, module: Any, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
@@ -159,7 +159,7 @@ class Switch(Plan):
         return None
 
     def example(self, module: Any, rows: int, like: Tensor) -> tuple[Tensor, ...]:
-        (width, *_) = [p.shape[-1] for p in module.router.parameters() if p.dim() == 2]
+        (width, *_) = [p.shape[1] for p in module.router.parameters() if p.dim() == 2]
         return (like.new_zeros(1, rows, width),)
 
     def run(self, module: Any, hidden_states: Tensor) -> Tensor:

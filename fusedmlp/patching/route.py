@@ -84,7 +84,7 @@ class _Run(NamedTuple):
     x: Tensor
     out: tuple[Tensor, Tensor, Tensor] | None
 
-    def has(self, weights: Tensor, index: Tensor, tolerance: float) -> bool:
+    def has(self, weights: Tensor, index: Tensor, rtol: float) -> bool:
         """Whether each token has these experts, in any order, with these weights. Where logits tie
         for the last place, either may have it."""
         assert self.out is not None
@@ -95,7 +95,7 @@ class _Run(NamedTuple):
         if not torch.equal(mine.values, theirs.values):
             return False
         own, others = own[clear].gather(-1, mine.indices), weights[clear].gather(-1, theirs.indices)
-        return torch.allclose(own.double(), others.double(), rtol=tolerance)
+        return torch.allclose(own.double(), others.double(), rtol=rtol)
 
 
 _FOUND: dict[tuple[Any, ...], Route | str] = {}
@@ -228,7 +228,7 @@ def _choices(router: nn.Module, run: _Run) -> Iterator[tuple[str | None, int, tu
                 continue
             for weighed in _weighings(numbers):
                 routing = topk_route(logits, k, bias=bias, **picked, **weighed)
-                if run.has(routing.prob, routing.expert, 1e-9):
+                if run.has(routing.prob, routing.expert, rtol=1e-9):
                     yield name, k, _changed({**picked, **weighed})
 
 
@@ -279,7 +279,8 @@ def _checked(route: Route, exact: _Run, narrow: list[_Run]) -> Route | str:
         return "its weights have the dtype of neither x nor logits, nor float32"
     for run, (logits, weights, _) in runs:
         routing = own.routing(logits, run.x, run.tensors)
-        if not run.has(routing.prob, routing.expert, 1e-5 if weights.dtype.itemsize > 2 else 2e-2):
+        rtol = 1e-5 if weights.dtype.itemsize > 2 else 2e-2
+        if not run.has(routing.prob, routing.expert, rtol=rtol):
             return "it rounds its scores before it chooses"
     assert exact.out is not None
     logits, weights, _ = exact.out

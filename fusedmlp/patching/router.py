@@ -56,7 +56,7 @@ class Router(Plan):
         vars(module).pop("_settings", None)
 
     def example(self, module: Any, rows: int, like: Tensor) -> tuple[Tensor, ...]:
-        (width, *_) = [p.shape[-1] for p in module.parameters() if p.dim() == 2]
+        (width, *_) = [p.shape[1] for p in module.parameters() if p.dim() == 2]
         return (like.new_zeros(rows, width),)
 
     def run(self, module: Any, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -5,9 +5,10 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -265,6 +266,23 @@ def test_kernels_that_are_compiled(tmp_path):
     argv = [sys.executable, "-c", PROGRAM]
     done = subprocess.run(argv, env=env, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("served", (0, 1))
+@pytest.mark.parametrize("gpu", (None, "a GPU"))
+@pytest.mark.parametrize("interpreted", (False, True))
+def test_kernels_take_cpu_tensors_where_they_do_not_yet(interpreted, gpu, served, monkeypatch):
+    """They do where they are interpreted, in a dry run, and once they were asked to."""
+    registered = []
+    library = SimpleNamespace(impl=lambda name, launcher, device: registered.append((name, device)))
+    monkeypatch.setattr(driver, "INTERPRETED", interpreted)
+    monkeypatch.setattr(driver.HERE, "gpu", gpu)
+    cache = SimpleNamespace(cache_info=lambda: SimpleNamespace(currsize=served))
+    monkeypatch.setattr(driver, "serve_cpu", cache)
+    monkeypatch.setattr(torch.library, "_scoped_library", lambda *_: nullcontext(library))
+    with driver._serving_cpu():
+        already = interpreted or gpu or served
+        assert registered == ([] if already else [(name, "CPU") for name in driver.BY_PLANS])
 
 
 LIMIT = 1 << 14  # elements on floats up to which an operator computes

@@ -132,6 +132,33 @@ def test_rows_are_like_the_tensors_that_stand_in():
     assert seen == [(5, torch.float16), (5, torch.float64)]
 
 
+def test_results_that_are_no_tensors_count_for_nothing():
+    layer = layers.SwiGLU(16, 8)
+    call = lambda module, x: (module(x), None, 3, x.long())  # noqa: E731
+    block = Block("", layer, call, block_of(layer).inputs)
+    found, alone = expected(block, 4, SM_90, 132), expected(block_of(layer), 4, SM_90, 132)
+    assert [p.kernels for p in found] == [p.kernels for p in alone]
+    assert found[0].moved - alone[0].moved == 4 * 16 * 8  # of the integers
+    warm._run(block, 4, dict(layer.named_parameters()))
+
+
+@pytest.mark.parametrize("on", (True, False))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_autocast_of_cuda_is_that_of_the_cpu(dtype, on):
+    """Where it is in force; else that of the CPU is as it was."""
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    try:
+        torch.set_autocast_enabled("cuda", on)
+        torch.set_autocast_dtype("cuda", dtype)
+        for own in (True, False):
+            with torch.autocast("cpu", torch.bfloat16, enabled=own), warm._autocast():
+                assert torch.is_autocast_enabled("cpu") == (own or on)
+                assert torch.get_autocast_dtype("cpu") == (dtype if on else torch.bfloat16)
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
+
+
 @pytest.mark.parametrize("at", ("name", "name_group", f"name{ADAPTED}"))
 def test_the_last_tile_is_that_of_a_row_of_the_kernel(at, monkeypatch):
     monkeypatch.setitem(LAST, "another", "wrong")

@@ -186,6 +186,7 @@ def test_blocks_alike_share_a_line():
     model = nn.Sequential(*(MLP() for _ in range(3))).bfloat16()
     assert "finds its MLPs" in explained(model)
     fusedmlp.patch(model)
+    assert "on B200, 8192 tokens: planned and computed" in explained(model, gpu="B200")
     forward, backward = planned(model, gpu="B200", tokens=4096)
     assert forward.startswith("  0 (MLP) and 2 more, forward, bfloat16: gated_mlp by triton: ")
     assert "gated_linear_bwd (" in backward

@@ -7,6 +7,8 @@ why no test can tell the two apart; where a file has the line twice, lines above
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 
@@ -300,7 +302,67 @@ FAULTS: tuple[Fault, ...] = (
     ),
 )
 
+NEAR = "twice as near is as near: between rounding and another function lies more"
+TRIED = "values to try functions on; others tell them apart as well"
+
+
+def _off_by_one(path: str, line: str) -> Iterator[Equivalent]:
+    """For each whole number of a line of values to try functions on."""
+    for found in re.finditer(r"(?<![\w.])\d+(?![\w.])", line):
+        for n in (int(found[0]) - 1, int(found[0]) + 1):
+            yield Equivalent(path, line, f"{line[: found.start()]}{n}{line[found.end() :]}", TRIED)
+
+
 EQUIVALENT: tuple[Equivalent, ...] = (
+    *_off_by_one(
+        "fusedmlp/patching/activation.py",
+        "return torch.cat((torch.linspace(-30, 30, 481, **options), decades, -decades))",
+    ),
+    *_off_by_one(
+        "fusedmlp/patching/activation.py", "decades = torch.logspace(-6, 5, 111, **options)"
+    ),
+    *_off_by_one("fusedmlp/patching/gate.py", "far = torch.logspace(-6, 5, 45, **grid)"),
+    *_off_by_one(
+        "fusedmlp/patching/gate.py",
+        "g = torch.cat((torch.linspace(-30, 30, 121, **grid), far, -far))",
+    ),
+    *_off_by_one(
+        "fusedmlp/patching/gate.py",
+        "u = torch.cat((torch.linspace(-30, 30, 25, **grid), far[::3], -far[::3]))",
+    ),
+    *_off_by_one("fusedmlp/patching/gate.py", "few = slice(None, None, 17)"),
+    *(
+        Equivalent(
+            "fusedmlp/patching/gate.py",
+            "near = 1e-9 * expected.abs() + 1e-12 * (1 + g.abs()) * (1 + u.abs())",
+            f"near = {share} * expected.abs() + {rest} * (1 + g.abs()) * (1 + u.abs())",
+            NEAR,
+        )
+        for share, rest in (("2e-09", "1e-12"), ("1e-9", "2e-12"))
+    ),
+    Equivalent(
+        "fusedmlp/patching/spelling.py",
+        "return bool(((h - expected).abs() <= 1e-9 * near).all())",
+        "return bool(((h - expected).abs() <= 2e-09 * near).all())",
+        NEAR,
+    ),
+    *(
+        Equivalent("fusedmlp/patching/route.py", before, after, TRIED)
+        for before, after in (
+            ("TOKENS = 256", "TOKENS = 257"),
+            ("TOKENS = 256", "TOKENS = 255"),
+            ("TOKENS = 256", "TOKENS = 128"),
+            ("logits[::8] -= 46", "logits[::8] -= 45"),
+            ("logits[::8] -= 46", "logits[::8] -= 47"),
+            ("logits = 1.5 * draw(TOKENS, E)", "logits = 3.0 * draw(TOKENS, E)"),
+        )
+    ),
+    Equivalent(
+        "fusedmlp/patching/match.py",
+        "if any(plan != plans[0] for plan in plans):",
+        "if any(plan != plans[1] for plan in plans):",
+        "there are two at least, and any of them may be what the others are compared with",
+    ),
     Equivalent(
         "kernels/stacked.py",
         "low = w1 if step > 0 else w2",

@@ -84,6 +84,7 @@ PATCH_ROUTED = (
     PATCH_OPTIONS,
     "tests/patching/test_patch_experts.py",
     "tests/patching/test_patch_gates.py",
+    "tests/patching/test_patch_lora_experts.py",
     "tests/patching/test_patch_topk.py",
     "tests/patching/test_patch_routers.py",
     "tests/patching/test_patch_later.py",
@@ -303,7 +304,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "patching",
         ("fusedmlp/patching/quantize.py", "fusedmlp/patching/one_bit.py"),
-        ("tests/patching/test_quantize.py",),
+        ("tests/patching/test_quantize.py", PATCH_OPTIONS, "tests/patching/test_pretrained.py"),
     ),
     Row("patching", ("fusedmlp/patching/pretrained.py",), ("tests/patching/test_pretrained.py",)),
     Row(

@@ -1,5 +1,6 @@
 """The tool that puts faults into the code: its tables, and what it draws from them."""
 
+from functools import cache
 from pathlib import Path
 
 import mutants_draw as draw
@@ -43,10 +44,16 @@ def test_a_fault_whose_text_is_not_there_once_is_refused(old, count):
         list(draw.by_hand(list(ROWS), [fault]))
 
 
+@cache
+def mutants_in(path):
+    text = (ROOT / path).read_text()
+    return text, draw.mutants_of(path, text)
+
+
 @pytest.mark.parametrize("row", EQUIVALENT, ids=lambda row: f"{row.path} {row.after}")
 def test_an_equivalent_is_still_drawn(row):
     """In one place: a row must not speak for another line of the same words."""
-    found = draw.mutants_of(row.path, text := (ROOT / row.path).read_text())
+    text, found = mutants_in(row.path)
     assert len({m.line(text) for m in found if draw.reason(m, text, [row])}) == 1
     assert row.reason
 

@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 
 import fusedmlp
 from fusedmlp.layers import BinaryGatedMLP
-from fusedmlp.patching import Plan
+from fusedmlp.patching import Plan, experts_forward
 from fusedmlp.patching.activation import name_by_values
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -287,12 +287,22 @@ def test_register_patch():
     (entry,) = fusedmlp.patch(model).patched
     assert (entry.kind, entry.op) == ("Odd", "gated_mlp")
     torch.testing.assert_close(model(X), expected)
-    with pytest.raises(TypeError, match="register_patch: cls must be a class of nn.Modules, got 3"):
-        fusedmlp.register_patch(3, lambda module: "")
+    for cls in (3, int, Odd(), None):
+        with pytest.raises(TypeError) as told:
+            fusedmlp.register_patch(cls, lambda module: "")
+        words = f"register_patch: cls must be a class of nn.Modules, got {cls!r}"
+        assert str(told.value) == words
     with pytest.raises(
         TypeError, match="register_patch: adapter must be callable, got 'gated_mlp'"
     ):
         fusedmlp.register_patch(Odd, "gated_mlp")
+
+
+def test_patch_enters_experts_in_another_table(monkeypatch):
+    table = type("Table", (dict,), {"register": dict.__setitem__})()
+    monkeypatch.setattr("transformers.integrations.moe.ALL_EXPERTS_FUNCTIONS", table)
+    fusedmlp.patch(Model(MLP()))
+    assert table == {"fusedmlp": experts_forward}
 
 
 @pytest.mark.parametrize("call", (fusedmlp.patch, fusedmlp.unpatch), ids=lambda f: f.__name__)

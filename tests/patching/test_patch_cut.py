@@ -232,6 +232,16 @@ class Walrus(Layer):
         return y + h.mean()
 
 
+class Mangled(Layer):
+    """A name that means another outside of its class."""
+
+    __scale = 2.0
+
+    def forward(self, x):
+        x = self.mixed(x)
+        return x + self.__scale * self.fc2(F.relu(self.fc1(x)))
+
+
 FOUND = (Statements, Expression, Branch, Loop, Super)
 # What the report says of those that are left: where one projection leads to another, what keeps
 # their run from being an MLP.
@@ -245,6 +255,7 @@ NOT = {
     Written: NONE,
     Walrus: NONE,
     Conditional: NONE,
+    Mangled: NONE,
 }
 
 
@@ -347,6 +358,27 @@ def test_source_that_is_not_what_runs():
     )
     kind = type("Told", (Layer,), {"forward": forward})
     assert not fusedmlp.patch(kind()).patched
+
+
+class Dunder(Layer):
+    def forward(self, x):
+        x = self.mixed(x)
+        return x + len(self.__class__.__name__) * self.fc2(F.relu(self.fc1(x)))
+
+
+def test_a_name_that_no_class_mangles():
+    expected = (block := Dunder())(X)
+    assert fusedmlp.patch(block).patched
+    torch.testing.assert_close(block(X), expected)
+
+
+def test_a_forward_that_is_bound_to_another_is_no_run():
+    """Its statements are of the other's parts, whatever the module itself has."""
+    kind = type("Bound", (Layer,), {"forward": Expression().forward})
+    block = kind()
+    expected = block(X)
+    assert not fusedmlp.patch(block).patched
+    assert torch.equal(block(X), expected)
 
 
 class Annotated(nn.Module):

@@ -121,16 +121,28 @@ def test_a_norm_after_each_expert_is_refused_and_reported():
     assert left.detail == why
 
 
-class Scales(Plain):
+class Otherwise(Plain):
     def forward(self, x, index, weights):
-        return 2 * super().forward(x, index, weights)
+        return self.own.change(super().forward(x, index, weights))
 
 
-def test_another_forward_is_refused():
+CHANGES = {
+    "another": lambda y: 2 * y,
+    "nearly": lambda y: (1 + 1e-6) * y,
+    "in a batch": lambda y: y[None],
+    "with more": lambda y: (y, None),
+    "an error": lambda y: y.no_such_thing,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_another_forward_is_refused(change):
     """What `_apply_gate` and the flags say is not what the class does."""
-    why = "Scales: its forward is not that of experts so laid"
+    why = "Otherwise: its forward is not that of experts so laid"
+    experts = made(Otherwise)
+    experts.own.change = change
     with pytest.raises(ValueError, match=why):
-        experts_forward(made(Scales), *routed())
+        experts_forward(experts, *routed())
 
 
 @pytest.mark.parametrize("k, recompute", [(1, False), (2, False), (2, True)])
@@ -194,6 +206,18 @@ def test_experts_are_stacked_in_both_weights(first, second):
     assert not is_experts(module)
     module._apply_gate = lambda h: h
     assert is_experts(module) == (first == second == 3)
+
+
+def test_a_hook_on_what_they_do_not_call():
+    experts, why = made(Plain), "act_fn has hooks, which"
+    handle = experts.act_fn.register_forward_hook(lambda *_: None)
+    (entry,) = fusedmlp.patch(nn.ModuleList([experts])).left
+    assert entry.detail == f"{why} a fused call would pass by"
+    handle.remove()
+    assert fusedmlp.patch(nn.ModuleList([experts])).patched
+    experts.act_fn.register_forward_hook(lambda *_: None)
+    with pytest.raises(TypeError, match=f"{why} the fused call would pass by"):
+        experts(*routed())
 
 
 class Other(nn.Parameter):

@@ -12,7 +12,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedmlp
+from fusedmlp.patching import Plan
 from fusedmlp.patching.moe import _switch
+from fusedmlp.patching.projection import called, read
 from fusedmlp.patching.swap import Patched
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -197,6 +199,50 @@ def test_a_replica_of_data_parallel():
     replica = block._replicate_for_data_parallel()
     replica.act = block.act._replicate_for_data_parallel()
     assert torch.equal(replica(X), block(X))
+
+
+@pytest.mark.parametrize("bias", (True, False))
+def test_a_projection_of_a_replica_is_read(bias):
+    """Its tensors are attributes, and no Parameters."""
+    own = nn.Linear(8, 12, bias)
+    replica = own._replicate_for_data_parallel()
+    replica.weight, replica.bias = own.weight.detach(), own.bias.detach() if bias else None
+    weight, found = read(replica)
+    assert weight is replica.weight and found is replica.bias and called(replica) is None
+
+
+class Keeps(GatedMLP):
+    """A function of its own, and one in what a plan passes by."""
+
+    def __init__(self):
+        super().__init__()
+        self.own, self.act.inner = torch.tanh, torch.tanh
+
+
+class Nothing(Plan):
+    """Which does not say what it takes of the module."""
+
+    op = "mlp"
+
+    def bypassed(self):
+        return ("act",)
+
+    passes_by = bypassed
+
+    def run(self, module, t):
+        return t
+
+
+@pytest.mark.parametrize("path", ("own", "act.inner"))
+def test_any_function_where_a_plan_names_none(path):
+    fusedmlp.register_patch(Keeps, lambda module: Nothing())
+    model = Model(Keeps())
+    assert fusedmlp.patch(model).patched
+    assert torch.equal(model(X), 2 * X)
+    holder, _, name = f"blocks.0.{path}".rpartition(".")
+    setattr(model.get_submodule(holder), name, torch.sin)
+    with pytest.raises(TypeError, match=f": {path} is another function than at patch()"):
+        model(X)
 
 
 def test_a_slice_is_not_patched():

@@ -4,12 +4,15 @@ from types import MethodType
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from layer_checks import Stranger
 from patch_blocks import MLP, GatedMLP, Model
 from torch import nn
 
 import fusedmlp
+from fusedmlp.layers.parts.around import HOOKS
 from fusedmlp.patching import Plan
+from fusedmlp.patching.around import passed_over, stands_around
 from fusedmlp.patching.find import find
 from fusedmlp.patching.walk import REGISTERED
 
@@ -315,6 +318,15 @@ def test_a_plan_that_bypasses_nothing():
         assert torch.equal(model.blocks[0](torch.ones(2)), torch.full((2,), 2.0))
     finally:
         del REGISTERED[Alone]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_beside_accelerates(hook):
+    """Accelerate's own, on what has no parameters, moves arguments alone; another may do more."""
+    act = add_hook_to_module(nn.SiLU(), AlignDevicesHook())
+    assert passed_over(act) is None and "accelerate's AlignDevicesHook" in stands_around(act)
+    getattr(act, hook)[0] = print
+    assert passed_over(act) == stands_around(act) == "has hooks"
 
 
 def test_an_activation_that_kernelize_gave_a_forward(monkeypatch):

@@ -1,6 +1,7 @@
 """patch() on PEFT's LoRA layers: one fused call, and all that PEFT does with them as before."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,11 +18,16 @@ from patch_lora import (
 )
 from patch_models import batch, build
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import layer as peft_layers
 from test_patch_called import Saved
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedmlp
 from fusedmlp.distributed import TensorParallelMLP
+from fusedmlp.patching import lora as patching_lora
+
+HOME = peft_layers.__name__
 
 
 @pytest.mark.parametrize("patched", ("before", "after"))
@@ -207,3 +213,37 @@ def test_what_it_saves():
             with FlopCounterMode(display=False) as counted:
                 block(x).sum().backward()
             assert counted.get_total_flops() == flops
+
+
+KINDS = [
+    kind
+    for kind in vars(peft_layers).values()
+    if isinstance(kind, type) and issubclass(kind, nn.Module) and kind.__module__ == HOME
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_the_base_is_read_of_a_linear_alone(kind):
+    """Of the kinds of layers that stand beside it in PEFT's file."""
+    layer = kind.__new__(kind)
+    vars(layer)["base_layer"] = base = nn.Linear(2, 2)
+    assert patching_lora.base_of(layer) is (base if kind is peft_layers.Linear else layer)
+
+
+@pytest.mark.parametrize(
+    "state, names",
+    [
+        ({}, ["a"]),
+        ({"_active_adapter": "a"}, ["a"]),
+        ({"_active_adapter": "c"}, []),
+        ({"lora_A": {"a": 1, "b": 2}}, ["a", "b"]),
+        ({"lora_A": {}}, []),
+        ({"_disable_adapters": True}, []),
+        ({"merged_adapters": ["b"]}, []),
+    ],
+)
+def test_which_adapters_are_active(state, names):
+    """Those that the layer has, while none is merged or off."""
+    own = {"_disable_adapters": False, "merged_adapters": [], "_active_adapter": ["a", "b"]}
+    layer = SimpleNamespace(**{**own, "lora_A": {"a": 1}, **state})
+    assert patching_lora.active(layer) == names

@@ -3,6 +3,7 @@ made, but where PEFT must make it."""
 
 import contextlib
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -15,7 +16,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import fusedmlp
 from fusedmlp.distributed import expert_parallel_plan
-from fusedmlp.patching import form
+from fusedmlp.packing import ORDERS, halves
+from fusedmlp.patching import form, lora_experts
+from fusedmlp.patching.form import Form
 from fusedmlp.testing.memory import kept_bytes
 
 LORA = {"r": 3, "target_modules": ["q_proj"], "init_lora_weights": False}
@@ -316,3 +319,29 @@ def test_adapters_are_not_spread_over_ranks():
         ValueError, match="Llama4TextMoe must be without adapters, got PEFT's Param"
     ):
         style._apply(ours.get_submodule(name), None)
+
+
+def low(turned, out, in_):
+    """Factors of a stacked weight as it is stored, and what they add to it as (E, out, in)."""
+    rows, columns = (in_, out) if turned else (out, in_)
+    found = lora_experts.Factors(torch.randn(2, rows, 3), torch.randn(2, 3, columns), 0.5)
+    added = found.scale * found.lhs @ found.rhs
+    return found, added.mT if turned else added
+
+
+@pytest.mark.parametrize("turned", (False, True))
+@pytest.mark.parametrize("packed", (None, *ORDERS))
+@pytest.mark.parametrize("first, down", [*itertools.product((True, False), repeat=2)])
+def test_adapters_of_every_form(first, down, packed, turned):
+    """Of either weight, or both: what they add is what PEFT adds, and no more is adapted."""
+    (gate_up, added), (last, added_down) = low(turned, 8, 5), low(turned, 5, 4)
+    laid = Form("gate_up_proj", "silu", packed, turned, False)
+    found = lora_experts.lora_of(gate_up if first else None, last if down else None, laid)
+    expected = [None, None, added_down if down else None]
+    if first:
+        expected[:2] = halves(added, packed, 1) if packed else (added, None)
+    for adapter, sum_ in zip(found or [None] * 3, expected, strict=True):
+        assert (adapter is None) == (sum_ is None)
+        if adapter is not None:
+            torch.testing.assert_close(adapter.scale * adapter.b @ adapter.a, sum_)
+            assert adapter.a.is_contiguous() and adapter.b.stride(-1) == 1

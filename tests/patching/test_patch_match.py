@@ -22,8 +22,10 @@ X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
         lambda t: torch.where(t > 0.01, t, 0.0),
         nn.Hardshrink(0.1),
         nn.Hardtanh(-50, 50),
+        lambda t: (1 + 1e-7) * nn.functional.silu(t),
+        lambda t: nn.functional.silu(t) + 1e-10,
     ),
-    ids=("Threshold", "FATReLU", "Hardshrink", "Hardtanh"),
+    ids=("Threshold", "FATReLU", "Hardshrink", "Hardtanh", "a share", "a sum"),
 )
 def test_what_is_nearly_an_activation(fn):
     assert name_by_values(fn) is None
@@ -79,6 +81,23 @@ class InPlace(GatedMLP):
 
 def test_in_place_on_its_own_results():
     expected = (block := InPlace().requires_grad_(False))(X)
+    assert fusedmlp.patch(block).patched
+    torch.testing.assert_close(block(X), expected)
+
+
+class KeepsAClass(GatedMLP):
+    """A class that a module keeps is no function of it: the class has to stay what it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.kind = nn.Linear
+
+    def forward(self, t):
+        return super().forward(t) if isinstance(self.w1, self.kind) else t
+
+
+def test_a_class_that_a_module_keeps():
+    expected = (block := KeepsAClass())(X)
     assert fusedmlp.patch(block).patched
     torch.testing.assert_close(block(X), expected)
 

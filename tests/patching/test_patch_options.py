@@ -1,6 +1,7 @@
 """Options of patch(), each with each other and with every kind of block, and what they refuse."""
 
 import itertools
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from test_patch_topk import D, block
 
 import fusedmlp
 from fusedmlp.layers import BinaryGatedMLP
+from fusedmlp.patching import Plan, gate, route, spelling
 from fusedmlp.patching.swap import Patched
 
 OPTIONS = ("dtype_check", "recompute", "batch_invariant")
@@ -36,6 +38,7 @@ def test_every_combination(kind):
         assert [entry.op for entry in report.patched] == ops and not report.left, options
         details = [entry.detail for entry in report.patched]
         assert sum("saves x alone" in text for text in details) == count * options["recompute"]
+        assert sum(e.spared > 0 for e in report.patched) == count * options["recompute"]
         taken = [m for m in model.modules() if isinstance(m, Patched)]
         assert {m._plan.invariant for m in taken} == {options["batch_invariant"]}, options
         assert {"batch-invariant" in m.extra_repr() for m in taken} == {options["batch_invariant"]}
@@ -53,6 +56,26 @@ def test_an_example_of_each_plan_runs(kind):
         assert x.shape == (5, D if kind == "experts" else 8) and x.dtype == torch.float64
         made = module._plan.trial(module, x, *more)
         assert (made if isinstance(made, torch.Tensor) else made[0]).shape[0] == 5
+
+
+def test_patching_draws_nothing(monkeypatch):
+    """Modules are tried on values of generators of their own."""
+    for module in (spelling, gate, route):  # what was found before is not looked for again
+        monkeypatch.setattr(module, "_FOUND", {})
+    model = Model(GatedMLP(), Packed(), block())
+    before = torch.get_rng_state()
+    assert len(fusedmlp.patch(model).patched) == 4
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_plan_takes_its_mode_by_name():
+    @dataclass(frozen=True)
+    class Scaled(Plan):
+        scale: float = 1.0
+
+    assert Scaled("chunk", 2.0) == Scaled(method="chunk", scale=2.0, invariant=False)
+    with pytest.raises(TypeError):
+        Plan("chunk", True)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

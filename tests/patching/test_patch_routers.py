@@ -9,6 +9,8 @@ from torch import nn
 
 import fusedmlp
 from fusedmlp.patching.moe import Llama4, Switch, _llama4, _switch
+from fusedmlp.patching.routed import to_experts, to_scale
+from fusedmlp.patching.trace import NoMatch
 
 D, H, E, CAPACITY = 16, 24, 3, 2
 
@@ -308,3 +310,20 @@ def test_a_function_that_a_block_keeps_may_not_change(kind, plan, path):
     del owner.function
     with pytest.raises(TypeError, match=f"{where} is another function than at patch"):
         block(x)
+
+
+OTHERWISE = {
+    "no router": lambda m, x: m.experts(x, x, x),
+    "two arguments": lambda m, x, y: m.experts(x, (r := m.router(x))[0], r[1]),
+    "two calls": lambda m, x: m.experts(x, m.router(x)[0], m.router(x)[1]),
+    "of something else": lambda m, x: m.experts(x, (r := m.router(2 * x))[0], r[1]),
+}
+
+
+@pytest.mark.parametrize("read", (to_experts, to_scale), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("forward", OTHERWISE.values(), ids=OTHERWISE)
+def test_a_router_is_called_once_on_x(forward, read):
+    made = type("Block", (nn.Module,), {"forward": forward})()
+    made.router, made.experts = nn.Identity(), nn.Identity()
+    with pytest.raises(NoMatch, match="^its forward does not call its router once, on x$"):
+        read(made)

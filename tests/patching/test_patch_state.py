@@ -10,10 +10,12 @@ import safetensors.torch
 import torch
 from patch_models import KINDS, batch, build
 from test_patch_topk import block
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import fusedmlp
 from fusedmlp.patching import moe as patching_moe
+from fusedmlp.patching.stack import lie_together
 
 NAMES = ("switch", "llama4")
 
@@ -155,6 +157,26 @@ def test_experts_that_were_moved_give_their_memory_back():
     fusedmlp.unpatch(model)
     assert experts(model)[0].wi.weight.data_ptr() == pointer
     assert "_together" not in vars(block)
+
+
+@pytest.mark.parametrize("i", range(3))
+@pytest.mark.parametrize("move", ("elsewhere", "turned", "as halves", "replaced"))
+def test_one_that_is_moved_takes_the_memory_from_all(i, move):
+    """Of the same dtype and layout in another memory, or read otherwise where it lies."""
+    weights = [nn.Parameter(torch.randn(2, 2)) for _ in range(3)]
+    values = [w.detach().clone() for w in weights]
+    together = lie_together(weights)
+    whole = together.of(weights)
+    assert torch.equal(whole, torch.stack(values)) and not whole.requires_grad
+    w = weights[i]
+    if move == "replaced":
+        weights[i] = nn.Parameter(w.detach().clone())
+    else:
+        w.data = {
+            "elsewhere": w.data.clone(), "turned": w.data.t(), "as halves": w.data.view(torch.half)
+        }[move]  # fmt: skip
+    assert together.of(weights) is None
+    assert (together._whole is None) == (move != "replaced")
 
 
 def test_a_write_between_forward_and_backward_raises():

@@ -9,12 +9,14 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from patch_blocks import LlamaLike, Model
 from safetensors import safe_open
 from torch import nn
 
 import fusedmlp
 from fusedmlp import cli, quantize_model
 from fusedmlp.layers import BinaryGatedMLP
+from fusedmlp.patching.pretrained import OneBitConfig, OneBitQuantizer
 
 SIZES = {
     "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 64,
@@ -98,11 +100,12 @@ def test_a_model_whose_checkpoints_have_other_names_comes_back(tmp_path):
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         assert any(key.startswith("language_model.model.layers.0.mlp") for key in file.keys())  # noqa: SIM118
-    assert_same(hf.AutoModelForImageTextToText.from_pretrained(tmp_path), model)
-    # What it holds can be saved alone.
-    model.model.language_model.save_pretrained(tmp_path / "text")
-    again = hf.AutoModel.from_pretrained(tmp_path / "text")
-    assert_same(again, model.model.language_model)
+    loaded = hf.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert_same(loaded, model)
+    for i, whole in enumerate((model, loaded)):  # what they hold can be saved alone
+        whole.model.language_model.save_pretrained(tmp_path / f"text{i}")
+        again = hf.AutoModel.from_pretrained(tmp_path / f"text{i}")
+        assert_same(again, model.model.language_model)
 
 
 @pytest.mark.parametrize(
@@ -169,6 +172,24 @@ def test_with_another_head_or_without(tmp_path):
     for folder in ("head", "base"):
         classifier = hf.LlamaForSequenceClassification.from_pretrained(tmp_path / folder)
         assert_same(classifier.model, model.model)
+
+
+@pytest.mark.parametrize("prefix", ("above", "zoo"))
+@pytest.mark.parametrize("saved, loaded", [(True, False), (False, True), (True, True)])
+def test_tensors_are_known_by_the_shorter_name(prefix, saved, loaded):
+    """Whether the file or the model has the prefix of a model inside another, whatever it is."""
+
+    def named(inside):
+        return f"{prefix}.0" if inside else "0"
+
+    model = nn.Module()
+    model.base_model_prefix = prefix
+    model.register_module(*((prefix, Model(LlamaLike()).blocks) if loaded else ("0", LlamaLike())))
+    quantizer = OneBitQuantizer(OneBitConfig([named(saved)]))
+    quantizer._process_model_before_weight_loading(model)
+    shared = named(saved and loaded)
+    assert quantizer._projections == [f"{shared}.{part}_proj" for part in ("gate", "up", "down")]
+    assert isinstance(model.get_submodule(named(loaded)), BinaryGatedMLP)
 
 
 def test_a_patched_model_is_saved_as_it_is(tmp_path):

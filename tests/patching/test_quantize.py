@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from patch_blocks import LlamaLike, Model
+from patch_blocks import MLP, GatedMLP, LlamaLike, Model
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -164,6 +164,13 @@ def test_models_with_more_in_their_mlp_are_refused(name, options):
     with pytest.raises(ValueError, match=rf"of {name}ForCausalLM every .*\n.*MLP\): left, "):
         fusedmlp.patch(model, quantize="q1_0")
     assert not any(isinstance(m, BinaryGatedMLP) for m in model.modules())
+
+
+def test_an_mlp_by_other_names_is_none_of_a_report_unless_it_is_gated():
+    report = quantize_model(Model(LlamaLike(), MLP(), GatedMLP(), nn.Linear(8, 8)))
+    assert [layer.name for layer in report.layers] == ["blocks.0"]
+    why = "its projections must be gate_proj, up_proj, down_proj, got w1, w3, w2"
+    assert [(e.name, e.detail) for e in report.left] == [("blocks.2", why)]
 
 
 def test_what_was_left_is_not_said_to_be_none():
