@@ -8,7 +8,7 @@ import fusedmlp
 from fusedmlp import layers
 from fusedmlp.dry import blocks, lines, warm
 from fusedmlp.dry.blocks import Block, blocks_of
-from fusedmlp.dry.expected import _last, expected
+from fusedmlp.dry.expected import Expected, _last, expected
 from fusedmlp.kernels.arch import ARCHES
 from fusedmlp.kernels.arch.tile import ADAPTED
 from fusedmlp.kernels.pick import LAST
@@ -134,6 +134,7 @@ def test_rows_are_like_the_tensors_that_stand_in():
 
 def test_results_that_are_no_tensors_count_for_nothing():
     layer = layers.SwiGLU(16, 8)
+    layer.unread = nn.Parameter(torch.zeros(()))  # which has no gradient
     call = lambda module, x: (module(x), None, 3, x.long())  # noqa: E731
     block = Block("", layer, call, block_of(layer).inputs)
     found, alone = expected(block, 4, SM_90, 132), expected(block_of(layer), 4, SM_90, 132)
@@ -249,6 +250,17 @@ def test_a_module_without_parameters_is_not_said_to_lack_a_layer():
     assert lines.where_lines(nn.ReLU(), None) == []
     (line,) = lines.where_lines(nn.Linear(2, 2), None)
     assert line.startswith("Linear holds no layer of fusedmlp and no patched module: all of it run")
+
+
+@pytest.mark.parametrize("forward", ((), (("a", None),)))
+@pytest.mark.parametrize("backward", ((), (("a", None),)))
+def test_a_block_fuses_where_a_phase_of_it_does(forward, backward, monkeypatch):
+    """And where its call raises, which has no answer."""
+    phases = [Expected("forward", (), forward, 0, 0), Expected("backward", (), backward, 0, 0)]
+    monkeypatch.setattr(lines, "expected", lambda *_: phases)
+    assert lines._fuses(holding()) == bool(forward or backward)
+    monkeypatch.setattr(lines, "expected", lambda *_: 1 / 0)
+    assert lines._fuses(holding())
 
 
 def test_the_hooks_of_a_stand_in_are_as_many_and_silent():

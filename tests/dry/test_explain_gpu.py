@@ -58,6 +58,7 @@ def test_every_layer_is_planned(name):
     assert bool(lines) == bool(blocks) == (name != "L2Norm")
     if name in READS:
         assert "cannot be planned: its call raises on results of zeros: " in lines[0]
+        assert "its fused calls: " in explained(layer)
     elif blocks:
         assert [line.partition(", ")[2].partition(",")[0] for line in lines] == [
             "forward", "backward"

@@ -357,6 +357,15 @@ EQUIVALENT: tuple[Equivalent, ...] = (
             ("logits = 1.5 * draw(TOKENS, E)", "logits = 3.0 * draw(TOKENS, E)"),
         )
     ),
+    *(
+        Equivalent(
+            "fusedmlp/patching/projection.py",
+            "if kind is not nn.Parameter and kind is not Tensor:",
+            f"if kind is not nn.Parameter{after}:",
+            "the short way of most calls: what lies here whole is its own part",
+        )
+        for after in ("", " or kind is not Tensor")
+    ),
     Equivalent(
         "fusedmlp/patching/match.py",
         "if any(plan != plans[0] for plan in plans):",

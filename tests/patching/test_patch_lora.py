@@ -224,7 +224,7 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_the_base_is_read_of_a_linear_alone(kind):
-    """Of the kinds of layers that stand beside it in PEFT's file."""
+    """And not where it is one of the other layers in PEFT's file."""
     layer = kind.__new__(kind)
     vars(layer)["base_layer"] = base = nn.Linear(2, 2)
     assert patching_lora.base_of(layer) is (base if kind is peft_layers.Linear else layer)

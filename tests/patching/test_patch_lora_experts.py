@@ -333,7 +333,7 @@ def low(turned, out, in_):
 @pytest.mark.parametrize("packed", (None, *ORDERS))
 @pytest.mark.parametrize("first, down", [*itertools.product((True, False), repeat=2)])
 def test_adapters_of_every_form(first, down, packed, turned):
-    """Of either weight, or both: what they add is what PEFT adds, and no more is adapted."""
+    """On either weight, or both: what they add is what PEFT adds, and no more is adapted."""
     (gate_up, added), (last, added_down) = low(turned, 8, 5), low(turned, 5, 4)
     laid = Form("gate_up_proj", "silu", packed, turned, False)
     found = lora_experts.lora_of(gate_up if first else None, last if down else None, laid)

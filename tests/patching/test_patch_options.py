@@ -96,6 +96,8 @@ def test_a_dtype_that_no_kernel_takes():
         fusedmlp.unpatch(model)
         with fusedmlp.patched(model, dtype_check=check) as report:
             assert len(report.patched) == count
+            plans = [m._plan for m in model.modules() if isinstance(m, Patched)]
+            assert len(plans) == count and not any(p.invariant or p.recompute for p in plans)
 
 
 def test_options_beside_quantize():
@@ -113,6 +115,7 @@ def test_options_beside_quantize():
     report = fusedmlp.patch(model, quantize="q1_0", recompute=True, dtype_check=False)
     assert [entry.op for entry in report.patched] == ["binary_gated_mlp", "gated_mlp"]
     assert "saves x alone" in report.patched[1].detail and report.quantized.layers
+    assert not model.blocks[1]._plan.invariant
     assert type(model.blocks[0]) is BinaryGatedMLP
 
 

@@ -162,7 +162,7 @@ def test_experts_that_were_moved_give_their_memory_back():
 @pytest.mark.parametrize("i", range(3))
 @pytest.mark.parametrize("move", ("elsewhere", "turned", "as halves", "replaced"))
 def test_one_that_is_moved_takes_the_memory_from_all(i, move):
-    """Of the same dtype and layout in another memory, or read otherwise where it lies."""
+    """Alike in another memory, or read otherwise where it lies."""
     weights = [nn.Parameter(torch.randn(2, 2)) for _ in range(3)]
     values = [w.detach().clone() for w in weights]
     together = lie_together(weights)

@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers as hf
-from patch_blocks import LlamaLike, Model
+from patch_blocks import LlamaLike
 from safetensors import safe_open
 from torch import nn
 
@@ -106,6 +106,8 @@ def test_a_model_whose_checkpoints_have_other_names_comes_back(tmp_path):
         whole.model.language_model.save_pretrained(tmp_path / f"text{i}")
         again = hf.AutoModel.from_pretrained(tmp_path / f"text{i}")
         assert_same(again, model.model.language_model)
+        with safe_open(tmp_path / f"text{i}" / "model.safetensors", "pt") as file:
+            assert not any("packed" in key for key in file.keys())  # noqa: SIM118
 
 
 @pytest.mark.parametrize(
@@ -180,11 +182,11 @@ def test_tensors_are_known_by_the_shorter_name(prefix, saved, loaded):
     """Whether the file or the model has the prefix of a model inside another, whatever it is."""
 
     def named(inside):
-        return f"{prefix}.0" if inside else "0"
+        return f"{prefix}.mlp" if inside else "mlp"
 
-    model = nn.Module()
+    mlp, model = LlamaLike(), nn.Module()
     model.base_model_prefix = prefix
-    model.register_module(*((prefix, Model(LlamaLike()).blocks) if loaded else ("0", LlamaLike())))
+    model.register_module(*((prefix, nn.ModuleDict({"mlp": mlp})) if loaded else ("mlp", mlp)))
     quantizer = OneBitQuantizer(OneBitConfig([named(saved)]))
     quantizer._process_model_before_weight_loading(model)
     shared = named(saved and loaded)
