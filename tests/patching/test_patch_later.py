@@ -144,9 +144,10 @@ def test_what_is_called_may_change(change):
 
 
 @pytest.mark.parametrize(
-    "name, path", [("llama4", "experts.act_fn"), ("switch", "experts.expert_1.act")]
+    "name, path",
+    [("llama4", "experts"), ("llama4", "experts.act_fn"), ("switch", "experts.expert_1.act")],
 )
-def test_an_activation_of_experts(name, path):
+def test_experts_and_their_activation(name, path):
     model = build(name)
     fusedmlp.patch(model)
     block = next(m for m in model.modules() if isinstance(m, Patched) and m._plan.op == "moe_mlp")
