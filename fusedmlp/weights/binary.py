@@ -47,7 +47,8 @@ class BinaryWeight(nn.Module):
         width: D; None: 128 G. Less where the last group is padded.
 
     Raises ValueError or TypeError for tensors that cannot be those of such a weight.
-    load_state_dict raises TypeError for another dtype, and its RuntimeError for another width.
+    load_state_dict raises TypeError for another dtype, ValueError for what is not contiguous, and
+    its RuntimeError for another width.
 
     Examples:
         >>> import torch
@@ -93,8 +94,8 @@ class BinaryWeight(nn.Module):
         """
         self._float16("to_q1_0_bytes")
         H, groups = self.scales.shape
-        scales = self.scales.detach().cpu().contiguous().view(torch.uint8).view(H, groups, 2)
-        bits = self.qweight.cpu().contiguous().view(torch.uint8).view(H, groups, GROUP // 8)
+        scales = self.scales.detach().cpu().view(torch.uint8).view(H, groups, 2)
+        bits = self.qweight.cpu().view(torch.uint8).view(H, groups, GROUP // 8)
         return bytes(torch.cat((scales, bits), 2).numpy().tobytes())
 
     @classmethod
@@ -169,10 +170,13 @@ class BinaryWeight(nn.Module):
     ) -> None:
         for name in ("qweight", "scales"):
             loaded, own = state_dict.get(prefix + name), getattr(self, name)
-            if isinstance(loaded, Tensor) and loaded.dtype != own.dtype:
+            if not isinstance(loaded, Tensor):
+                continue
+            if loaded.dtype != own.dtype:
                 raise TypeError(
                     f"BinaryWeight: {prefix}{name} must be {own.dtype}, got {loaded.dtype}"
                 )
+            _check_contiguous(prefix + name, loaded)  # with assign=True it is kept as it is
         key = prefix + "width"
         # At another width padding would become weights, or weights padding.
         if key in state_dict and (width := int(state_dict[key])) != self.width:
@@ -211,9 +215,13 @@ def _check_planes(qweight: Tensor, scales: Tensor) -> None:
             f"BinaryWeight: scales must be on qweight's device {qweight.device}, got "
             f"{scales.device}"
         )
-    for name, t in (("qweight", qweight), ("scales", scales)):
-        if not t.is_contiguous():
-            raise ValueError(f"BinaryWeight: {name} must be contiguous, got strides {t.stride()}")
+    _check_contiguous("qweight", qweight)
+    _check_contiguous("scales", scales)
+
+
+def _check_contiguous(name: str, t: Tensor) -> None:
+    if not t.is_contiguous():
+        raise ValueError(f"BinaryWeight: {name} must be contiguous, got strides {t.stride()}")
 
 
 def _width(width: Any, groups: int) -> int:

@@ -320,6 +320,13 @@ def test_opcheck(view, device):
         opcheck(checked, args, test_utils=("test_aot_dispatch_dynamic",))
 
 
+def test_planes_of_any_width(device, each_backend):
+    for width in (0, 1, 8, 9):
+        logits = draw(2, 3, width, device=device)
+        packed = pack_masks(logits)
+        assert packed.shape == (2, 3, width) and torch.equal(packed.unpack(), logits > 0)
+
+
 def test_planes_are_saved_and_loaded():
     packed, other = pack_masks(draw(2, 5, 13)), pack_masks(-draw(2, 5, 13))
     assert list(packed.state_dict()) == ["planes", "_extra_state"]

@@ -117,6 +117,10 @@ def test_safetensors_and_state_dict(tmp_path):
         TypeError, match=r"BinaryWeight: scales must be torch.float16, got .*bfloat"
     ):
         other.load_state_dict({**tensors, "scales": tensors["scales"].bfloat16()})
+    for name, t in tensors.items():  # with assign=True it would be the weight's own
+        turned = {**tensors, name: t.t().contiguous().t()}
+        with pytest.raises(ValueError, match=f"BinaryWeight: {name} must be contiguous, got stri"):
+            other.load_state_dict(turned, assign=True)
     with pytest.raises(RuntimeError, match="size mismatch for qweight"):
         other.load_state_dict(quantize_binary(draw(3, 128)).state_dict())
 
