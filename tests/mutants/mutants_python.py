@@ -32,7 +32,7 @@ NEIGHBOURS = dict(
     for pair in ((a, b), (b, a))
 )  # fmt: skip
 # Their arguments may stand in any order.
-SYMMETRIC = {"min", "max", "minimum", "maximum", "bare", "wants_grad"}
+SYMMETRIC = {"min", "max", "minimum", "maximum", "bare", "wants_grad", "needs_grad"}
 # A tensor has the same values after them.
 PASSING = {"detach", "contiguous"}
 # They change how fast a kernel is, and nothing else; or (`strict`, of zip) assert what holds.

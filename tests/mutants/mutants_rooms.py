@@ -20,7 +20,8 @@ DEFAULTS = "tests/house/test_defaults.py"
 # What holds for every op; the last is slow.
 PLACES = (DEFAULTS, "tests/house/test_anatomy.py")
 LAUNCHES = "tests/ops/test_every_kernel.py"
-ROW = ("tests/ops/test_unread.py", LAUNCHES, "tests/ops/test_flops.py")
+CHOICE = "tests/backends/test_cpu_choice.py"  # which way `auto` goes on CPU tensors
+ROW = ("tests/ops/test_unread.py", CHOICE, LAUNCHES, "tests/ops/test_flops.py")
 EACH_OP = "tests/ops/test_each_op.py"
 ERRORS = "tests/ops/test_errors.py"
 ARGUMENTS = "tests/ops/test_arguments.py"
@@ -34,7 +35,7 @@ ACTIVATIONS = (
     EACH_OP,
     "tests/ops/test_ops.py",
 )
-MASKED = (EACH_OP, "tests/ops/test_masked_errors.py", STRIDES, "tests/ops/test_masked.py")
+MASKED = (EACH_OP, "tests/ops/test_masked_errors.py", ERRORS, STRIDES, "tests/ops/test_masked.py")
 ROUTED = (
     EACH_OP,
     ERRORS,
@@ -53,7 +54,7 @@ HYPER = (
     "tests/ops/test_hyper_attention_step.py",
     "tests/ops/test_hyper_attention.py",
 )
-BINARY = (EACH_OP, "tests/ops/test_binary_errors.py", STRIDES, "tests/ops/test_binary.py")
+BINARY = (EACH_OP, "tests/ops/test_binary_errors.py", ERRORS, STRIDES, "tests/ops/test_binary.py")
 PATCH_MODELS = "tests/patching/test_patch_models.py"
 PATCH_RANKS = "tests/distributed/test_patch_distributed.py"
 PATCH_OPTIONS = "tests/patching/test_patch_options.py"
@@ -182,7 +183,11 @@ ROWS: tuple[Row, ...] = (
         (*ACTIVATIONS, ERRORS),
     ),
     Row("reference", ("fusedmlp/reference/dense.py", "fusedmlp/reference/__init__.py"), DENSE),
-    Row("reference", ("fusedmlp/reference/lora.py",), (LORA, *DENSE)),
+    Row(
+        "reference",
+        ("fusedmlp/reference/lora.py",),
+        (LORA, "tests/ops/test_moe_lora.py", *DENSE),
+    ),
     Row(
         "reference",
         ("fusedmlp/reference/rows.py", "fusedmlp/invariance.py"),
@@ -379,7 +384,7 @@ ROWS: tuple[Row, ...] = (
         "backends",
         ("fusedmlp/backends/cpu/*.py",),
         (
-            "tests/backends/test_cpu_choice.py",
+            CHOICE,
             "tests/backends/test_cpu.py",
             "tests/ops/test_binary.py",
             "tests/layers/test_layers_moe.py",
@@ -442,6 +447,7 @@ ROWS: tuple[Row, ...] = (
         ("fusedmlp/cli.py", "fusedmlp/running.py"),
         ("tests/patching/test_patch_package.py", "tests/bench/test_command_line.py"),
     ),
+    Row("package", ("fusedmlp/progress.py",), ("tests/house/test_progress.py",)),
     Row("package", ("fusedmlp/arrival.py",), ("tests/patching/test_patch_arrival.py",)),
     Row(
         "package",

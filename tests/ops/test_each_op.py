@@ -26,6 +26,17 @@ def test_a_case_has_what_its_name_says(name):
     assert f"-{case.options.get('packed') or ''}" in f"{name}-"
 
 
+def test_cases_choose_each_expert_once_and_have_ranks_at_both_ends_of_a_tile():
+    ranks = set()
+    for case in CASES.values():
+        for name, t in case.inputs(40, 12, 8, torch.float32).items():
+            if name == "expert" and t.dim() == 2:
+                assert all(len(set(row)) == len(row) for row in t.tolist()), case.name
+            if name.endswith("_a"):
+                ranks.add(t.shape[-2])
+    assert min(ranks) == 1 and max(ranks) > 32
+
+
 @pytest.mark.parametrize("op", ONE)
 def test_kernels_match_the_reference(op, device, on_triton):
     check(ONE[op], ONE[op].inputs(19, 40, 24, torch.float32, device))
@@ -51,7 +62,21 @@ def test_reference_differentiates(op):
     torch.testing.assert_close(finite, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.options.get("recompute")])
+RECOMPUTING = [name for name, case in CASES.items() if case.options.get("recompute")]
+
+
+@pytest.mark.parametrize("name", [n for n in RECOMPUTING if "lora" not in n and "moe" not in n])
+def test_backward_makes_again_what_the_last_projection_needs(name, device, on_triton):
+    """Its gradient alone; `nightly` has every subset."""
+    case, size = CASES[name], (5, 12, 20)
+    inputs = case.inputs(*size, torch.float32, device)
+    dy = torch.ones(case.fake_output(*size).shape, device=device)
+    last = next(k for k in ("w_down", "w_out", "s_down") if k in inputs)
+    made, exact = (evaluate(run, inputs, dy, (last,)) for run in (case.run, case.run_reference))
+    torch.testing.assert_close(made[f"d{last}"], exact[f"d{last}"], rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", RECOMPUTING)
 def test_recompute_on_the_reference_keeps_the_arguments_alone(name):
     case, kept = CASES[name], []
     inputs = case.inputs(9, 128, 256, torch.float32)

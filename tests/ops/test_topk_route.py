@@ -251,11 +251,12 @@ def test_reruns_are_bit_equal(device, on_triton):
 
 def test_strides_leading_dimensions_and_dtypes(device, each_backend):
     logits = draw(12, 8, torch.bfloat16, device)
-    flat = topk_route(logits, 3)
-    assert_same(topk_route(logits.view(2, 3, 2, 8), 3), flat)
-    assert_same(topk_route(logits.t().contiguous().t(), 3), flat)
-    assert flat.prob.dtype == torch.bfloat16 and flat.mean_prob.dtype == torch.float32
-    assert topk_route(logits[0], 3).expert.shape == (1, 3)
+    for bias in (None, torch.linspace(-1, 1, 8, device=device)):
+        flat = topk_route(logits, 3, bias=bias)
+        assert_same(topk_route(logits.view(2, 3, 2, 8), 3, bias=bias), flat)
+        assert_same(topk_route(logits.t().contiguous().t(), 3, bias=bias), flat)
+        assert torch.equal(topk_route(logits[0], 3, bias=bias).expert, flat.expert[:1])
+        assert flat.prob.dtype == torch.bfloat16 and flat.mean_prob.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dynamic", (False, True), ids=("static", "dynamic"))

@@ -63,7 +63,7 @@ def _has_masks(module: Any) -> bool:
 
 def _logits(module: Any) -> nn.Parameter | None:
     """None where they are frozen."""
-    return dict(module.named_parameters(recurse=False)).get(module.LOGITS)
+    return dict(module.named_parameters()).get(module.LOGITS)
 
 
 class Freezing(nn.Module):
