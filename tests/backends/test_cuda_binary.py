@@ -12,6 +12,7 @@ from fusedmlp import quantize_binary
 from fusedmlp.backends import driver
 from fusedmlp.backends.cuda import binary as cuda_binary, loader
 from fusedmlp.backends.cuda.loader import Unfit
+from fusedmlp.backends.op import OPS
 from fusedmlp.kernels.arch import arch_for
 from fusedmlp.kernels.device import pretend
 from fusedmlp.testing import CASES
@@ -96,3 +97,9 @@ def test_training_and_no_rows(on_cuda):
         assert fusedmlp.binary_linear(x[:0], gate).shape == (0, 40)
     with pytest.raises(TypeError, match="x must be bfloat16 or float16 on backend 'cuda'"):
         fusedmlp.binary_linear(torch.ones(1, 256), gate)
+
+
+def test_which_ops_serve_few_rows_alone():
+    """Those that multiply by bits."""
+    few = {op for op in OPS if loader.decoded(op)}
+    assert few == {op for op in OPS if OPS[op].cuda and op.startswith(("binary_", "masked_"))}

@@ -245,3 +245,17 @@ def test_the_rival():
         assert "this GPU is sm_80" in why()
     with installed(loaded=(None, "the extension by CUTLASS is not built")):
         assert "is not built" in why()
+
+
+@pytest.mark.parametrize("name", ("gated_mlp-lora", "mlp-lora"))
+def test_an_adapter_is_refused(name):
+    inputs = CASES[name].inputs(4, 16, 32, bf16)
+    with installed(), fusedmlp.backend("cutlass"), pytest.raises(Unfit, match="no adapter .lora"):
+        CASES[name].run(inputs)
+
+
+def test_what_it_tells_of_a_gpu():
+    with installed():
+        for capability in (0, 90):
+            assert "opt-in by backend('cutlass')" in loader.describe(capability)
+        assert loader.describe(80).endswith(loader.find("gated_linear_fwd", 80)[1])

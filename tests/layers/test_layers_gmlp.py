@@ -200,3 +200,11 @@ def test_documented_example():
     x = draw(2, 64, 256)
     assert gmlp(x).shape == x.shape
     assert gmlp.blocks[0][1].proj_out.in_features == 1024
+
+
+@pytest.mark.parametrize("bias", ({}, {"bias": True}, {"bias": False}), ids=str)
+def test_biases_of_the_projections(bias):
+    for layer in (GMLPBlock(D, FF, N, **bias), GMLP(D, FF, N, 2, **bias)):
+        names = {name for name, _ in layer.named_parameters()}
+        for weight in [name for name in names if name.endswith(("in.weight", "out.weight"))]:
+            assert (weight.replace("weight", "bias") in names) == bias.get("bias", True), weight

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize, prune, spectral_norm
 
 from fusedmlp import layers
 from fusedmlp.hyperglu import HyperMLP
+from fusedmlp.layers.parts.around import bare, hooked
 
 ALL = {
     **MAKERS,
@@ -139,3 +140,16 @@ def test_a_parametrization_and_a_subclass_are_the_weights(make):
     for linear in (m for m in halved.modules() if isinstance(m, nn.Linear)):
         linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Tagged))
     torch.testing.assert_close(one(halved(x)).as_subclass(torch.Tensor), y)
+
+
+def test_what_stands_around_a_module_has_a_name():
+    """Each kind of hook alone, and a forward of the instance's own."""
+    plain = nn.Linear(2, 2)
+    assert hooked(plain) is None and bare(plain, None)
+    for kind in ("forward_hook", "forward_pre_hook", "full_backward_hook",
+                 "full_backward_pre_hook"):  # fmt: skip
+        module = nn.Linear(2, 2)
+        getattr(module, f"register_{kind}")(lambda *_: None)
+        assert hooked(module) == "has hooks" and not bare(plain, module), kind
+    plain.forward = plain.forward
+    assert hooked(plain) == "has a forward of its own, set on the instance" and not bare(plain)

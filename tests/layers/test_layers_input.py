@@ -7,7 +7,15 @@ import torch
 from layer_checks import Stranger
 
 from fusedmlp.check.layer import check_x
-from fusedmlp.layers import FastFeedForward, PathWeightedFFF, SwiMGLU, SwitchFFN, Top1MoE, TopKMoE
+from fusedmlp.layers import (
+    BinaryLinear,
+    FastFeedForward,
+    PathWeightedFFF,
+    SwiMGLU,
+    SwitchFFN,
+    Top1MoE,
+    TopKMoE,
+)
 from fusedmlp.layers.glu import GLUBase
 
 BAD = [
@@ -33,6 +41,7 @@ def test_check_x_under_autocast():
 
 
 LAYERS = {
+    "BinaryLinear": lambda: BinaryLinear(8, 4, pad=True),
     "FastFeedForward": lambda: FastFeedForward(8, 1),
     "GLUBase": lambda: GLUBase(8, 4, Stranger()),
     "PathWeightedFFF": lambda: PathWeightedFFF(8, 1, 8),

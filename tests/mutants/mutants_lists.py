@@ -636,4 +636,28 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "MOST_PARTS = 64",
         "into how many parts a step is cut at most decides its speed",
     ),
+    Equivalent(
+        "fusedmlp/ops/hyper_attention.py",
+        "return {name: t for name, t in zip(NAMES, arguments, strict=False) if t is not None}",
+        "return {name: t for name, t in zip(NAMES, arguments, strict=False) if True}",
+        "formulas read what is None as what is missing",
+    ),
+    Equivalent(
+        "fusedmlp/layers/switch.py",
+        'if self.dropped == "identity" and capacity is not None:',
+        'if self.dropped == "identity":',
+        "without a capacity all tokens are kept",
+    ),
+    Equivalent(
+        "fusedmlp/backends/cpu/traced.py",
+        "if not readable(routing.offsets) or routing.offsets[-2] != routing.tokens.shape[0]:",
+        "if not readable(routing.offsets) or routing.offsets[-3] != routing.tokens.shape[0]:",
+        "where the last expert has rows, the general way gives the same",
+    ),
+    Equivalent(
+        "fusedmlp/layers/init_weights.py",
+        "for name, parameter in module.named_parameters(recurse=False):",
+        "for name, parameter in module.named_parameters(recurse=True):",
+        "a GRU and an LSTM hold no modules",
+    ),
 )

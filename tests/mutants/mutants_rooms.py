@@ -21,7 +21,13 @@ DEFAULTS = "tests/house/test_defaults.py"
 PLACES = (DEFAULTS, "tests/house/test_anatomy.py")
 LAUNCHES = "tests/ops/test_every_kernel.py"
 CHOICE = "tests/backends/test_cpu_choice.py"  # which way `auto` goes on CPU tensors
-ROW = ("tests/ops/test_unread.py", CHOICE, LAUNCHES, "tests/ops/test_flops.py")
+ROW = (
+    "tests/ops/test_unread.py",
+    CHOICE,
+    LAUNCHES,
+    "tests/ops/test_flops.py",
+    "tests/backends/test_cpu.py",
+)
 EACH_OP = "tests/ops/test_each_op.py"
 ERRORS = "tests/ops/test_errors.py"
 ARGUMENTS = "tests/ops/test_arguments.py"
@@ -234,7 +240,12 @@ ROWS: tuple[Row, ...] = (
     Row(
         "layers",
         ("fusedmlp/layers/binary.py",),
-        (*ONE_BIT, "tests/patching/test_quantize.py", *LAYERS),
+        (
+            *ONE_BIT,
+            "tests/patching/test_quantize.py",
+            "tests/patching/test_one_bit_lora.py",
+            *LAYERS,
+        ),
     ),
     Row("layers", ("fusedmlp/layers/gmlp.py",), ("tests/layers/test_layers_gmlp.py", *LAYERS)),
     Row("layers", ("fusedmlp/layers/ngpt.py",), ("tests/layers/test_layers_ngpt.py", *LAYERS)),
@@ -376,7 +387,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "backends",
         ("fusedmlp/backends/derivatives.py", "fusedmlp/transforms.py"),
-        (EACH_OP, "tests/ops/test_derivatives.py"),
+        (EACH_OP, "tests/ops/test_derivatives.py", LAUNCHES),
     ),
     Row("backends", ("fusedmlp/backends/driver.py",), ("tests/backends/test_driver.py",)),
     Row("backends", ("fusedmlp/backends/flops.py",), ("tests/ops/test_flops.py",)),
@@ -399,6 +410,7 @@ ROWS: tuple[Row, ...] = (
             "tests/backends/test_backend.py",
             "tests/backends/test_cuda_backend.py",
             "tests/ops/test_every_kernel.py",
+            "tests/ops/test_batch_invariance.py",
         ),
     ),
     Row(

@@ -3,6 +3,7 @@ every input; and autocast that is on around backward alone, or around forward al
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jvp, vjp, vmap
 
@@ -135,7 +136,7 @@ def test_compiled_gradients_come_from_the_kernels(device, on_triton):
     inputs, names = drawn(CASES["gated_mlp"], device)
     graphs = []
     keep = lambda graph, _: graphs.append(graph.code) or graph.forward  # noqa: E731
-    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=keep, bw_compiler=keep)
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep)
     run = torch.compile(function(CASES["gated_mlp"], inputs, names), backend=backend)
     run(*(inputs[k].requires_grad_() for k in names)).sum().backward()
     forward, backward = graphs

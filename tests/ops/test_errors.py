@@ -10,6 +10,7 @@ from torch import nn
 
 import fusedmlp
 from fusedmlp import _api
+from fusedmlp.ops.tree_path import tree_path
 from fusedmlp.packing import ORDERS
 from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.testing import CASES
@@ -256,3 +257,18 @@ def test_autocast_casts_no_integers(argument, each_backend):
         pytest.raises(TypeError, match=f"mlp: {argument} must have .* dtype.*, got torch.int64"),
     ):
         CASES["mlp"].run({**good("mlp"), **integers})
+
+
+@pytest.mark.parametrize(
+    "logits, depth, error, message",
+    [(None, 2, TypeError, "logits must be a Tensor, got NoneType"),
+     (torch.ones(2, 7).long(), 2, TypeError, "logits must have a floating dtype, got torch.int64"),
+     (torch.ones(2, 7), -1, ValueError, "depth must be at least 0, got -1"),
+     (torch.ones(2, 6), 3, ValueError, "N at least 7 for depth 3, got (2, 6)"),
+     (torch.tensor(1.0), 0, ValueError, "N at least 0 for depth 0, got ()")],
+)  # fmt: skip
+def test_paths_through_trees(logits, depth, error, message, each_backend):
+    with pytest.raises(error, match=f"tree_path: .*{re.escape(message)}$"):
+        tree_path(logits, depth=depth)
+    assert tree_path(torch.ones(2, 7), depth=3).tolist() == [[0, 2, 6, 14]] * 2
+    assert tree_path(torch.ones(2, 3, 1), depth=0).shape == (2, 3, 1)

@@ -320,6 +320,13 @@ def test_opcheck(view, device):
         opcheck(checked, args, test_utils=("test_aot_dispatch_dynamic",))
 
 
+def test_a_gradient_of_masks_alone(device, on_triton):
+    inputs, dy = many(2, 5, 13, 24, device), draw(5, 24, device=device)
+    call = lambda t: masked_gated_linear(**t)  # noqa: E731
+    alone, full = (evaluate(call, inputs, dy, *wanted) for wanted in ((("masks",),), ()))
+    assert torch.equal(alone["dmasks"], full["dmasks"])
+
+
 def test_planes_of_any_width(device, each_backend):
     for width in (0, 1, 8, 9):
         logits = draw(2, 3, width, device=device)

@@ -172,6 +172,13 @@ def test_trained_scales_are_written_as_others():
         assert torch.equal(t, bw.to_mlx()[name]) and not t.requires_grad, name
 
 
+def test_a_parameter_of_one_column():
+    w = torch.nn.Parameter(draw(3, 1))
+    bw = quantize_binary(w, pad=True)
+    assert torch.equal(bw.dequantize(), w.detach().half())
+    assert bw.shape == (3, 1) and not bw.scales.requires_grad
+
+
 @pytest.mark.parametrize("D", (200, 256))
 def test_keys_that_are_missing_or_too_many(D):
     """As of any module, of which `width` is a tensor: strictly, and not."""
