@@ -47,8 +47,8 @@ class BinaryWeight(nn.Module):
         width: D; None: 128 G. Less where the last group is padded.
 
     Raises ValueError or TypeError for tensors that cannot be those of such a weight.
-    load_state_dict raises TypeError for another dtype, ValueError for what is not contiguous, and
-    its RuntimeError for another width.
+    load_state_dict raises TypeError for another dtype, its RuntimeError for another width, and
+    with assign=True ValueError for what is not contiguous.
 
     Examples:
         >>> import torch
@@ -176,7 +176,8 @@ class BinaryWeight(nn.Module):
                 raise TypeError(
                     f"BinaryWeight: {prefix}{name} must be {own.dtype}, got {loaded.dtype}"
                 )
-            _check_contiguous(prefix + name, loaded)  # with assign=True it is kept as it is
+            if local_metadata.get("assign_to_params_buffers"):  # it is kept as it is
+                _check_contiguous(prefix + name, loaded)
         key = prefix + "width"
         # At another width padding would become weights, or weights padding.
         if key in state_dict and (width := int(state_dict[key])) != self.width:

@@ -121,6 +121,8 @@ def test_safetensors_and_state_dict(tmp_path):
         turned = {**tensors, name: t.t().contiguous().t()}
         with pytest.raises(ValueError, match=f"BinaryWeight: {name} must be contiguous, got stri"):
             other.load_state_dict(turned, assign=True)
+        other.load_state_dict(turned)  # copied into its own
+        assert torch.equal(getattr(other, name), t) and getattr(other, name).is_contiguous()
     with pytest.raises(RuntimeError, match="size mismatch for qweight"):
         other.load_state_dict(quantize_binary(draw(3, 128)).state_dict())
 
