@@ -660,4 +660,10 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "for name, parameter in module.named_parameters(recurse=True):",
         "a GRU and an LSTM hold no modules",
     ),
+    Equivalent(
+        "fusedmlp/testing/dense.py",
+        '(biased, {"gate": (16, 0.5), "up": (5, 2.0), "down": (16, 1.0)}),',
+        '(biased, {"gate": (16, 0.5), "up": (5, 2.0), "down": (16, 2.0)}),',
+        "a scale to try; others differ from 1 as well",
+    ),
 )

@@ -24,6 +24,7 @@ def test_a_case_has_what_its_name_says(name):
     assert biases or "-bias" not in name
     assert case.options.get("recompute", False) == ("-recompute" in name)
     assert f"-{case.options.get('packed') or ''}" in f"{name}-"
+    assert not (case.gated and "-plain" in name)
 
 
 def test_cases_choose_each_expert_once_and_have_ranks_at_both_ends_of_a_tile():
@@ -35,6 +36,16 @@ def test_cases_choose_each_expert_once_and_have_ranks_at_both_ends_of_a_tile():
             if name.endswith("_a"):
                 ranks.add(t.shape[-2])
     assert min(ranks) == 1 and max(ranks) > 32
+
+
+def test_how_wide_and_how_large_cases_are():
+    """A gate's arguments lie within sqrt(3), and a router has as many experts as columns to 128."""
+    g = CASES["gated_act"].inputs(40, 12, 8, torch.float32)["g"]
+    assert 1.6 < g.abs().max() <= 3**0.5 < 1.74
+    for case in CASES.values():
+        if case.op in ("top1_route", "topk_route"):
+            widths = [case.shapes(4, 8, H)["logits"][1] for H in (24, 300)]
+            assert widths == [24, 128], case.name
 
 
 @pytest.mark.parametrize("op", ONE)
