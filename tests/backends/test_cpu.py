@@ -1,5 +1,6 @@
 """What `auto` runs on CPU tensors, beside the formulas in whose place it stands."""
 
+import itertools
 import math
 
 import pytest
@@ -439,6 +440,22 @@ def backward_of_large_stacks():
     x, routing = torch.randn(21, 256), fusedmlp.top1_route(torch.eye(8)[:7].repeat(3, 1))
     y = fusedmlp.moe_mlp(x, routing, *stacks)
     return lambda: list(torch.autograd.grad(y, stacks, torch.ones_like(y), retain_graph=True))
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("columns", (511, 512))
+def test_outer_products_of_few_rows(columns, dtype):
+    """One by one or in one product, they are rounded no more than a product rounds: of bfloat16
+    once, for 256 + 1 - 256 would else be 0."""
+    rows = (1, 2, 3, 4, 5, *(0,) * 9, 6)  # too few for PyTorch's grouped product
+    offsets = torch.tensor([0, *itertools.accumulate((*rows, 0))], dtype=torch.int32)
+    a, b = (torch.randn(sum(rows), n).to(dtype) for n in (8, columns))
+    a[3:6], b[3:6] = torch.tensor([[256.0], [1.0], [-256.0]]).to(dtype), 1  # of the third expert
+    made = grouped.outer_of(a, b, offsets, grouped.busy(offsets.tolist()))
+    parts = zip(a.double().split(rows), b.double().split(rows), strict=True)
+    exact = torch.stack([own.T @ other for own, other in parts])
+    assert torch.equal(made[2], torch.ones_like(made[2]))
+    torch.testing.assert_close(made, exact.to(dtype))
 
 
 def test_memory_of_a_gradient_is_lent_again_once_nobody_has_it():
