@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+import traceback
 from pathlib import Path
 
 import pytest
@@ -263,19 +264,32 @@ def test_any_other_interrupt_is_said(monkeypatch, capsys):
 
 
 def on_a_terminal(columns, *arguments):
-    """What the command shows on a terminal of so many columns."""
+    """What the command shows on a terminal of so many columns. A fork runs it, which need not
+    import torch once more."""
     pid, terminal = pty.fork()
     if pid == 0:
-        env = {k: v for k, v in os.environ.items() if k not in (*OURS, "COLUMNS")}
-        os.chdir(ROOT)
-        os.execve(sys.executable, [sys.executable, "-m", "fusedmlp", *arguments], env)
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        code = 1
+        try:
+            fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+            sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
+            for name in (*OURS, "COLUMNS"):
+                os.environ.pop(name, None)
+            os.chdir(ROOT)
+            code = cli.main([*arguments])
+            sys.stdout.flush()
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)  # the rest of pytest is its parent's
     shown = b""
     with contextlib.suppress(OSError):  # Linux's way to say that the other side is closed
         while chunk := os.read(terminal, 1 << 16):
             shown += chunk
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).splitlines()
+    os.close(terminal)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0, shown
+    return shown.splitlines()
 
 
 @pytest.mark.parametrize(
