@@ -108,7 +108,7 @@ def _by_formula(
         wanted = [i for i in range(ctx.num_inputs) if needed[i]]
         found = torch.autograd.grad(
             [r for r, _ in pairs], [inputs[i] for i in wanted], [g for _, g in pairs],
-            create_graph=create_graph, allow_unused=True,
+            create_graph=create_graph,
         )  # fmt: skip
     made = dict(zip(wanted, found, strict=True))
     return tuple(made.get(i) for i in range(len(needed)))

@@ -104,7 +104,7 @@ def scales_of(given: Lora) -> tuple[float, ...]:
 
 
 def tensors_of(given: Lora | None) -> tuple[Tensor | None, ...]:
-    """a and b of gate, up, down."""
+    """a and b of gate, up, down; none without adapters."""
     if given is None:
-        return (None,) * 6
+        return ()
     return tuple(t for pair in given for t in ((None, None) if pair is None else pair[:2]))

@@ -129,7 +129,7 @@ class LoraFunction(Function):
         if gu is None and (need.dgu or need.h):
             options = (activation, packed, plain)
             _, gu = _first(block, (t_gate, t_up), lora, *options, False, True)
-        grads: list[Tensor | None] = [None] * 18
+        grads: list[Tensor | None] = [None] * len(need)
         c_down = low_down = None
         if lora.down is not None and (need.dgu or need[11]):
             c_down = _scaled(dy, lora.down.b.t(), lora.down.scale)

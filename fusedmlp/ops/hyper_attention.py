@@ -205,7 +205,7 @@ def hyper_attention(
         out = HyperAttentionFunction.apply(*flat, *options)
     else:
         out, *_ = fwd(*flat, *options)
-    return out if leading == 1 else out.view(*q.shape[:-3], *out.shape[1:])
+    return out.view(*q.shape[:-3], *out.shape[1:])
 
 
 register(

@@ -151,7 +151,7 @@ def hyper_attention_step(
     leading = q.dim() - 2
     flat = check_hyper.flat(tensors, leading)
     out = step(*flat[:3], position, *flat[3:], norm != "none", shortcut1, shortcut2, eps)
-    return out if leading == 1 else out.view(*q.shape[:-2], *out.shape[1:])
+    return out.view(*q.shape[:-2], *out.shape[1:])
 
 
 def _call_flops(shapes: Shapes) -> int:

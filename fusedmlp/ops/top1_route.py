@@ -102,7 +102,6 @@ class Top1RouteFunction(Function):
     def forward(ctx: Any, logits: Tensor, capacity: int | None) -> tuple[Tensor, ...]:
         expert, prob, *groups, mean, lse = fwd(logits, capacity)
         save(ctx, (logits,), (capacity,), expert)
-        ctx.mark_non_differentiable(expert, *groups)
         ctx.set_materialize_grads(False)
         return expert, prob, *groups, mean, lse
 

@@ -130,7 +130,6 @@ class TopKRouteFunction(Function):
     ) -> tuple[Tensor, ...]:
         expert, prob, *groups, mean, lse = fwd(logits, bias, k, capacity, *form, *chosen)
         save(ctx, (logits, bias), (k, capacity, form, chosen), expert)
-        ctx.mark_non_differentiable(expert, *groups)
         ctx.set_materialize_grads(False)
         return expert, prob, *groups, mean, lse
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from fusedmlp.backends.cpu import (
     grouped,
     masked as cpu_masked,
     memory,
+    remade,
     routing as cpu_routing,
     trees,
 )
@@ -23,7 +25,7 @@ from fusedmlp.hyperglu import HyperGLU, HyperGLUConfig
 from fusedmlp.packing import ORDERS
 from fusedmlp.reference.activations import ACTIVATIONS
 from fusedmlp.reference.masked import products as masked_formula
-from fusedmlp.testing import CASES
+from fusedmlp.testing import CASES, floating
 from fusedmlp.testing.memory import kept_bytes
 
 SIZES = ((1, 40, 24), (19, 40, 24), (150, 136, 32))
@@ -82,6 +84,55 @@ def test_each_gradient_alone(name):
         torch.testing.assert_close(*both(call), msg=lambda m, n=alone: f"d{n}: {m}")
 
 
+BLOCKS = [name for name in MADE if not name.startswith("moe")]
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_block_keeps_less_whatever_wants_a_gradient(name, monkeypatch):
+    case, made = CASES[name], []
+    act_down = remade.ActDownFunction.apply
+    noted = lambda *arguments: made.append(1) or act_down(*arguments)  # noqa: E731
+    monkeypatch.setattr(remade.ActDownFunction, "apply", noted)
+    inputs = case.inputs(17, 8, 16, torch.float32)
+    for of in (None, *floating(inputs)):
+        case.run({k: t.detach().requires_grad_(k == of) for k, t in inputs.items()})
+        assert len(made) == (of is not None), of
+        made.clear()
+
+
+@pytest.mark.parametrize("op, products", [("linear", 1), ("gated_linear", 2), ("gated_mlp", 3)])
+def test_every_product_of_one_bit_goes_by_bytes(op, products, monkeypatch):
+    case, made = CASES[f"binary_{op}"], []
+    few = cpu_binary._few_rows
+    noted = lambda *arguments: made.append(1) or few(*arguments)  # noqa: E731
+    monkeypatch.setattr(cpu_binary, "_few_rows", noted)
+    case.run(case.inputs(3, 128, 128, torch.float32))
+    assert len(made) == products
+
+
+def test_products_of_experts_lie_as_their_fake_says():
+    """Rows of 24 bytes, which PyTorch's grouped product would pad."""
+    ends = torch.tensor((0, 20, 40, 40), dtype=torch.int32)
+    a, w = torch.randn(40, 8), torch.randn(2, 6, 8)
+    y = grouped.product_op(a, w, ends)
+    assert y.stride() == (6, 1)
+    torch.testing.assert_close(y, torch.cat((a[:20] @ w[0].t(), a[20:] @ w[1].t())))
+    assert grouped.outer_op(y, a, ends).stride() == (48, 8, 1)
+
+
+@pytest.mark.parametrize("op", (grouped.product_op, grouped.outer_op), ids=("product", "outer"))
+def test_products_of_experts_give_each_gradient_alone(op):
+    ends = torch.tensor((0, 3, 5, 5), dtype=torch.int32)
+    a, b = draw(5, 4), draw(2, 6, 4) if op is grouped.product_op else draw(5, 6)
+    y = op(a, b, ends)
+    dy = torch.randn_like(y)
+    both = torch.autograd.grad(y, (a, b), dy)
+    for i in range(2):
+        alone = [t if k == i else t.detach() for k, t in enumerate((a, b))]
+        made = torch.autograd.grad(op(*alone, ends), alone[i], dy)
+        torch.testing.assert_close(made[0], both[i])
+
+
 @pytest.mark.parametrize("packed", (False, True))
 def test_masked_products_of_experts_give_each_gradient_alone(packed):
     """Three experts, one idle, and rows that none takes, whose results are 0."""
@@ -121,6 +172,28 @@ def test_a_default_device_changes_nothing(name):
             with torch.device("meta"):
                 inside = case.run(inputs)
             torch.testing.assert_close((inside, case.run(inputs)), (expected, expected))
+
+
+def test_a_walk_under_a_default_device():
+    x, w = draw(3, 8, grad=False), draw(7, 8, grad=False)
+    for rows in (1, 3):
+        expected = trees.walk(x[:rows], w, None, 3)
+        with torch.device("meta"):
+            assert torch.equal(trees.walk(x[:rows], w, None, 3), expected)
+
+
+def test_probabilities_wider_than_the_rows():
+    case = CASES["moe_mlp-bias"]
+    inputs = case.inputs(17, 24, 16, torch.bfloat16)
+    inputs["prob"] = inputs["prob"].float()
+    leaves = [inputs[name].requires_grad_() for name in ("x", "prob", "w_down")]
+
+    def call():
+        out = case.run(inputs)
+        return out, *torch.autograd.grad(out.float().square().sum(), leaves)
+
+    for ours, formula in zip(*both(call), strict=True):
+        assert (ours - formula).norm() < 2e-2 * formula.norm()
 
 
 def test_trees_under_a_default_device():
@@ -479,6 +552,15 @@ def test_memory_of_a_gradient_is_lent_again_once_nobody_has_it():
     more = make()  # while `again` lives
     assert where[0] in {g.data_ptr() for g in more}
     torch.testing.assert_close(again + more, 2 * expected)
+
+
+def test_memory_of_a_gradient_is_not_shared_with_a_fork():
+    t = memory.zeros(torch.empty(0), 8)
+    if not (child := os.fork()):
+        t[0] = 1
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert not t.any()
 
 
 def test_memory_of_gradients_is_kept_up_to_a_bound(monkeypatch):

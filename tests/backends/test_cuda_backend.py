@@ -15,7 +15,7 @@ from op_checks import PLAIN, unlike
 
 import fusedmlp
 from fusedmlp.backends import choice
-from fusedmlp.backends.cuda import loader
+from fusedmlp.backends.cuda import gated_linear as cuda_gated_linear, loader
 from fusedmlp.bench.report import ledger
 from fusedmlp.ops import gated_linear, linear_act
 from fusedmlp.reference.activations import ACTIVATIONS
@@ -170,6 +170,49 @@ def test_tensors_that_tma_cannot_take(name, spoil, message):
         with pytest.raises(ValueError, match=message) as raised:
             evaluate(CASES["gated_mlp"].run, inputs, torch.ones(6, 16, dtype=bf16))
         assert "backend('triton') takes it" in str(raised.value)
+
+
+def arguments_of(kernel):
+    """By name, each as TMA takes it."""
+    x, g = (torch.ones(6, n, dtype=bf16) for n in (16, 24))
+    w, b = torch.ones(24, 16, dtype=bf16), torch.ones(24, dtype=bf16)
+    return {
+        "gated_linear_fwd": {"x": x, "w_gate": w, "w_up": w, "b_gate": b, "b_up": b},
+        "linear_act_fwd": {"x": x, "w": w, "b": b},
+        "gated_linear_bwd": {"dy": x, "w_down": w.t().contiguous(), "g": g, "u": g},
+        "linear_act_bwd": {"dy": x, "w_out": w.t().contiguous(), "z": g},
+    }[kernel]
+
+
+NAMED = [
+    (f"{op}_{phase}", name)
+    for op in ("gated_linear", "linear_act") for phase in ("fwd", "bwd")
+    for name in arguments_of(f"{op}_{phase}") if name != "dy"  # of which a copy is made
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel, name", NAMED)
+def test_what_is_not_taken_is_called_by_its_name(kernel, name):
+    tensors = arguments_of(kernel)
+    t = tensors[name]
+    tensors[name] = off_by(1)(t) if t.dim() > 1 else torch.cat([t, t])[::2]
+    arguments = list(tensors.values())
+    options = ["silu", True, True]
+    if kernel == "gated_linear_bwd":
+        arguments[2:], options[1:1] = [tuple(arguments[2:])], [None]
+    launch = getattr(cuda_gated_linear, kernel)
+    with installed(), pytest.raises(loader.Unfit, match=f"^{kernel}: backend .* needs {name} to "):
+        launch(lambda *numbers: None, *arguments, *options)
+
+
+@pytest.mark.parametrize("kernel", [f"{op}_bwd" for op in ("gated_linear", "linear_act")])
+def test_backward_asks_for_sizes_too(kernel):
+    tensors = [t[..., :12] if t.shape[-1] == 16 else t[:12] for t in arguments_of(kernel).values()]
+    op = {"gated_linear_bwd": gated_linear, "linear_act_bwd": linear_act}[kernel]
+    pair = (torch.stack(tensors[2:]), "silu", None) if op is gated_linear else (tensors[2], "silu")
+    refused = pytest.raises(loader.Unfit, match=f"{kernel}: .* multiples of 8, .* got D=12, H=24")
+    with installed(), fusedmlp.backend("cuda"), refused:
+        op.bwd(tensors[0], tensors[1], *pair, True, True)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +412,8 @@ def test_pick():
     with installed(proven=BOTH):
         assert choice.pick("gated_mlp", x) == "cuda"
         assert choice.pick("mlp", x) == choice.pick("gated_act", x) == "triton"
+        with fusedmlp.backend("triton"):
+            assert choice.pick("gated_mlp", x) == "triton"
     with installed(proven=BOTH[:1]):
         assert choice.pick("gated_linear", x) == "cuda"
         assert choice.pick("gated_mlp", x) == "triton"

@@ -57,9 +57,11 @@ def test_numbers_through_the_fake(case, shape):
 @pytest.mark.parametrize("activation", ["gelu", "swiglu_oai(limit=1.25, alpha=1.5)"])
 def test_what_training_stores(activation):
     x, w = torch.randn(5, 16, dtype=bf16), torch.randn(2, 32, 16, dtype=bf16)
-    with installed(), fusedmlp.backend("cutlass"):
+    with installed() as calls, fusedmlp.backend("cutlass"):
         h, gu = gated_linear.fwd(x, w[0], w[1], None, None, activation, False, True)
     assert h.shape == (0, 32)
+    ((_, numbers),) = calls
+    assert not dict(zip(cutlass_fake.FWD, numbers, strict=True))["h"]
     for got, weight in zip(gu, w, strict=True):
         assert_close_to(got, x.double() @ weight.double().t(), x @ weight.t())
 
@@ -69,7 +71,8 @@ def test_z_alone():
     x, w = torch.randn(5, 16, dtype=bf16), torch.randn(24, 16, dtype=bf16)
     with installed() as calls, fusedmlp.backend("cutlass"):
         h, z = linear_act.fwd(x, w, None, "gelu", False, True)
-    assert h.shape == (0, 24) and z.shape == (5, 24)
+    assert h.shape == (0, 24)
+    assert_close_to(z, x.double() @ w.double().t(), x @ w.t())
     ((_, numbers),) = calls
     assert dict(zip(cutlass_fake.FWD, numbers, strict=True))["h"]
 
@@ -137,10 +140,15 @@ def test_weights_too_far_apart(monkeypatch):
     """No descriptor steps 2^40 bytes; no machine of this test has as much memory."""
     from fusedmlp.backends.cutlass import dense  # noqa: PLC0415 - patched
 
-    monkeypatch.setattr(dense, "_FARTHEST", 1)
-    far = r"less than 2\^40 bytes apart, got \d+ bytes"
-    with installed(), fusedmlp.backend("cutlass"), pytest.raises(Unfit, match=far):
-        call()
+    w_gate, w_up = torch.ones(2, 32, 16, dtype=bf16)
+    monkeypatch.setattr(dense, "_FARTHEST", 1024)
+    far = r"less than 2\^40 bytes apart, got 1024 bytes"
+    with installed(), fusedmlp.backend("cutlass"):
+        for pair in ((w_gate, w_up), (w_up, w_gate)):
+            with pytest.raises(Unfit, match=far):
+                call(None, *pair)
+        monkeypatch.setattr(dense, "_FARTHEST", 1025)
+        call(None, w_gate, w_up)
 
 
 def test_an_activation_without_a_functor():

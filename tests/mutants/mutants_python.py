@@ -32,7 +32,9 @@ NEIGHBOURS = dict(
     for pair in ((a, b), (b, a))
 )  # fmt: skip
 # Their arguments may stand in any order.
-SYMMETRIC = {"min", "max", "minimum", "maximum", "bare", "wants_grad", "needs_grad"}
+SYMMETRIC = {
+    "min", "max", "minimum", "maximum", "bare", "wants_grad", "needs_grad", "promote_types",
+}  # fmt: skip
 # A tensor has the same values after them.
 PASSING = {"detach", "contiguous"}
 # They change how fast a kernel is, and nothing else; or (`strict`, of zip) assert what holds.
@@ -95,7 +97,7 @@ class _Finder(ast.NodeVisitor):
     visit_ImportFrom = visit_Import
 
     def visit_Assert(self, node: ast.Assert) -> None:
-        self.visit(node.test)
+        pass
 
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
         if node.value:

@@ -20,6 +20,7 @@ DEFAULTS = "tests/house/test_defaults.py"
 # What holds for every op; the last is slow.
 PLACES = (DEFAULTS, "tests/house/test_anatomy.py")
 LAUNCHES = "tests/ops/test_every_kernel.py"
+ARGUMENTS = "tests/ops/test_arguments.py"
 CHOICE = "tests/backends/test_cpu_choice.py"  # which way `auto` goes on CPU tensors
 ROW = (
     "tests/ops/test_unread.py",
@@ -27,12 +28,18 @@ ROW = (
     LAUNCHES,
     "tests/ops/test_flops.py",
     "tests/backends/test_cpu.py",
+    ARGUMENTS,
+    "tests/ops/test_derivatives.py",
 )
 EACH_OP = "tests/ops/test_each_op.py"
 ERRORS = "tests/ops/test_errors.py"
-ARGUMENTS = "tests/ops/test_arguments.py"
 STRIDES = "tests/ops/test_strides.py"
 LORA = "tests/ops/test_lora.py"
+LORA_EVERYWHERE = "tests/ops/test_lora_everywhere.py"
+PACKED_LORA = "tests/ops/test_packed_lora.py"
+MOE_LORA = "tests/ops/test_moe_lora.py"
+INVARIANCE = "tests/ops/test_batch_invariance.py"
+CUTLASS = "tests/backends/test_cutlass_backend.py"
 DENSE = (EACH_OP, ERRORS, "tests/kernels/test_arch.py", STRIDES, "tests/ops/test_ops.py")
 ACTIVATIONS = (
     "tests/ops/test_gates.py",
@@ -192,12 +199,12 @@ ROWS: tuple[Row, ...] = (
     Row(
         "reference",
         ("fusedmlp/reference/lora.py",),
-        (LORA, "tests/ops/test_moe_lora.py", *DENSE),
+        (LORA, MOE_LORA, *DENSE),
     ),
     Row(
         "reference",
         ("fusedmlp/reference/rows.py", "fusedmlp/invariance.py"),
-        ("tests/ops/test_batch_invariance.py",),
+        (INVARIANCE,),
     ),
     Row("reference", ("fusedmlp/reference/masked.py",), MASKED),
     Row("reference", ("fusedmlp/reference/moe.py",), ROUTED),
@@ -205,8 +212,14 @@ ROWS: tuple[Row, ...] = (
     Row("reference", ("fusedmlp/reference/hyper.py",), HYPER),
     Row("reference", ("fusedmlp/reference/binary.py",), BINARY),
     # ---- ops
-    Row("ops", ("fusedmlp/ops/_lora.py", "fusedmlp/check/lora.py"), (LORA, *DENSE, *ROW)),
-    Row("ops", ("fusedmlp/ops/masked_*.py",), (*PLACES, *MASKED, *ROW)),
+    Row(
+        "ops",
+        ("fusedmlp/ops/_lora.py", "fusedmlp/check/lora.py"),
+        (LORA, *DENSE, *ROW, LORA_EVERYWHERE, MOE_LORA, INVARIANCE),
+    ),
+    Row(
+        "ops", ("fusedmlp/ops/masked_*.py",), (*PLACES, *MASKED, *ROW, PACKED_LORA, LORA_EVERYWHERE)
+    ),
     Row(
         "ops",
         (
@@ -215,13 +228,19 @@ ROWS: tuple[Row, ...] = (
             "fusedmlp/ops/top*_route.py",
             "fusedmlp/ops/tree_path.py",
         ),
-        (*PLACES, *ROUTED, *ROW),
+        (*PLACES, *ROUTED, *ROW, MOE_LORA, LORA_EVERYWHERE, "tests/ops/test_interleaved.py"),
     ),
-    Row("ops", ("fusedmlp/ops/_moe_lora.py",), ("tests/ops/test_moe_lora.py",)),
-    Row("ops", ("fusedmlp/ops/_adapted.py",), ("tests/ops/test_packed_lora.py",)),
+    Row("ops", ("fusedmlp/ops/_moe_lora.py",), (MOE_LORA, EACH_OP, LORA_EVERYWHERE)),
+    Row("ops", ("fusedmlp/ops/_adapted.py",), (PACKED_LORA, LORA_EVERYWHERE)),
     Row("ops", ("fusedmlp/ops/hyper_*.py",), (*PLACES, *HYPER, *ROW)),
-    Row("ops", ("fusedmlp/ops/binary_*.py",), (*PLACES, *BINARY, *ROW)),
-    Row("ops", ("fusedmlp/ops/*.py",), (*PLACES, *DENSE, "tests/ops/test_derivatives.py", *ROW)),
+    Row(
+        "ops", ("fusedmlp/ops/binary_*.py",), (*PLACES, *BINARY, *ROW, PACKED_LORA, LORA_EVERYWHERE)
+    ),
+    Row(
+        "ops",
+        ("fusedmlp/ops/*.py",),
+        (*PLACES, *DENSE, *ROW, LORA, LORA_EVERYWHERE, INVARIANCE),
+    ),
     # ---- layers
     Row(
         "layers",
@@ -370,7 +389,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "backends",
         ("fusedmlp/backends/cutlass/*.py",),
-        ("tests/backends/test_cutlass_backend.py",),
+        (CUTLASS,),
     ),
     Row(
         "backends",
@@ -382,15 +401,28 @@ ROWS: tuple[Row, ...] = (
             "tests/backends/test_csrc_layouts.py",
             PORTABLE,
             *GEMMS,
+            CUTLASS,
+            LORA,
+            "tests/simt/test_simt_masked_gated_gemv.py",
         ),
     ),
     Row(
         "backends",
         ("fusedmlp/backends/derivatives.py", "fusedmlp/transforms.py"),
-        (EACH_OP, "tests/ops/test_derivatives.py", LAUNCHES),
+        (
+            EACH_OP,
+            "tests/ops/test_derivatives.py",
+            LAUNCHES,
+            "tests/backends/test_cpu.py",
+            INVARIANCE,
+        ),
     ),
     Row("backends", ("fusedmlp/backends/driver.py",), ("tests/backends/test_driver.py",)),
-    Row("backends", ("fusedmlp/backends/flops.py",), ("tests/ops/test_flops.py",)),
+    Row(
+        "backends",
+        ("fusedmlp/backends/flops.py",),
+        ("tests/ops/test_flops.py", "tests/backends/test_cpu.py"),
+    ),
     Row(
         "backends",
         ("fusedmlp/backends/cpu/*.py",),
@@ -399,6 +431,9 @@ ROWS: tuple[Row, ...] = (
             "tests/backends/test_cpu.py",
             "tests/ops/test_binary.py",
             "tests/layers/test_layers_moe.py",
+            "tests/ops/test_top1_route.py",
+            "tests/ops/test_hyper_attention_step.py",
+            MOE_LORA,
         ),
     ),
     Row(
@@ -409,8 +444,11 @@ ROWS: tuple[Row, ...] = (
             "tests/house/test_rows.py",
             "tests/backends/test_backend.py",
             "tests/backends/test_cuda_backend.py",
-            "tests/ops/test_every_kernel.py",
-            "tests/ops/test_batch_invariance.py",
+            CUTLASS,
+            ERRORS,
+            LAUNCHES,
+            INVARIANCE,
+            "tests/backends/test_cpu.py",
         ),
     ),
     Row(
@@ -418,9 +456,7 @@ ROWS: tuple[Row, ...] = (
         ("fusedmlp/check/layer.py", "fusedmlp/check/numbers.py"),
         (*LAYERS, "tests/layers/test_layers_moe.py"),
     ),
-    Row(
-        "check", ("fusedmlp/check/experts.py",), (ARGUMENTS, *ROUTED, "tests/ops/test_moe_lora.py")
-    ),
+    Row("check", ("fusedmlp/check/experts.py",), (ARGUMENTS, *ROUTED, MOE_LORA)),
     Row(
         "check",
         ("fusedmlp/check/hyper.py",),

@@ -9,7 +9,8 @@ from op_checks import check
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedmlp import backend, reference
-from fusedmlp.testing import CASES, evaluate
+from fusedmlp.backends import derivatives
+from fusedmlp.testing import CASES, evaluate, floating
 from fusedmlp.testing.memory import kept_bytes
 
 # The last of each op's cases: with biases, masks and mixings, where the first has none.
@@ -87,6 +88,25 @@ def test_backward_makes_again_what_the_last_projection_needs(name, device, on_tr
     torch.testing.assert_close(made[f"d{last}"], exact[f"d{last}"], rtol=1e-2, atol=1e-2)
 
 
+# The nightly tests have every subset of the others.
+FEW_LAUNCHES = [
+    n for n, case in CASES.items()
+    if case.adapted or case.op.startswith("binary") or n in ("gated_mlp-bias", "mlp-bias")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEW_LAUNCHES)
+def test_each_gradient_alone(name, device, on_triton):
+    """It is made without what the others need."""
+    case, size = CASES[name], (5, 12, 20)
+    inputs = case.inputs(*size, torch.float32, device)
+    dy = torch.ones(case.fake_output(*size).shape, device=device)
+    exact = evaluate(case.run_reference, inputs, dy)
+    for of in floating(inputs):
+        made = evaluate(case.run, inputs, dy, (of,))
+        torch.testing.assert_close(made[f"d{of}"], exact[f"d{of}"], rtol=1e-2, atol=1e-2, msg=of)
+
+
 @pytest.mark.parametrize("name", RECOMPUTING)
 def test_recompute_on_the_reference_keeps_the_arguments_alone(name):
     case, kept = CASES[name], []
@@ -97,6 +117,19 @@ def test_recompute_on_the_reference_keeps_the_arguments_alone(name):
         with backend("reference"):
             kept.append(kept_bytes(lambda run=run: run(leaves), leaves.values()))
     assert kept[0] == 0 < kept[1]
+
+
+@pytest.mark.parametrize("name", RECOMPUTING)
+def test_recompute_on_the_reference_is_for_any_gradient_and_for_no_result_alone(name, monkeypatch):
+    case, taken = CASES[name], []
+    made = lambda formula, *arguments, **_: taken.append(1) or formula(*arguments)  # noqa: E731
+    monkeypatch.setattr(derivatives, "checkpoint", made)
+    inputs = case.inputs(9, 16, 24, torch.float32)
+    for of in (None, *floating(inputs)):
+        with backend("reference"):
+            case.run({k: t.detach().requires_grad_(k == of) for k, t in inputs.items()})
+        assert len(taken) == (of is not None), of
+        taken.clear()
 
 
 @pytest.mark.parametrize("op", ONE)

@@ -376,6 +376,7 @@ def test_lag_tiles_become_slots():
 GOOD = core_inputs(B=1, H=2, T=3, L=4, dtype=torch.float32)
 BAD = [
     ("q", torch.ones(3), ValueError, r"q must be \(\.\.\., Q, T, dq\), got \(3,\)"),
+    ("q", torch.ones(3, 3), ValueError, r"q must be \(\.\.\., Q, T, dq\), got \(3, 3\)"),
     ("q", torch.ones(1, 3, 3, 3), ValueError, r"k must have shape \(1, 3, 3, 3\)"),
     ("q", [1.0], TypeError, "q must be a Tensor, got list"),
     ("q", torch.ones(1, 4, 3, 3, dtype=torch.int64), TypeError, "must have .* dtype"),

@@ -200,6 +200,7 @@ BAD = [
     ("v", torch.ones(1, 2, 3, 4).double(), TypeError, "v must have q's dtype"),
     ("position", 2, TypeError, "position must be an int64 Tensor, got int"),
     ("position", torch.tensor([2.0]), TypeError, "position must be an int64 Tensor, got torch.fl"),
+    ("position", torch.tensor([2]).to("meta"), ValueError, "position must be on q's device cpu"),
     ("position", torch.tensor(2), ValueError, r"position must have shape \(1,\), got \(\)"),
     ("c1", torch.ones(1, 4, 9), ValueError, r"c1 must have shape \(1, 4, 3\)"),
     ("u2", None, ValueError, "u2 and vt2 must be tensors with c2"),

@@ -81,6 +81,15 @@ def test_ranks_scales_and_rows(name, rank, scale, rows, each_backend):
     close(ours, exact(name, rank, scale, rows), 1e-5)
 
 
+@pytest.mark.parametrize("name", TAKING)
+def test_x_of_more_dimensions_is_as_many_rows(name):
+    x, lora, call = case(name, 3, 2.0, rows=6)
+    made = (call(x.view(*lead, x.shape[-1]), lora) for lead in ((6,), (2, 3), (1, 1, 6)))
+    flat = next(made)
+    for y in made:
+        assert torch.equal(y.flatten(0, -2), flat)
+
+
 @pytest.mark.interpreter
 @pytest.mark.parametrize("name", TAKING)
 def test_dtypes_of_adapters(name, each_backend):

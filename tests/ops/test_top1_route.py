@@ -4,6 +4,7 @@ logits and indices."""
 import pytest
 import torch
 from op_checks import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmlp
 from fusedmlp import Routing, load_balancing_loss, route_to, router_z_loss, top1_route
@@ -207,12 +208,32 @@ def test_opcheck(device):
     opcheck(bwd, (z, ints, None, None, None), test_utils=tests)
 
 
+class Given(TorchDispatchMode):
+    """Which gradients a router's backward is given."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "route_bwd" in str(func):
+            self.given = [t is not None for t in args[2:5]]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("route", (top1_route, lambda z: fusedmlp.topk_route(z, 2)))
+@pytest.mark.parametrize("at, name", list(enumerate(("prob", "mean_prob", "log_sum_exp"))))
+def test_an_output_that_nobody_uses_has_no_gradient(at, name, route, device, on_triton):
+    """Not zeros, which a kernel would read."""
+    routing = route(torch.randn(4, 5, device=device, requires_grad=True))
+    with Given() as seen:
+        getattr(routing, name).sum().backward()
+    assert seen.given == [i == at for i in range(3)]
+
+
 def test_jitter():
     x = torch.ones(1000)
     torch.manual_seed(0)
     y = jitter(x, 0.1)
     assert 0.9 <= y.min() < 0.91 and 1.09 < y.max() <= 1.1
     assert jitter(x, 0) is x
+    assert 0 <= jitter(x, 1).min() < 0.01
     with pytest.raises(ValueError, match=r"jitter: epsilon must be in \[0, 1\], got 2"):
         jitter(x, 2)
 

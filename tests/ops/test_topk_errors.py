@@ -47,14 +47,23 @@ BAD = [
     (lambda: moe_mlp(X, TWO._replace(prob=torch.ones(4)), STACK, STACK, DOWN), ValueError, r"moe_mlp: routing.prob must have shape \(4, 2\) .*, got \(4,\)"),
     (lambda: moe_mlp(X.repeat(2, 1), TWO, STACK, STACK, DOWN), ValueError, r"moe_mlp: routing.expert must have shape \(8, 2\) for x's 8 tokens .*, got \(4, 2\)"),
     (lambda: moe_mlp(X, TWO._replace(tokens=TWO.tokens[:4]), STACK, STACK, DOWN), ValueError, r"moe_mlp: routing.tokens must have shape \(8,\) .*, got \(4,\)"),
+    (lambda: moe_linear(X, TWO, STACK[:0]), ValueError, r"moe_linear: w must be \(E, N, K\), E at least 1, got \(0, 5, 6\)"),
     (lambda: moe_linear(X, TWO, STACK), ValueError, "moe_linear: routing must give each token one expert, k = 1, got k = 2"),
     (lambda: update_router_bias(1.0, BIAS), TypeError, "update_router_bias: bias must be a Tensor, got float"),
     (lambda: update_router_bias(Z, BIAS), ValueError, r"update_router_bias: bias must be \(E,\) with a floating dtype, got \(3, 8\)"),
     (lambda: update_router_bias(BIAS.long(), BIAS), TypeError, r"update_router_bias: bias must be \(E,\) with a floating dtype, got \(8,\) torch.int64"),
     (lambda: update_router_bias(BIAS, torch.zeros(7)), ValueError, r"update_router_bias: counts must have shape \(8,\), got \(7,\)"),
     (lambda: update_router_bias(BIAS, BIAS.to("meta")), ValueError, "update_router_bias: counts must be on bias's device cpu, got meta"),
+    (lambda: update_router_bias(BIAS, BIAS, rate=NAN), ValueError, "update_router_bias: rate must be finite, got nan"),
     (lambda: update_router_bias(BIAS, BIAS, rate=-1.0), ValueError, r"update_router_bias: rate must be at least 0, got -1\.0"),
 ]  # fmt: skip
+
+
+def test_what_is_small_but_not_refused(each_backend):
+    """Groups of one expert where the largest counts, and no columns of a result."""
+    assert topk_route(Z, 2, groups=8, topk_group=4, group_score="max").expert.shape == (3, 2)
+    one = route_to(INT[:, 0], torch.ones(4), 3)
+    assert moe_linear(X, one, STACK[:, :0]).shape == (4, 0)
 
 
 @pytest.mark.parametrize("call, error, message", BAD, ids=range(len(BAD)))

@@ -76,10 +76,10 @@ def binary_linear(x: Tensor, qweight: Tensor, scales: Tensor, b: Tensor | None =
 
 def _linear(x: Tensor, qweight: Tensor, scales: Tensor, b: Tensor | None) -> Tensor:
     if x.shape[0] <= _FEW and not needs_grad(x, b):
-        y = _few_rows(x, qweight, scales.detach())
+        y = _few_rows(x, qweight, scales)
         return y if b is None else y + b
     wide = torch.promote_types(x.dtype, scales.dtype)
-    w = _dequantize(qweight, scales, x.shape[-1]).to(wide)
+    w = _dequantize(qweight, scales, x.shape[1]).to(wide)
     return F.linear(x.to(wide), w, None if b is None else b.to(wide)).to(x.dtype)
 
 

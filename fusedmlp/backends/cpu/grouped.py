@@ -105,7 +105,7 @@ def _idle_zeros(like: Tensor, E: int, parts: Parts, *shape: int) -> Tensor:
         if new:
             return out
     idle = 0
-    for e, _, _ in (*parts, (E, 0, 0)):
+    for e in (*(e for e, _, _ in parts), E):
         if idle < e:
             out[idle:e].zero_()
         idle = e + 1

@@ -93,8 +93,8 @@ class ActDownFunction(Function):
             wanted = [t for t in pre if t.requires_grad]
             found = iter(torch.autograd.grad(h, wanted, dh))
             grads = [next(found) if n else None for n in need_pre]
-        dw = dy.t() @ h.detach() if need_w else None
-        d_low = c.t() @ h.detach() if c is not None and need_low else None
+        dw = dy.t() @ h if need_w else None
+        d_low = c.t() @ h if c is not None and need_low else None
         d_high = scale * (dy.t() @ t) if need_high else None
         return dw, dy.sum(0) if need_b else None, d_low, d_high, *grads, None, None
 
@@ -142,7 +142,7 @@ class MaskedProductsFunction(Function):
 def _hard(masks: Tensor, w: Tensor) -> Tensor:
     """0 and 1, or NaN as the formula has it."""
     if masks.is_floating_point():
-        return hard_masks(masks.detach(), w.dtype)
+        return hard_masks(masks, w.dtype)
     return hard_masks(unpack_masks(masks, w.shape[1]), w.dtype)
 
 
@@ -210,4 +210,4 @@ def _block(
 ) -> Tensor:
     low, high, scale = down or (None, None, 1.0)
     y = ActDownFunction.apply(w, b, low, high, *pre, act, scale)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return y.view(*x.shape[:-1], y.shape[1])

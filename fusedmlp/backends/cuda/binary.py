@@ -16,7 +16,8 @@ from ...kernels.device import multiprocessors
 from ...packing import empty_gated
 from ...reference.binary import GROUP
 from . import loader
-from .gated_linear import Enqueue, activation_of, matrix, stream, unfit
+from .gated_linear import Enqueue, activation_of, matrix, stream
+from .loader import unfit
 
 # Rows of the weight (or of gate and as many of up) that a block takes, and the groups it takes x of
 # at a time.

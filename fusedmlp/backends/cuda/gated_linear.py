@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from ...kernels.device import capability_of, multiprocessors
 from ...packing import Packed, empty_gated, split_pair
 from ...reference.activations import resolve
 from . import loader
+from .loader import unfit
 
 Enqueue = Callable[..., None]
 Scalars = tuple[float, float, float]
@@ -77,17 +79,10 @@ _PLAIN_FWD = _Names("linear_act_fwd", gate="w", b_gate="b")
 _PLAIN_BWD = _Names("linear_act_bwd", down="w_out", g="z")
 
 
-def unfit(op: str, needed: str, got: str) -> loader.Unfit:
-    return loader.Unfit(
-        f"{op}: backend 'cuda' needs {needed}, got {got}; backend('triton') takes it"
-    )
-
-
-def check_no_adapter(
-    op: str, adapters: tuple[Tensor | None, ...], refusal: Callable[..., loader.Unfit] = unfit
-) -> None:
+# `of`, here and below: the loader of the extension that is asked, with its `load` and its `unfit`.
+def check_no_adapter(op: str, adapters: tuple[Tensor | None, ...], of: ModuleType = loader) -> None:
     if any(t is not None for t in adapters):
-        raise refusal(op, "no adapter (lora)", "one: csrc/ adds no low-rank product")
+        raise of.unfit(op, "no adapter (lora)", "one: csrc/ adds no low-rank product")
 
 
 def _check_sizes(op: str, M: int, H: int, D: int) -> None:
@@ -108,10 +103,10 @@ def readable(t: Tensor) -> bool:
     return not (t.stride(1) != 1 or outer % 8 or outer < t.shape[1] or t.data_ptr() % 16)
 
 
-def matrix(op: str, name: str, t: Tensor) -> tuple[int, int]:
+def matrix(op: str, name: str, t: Tensor, of: ModuleType = loader) -> tuple[int, int]:
     """Address and row stride of a 16-bit matrix whose columns are a multiple of 8."""
     if not readable(t):
-        raise unfit(
+        raise of.unfit(
             op,
             f"{name} to start on 16 bytes, with columns contiguous and rows apart by a multiple "
             "of 16 bytes and not overlapping",
@@ -142,15 +137,15 @@ def stream(device: torch.device) -> int:
     return torch.cuda.current_stream(device).cuda_stream
 
 
-def activation_of(op: str, activation: str) -> tuple[int, Scalars]:
+def activation_of(op: str, activation: str, of: ModuleType = loader) -> tuple[int, Scalars]:
     """An activation in a params struct: its functor's number, and its parameters in the order of
     its row, filled up with zeros. A row of reference/activations.py without a functor in
     csrc/activations.cuh is Unfit."""
     row, scalars = resolve(activation)
-    functors = loader.load()[0].ACTIVATIONS
+    functors = of.load()[0].ACTIVATIONS
     if row.name not in functors:
         held = f"{', '.join(functors)} (those with a functor in csrc/activations.cuh)"
-        raise unfit(op, f"activation to be one of {held}", repr(activation))
+        raise of.unfit(op, f"activation to be one of {held}", repr(activation))
     first, second, third = (*scalars, 0.0, 0.0, 0.0)[:3]
     return functors[row.name], (first, second, third)
 

@@ -34,6 +34,10 @@ class Unfit(ValueError):
     driver that does not run it."""
 
 
+def unfit(op: str, needed: str, got: str) -> Unfit:
+    return Unfit(f"{op}: backend 'cuda' needs {needed}, got {got}; backend('triton') takes it")
+
+
 @functools.cache
 def load() -> tuple[Any, str]:
     """(the extension, ""), or (None, why there is none)."""

@@ -14,7 +14,8 @@ from ...kernels.arch.tile import SKINNY_M, cdiv
 from ...kernels.device import multiprocessors
 from ...kernels.masked.masked_gated_linear import masked_gated_linear_results
 from . import loader
-from .gated_linear import Enqueue, activation_of, matrix, stream, unfit
+from .gated_linear import Enqueue, activation_of, matrix, stream
+from .loader import unfit
 
 OP = "masked_gated_linear_fwd"
 N_M = (1, 2, 4, 8)

@@ -12,7 +12,8 @@ from torch import Tensor
 from ...kernels.moe import top1_route as _triton
 from ...kernels.moe.top1_route import Groups, RouteCall, Routed, chunk_of
 from . import loader
-from .gated_linear import Enqueue, stream, unfit
+from .gated_linear import Enqueue, stream
+from .loader import unfit
 
 _BLOCK = 32  # tokens that a warp ranks at a time
 

@@ -13,7 +13,6 @@ from torch import Tensor
 from ...kernels.dense.linear_act import linear_act_results
 from ...kernels.device import multiprocessors
 from ...packing import empty_gated, split_pair
-from ...reference.activations import resolve
 from ..cuda import gated_linear as cuda
 from ..cuda.loader import DTYPES
 from . import loader
@@ -22,33 +21,10 @@ from .loader import unfit
 _FARTHEST = 1 << 40  # bytes that a stride of a tensor map may span
 
 
-def _matrix(op: str, name: str, t: Tensor) -> tuple[int, int]:
-    """Address and row stride."""
-    if not cuda.readable(t):
-        raise unfit(
-            op,
-            f"{name} to start on 16 bytes, with columns contiguous and rows apart by a multiple "
-            "of 16 bytes and not overlapping",
-            f"strides {tuple(t.stride())} for shape {tuple(t.shape)}, "
-            f"{t.data_ptr() % 16} bytes off",
-        )
-    return t.data_ptr(), cuda.row_stride(t)
-
-
 def _bias(op: str, name: str, b: Tensor | None) -> int:
     if b is not None and b.stride(0) != 1:
         raise unfit(op, f"{name} to be contiguous", f"stride {b.stride(0)}")
     return 0 if b is None else b.data_ptr()
-
-
-def _activation(op: str, activation: str) -> tuple[int, tuple[float, float, float]]:
-    row, scalars = resolve(activation)
-    functors = loader.load()[0].ACTIVATIONS
-    if row.name not in functors:
-        held = f"{', '.join(functors)} (those with a functor in csrc/activations.cuh)"
-        raise unfit(op, f"activation to be one of {held}", repr(activation))
-    first, second, third = (*scalars, 0.0, 0.0, 0.0)[:3]
-    return functors[row.name], (first, second, third)
 
 
 def _check_sizes(op: str, M: int, H: int, D: int, gated: bool) -> None:
@@ -86,13 +62,13 @@ def _fwd(
         return
     w_gate, w_up = weights
     _check_sizes(op, M, H, D, w_up is not None)
-    at_x, stride_x = _matrix(op, "x", x)
-    at_gate, stride_gate = _matrix(op, names[0], w_gate)
-    at_up, stride_up = (0, 0) if w_up is None else _matrix(op, "w_up", w_up)
+    at_x, stride_x = cuda.matrix(op, "x", x, loader)
+    at_gate, stride_gate = cuda.matrix(op, names[0], w_gate, loader)
+    at_up, stride_up = (0, 0) if w_up is None else cuda.matrix(op, "w_up", w_up, loader)
     if w_up is not None:
         _check_pair(op, w_gate, w_up)
     at_b_gate, at_b_up = _bias(op, names[1], biases[0]), _bias(op, "b_up", biases[1])
-    act, scalars = _activation(op, activation)
+    act, scalars = cuda.activation_of(op, activation, loader)
     if h is None and w_up is None:  # sm_100's epilogue has a destination always
         h = x.new_empty((M, H))
     at_h, at_g, at_u = (0 if t is None else t.data_ptr() for t in (h, *pair))
@@ -115,7 +91,7 @@ def gated_linear_fwd(
     want_gu: bool,
     *adapters: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    cuda.check_no_adapter("gated_linear_fwd", adapters, unfit)
+    cuda.check_no_adapter("gated_linear_fwd", adapters, loader)
     h, gu = empty_gated(x, x.shape[0], w_gate.shape[0], want_h, want_gu)
     pair = split_pair(gu, None) if want_gu else (None, None)
     weights, biases = (w_gate, w_up), (b_gate, b_up)
@@ -133,7 +109,7 @@ def linear_act_fwd(
     want_z: bool,
     *adapter: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    cuda.check_no_adapter("linear_act_fwd", adapter, unfit)
+    cuda.check_no_adapter("linear_act_fwd", adapter, loader)
     h, z = linear_act_results(x, w, want_h, want_z)
     pair = (z if want_z else None, None)
     wanted_h = h if want_h else None
