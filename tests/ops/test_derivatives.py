@@ -113,19 +113,6 @@ def test_many_gradients_at_once(name, device):
     torch.testing.assert_close(got, expected, **close)
 
 
-def test_a_batch_of_gradients_of_one_output(device):
-    """The other outputs have none."""
-    z = torch.randn(4, 5, device=device, requires_grad=True)
-    dy = torch.eye(4, device=device)
-
-    def batch():
-        prob = fusedmlp.top1_route(z).prob
-        return torch.autograd.grad(prob, z, dy, is_grads_batched=True)[0]
-
-    expected, got = both(batch)
-    torch.testing.assert_close(got, expected, **close)
-
-
 @pytest.mark.parametrize("name", ("gated_mlp-bias", "moe_mlp"))
 def test_compiled(name, device, on_triton):
     """A compiled gradient has the kernels in it, transforms in compiled code the reference; what

@@ -223,6 +223,22 @@ def test_each_adapter_tensor_alone(wanted, device, on_triton):
     torch.testing.assert_close(pairs[wanted].grad, every[wanted])
 
 
+@pytest.mark.parametrize("packed", (None, "gate_up"))
+def test_each_tensor_of_the_experts_alone(packed, device, on_triton):
+    tensors, expert = experts(device=device, packed=packed), expert_of(2)
+    lora = adapters(device=device)
+    every = run(tensors, lora, expert, frozen=False, packed=packed)[9:]
+    prob = torch.linspace(0.2, 1, expert.numel(), device=device).view(expert.shape)
+    routing = route_to(expert.to(device), prob, E)
+    given = [i for i, t in enumerate(tensors) if i and t is not None]
+    for wanted, expected in zip(given, every, strict=True):
+        x, *own = (leaf(t, None, i == wanted) for i, t in enumerate(tensors))
+        y = moe_mlp(x, routing, *own, lora=lora, packed=packed)
+        dy = torch.linspace(-1, 1, y.numel(), device=device).view(y.shape)
+        (grad,) = torch.autograd.grad(y, own[wanted - 1], dy)
+        torch.testing.assert_close(grad, expected)
+
+
 def test_second_derivatives(device, on_triton):
     tensors, lora = experts(device=device), adapters(("gate", "down"), device=device)
     routing, _ = arguments_of(tensors, lora, 2)
