@@ -29,7 +29,7 @@ class HyperGLUCache:
         size = self.k.shape[2]
         room = self.length < size
         message = f"HyperGLU: the cache is full: it holds block_size = {size} tokens"
-        torch._assert_async(room.all(), message)
+        torch._assert_async(room, message)
         self.x.copy_(window)
         self.k.index_copy_(2, self.length, k)
         self.v.index_copy_(2, self.length, v)

@@ -83,9 +83,7 @@ class MaskedProductsFunction(Function):
     def backward(ctx: Any, dgt: Tensor) -> tuple[Tensor | None, ...]:
         x, w, masks, planes = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        return masked_gated_linear.projection_grads(
-            dgt.contiguous(), x, w, planes, masks.dtype, needed
-        )
+        return masked_gated_linear.projection_grads(dgt, x, w, planes, masks.dtype, needed)
 
 
 def masked(

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import termios
 import traceback
+import types
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,16 @@ def test_a_misspelt_backend():
         line = the_line(done, 2)
         assert line.startswith("fusedmlp: FUSEDMLP_BACKEND: backend must be one of auto, triton")
         assert done.stdout.count(": right\n") == (3 if command == "doctor" else 0)
+
+
+@pytest.mark.parametrize("wrong", (0, 1, 2))
+def test_doctor_fails_where_any_op_is_wrong(wrong, monkeypatch, capsys):
+    of = iter(range(3))
+    judged = lambda *_: {"out": types.SimpleNamespace(passed=next(of) != wrong)}  # noqa: E731
+    monkeypatch.setattr("fusedmlp.testing.judge", judged)
+    assert cli.main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert (shown.count(": WRONG\n"), shown.count(": right\n")) == (1, 2)
 
 
 def test_doctor_survives_whatever_a_setting_breaks(monkeypatch, capsys):

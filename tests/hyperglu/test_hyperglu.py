@@ -1,5 +1,6 @@
 """HyperGLU: the layer's formula, options, checkpoints' names, causality, memory, errors."""
 
+import itertools
 import warnings
 
 import pytest
@@ -101,6 +102,19 @@ def test_lengths(T):
     layer = perturbed(block_size=13)
     x = draw(1, T, 24, dtype=torch.float64)
     torch.testing.assert_close(layer(x), layer_by_hand(layer, x))
+
+
+SWITCHES = ("do_masking", "use_op1", "use_op2", "op1_do_masking")
+
+
+@pytest.mark.filterwarnings("ignore:HyperGLUConfig")
+@pytest.mark.parametrize("aligner", ("offset", "identity"))
+def test_a_prefix_is_kept_by_every_setting_that_says_so(aligner):
+    x = draw(1, 9, 24, dtype=torch.float64)
+    for on in itertools.product((True, False), repeat=len(SWITCHES)):
+        layer = perturbed(aligner_kind=aligner, **dict(zip(SWITCHES, on, strict=True)))
+        same = torch.allclose(layer(x[:, :5]), layer(x)[:, :5])
+        assert same == layer.config.prefix_consistent, on
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

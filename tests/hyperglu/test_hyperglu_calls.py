@@ -76,10 +76,11 @@ def test_published_keywords():
             layer(x),
             layer(x, impl=None, chunk_T=None, attention_mask=None),
             layer(x, chunk_T=5),
+            layer(x, chunk_T=1),
             layer(x, impl="dense"),
             perturbed(impl_default="dense")(x, impl="chunked", chunk_T=7),
         ]
-    assert seen == [8, 8, 5, None, 7]
+    assert seen == [8, 8, 5, 1, None, 7]
     for y in results[1:]:
         torch.testing.assert_close(y, results[0])
     for options, error, message in (

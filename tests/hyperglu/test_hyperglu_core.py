@@ -7,6 +7,7 @@ import pytest
 import torch
 from hyper_checks import by_loops, core_inputs
 from layer_checks import draw
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmlp
 from fusedmlp.hyperglu.chunked import chunked_attention
@@ -15,10 +16,41 @@ from fusedmlp.hyperglu.rope import rope
 KINDS = ("glu", "relu")
 
 
+class Widths(TorchDispatchMode):
+    """How many elements the gates have."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.relu.default:
+            self.elements += out.numel()
+        return out
+
+
 def without(inputs, mixing, diag):
     """`inputs` without a mixing's diagonal, or without the mixing."""
     gone = () if mixing and diag else ("d",) if mixing else ("c", "u", "vt", "d")
     return lambda n: {**inputs, **{f"{name}{n}": None for name in gone}}
+
+
+@pytest.mark.parametrize("aligner", ("offset", "identity"))
+@pytest.mark.parametrize("mixing, masks, less", [
+    (True, True, True), (False, True, True), (False, False, True), (True, False, False),
+])  # fmt: skip
+def test_blocks_look_no_further_than_they_must(mixing, masks, less, aligner):
+    """Without mixings or with masked ones, a block needs no column behind its last row."""
+    inputs = core_inputs(B=1, T=8, L=8, kind="glu")
+    if not mixing:
+        inputs |= dict.fromkeys(f"{name}{n}" for name in ("c", "u", "vt", "d") for n in (1, 2))
+    shared = {"kind": "glu", "norm": "none", "aligner": aligner, "eps": 1e-12, "causal": True,
+              "mask1": masks, "mask2": masks, "shortcut1": True, "shortcut2": True}  # fmt: skip
+    seen = []
+    for chunk in (2, 8):
+        with Widths() as widths:
+            chunked_attention(**inputs, **shared, chunk=chunk)
+        seen.append(widths.elements)
+    assert (seen[0] < seen[1]) == less
 
 
 @pytest.mark.parametrize("aligner", ("offset", "identity"))

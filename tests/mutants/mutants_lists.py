@@ -780,4 +780,22 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "False, want_dprob, want_db, True,",
         "one more result, which nobody reads",
     ),
+    Equivalent(
+        "fusedmlp/weights/masks.py",
+        "logits = logits.detach()",
+        "logits = logits",
+        "bits have no gradient",
+    ),
+    Equivalent(
+        "fusedmlp/check/hyper.py",
+        "if leading == 1:",
+        "if leading == 2:",
+        "the short way of most calls; what goes on makes views of the same shape",
+    ),
+    Equivalent(
+        "fusedmlp/hyperglu/layer.py",
+        "c, q, options = self.config, tensors[0], self._options()",
+        "c, q, options = self.config, tensors[1], self._options()",
+        "k has q's dtype and device, which is all that is asked",
+    ),
 )

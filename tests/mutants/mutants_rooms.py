@@ -456,7 +456,7 @@ ROWS: tuple[Row, ...] = (
         ("fusedmlp/check/layer.py", "fusedmlp/check/numbers.py"),
         (*LAYERS, "tests/layers/test_layers_moe.py"),
     ),
-    Row("check", ("fusedmlp/check/experts.py",), (ARGUMENTS, *ROUTED, MOE_LORA)),
+    Row("check", ("fusedmlp/check/experts.py",), (ARGUMENTS, *ROUTED, MOE_LORA, LORA_EVERYWHERE)),
     Row(
         "check",
         ("fusedmlp/check/hyper.py",),

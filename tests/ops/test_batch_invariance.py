@@ -17,6 +17,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_compiler
 
 import fusedmlp
+from fusedmlp.backends import library
 from fusedmlp.backends.choice import launcher
 from fusedmlp.backends.cuda.loader import Unfit
 from fusedmlp.backends.op import KERNELS, OPS
@@ -220,6 +221,13 @@ def test_compiled_code_is_guarded_by_the_mode(device, on_triton):
     with fusedmlp.batch_invariant():
         alone = run(slice(5, 6))
     assert all(torch.equal(a[0], b[5]) for a, b in zip(alone, among, strict=True))
+
+
+def test_rows_that_lie_so_are_not_copied():
+    memory = torch.zeros(12, 8)
+    assert library._lies_by_width(memory) and library._lies_by_width(memory[2:])
+    for other in (memory[:, :4], memory.t(), memory[::2], memory.flatten()[1:9].view(2, 4)):
+        assert not library._lies_by_width(other)
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -76,6 +76,13 @@ def spoiled(name):
             yield f"{name}({parameter}={value})", f"must be {name!r} with a {parameter} above 0"
 
 
+def test_a_kink_may_lie_at_0():
+    for name, row in ACTIVATIONS.items():
+        for at in (kink for kink in row.kinks if isinstance(kink, str)):
+            if at not in row.positive:
+                assert 0 in resolve(f"{name}({at}=0)").scalars
+
+
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_bad_spellings(name, each_backend):
     g = torch.ones(2, 3)

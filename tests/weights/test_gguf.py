@@ -266,6 +266,8 @@ LIES = {
     "an offset of 18": (file(info(), info(b"b", offset=18)), "no multiple of the alignment 32"),
     "an offset of 2^64 - 32": (file(info(offset=(1 << 64) - 32)), "begins at byte"),
     "overlapping tensors": (file(info(shape=(256, 1)), info(b"b", offset=32)), "the same bytes"),
+    "a new type within a tensor": (
+        file(info(shape=(128, 16)), info(b"new", (7,), 57, 32), data=bytes(288)), "the same bytes"),
     "the same tensor often": (file(*[info(bytes([97 + i])) for i in range(20)]), "the same bytes"),
     "a tensor past the end": (file(info(offset=4096)), "'a', Q1_0 of shape .1, 128., ends at"),
     "another past the end": (file(info(), info(b"n", (2048,), 0, 32)), "'n', F32 .* ends at"),

@@ -13,7 +13,7 @@ from torch import Tensor
 from ...kernels.arch.tile import SKINNY_M, cdiv
 from ...kernels.binary.binary_linear import binary_linear_result
 from ...kernels.device import multiprocessors
-from ...packing import empty_gated
+from ...packing import empty_pair
 from ...reference.binary import GROUP
 from . import loader
 from .gated_linear import Enqueue, activation_of, matrix, stream
@@ -96,4 +96,4 @@ def binary_gated_linear_fwd(
         raise unfit(op, "a call that wants no gradient", "one that does")
     weights = (q_gate, s_gate, q_up, s_up)
     h = _launch(op, enqueue, x, weights, (b_gate, b_up), activation)
-    return h, empty_gated(x, 0, h.shape[1], False, False)[1]
+    return h, empty_pair(x, 0, h.shape[1], None)
