@@ -82,7 +82,7 @@ class MaskedProductsFunction(Function):
     @differentiable(_products)
     def backward(ctx: Any, dgt: Tensor) -> tuple[Tensor | None, ...]:
         x, w, masks, planes = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
+        needed = ctx.needs_input_grad
         return masked_gated_linear.projection_grads(dgt, x, w, planes, masks.dtype, needed)
 
 

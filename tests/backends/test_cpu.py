@@ -149,6 +149,9 @@ def test_masked_products_of_experts_give_each_gradient_alone(packed):
         return torch.cat((*made, w.new_zeros(1 + n_m, 1, H)), 1)
 
     offsets, dy = torch.tensor(ends, dtype=torch.int32), torch.randn(1 + n_m, 7, H).double()
+    with FlopCounterMode(display=False) as counter:
+        cpu_masked.masked_products(a, w, masks, offsets)
+    assert counter.get_total_flops() == 2 * (1 + n_m) * 7 * H * D
     for wanted in (*([t] for t in leaves), leaves):
         own = [t if any(t is leaf for leaf in wanted) else t.detach() for t in (a, w, masks)]
         made = (cpu_masked.masked_products(*own, offsets), formula(*own))
@@ -172,6 +175,14 @@ def test_a_default_device_changes_nothing(name):
             with torch.device("meta"):
                 inside = case.run(inputs)
             torch.testing.assert_close((inside, case.run(inputs)), (expected, expected))
+
+
+@pytest.mark.parametrize("gone", ("", "1", "2", "12"))
+def test_a_step_of_hyper_attention_without_mixings(gone):
+    case = CASES["hyper_attention_step"]
+    inputs = case.inputs(1, 24, 16, torch.float64)
+    kept = {k: t for k, t in inputs.items() if k[-1] not in gone or k in ("k", "v")}
+    torch.testing.assert_close(*both(lambda: case.run(kept)))
 
 
 def test_a_walk_under_a_default_device():

@@ -63,6 +63,15 @@ def test_each_path_says_so(device):
         assert f"{line}none: hyper_attention: q must be bfloat16" in wide
 
 
+def test_what_the_kernels_do_not_serve_goes_in_blocks(device):
+    layer = perturbed(dtype=torch.float32, aligner_kind="identity").to(device)
+    x = draw(1, 5, 24, device=device)
+    with fusedmlp.backend("triton"):
+        y = layer(x)
+    with fusedmlp.backend("reference"):
+        torch.testing.assert_close(y, layer(x))
+
+
 @torch.no_grad()
 def test_published_keywords():
     """impl and chunk_T of one call, in place of the configuration's."""

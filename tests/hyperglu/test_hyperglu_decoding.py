@@ -5,6 +5,8 @@ import torch
 from hyper_checks import perturbed
 from layer_checks import draw
 
+from fusedmlp.hyperglu.cache import empty_cache
+
 
 @pytest.mark.parametrize("options", [{}, {"attn_kind": "relu"}, {"use_op1": False},
                                      {"use_rope": True, "rope_kind": "rotary"}, {"bias": True},
@@ -64,3 +66,8 @@ def test_decoding_refuses():
         layer.step(draw(2, 24, dtype=torch.float64), cache)
     with pytest.raises(ValueError, match="batch must be an int"):
         layer.init_cache(-1)
+
+
+def test_a_cache_lies_where_it_is_asked_for():
+    cache = empty_cache(perturbed().config, 2, torch.float32, "meta")
+    assert {t.device.type for t in (cache.x, cache.k, cache.v, cache.length)} == {"meta"}

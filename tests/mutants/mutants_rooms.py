@@ -433,6 +433,7 @@ ROWS: tuple[Row, ...] = (
             "tests/layers/test_layers_moe.py",
             "tests/ops/test_top1_route.py",
             "tests/ops/test_hyper_attention_step.py",
+            "tests/ops/test_dropped.py",
             MOE_LORA,
         ),
     ),

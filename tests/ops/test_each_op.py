@@ -55,6 +55,16 @@ def test_kernels_match_the_reference(op, device, on_triton):
 
 
 @pytest.mark.parametrize("op", ONE)
+def test_a_result_is_the_same_without_a_gradient(op, device, on_triton):
+    """Nothing is saved then, which is another call of the kernels."""
+    inputs = ONE[op].inputs(2, 16, 24, torch.float32, device)
+    wants = not ONE[op].forward_only
+    saved = ONE[op].run({k: t.detach().requires_grad_(wants and t.is_floating_point())
+                         for k, t in inputs.items()})  # fmt: skip
+    torch.testing.assert_close(ONE[op].run(inputs), saved.detach(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("op", ONE)
 def test_reference_differentiates(op):
     """Autograd's gradients against finite differences, all at once along one direction."""
     case = ONE[op]

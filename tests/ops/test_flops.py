@@ -42,7 +42,7 @@ def test_counter_formula_and_reference_agree(case, device, on_triton):
 ALONE = {
     "gated_linear-bias": ("x", "w_gate", "b_up"), "gated_mlp": ("x", "w_up", "w_down"),
     "mlp-bias": ("w_in", "b_in", "w_out"), "masked_gated_linear-4": ("x", "w", "masks"),
-    "moe_linear": ("x", "w", "b"), "hyper_attention": ("k", "vt1", "c2", "v"),
+    "moe_linear": ("x", "w", "b"), "hyper_attention": ("k", "u1", "vt1", "c2", "vt2", "v"),
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def case(name, rank, scale, rows=T, dtype=torch.float64, low=None):
     x = (drawn(rows, D, seed=20) * D**0.5).to(dtype).requires_grad_()
     gate, up, down = drawn(*stack, H, D, seed=21), drawn(*stack, H, D, seed=22), drawn(
         *stack, D, H, seed=23)  # fmt: skip
-    options = {"activation": "silu"}
+    options = {"activation": "gelu_tanh"}  # nobody's default
     if name == "gated_mlp":
         weights = (to(gate), to(up), to(down))
     elif name == "mlp":

@@ -15,6 +15,7 @@ from fusedmlp.kernels.device import pretend
 from fusedmlp.kernels.moe import backward as moe_mlp_bwd, moe_mlp as kernels
 from fusedmlp.kernels.pick import pick_grouped_tile
 from fusedmlp.ops import _experts as ops
+from fusedmlp.packing import ORDERS, halves
 from fusedmlp.testing import CASES, assert_close_to, compare, evaluate, floating, yardsticks
 from fusedmlp.testing.moe import EXPERTS, experts_case
 
@@ -458,3 +459,13 @@ def test_one_expert_is_a_dense_block(device, each_backend):
 def test_a_routing_is_a_pytree():
     leaves, spec = torch.utils._pytree.tree_flatten(ROUTING)
     assert isinstance(torch.utils._pytree.tree_unflatten(leaves, spec), Routing)
+
+
+@pytest.mark.parametrize("packed", ORDERS)
+def test_packed_experts_take_gates(packed):
+    """One weight is gate and up all the same."""
+    x, w, down = (torch.randn(shape) for shape in ((4, 8), (3, 12, 8), (3, 8, 6)))
+    routing = route_to(torch.tensor([0, 2, 1, 2]), torch.ones(4), 3)
+    gate, up = halves(w, packed, 1)
+    y = moe_mlp(x, routing, w, None, down, activation="swiglu_oai", packed=packed)
+    torch.testing.assert_close(y, moe_mlp(x, routing, gate, up, down, activation="swiglu_oai"))
