@@ -172,7 +172,8 @@ def selu(x):
 @triton.jit
 def softplus(x, beta, threshold):
     # log(1 + e) = 2 artanh(s) with s = e / (2 + e), at most 1/3: a series good to 2e-9 of it,
-    # where a logarithm of 1 + e loses what e is small by.
+    # where a logarithm of 1 + e loses what e is small by. Divided once for all values, x too:
+    # masked kernels have no registers for a division of each, nor for x beside z.
     z = beta * x
     e = exp2(-1.4426950408889634 * tl.abs(z))
     s = e * reciprocal(2 + e)
@@ -181,7 +182,7 @@ def softplus(x, beta, threshold):
     series = 1 + q * (1.0 / 3 + q * (1.0 / 5 + q * (1.0 / 7 + q * series)))
     y = tl.where(z > 0, z, 0.0) + 2 * s * series
     slope, _ = sigmoids(z)
-    return tl.where(z > threshold, x, y / beta), tl.where(z > threshold, 1.0, slope)
+    return tl.where(z > threshold, z, y) * (1 / beta), tl.where(z > threshold, 1.0, slope)
 
 
 @triton.jit
