@@ -17,6 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ...kernels.arch import ARCHES
+from ...kernels.arch.assembler import assembler
 from ..machine import ROOT
 from ..options import Refusal
 
@@ -49,10 +51,12 @@ def extension_sources() -> str:
 
 
 def kernel_stamp() -> dict[str, str]:
-    """These sources, and this Triton, of which another Python has other files."""
+    """These sources, this Triton, of which another Python has other files, and the assemblers, by
+    which tiles are chosen."""
     return {
         "sources": kernel_sources(),
         "triton": metadata.version("triton"),
+        "ptxas": ", ".join(sorted({assembler(arch.capability) for arch in ARCHES.values()})),
         "python": str(sys.implementation.cache_tag),
     }
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+from ...kernels.arch.assembler import KEEPS_REGISTERS, keeps_registers
+
 # A grid's y and z end here, its x at 2^31 - 1 (CUDA Programming Guide, "Compute Capabilities").
 MOST_BLOCKS = 65_535
 # wgmma of 8 columns whose second operand is contiguous along them: half a row of a 32-byte swizzle.
@@ -15,15 +17,6 @@ _NARROW = re.compile(r"wgmma\.mma_async\S*\.m64n8k16\.[^;]*,\s*1\s*;|HGMMA\.64x8
 _FROM_REGISTERS = re.compile(
     r"wgmma\.mma_async\S*\s*\{[^}]*\}\s*,\s*\{|\b[A-Z]GMMA\.\S+\s+R\d+,\s*R\d+"
 )
-# The first ptxas that keeps such registers until wgmma has read them: "CUDA Tools" in the release
-# notes of CUDA 13.3. Wrong results by 12.8.93 and 12.9.86 are in triton-lang/triton#11781 and
-# fla-org/flash-linear-attention#1262.
-KEEPS_REGISTERS = (13, 3)
-
-
-def version(text: str) -> tuple[int, ...]:
-    """12.9.86 as numbers."""
-    return tuple(map(int, text.split(".")))
 
 
 def in_code(code: str, assembler: str) -> list[str]:
@@ -31,7 +24,7 @@ def in_code(code: str, assembler: str) -> list[str]:
     faults = []
     if _NARROW.search(code):
         faults.append("wgmma of 8 columns along which B is contiguous")
-    if version(assembler)[:2] < KEEPS_REGISTERS and _FROM_REGISTERS.search(code):
+    if not keeps_registers(assembler) and _FROM_REGISTERS.search(code):
         needed = ".".join(map(str, KEEPS_REGISTERS))
         faults.append(f"wgmma from registers by ptxas {assembler}, older than {needed}")
     return faults

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.nvidia.compiler import get_ptxas
 
+from ...kernels.arch.assembler import assembler
 from . import hazards
 from .jobs import Job
 
@@ -64,7 +64,7 @@ def tool(name: str, cubin: str, *flags: str) -> str:
 
 
 @functools.cache
-def _read(cubin: bytes, assembler: str) -> _Code:
+def _read(cubin: bytes, ptxas: str) -> _Code:
     """Each distinct machine code is disassembled once: its instructions alone, without line tables
     and without the flow of control, which is half the work."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -82,7 +82,7 @@ def _read(cubin: bytes, assembler: str) -> _Code:
         waits=sass.count("WARPGROUP.DEPBAR"),
         products=sass.count("HGMMA."),
         opcodes=tuple(op for op in _OPCODES if op in words),
-        hazards=tuple(hazards.in_code(sass, assembler)),
+        hazards=tuple(hazards.in_code(sass, ptxas)),
     )
 
 
@@ -105,10 +105,10 @@ def _matrix_faults(job: Job, code: _Code) -> list[str]:
 def inspect(job: Job, name: str, kernel: Any, grid: Sequence[int] = ()) -> Compiled:
     """What was found in the PTX and in the machine code of one kernel that `job` launches over
     `grid`."""
-    arch, assembler = job.arch, get_ptxas(job.arch.capability).version
-    code = _read(kernel.asm["cubin"], assembler)
+    arch, ptxas = job.arch, assembler(job.arch.capability)
+    code = _read(kernel.asm["cubin"], ptxas)
     shared, columns = kernel.metadata.shared, kernel.metadata.tmem_size or 0
-    known = (*hazards.in_code(kernel.asm["ptx"], assembler), *code.hazards)
+    known = (*hazards.in_code(kernel.asm["ptx"], ptxas), *code.hazards)
     faults = list(dict.fromkeys(known)) + hazards.in_grid(grid)
     if code.stack or code.spills:
         faults.append(f"spills ({code.stack} bytes of stack)")

@@ -54,7 +54,8 @@ def fits(tile: Tile, arch: Arch, kernel: str, size: int) -> bool:
         return False
     if shared_bytes(tile, kernel, size) > arch.shared_memory:
         return False
-    if tile.block_n % tile.subtiles or tile.block_n // tile.subtiles < min(MIN_PART, tile.block_n):
+    cut, part = (tile.block_m, tile.part[0]) if tile.weight_left else (tile.block_n, tile.part[1])
+    if cut % tile.subtiles or part < min(MIN_PART, cut):
         return False
     accumulators = _halves(kernel) * tile.block_m * tile.block_n
     # With tensor memory they lie outside the registers; else a thread holds its share.

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from . import binary, dense, hyper, masked, moe
+from .assembler import ByAssembler
 from .roof import B200, H100, H200, Roof
 from .tile import Tile, Tiles
 
@@ -75,6 +76,7 @@ class Arch:
 _FP32 = {**dense.with_adapters(dense.FP32), **masked.FP32, **moe.FP32, **binary.FP32}
 _MMA = {**_FP32, **dense.with_adapters(dense.MMA), **masked.MMA, **moe.MMA, **binary.MMA}
 _TMA = {**_FP32, **dense.with_adapters(dense.TMA), **masked.TMA, **moe.TMA, **binary.TMA}
+_WGMMA = ByAssembler(90, _TMA, masked.WGMMA)
 # Registers that hold g and u are spilled beside tcgen05's accumulators, read from tensor memory.
 _TCGEN05 = {key: tuple(replace(tile, box=None) for tile in row) for key, row in _TMA.items()}
 _INTERPRETED = {
@@ -91,7 +93,7 @@ ARCHES: dict[str, Arch] = {
         Arch("sm_80", 80, "mma.sync", 166_912, 2048, _MMA, hyper.MMA),
         Arch("sm_86", 86, "mma.sync", 101_376, 1536, _MMA, hyper.MMA),
         # The GPU that the tiles are made for.
-        Arch("sm_90", 90, "wgmma", 232_448, 2048, _TMA, hyper.TMA, (H100, H200), thorough=True),
+        Arch("sm_90", 90, "wgmma", 232_448, 2048, _WGMMA, hyper.TMA, (H100, H200), thorough=True),
         Arch("sm_100", 100, "tcgen05", 232_448, 2048, _TCGEN05, hyper.TMA, (B200,)),
         Arch("sm_103", 103, "tcgen05", 232_448, 2048, _TCGEN05, hyper.TMA),
         # Thor, which CUDA 12 called sm_101.

@@ -38,7 +38,11 @@ MMA: Tiles = {
         _MASKED_ELEMENT,
         *_MASKED_SKINNY,
     ),
-    ("masked_gated_linear_dx", 2): (Tile(128, 128, 32, 8, 4), Tile(64, 64, 32, 4, 4), ELEMENT),
+    ("masked_gated_linear_dx", 2): (
+        Tile(128, 128, 32, 8, 4, weight_left=True),
+        Tile(64, 64, 32, 4, 4, weight_left=True),
+        ELEMENT,
+    ),
     ("masked_gated_linear_dw", 2): (
         Tile(128, 64, 32, 8, 4, subtiles=2),
         Tile(64, 64, 32, 4, 4, subtiles=2),
@@ -68,9 +72,32 @@ TMA: Tiles = {
         ELEMENT,
     ),
 }
+# For wgmma by an assembler that keeps registers (assembler.py): masked weights are multiplied where
+# they are made. tcgen05 takes no operand from registers, so that it gains nothing.
+WGMMA: Tiles = {
+    ("masked_gated_linear_fwd", 2): (
+        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma", weight_left=True),
+        Tile(128, 64, 64, 4, 4, subtiles=4, loads="tma", weight_left=True),
+        *FEW[1:],
+        ELEMENT,
+        *SKINNY,
+    ),
+    ("masked_gated_linear_fwd_group", 2): (
+        Tile(64, 128, 64, 8, 4, subtiles=2, loads="tma", weight_left=True),
+        _MASKED_ELEMENT,
+        *_MASKED_SKINNY,
+    ),
+    ("masked_gated_linear_dx", 2): (
+        # 3 stages are what fits. Two products of a step read as many bytes as one of 128 x 128.
+        Tile(256, 128, 64, 8, 3, loads="tma", weight_left=True),
+        Tile(128, 128, 64, 8, 4, loads="tma", weight_left=True),
+        Tile(128, 64, 64, 4, 4, loads="tma", weight_left=True),
+        ELEMENT,
+    ),
+}
 INTERPRETED: Tiles = {
     (kernel, size): (
-        Tile(32, 64, 32, 4, 2, subtiles=2, loads="tma", group_m=2),
+        Tile(32, 64, 32, 4, 2, subtiles=2, loads="tma", group_m=2, weight_left=True),
         Tile(32, 64, 32, 4, 2, subtiles=2, loads="element", group_m=2),
         *(INTERPRETED_SKINNY if "_fwd" in kernel else ()),
     )

@@ -38,7 +38,10 @@ class Tile:
     16 bytes a thread; "element" makes no demand on strides or sizes. group_m: rows of tiles visited
     together, for L2. box: columns of g and u that a backward's epilogue reads by TMA at once and
     waits for once, several parts, in registers until their turn; None is one part. few: for FEW_M
-    rows at most: narrow, so that every multiprocessor reads a part of the weight.
+    rows at most: narrow, so that every multiprocessor reads a part of the weight. weight_left: the
+    weight, which masks change in registers, is the left operand, and the result is made transposed:
+    wgmma takes its left operand from registers, so that nothing waits for a masked tile in shared
+    memory.
     """
 
     block_m: int
@@ -51,6 +54,7 @@ class Tile:
     group_m: int = 8
     box: int | None = None
     few: bool = False
+    weight_left: bool = False
 
     @property
     def tma(self) -> bool:
@@ -68,10 +72,18 @@ class Tile:
     def skinny(self) -> bool:
         return self.block_m <= SKINNY_M
 
+    @property
+    def part(self) -> tuple[int, int]:
+        """Rows and columns of the result in a part of what is made, which is cut by its columns."""
+        if self.weight_left:
+            return self.block_m // self.subtiles, self.block_n
+        return self.block_m, self.block_n // self.subtiles
+
     def __str__(self) -> str:
+        side = ", weight left" if self.weight_left else ""
         return (
             f"{self.block_m}x{self.block_n}x{self.block_k}, {self.num_warps} warps, "
-            f"{self.num_stages} stages, {self.loads} loads"
+            f"{self.num_stages} stages, {self.loads} loads{side}"
         )
 
 
@@ -90,8 +102,11 @@ def unboxed(tile: Tile) -> Tile:
 
 @functools.lru_cache(1024)
 def narrower(tile: Tile) -> Tile:
-    """`tile` with half the columns, 16 at least, in parts as wide as before if it has several."""
-    return replace(tile, block_n=max(16, tile.block_n // 2), subtiles=max(1, tile.subtiles // 2))
+    """`tile` with half the columns of what it makes, 16 at least, in parts as wide as before if it
+    has several."""
+    side = "block_m" if tile.weight_left else "block_n"
+    half = max(16, getattr(tile, side) // 2)
+    return replace(tile, **{side: half}, subtiles=max(1, tile.subtiles // 2))
 
 
 # (kernel, bytes of an element) -> tiles, the preferred first. A kernel is a launcher's name:

@@ -37,7 +37,17 @@ from ..tiles import (
     weight_of,
 )
 from .masked_gated_linear import masked_options
-from .masks import bits_of, keep, load_words, words_of
+from .masks import (
+    bits_of,
+    keep,
+    keep_pairs,
+    load_words,
+    multiplied,
+    shifts,
+    upright,
+    words_of,
+    zeros,
+)
 
 ELEMENTS = 1024  # a program of the elementwise kernel
 
@@ -87,12 +97,23 @@ def _ev_kernel(
 
 
 @triton.jit
-def _kept(
-    planes_ptr, i, r0, c0, R, C, N_M: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+def _words(
+    planes_ptr,
+    i,
+    r0,
+    c0,
+    R,
+    C,
+    N_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    LEFT: tl.constexpr,
 ):
-    """Which weights mask i - 1 keeps; all of them for i = 0."""
-    words = load_words(planes_ptr, tl.maximum(i, 1) - 1, r0, c0, R, C, N_M, 1, BLOCK_R, BLOCK_C)
-    return bits_of(tl.where(i == 0, 255, words).to(tl.uint32), 0, BLOCK_R, BLOCK_C)
+    """Which weights mask i - 1 keeps, eight a byte; all of them for i = 0."""
+    words = load_words(
+        planes_ptr, tl.maximum(i, 1) - 1, r0, c0, R, C, N_M, 1, BLOCK_R, BLOCK_C, True, LEFT
+    )
+    return tl.where(i == 0, 255, words).to(tl.uint32)
 
 
 @triton.jit
@@ -114,15 +135,19 @@ def _dx_kernel(
     SUBTILES: tl.constexpr,
     TMA: tl.constexpr,
     K_MAJOR: tl.constexpr,
+    LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    shift = shifts(planes_ptr, H, LEFT)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(D, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
         tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = zeros(BLOCK_M, BLOCK_N, LEFT)
+        if LEFT:  # as multiply_masked says
+            tl.assume(H > 0)
         # One product a step: two into one accumulator miscompile on sm_100 (kernels/README.md).
         for step in tl.range(0, tl.cdiv(H, BLOCK_K) * (1 + N_M)):
             k = step // (1 + N_M) * BLOCK_K
@@ -134,9 +159,10 @@ def _dx_kernel(
                 tile = w.load([k, n0])
             else:
                 tile = load_tile(w, stride_wh, stride_wd, k, n0, H, D, BLOCK_K, BLOCK_N, False)
-            kept = _kept(planes_ptr, i, k, n0, H, D, N_M, BLOCK_K, BLOCK_N)
-            acc = dot(a, keep(kept, tile), acc, PRECISION)
-        store_tile(dx, D, m0, n0, M, D, acc, BLOCK_M, BLOCK_N, TMA)
+            words = _words(planes_ptr, i, k, n0, H, D, N_M, BLOCK_K, BLOCK_N, LEFT)
+            kept = keep_pairs(words, shift, 0, tile, BLOCK_K, BLOCK_N)
+            acc = multiplied(a, kept, acc, LEFT, PRECISION)
+        store_tile(dx, D, m0, n0, M, D, upright(acc, LEFT), BLOCK_M, BLOCK_N, TMA)
 
 
 @triton.jit
@@ -161,6 +187,7 @@ def _dw_kernel(
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
     TMA: tl.constexpr,
+    LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Tiles (BLOCK_M, BLOCK_N) of (H, D); K is M tokens."""
@@ -194,8 +221,9 @@ def _dw_kernel(
                         grad = w.to(tl.float32) * parts[part]
                         store_slice(dlogits, i - 1, r0, c1, H, D, grad, BLOCK_M, PART, TMA)
                 if dw is not None:
-                    kept = _kept(planes_ptr, i, r0, c1, H, D, N_M, BLOCK_M, PART)
-                    added = added + (sums[part] + keep(kept, parts[part]),)
+                    words = _words(planes_ptr, i, r0, c1, H, D, N_M, BLOCK_M, PART, False)
+                    kept = keep(bits_of(words, 0, BLOCK_M, PART), parts[part])
+                    added = added + (sums[part] + kept,)
                 else:
                     added = added + (sums[part],)
             sums = added

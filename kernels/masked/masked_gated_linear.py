@@ -11,6 +11,11 @@ Each K step loads one tile of x and one of w; every mask is laid over the w tile
 step makes 1 + MASKS products with the same x. The complement x ((1 - m_i) * w)' is t - g_i, by
 subtraction in float32. One pass serves 1, 2 or 4 masks; more masks are taken two at a time, odd
 numbers one at a time, because t and h, made in the first pass, then stay in registers.
+
+A masked tile goes through shared memory to be wgmma's right operand; as its left one it stays in
+registers. A tile of `weight_left` makes the result transposed for that, with a first pass for t
+alone where there are several passes. Which assemblers can be trusted with it is in
+arch/assembler.py.
 """
 
 from __future__ import annotations
@@ -38,16 +43,21 @@ from ..tiles import (
     tile_at,
     weight_of,
 )
-from .masks import multiply_masked, words_of
+from .masks import multiply_masked, shifts, upright, words_of, zeros
 from .skinny import launch_split
 
 
 @triton.jit
-def _parts(accs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr):
-    """The column parts of each tile."""
+def _parts(
+    accs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, LEFT: tl.constexpr
+):
+    """The column parts of each tile as it was made: of a transposed one, rows of the result."""
     parts = ()
     for i in tl.static_range(len(accs)):
-        parts = parts + (column_parts(accs[i], BLOCK_M, BLOCK_N, SUBTILES),)
+        if LEFT:
+            parts = parts + (column_parts(accs[i], BLOCK_N, BLOCK_M, SUBTILES),)
+        else:
+            parts = parts + (column_parts(accs[i], BLOCK_M, BLOCK_N, SUBTILES),)
     return parts
 
 
@@ -70,12 +80,14 @@ def _add_masks(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TMA: tl.constexpr,
+    LEFT: tl.constexpr,
 ):
-    """h + sum_i act(g_i) * (total - g_i) over masks first.., on column part `part` of a tile."""
+    """h + sum_i act(g_i) * (total - g_i) over masks first.., on column part `part` of tiles as they
+    were made."""
     for i in tl.static_range(MASKS):
         g = gs[i][part]
         if gt is not None:
-            store_slice(gt, 1 + first + i, m0, n0, M, H, g, BLOCK_M, BLOCK_N, TMA)
+            store_slice(gt, 1 + first + i, m0, n0, M, H, upright(g, LEFT), BLOCK_M, BLOCK_N, TMA)
         value, _ = ACT(g, *scalars)
         u = total - g
         if UP is not None:
@@ -111,9 +123,16 @@ def _fwd_kernel(
     TMA: tl.constexpr,
     K_MAJOR: tl.constexpr,
     MASK_K: tl.constexpr,
+    LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    PART: tl.constexpr = BLOCK_N // SUBTILES
+    PART_M: tl.constexpr = BLOCK_M // SUBTILES if LEFT else BLOCK_M
+    PART_N: tl.constexpr = BLOCK_N if LEFT else BLOCK_N // SUBTILES
+    # Beside two masked products and h there are no registers for a third product's.
+    FIRST: tl.constexpr = 0 if LEFT and N_M > MASKS else MASKS
+    STEP_M: tl.constexpr = PART_M if LEFT else 0
+    STEP_N: tl.constexpr = 0 if LEFT else PART_N
+    shift = shifts(planes_ptr, H, LEFT)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(H, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):
@@ -121,45 +140,51 @@ def _fwd_kernel(
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N
         accs = multiply_masked(
-            x, stride_xm, stride_xd, w, stride_wh, stride_wd, planes_ptr,
-            m0, n0, 0, D, M, H, D, 0, MASKS, 1, N_M,
-            BLOCK_M, BLOCK_N, BLOCK_K, TMA, K_MAJOR, MASK_K, PRECISION,
+            x, stride_xm, stride_xd, w, stride_wh, stride_wd, planes_ptr, shift,
+            m0, n0, 0, D, M, H, D, 0, FIRST, 1, N_M,
+            BLOCK_M, BLOCK_N, BLOCK_K, TMA, K_MAJOR, MASK_K, LEFT, PRECISION,
         )  # fmt: skip
-        gs = _parts(accs, BLOCK_M, BLOCK_N, SUBTILES)
+        gs = _parts(accs, BLOCK_M, BLOCK_N, SUBTILES, LEFT)
         totals = gs[0]
         gs = gs[1:]
         hs = ()
         for part in tl.static_range(SUBTILES):
-            n1 = n0 + part * PART
+            m1 = m0 + part * STEP_M
+            n1 = n0 + part * STEP_N
+            total = totals[part]
             if gt is not None:
-                store_slice(gt, 0, m0, n1, M, H, totals[part], BLOCK_M, PART, TMA)
+                store_slice(gt, 0, m1, n1, M, H, upright(total, LEFT), PART_M, PART_N, TMA)
             h = _add_masks(
-                tl.zeros((BLOCK_M, PART), tl.float32), totals[part], gs, part, gt, m0, n1, M, H,
-                0, scalars, ACT, UP, MASKS, BLOCK_M, PART, TMA,
+                zeros(PART_M, PART_N, LEFT), total, gs, part, gt, m1, n1, M, H,
+                0, scalars, ACT, UP, FIRST, PART_M, PART_N, TMA, LEFT,
             )  # fmt: skip
-            if N_M > MASKS:
+            if N_M > FIRST:
                 hs = hs + (h,)
             elif out is not None:
-                store_tile(out, H, m0, n1, M, H, h, BLOCK_M, PART, TMA)
-        if N_M > MASKS:
-            for first in tl.range(MASKS, N_M, MASKS):
+                store_tile(out, H, m1, n1, M, H, upright(h, LEFT), PART_M, PART_N, TMA)
+        if N_M > FIRST:
+            for first in tl.range(FIRST, N_M, MASKS):
                 group = multiply_masked(
-                    x, stride_xm, stride_xd, w, stride_wh, stride_wd, planes_ptr,
+                    x, stride_xm, stride_xd, w, stride_wh, stride_wd, planes_ptr, shift,
                     m0, n0, 0, D, M, H, D, first, MASKS, 0, N_M,
-                    BLOCK_M, BLOCK_N, BLOCK_K, TMA, K_MAJOR, MASK_K, PRECISION,
+                    BLOCK_M, BLOCK_N, BLOCK_K, TMA, K_MAJOR, MASK_K, LEFT, PRECISION,
                 )  # fmt: skip
-                group_gs = _parts(group, BLOCK_M, BLOCK_N, SUBTILES)
+                group_gs = _parts(group, BLOCK_M, BLOCK_N, SUBTILES, LEFT)
                 sums = ()
                 for part in tl.static_range(SUBTILES):
                     h = _add_masks(
-                        hs[part], totals[part], group_gs, part, gt, m0, n0 + part * PART, M, H,
-                        first, scalars, ACT, UP, MASKS, BLOCK_M, PART, TMA,
+                        hs[part], totals[part], group_gs, part, gt,
+                        m0 + part * STEP_M, n0 + part * STEP_N, M, H,
+                        first, scalars, ACT, UP, MASKS, PART_M, PART_N, TMA, LEFT,
                     )  # fmt: skip
                     sums = sums + (h,)
                 hs = sums
             if out is not None:
                 for part in tl.static_range(SUBTILES):
-                    store_tile(out, H, m0, n0 + part * PART, M, H, hs[part], BLOCK_M, PART, TMA)
+                    m1 = m0 + part * STEP_M
+                    n1 = n0 + part * STEP_N
+                    h = upright(hs[part], LEFT)
+                    store_tile(out, H, m1, n1, M, H, h, PART_M, PART_N, TMA)
 
 
 def masked_options(tile: Tile, x: Tensor, n_m: int) -> dict[str, Any]:
@@ -172,6 +197,7 @@ def masked_options(tile: Tile, x: Tensor, n_m: int) -> dict[str, Any]:
         "GROUP_M": tile.group_m,
         "SUBTILES": tile.subtiles,
         "TMA": tile.tma,
+        "LEFT": tile.weight_left,
         "PRECISION": precision(x.dtype),
         "num_warps": tile.num_warps,
         "num_stages": tile.num_stages,
@@ -179,8 +205,8 @@ def masked_options(tile: Tile, x: Tensor, n_m: int) -> dict[str, Any]:
     }
 
 
-def _masks_of_a_pass(n_m: int) -> int:
-    return 4 if n_m == 4 else 2 if n_m % 2 == 0 else 1
+def _masks_of_a_pass(n_m: int, tile: Tile) -> int:
+    return 4 if n_m == 4 and not tile.weight_left else 2 if n_m % 2 == 0 else 1
 
 
 def masked_gated_linear_results(
@@ -211,13 +237,13 @@ def masked_gated_linear_fwd(
     if act["UP"] is not None:
         tile = narrower(tile)  # or the largest spill: psi needs g, t - g and h at once
     weight, *w_strides, k_major = weight_of(w, tile.block_n, tile.block_k, tile.tma)
-    block_out = tile.block_n // tile.subtiles
+    part_m, part_n = tile.part
     noted(_fwd_kernel)[grid_of(tile, x, M, H)](
         rows_of(x, tile.block_m, tile.block_k, tile.tma), weight, words_of(planes),
-        rows_of(outputs[0], tile.block_m, block_out, tile.tma),
-        slices_of(outputs[1], tile.block_m, block_out, tile.tma),
+        rows_of(outputs[0], part_m, part_n, tile.tma),
+        slices_of(outputs[1], part_m, part_n, tile.tma),
         M, H, D, *x.stride(), *w_strides,
-        **act, MASKS=_masks_of_a_pass(n_m),
+        **act, MASKS=_masks_of_a_pass(n_m, tile),
         K_MAJOR=k_major, MASK_K=D % tile.block_k != 0, **masked_options(tile, x, n_m),
     )  # fmt: skip
     return h, gt

@@ -31,7 +31,8 @@ def load_words(
     PER: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    MASK_C: tl.constexpr = True,
+    MASK_C: tl.constexpr,
+    LEFT: tl.constexpr,
 ):
     """Planes PER * index .. of rows r0.. and columns c0.. of an (R, C) weight: a (BLOCK_R,
     BLOCK_C // 8) tile of words with PER bytes in use. PER divides N_M; c0 is a multiple of 8."""
@@ -43,11 +44,35 @@ def load_words(
         words_ptr = planes_ptr
     WORDS: tl.constexpr = N_M // PER
     octets = tl.cdiv(C, 8)
-    words = load_tile(
-        words_ptr + index, octets * WORDS, WORDS, r0, c0 // 8, R, octets, BLOCK_R, BLOCK_C // 8,
-        False, MASK_C,
-    )  # fmt: skip
+    if LEFT:
+        # Unsigned 32 bits hold a tile's own offsets, which takes the fewest registers: there are no
+        # others beside the products of two masks.
+        rows = tl.arange(0, BLOCK_R)[:, None]
+        columns = c0 // 8 + tl.arange(0, BLOCK_C // 8)[None, :]
+        there = rows < R - r0
+        if MASK_C:
+            there = there & (columns < octets)
+        first = words_ptr + (tl.cast(r0, tl.int64) * octets * WORDS + index)
+        words = tl.load(first + ((rows * octets + columns) * WORDS).to(tl.uint32), there, other=0)
+    else:
+        words = load_tile(
+            words_ptr + index, octets * WORDS, WORDS, r0, c0 // 8, R, octets, BLOCK_R, BLOCK_C // 8,
+            False, MASK_C,
+        )  # fmt: skip
     return words.to(tl.uint32)
+
+
+@triton.jit
+def shifts(planes_ptr, R, LEFT: tl.constexpr):
+    """How far left each bit of a byte is moved to become its highest: 7 .. 0. If LEFT they come by
+    a load that reads nothing, as no matrix has -R rows: Triton moves what makes a left operand to
+    registers of the product's layout where all of it is loaded or constant, which `tl.arange` is
+    not. As right operands the same would be made by each warp."""
+    lanes = tl.arange(0, 8)
+    values = 7 - lanes
+    if LEFT:
+        values = tl.load(planes_ptr + lanes, mask=lanes < -R, other=values)
+    return values.to(tl.uint32)
 
 
 @triton.jit
@@ -63,6 +88,41 @@ def keep(bits, tile):
     if INTERPRETED:  # it mixes up bf16 with the 0
         tile = tile.to(tl.float32)
     return tl.where(bits, tile, 0.0)
+
+
+@triton.constexpr_function
+def _both(byte):
+    """PTX that keeps two neighbours of 16 bits where bytes `byte` of their words have the top bit,
+    which prmt spreads over a half: 2 instructions."""
+    low, high = 8 + byte, 12 + byte
+    halves = f"0x{high:x}{high:x}{low:x}{low:x}"
+    return f"{{ .reg .b32 m; prmt.b32 m, $2, $3, {halves}; and.b32 $0, $1, m; }}"
+
+
+@triton.jit
+def in_registers(tile, LEFT: tl.constexpr):
+    """`tile`, which is not multiplied from shared memory if LEFT."""
+    if LEFT and not INTERPRETED:
+        tile = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=True, pack=2
+        )
+    return tile
+
+
+@triton.jit
+def keep_pairs(
+    words, shift, byte: tl.constexpr, tile, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """The (BLOCK_R, BLOCK_C) `tile` where byte `byte` of its words has the weight's bit, else 0: of
+    16 bits two neighbours at once."""
+    if INTERPRETED or tile.dtype.primitive_bitwidth != 16:
+        kept = keep(bits_of(words, byte, BLOCK_R, BLOCK_C), tile)
+    else:
+        tops = tl.reshape(words[:, :, None] << shift[None, None, :], (BLOCK_R, BLOCK_C))
+        kept = tl.inline_asm_elementwise(
+            _both(byte), "=r,r,r,r", [tile, tops], dtype=tile.dtype, is_pure=True, pack=2
+        )
+    return kept
 
 
 @triton.jit
@@ -97,6 +157,35 @@ def _pack_kernel(
 
 
 @triton.jit
+def zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr):
+    """Where a (BLOCK_M, BLOCK_N) result is summed, which is made transposed if LEFT."""
+    if LEFT:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    return acc
+
+
+@triton.jit
+def multiplied(a, b, acc, LEFT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b, both transposed if LEFT: masked weights, right operands here, are left ones there,
+    which wgmma takes from registers."""
+    if LEFT:
+        acc = dot(b.T, a.T, acc, PRECISION)
+    else:
+        acc = dot(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def upright(t, LEFT: tl.constexpr):
+    """A part of the result, from what `multiplied` made."""
+    if LEFT:
+        t = t.T
+    return t
+
+
+@triton.jit
 def multiply_masked(
     x,
     stride_xm,
@@ -105,6 +194,7 @@ def multiply_masked(
     stride_wh,
     stride_wd,
     planes_ptr,
+    shift,
     m0,
     n0,
     k_begin,
@@ -122,15 +212,18 @@ def multiply_masked(
     TMA: tl.constexpr,
     K_MAJOR: tl.constexpr,
     MASK_K: tl.constexpr,
+    LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """One tile of x w' (if TOTAL = 1) and of x (m_i * w)' for masks first.. of N_M, over
-    k_begin..k_end: a tuple of float32 tiles, which share the x and w tiles. A word of planes serves
-    PER masks, which divides `first`, as MASKS does."""
+    k_begin..k_end: a tuple of float32 tiles, transposed if LEFT, which share the x and w tiles. A
+    word of planes serves PER masks, which divides `first`, as MASKS does."""
     PER: tl.constexpr = 4 if MASKS % 4 == 0 else 2 if MASKS % 2 == 0 else 1
     accs = ()
     for _ in tl.static_range(TOTAL + MASKS):
-        accs = accs + (tl.zeros((BLOCK_M, BLOCK_N), tl.float32),)
+        accs = accs + (zeros(BLOCK_M, BLOCK_N, LEFT),)
+    if LEFT:  # or zeros meet the products that are awaited behind the loop: wgmma one by one
+        tl.assume(k_begin < k_end)
     for k in tl.range(k_begin, k_end, BLOCK_K):
         a = load_tile(x, stride_xm, stride_xd, m0, k, M, D, BLOCK_M, BLOCK_K, TMA, MASK_K)
         b = load_weight(
@@ -138,14 +231,19 @@ def multiply_masked(
         )
         sums = ()
         if TOTAL:
-            sums = sums + (dot(a, b, accs[0], PRECISION),)
+            # From registers as well, or Triton waits too late for those of the masked products.
+            sums = sums + (multiplied(a, in_registers(b.T, LEFT).T, accs[0], LEFT, PRECISION),)
         for i in tl.static_range(MASKS // PER):
             words = load_words(
-                planes_ptr, first // PER + i, n0, k, H, D, N_M, PER, BLOCK_N, BLOCK_K, MASK_K
-            )
+                planes_ptr, first // PER + i, n0, k, H, D, N_M, PER, BLOCK_N, BLOCK_K, MASK_K,
+                LEFT,
+            )  # fmt: skip
             for j in tl.static_range(PER):
-                kept = keep(bits_of(words, j, BLOCK_N, BLOCK_K).T, b)
-                sums = sums + (dot(a, kept, accs[TOTAL + i * PER + j], PRECISION),)
+                if LEFT or TMA:
+                    kept = keep_pairs(words, shift, j, b.T, BLOCK_N, BLOCK_K).T
+                else:  # from registers of a load, where pairs would wait for each other
+                    kept = keep(bits_of(words, j, BLOCK_N, BLOCK_K).T, b)
+                sums = sums + (multiplied(a, kept, accs[TOTAL + i * PER + j], LEFT, PRECISION),)
         accs = sums
     return accs
 

@@ -171,15 +171,20 @@ def test_alignment_at_the_boundary(dtype):
 
 # Every tile of the tables is executed as it is compiled (`bench gate execute`); here each way once.
 @pytest.mark.interpreter
-@pytest.mark.parametrize(("loads", "subtiles"), [("tma", 4), ("vector", 2), ("element", 1)])
+@pytest.mark.parametrize(
+    ("loads", "subtiles", "left"),
+    [("tma", 4, False), ("tma", 2, True), ("vector", 2, True), ("element", 1, False)],
+)
 def test_every_way_of_cutting_gives_the_same_numbers(
-    loads, subtiles, device, on_triton, monkeypatch
+    loads, subtiles, left, device, on_triton, monkeypatch
 ):
     """The constexprs that tiles of real GPUs use and the interpreter's own tiles do not."""
     interpreter = arch.INTERPRETER
     rows = {
         key: tuple(
-            dataclasses.replace(t, block_n=64, subtiles=subtiles, loads=loads)
+            dataclasses.replace(
+                t, block_n=64, subtiles=subtiles, loads=loads, weight_left=left
+            )
             for t in tiles_ if not t.skinny
         )[:1]
         for key, tiles_ in interpreter.tiles.items()

@@ -177,6 +177,7 @@ ROWS: tuple[Row, ...] = (
             "kernels/interpreter.py",
             "kernels/arch/__init__.py",
             "kernels/arch/tile.py",
+            "kernels/arch/assembler.py",
         ),
         (
             EACH_OP,
@@ -185,6 +186,7 @@ ROWS: tuple[Row, ...] = (
             "tests/kernels/test_stacked.py",
             "tests/kernels/test_grids.py",
             "tests/kernels/test_arch.py",
+            "tests/kernels/test_assembler.py",
             STRIDES,
             "tests/ops/test_ops.py",
         ),

@@ -106,6 +106,7 @@ def stamped(folder, **changes):
     [
         ({"sources": "0123"}, "is stale (sources 0123 there, "),
         ({"triton": "3.5.0"}, "is stale (triton 3.5.0 there, "),
+        ({"ptxas": "12.8"}, "is stale (ptxas 12.8 there, "),
         ({"python": "cpython-27"}, "is stale (python cpython-27 there, "),
     ],
 )
