@@ -210,7 +210,11 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("reference", ("fusedmlp/reference/masked.py",), MASKED),
     Row("reference", ("fusedmlp/reference/moe.py",), ROUTED),
-    Row("reference", ("fusedmlp/reference/values.py",), ("tests/layers/test_layers_dtype.py",)),
+    Row(
+        "reference",
+        ("fusedmlp/reference/values.py",),
+        ("tests/layers/test_layers_dtype.py", "tests/ops/test_masked_errors.py"),
+    ),
     Row("reference", ("fusedmlp/reference/hyper.py",), HYPER),
     Row("reference", ("fusedmlp/reference/binary.py",), BINARY),
     # ---- ops

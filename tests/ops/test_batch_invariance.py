@@ -223,6 +223,15 @@ def test_compiled_code_is_guarded_by_the_mode(device, on_triton):
     assert all(torch.equal(a[0], b[5]) for a, b in zip(alone, among, strict=True))
 
 
+@pytest.mark.parametrize("name", ("mlp", "mlp-bias"))
+def test_formulas_in_the_mode_give_what_they_give_without(name):
+    inputs = CASES[name].inputs(19, 24, 16, torch.float32)
+    with fusedmlp.backend("reference"):
+        expected = CASES[name].run(inputs)
+        with fusedmlp.batch_invariant():
+            torch.testing.assert_close(CASES[name].run(inputs), expected)
+
+
 def test_rows_that_lie_so_are_not_copied():
     memory = torch.zeros(12, 8)
     assert library._lies_by_width(memory) and library._lies_by_width(memory[2:])

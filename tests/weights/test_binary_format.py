@@ -225,3 +225,9 @@ def test_cases_draw_what_the_format_allows():
     inputs = CASES["binary_linear"].inputs(2, 200, 5, torch.bfloat16)
     assert inputs["q_weight"].dtype == torch.int32 and inputs["s_weight"].dtype == torch.float16
     assert inputs["q_weight"].shape == (5, 8) and (inputs["s_weight"] > 0).all()
+
+
+def test_scales_of_16_bits_are_summed_in_32():
+    """128 times 1000 is more than float16 holds."""
+    w = torch.full((2, 128), 1000.0, dtype=torch.float16)
+    assert (quantize_binary(w).scales == 1000).all()
