@@ -8,7 +8,6 @@ time on the kernels here, and no number depends on it (Triton 3.6 to 3.9).
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,8 +24,7 @@ class _Nothing:
 @functools.lru_cache(None)
 def _languages(fn: Callable[..., Any]) -> frozenset[str]:
     """The modules that the interpreter looks for among the globals of `fn`."""
-    modules = (value for value in fn.__globals__.values() if inspect.ismodule(value))
-    return frozenset(m.__name__ for m in modules if m is tl or m is tl.core)
+    return frozenset(m.__name__ for m in fn.__globals__.values() if m is tl or m is tl.core)
 
 
 def prepare_once() -> None:

@@ -50,7 +50,7 @@ class Error:
 def _distance(a: Tensor, exact: Tensor) -> Tensor:
     """|a - exact| in float64; equal infinities and matching NaNs are at distance 0, others at
     inf."""
-    a = a.detach().double().to(exact.device)
+    a = a.double().to(exact.device)
     same = (a == exact) | (a.isnan() & exact.isnan())
     distance = torch.where(same, 0.0, (a - exact).abs())
     return distance.nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -69,7 +69,6 @@ def error_of(out: Tensor, exact: Tensor, eager: Tensor, rounding: Rounding | Non
         raise AssertionError(f"dtype {out.dtype}, expected {eager.dtype}")
     if out.numel() == 0:
         return Error(0, 0, 0, 0, 0, 0, 0, 0, 0, ())
-    exact = exact.detach()
     ours, eagers = _distance(out, exact), _distance(eager, exact)
     # Where eager overflows the dtype, so may the kernel; its error says nothing there.
     eagers = torch.where(eagers.isinf(), 0.0, eagers)

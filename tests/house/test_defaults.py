@@ -4,7 +4,7 @@ import inspect
 from pathlib import Path
 
 import fusedmlp
-from fusedmlp import distributed
+from fusedmlp import distributed, testing
 
 PROMISED = Path(__file__).with_name("defaults.txt")
 
@@ -28,7 +28,9 @@ def callables(name, public):
 def defaults():
     """A line for each that has some."""
     public = {name: getattr(fusedmlp, name) for name in fusedmlp.__all__}
-    public |= {f"distributed.{name}": getattr(distributed, name) for name in distributed.__all__}
+    for room in (distributed, testing):
+        stem = room.__name__.removeprefix("fusedmlp.")
+        public |= {f"{stem}.{name}": getattr(room, name) for name in room.__all__}
     for name in sorted(public):
         for called, function in callables(name, public[name]):
             given = inspect.signature(function).parameters.values()

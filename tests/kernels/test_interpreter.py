@@ -1,7 +1,7 @@
 """The interpreter prepares its language once a launch, and that changes no bit; what a release of
 it lacks is mended."""
 
-from types import SimpleNamespace
+from types import FunctionType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -58,3 +58,28 @@ def test_a_loop_bound_is_an_int(version, mended, monkeypatch):
         return
     bound = kept["__index__"](SimpleNamespace(handle=SimpleNamespace(data=np.array([7]))))
     assert bound == 7 and type(bound) is int
+
+
+def test_a_launch_prepares_each_language_once(monkeypatch):
+    """Those of its function and of what that calls, whatever their names; so does the next."""
+    prepared, restored = [], []
+
+    def prepare(fn):
+        prepared.append(fn)
+        return SimpleNamespace(restore=lambda: restored.append(fn))
+
+    monkeypatch.setattr(interpreter, "_patch_lang", prepare)
+    prepare_once()
+    once = interpreter._patch_lang
+    prepare_once()
+    assert interpreter._patch_lang is once
+    makes = lambda **names: FunctionType((lambda: None).__code__, names)  # noqa: E731
+    kernel, core = makes(tl=tl, number=1), makes(core=tl.core)
+    for launch in (1, 2):
+        prepared.clear()
+        scopes = [once(fn) for fn in (kernel, makes(language=tl), core, makes(a=tl, b=tl.core))]
+        scopes.append(once(makes(torch=torch)))
+        assert prepared == [kernel, core]
+        for scope in reversed(scopes):
+            scope.restore()
+        assert restored == [core, kernel] * launch

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedmlp.ops import gated_linear
 from fusedmlp.testing import CASES, compare, error_of, evaluate, yardsticks
+from fusedmlp.testing.rounding import rounding_errors
 
 aten = torch.ops.aten
 each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -160,3 +161,75 @@ def test_a_gradient_of_zero_with_a_part_missing_fails(dtype, part, device, on_tr
     monkeypatch.setattr(gated_linear, "bwd", less)
     wrong = {name for name, numbers in compare(case, inputs, dy=dy).items() if not passes(*numbers)}
     assert wrong >= {"dw_gate", "dw_up"}
+
+
+# Of each sum: what it is called with, from two matrices of 32 x 32 and their rows.
+A_SUM = {
+    "mm": lambda a, b: a @ b,
+    "bmm": lambda a, b: torch.bmm(a[None], b[None]),
+    "addmm": lambda a, b: torch.addmm(a, a, b),
+    "baddbmm": lambda a, b: torch.baddbmm(a[None], a[None], b[None]),
+    "mv": lambda a, b: torch.cat([a @ row for row in b]),
+    "dot": lambda a, b: torch.stack([torch.dot(s, t) for s, t in zip(a, b, strict=True)]),
+    "sum": lambda a, b: a.sum(0),
+    "mean": lambda a, b: b.mean(1),
+    "scatter_add": lambda a, b: torch.scatter_add(a, 0, torch.zeros(32, 32, dtype=int), b),
+    "index_add": lambda a, b: torch.index_add(a, 0, torch.zeros(32, dtype=int), b),
+    "index_put": lambda a, b: torch.index_put(a, (torch.zeros(32, dtype=int),), b, accumulate=True),
+}
+NO_SUM = {"a product of numbers": lambda a, b: a * b, "its root": lambda a, b: (a * a).sqrt()}
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("name", (*A_SUM, *NO_SUM))
+def test_a_result_moves_by_what_the_module_says(name, dtype):
+    """0.6 (u |t| + p (S - |t|)) in RMS; what is written in place, or a view, does not move."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 32, 32, generator=generator, dtype=torch.float64)
+    run = {**A_SUM, **NO_SUM}[name]
+    t, terms = run(a, b), run(a.abs(), b.abs())
+    u = torch.finfo(dtype).eps / 2
+    size = u * t.abs() + (min(u, 2**-24) * (terms - t.abs()) if name in A_SUM else 0)
+    largest, rms = rounding_errors(lambda: {"t": run(a, b)}, {"t": t}, dtype)["t"]
+    expected = 0.6 * size.square().mean().sqrt().item()
+    assert expected < rms < (2 if name in ("mv", "dot") else 1.3) * expected  # cat moves too
+    assert 2 * expected < largest < 0.6 * 5 * size.max().item()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_terms_that_cancel_move_by_what_float32_does_to_their_sum(dtype):
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(2, 32, 32, generator=generator, dtype=torch.float64)
+    left, right = torch.cat([a, -a], 1), torch.cat([b, b])
+    _, rms = rounding_errors(lambda: {"t": left @ right}, {"t": left @ right}, dtype)["t"]
+    expected = 0.6 * 2**-24 * (left.abs() @ right.abs()).square().mean().sqrt()
+    assert expected < rms < 1.3 * expected
+
+
+def test_a_move_is_the_largest_of_eight_draws():
+    """On the device that the results are on; tensors of another, or without elements, stay."""
+    x = torch.ones(5, dtype=torch.float64)
+
+    def run():
+        with torch.device("meta"):
+            assert torch.ones(5, dtype=torch.float64).is_meta
+            return {"t": x * 1, "none": x[:0] * 1, "bad": x * torch.inf}
+
+    draws = [
+        torch.randn(5, generator=torch.Generator().manual_seed(0x5EED + seed), dtype=torch.float64)
+        for seed in range(8)
+    ]
+    moved = rounding_errors(run, {"t": x, "none": x[:0], "bad": x * torch.inf}, torch.bfloat16)
+    largest = max(draw.abs().max().item() for draw in draws)
+    rms = max(draw.square().mean().sqrt().item() for draw in draws)
+    expected = 0.6 * 2**-8 * largest, 0.6 * 2**-8 * rms
+    assert moved == {"t": pytest.approx(expected, rel=1e-4), "none": (0, 0), "bad": (0, 0)}
+
+
+@pytest.mark.parametrize("bend, smooth", ((0.6, True), (1.2, False)))
+def test_what_does_not_move_in_proportion_is_at_a_kink(bend, smooth):
+    """Its slopes on both sides differ by 2 bend / 256 of the larger."""
+    x = torch.ones(2000, dtype=torch.float64)
+    bent = lambda: (lambda y: {"t": y + bend / 256 * (y - x).abs()})(x * 1)  # noqa: E731
+    moved = rounding_errors(bent, {"t": x}, torch.float32)["t"]
+    assert (min(moved) > 0) is smooth

@@ -1,5 +1,6 @@
 """The tolerance rule itself: it must pass honest rounding and fail every kind of broken kernel."""
 
+import importlib
 import subprocess
 import sys
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fusedmlp.kernels.activations import DEVICE
 from fusedmlp.kernels.dense import gated_linear as kernels
 from fusedmlp.ops import gated_linear as op
-from fusedmlp.testing import CASES, Error, assert_close_to, compare, error_of
+from fusedmlp.testing import CASES, Error, assert_close_to, compare, error_of, poison
+from fusedmlp.testing.memory import kept_bytes
 
 # Kernels are broken by patching what the interpreter runs.
 pytestmark = pytest.mark.interpreter
@@ -167,6 +170,83 @@ def test_poison_reaches_every_way_of_allocating(on_triton):
     ):
         assert t.isnan().all()
     assert torch.empty(3, dtype=torch.int32).dtype == torch.int32
+
+
+def test_poison_calls_for_every_tensor_that_has_memory():
+    """Fake and meta tensors have none. PyTorch's own functions are back afterwards, whatever
+    happened."""
+    importlib.import_module("torch._dynamo")  # which fake tensors import
+    own, finders = (torch.empty, torch.empty_like, torch.Tensor.new_empty), [*sys.meta_path]
+    made = []
+    with pytest.raises(KeyError), poison(made.append):
+        t = torch.empty(3, requires_grad=True)
+        whole = torch.empty_like(t, dtype=torch.int32)
+        torch.empty(3, device="meta")
+        with FakeTensorMode():
+            torch.empty(3)
+        assert len(made) == 2 and made[0] is t and made[1] is whole and t.isnan().all()
+        sys.meta_path[0].find_spec("torch.nn", None)
+        assert torch.empty is not own[0]
+        sys.meta_path[0].find_spec("torch._dynamo", None)  # as Python asks before it is imported
+        assert torch.empty is own[0]
+        raise KeyError
+    assert (torch.empty, torch.empty_like, torch.Tensor.new_empty) == own
+    assert sys.meta_path == finders
+
+
+def test_bytes_that_are_kept_for_backward():
+    """Each storage once, and none that the arguments have already."""
+    x, w = torch.ones(10, requires_grad=True), torch.ones(10, 10)
+    assert kept_bytes(lambda: (x.view(1, 10) * w.mT).sum(), (x, w)) == 0
+    assert kept_bytes(lambda: (x.view(1, 10) * w.mT).sum(), (x,)) == 400
+    assert kept_bytes(lambda: x.exp() * x, (x,)) == 40
+    assert kept_bytes(lambda: x.exp()[:5] * x.detach()[:5], (x,)) == 40
+    with pytest.raises(AssertionError, match="kept_bytes: the call must be differentiable, got no"):
+        kept_bytes(lambda: w * w, (w,))
+
+
+@pytest.mark.parametrize("size, errors, ulps", ((63, 4, 4), (64, 2, 1)))
+def test_the_numbers_of_an_error(size, errors, ulps):
+    exact = (torch.arange(size) % 5 - 1).double()
+    out, eager = exact.bfloat16(), exact.bfloat16()
+    out[5] += 0.25
+    out[6] = -torch.inf
+    exact[6] = -torch.inf  # not a part of what is measured, nor is eager's overflow
+    eager[6], eager[8] = 1, torch.inf
+    eager[7] += 0.5
+    eps, rms = 2**-7, (exact.nan_to_num(neginf=0)).square().mean() ** 0.5
+    near = lambda x: pytest.approx(float(x), rel=1e-5)  # noqa: E731
+    for rounding in (None, (1e-9, 1e-9), (0.75, 0.125)):
+        e = error_of(out, exact, eager, rounding and (lambda given=rounding: given))
+        mine = rounding if rounding and not e.max <= errors * 0.5 + 4 * ulps * eps else (0, 0)
+        assert e.worst == (5,)
+        assert [e.max, e.rms, e.relative_l2] == [
+            near(0.25), near(0.25 / size**0.5), near(0.25 / size**0.5 / rms)
+        ]  # fmt: skip
+        assert [e.eager_max, e.eager_rms] == [near(0.5), near(0.5 / size**0.5)]
+        assert [e.rounding_max, e.rounding_rms] == [*mine]
+        assert e.max_bound == near(errors * 0.5 + ulps * eps * 3)
+        assert e.rms_bound == near(errors * 0.5 / size**0.5 + ulps * eps * rms)
+    assert error_of(out[:0], exact[:0], eager[:0]) == Error(*[0] * 9, ())
+    zero = exact[8:9] * 0
+    assert error_of(zero + 1, zero, zero).relative_l2 == pytest.approx(1e300)
+
+
+def test_both_bounds_hold_or_the_rule_does_not():
+    """Both include what is equal."""
+    for max_bound, rms_bound, passed in ((2, 1, True), (1.9, 1, False), (2, 0.9, False)):
+        assert Error(2, 1, 0, 0, 0, 0, 0, max_bound, rms_bound, ()).passed is passed
+
+
+def test_a_bound_is_of_what_fits_the_dtype():
+    """Where the result overflows it, so do the errors that are allowed."""
+    exact = torch.full((200,), 2.0**20, dtype=torch.float64)
+    limits = torch.finfo(torch.float16)
+    infinite = torch.full((200,), torch.inf, dtype=torch.float16)
+    e = error_of(infinite, exact, infinite)
+    assert not e.passed and e.max_bound == e.rms_bound == limits.eps * limits.max
+    exact = torch.full((200,), 3.0, dtype=torch.float64, requires_grad=True)
+    assert error_of(torch.full((200,), 3.0), exact, torch.full((200,), 3.0)).passed
 
 
 def test_kinked_inputs_stay_off_the_kink():

@@ -486,6 +486,8 @@ ROWS: tuple[Row, ...] = (
         "testing",
         ("fusedmlp/testing/*.py",),
         (
+            DEFAULTS,
+            "tests/house/test_cases.py",
             EACH_OP,
             "tests/kernels/test_tolerance.py",
             "tests/kernels/test_rounding.py",
