@@ -392,7 +392,7 @@ class BinaryGatedMLP(Reader):
             lora = None if adapters == (None,) * 3 else Lora(*adapters)
         else:
             biases = tuple(layer.bias for layer in layers)
-        gate, up, down = packed = [layer.packed for layer in layers]
+        packed: Any = [layer.packed for layer in layers]
         if (count := 3 - packed.count(None)) not in (0, 3):
             raise RuntimeError(
                 f"{type(self).__name__}: projections must be packed all or none, got {count} of 3"
@@ -400,8 +400,8 @@ class BinaryGatedMLP(Reader):
         if not bare(*layers):
             return self._called(x)
         options: Any = {"activation": self.activation, "recompute": self.recompute, "lora": lora}
-        if gate is not None and up is not None and down is not None:
-            return binary_gated_mlp(x, gate, up, down, *biases, **options)
+        if count:
+            return binary_gated_mlp(x, *packed, *biases, **options)
         latent = (layer.binarized() for layer in layers)
         return gated_mlp(x, *latent, *biases, **options)
 

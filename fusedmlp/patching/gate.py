@@ -132,9 +132,9 @@ def gate_of(module: nn.Module, method: str) -> Gate | str:
     key = (type(module), training, evaluating)
     if key not in _FOUND:
         modes = zip(graphs, in_both_modes(module), strict=True)
-        found = [_gate_of(module, method, graph) for graph, _ in modes]
-        alike = found[0] == found[1]
-        _FOUND[key] = found[0] if alike else f"its {method} is not the same in training and in eval"
+        first, second = (_gate_of(module, method, graph) for graph, _ in modes)
+        another = f"its {method} is not the same in training and in eval"
+        _FOUND[key] = first if first == second else another
     return _FOUND[key]
 
 

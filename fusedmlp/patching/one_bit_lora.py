@@ -86,7 +86,7 @@ def _layer() -> type:
             base: Any = self.base_layer
             return Projection(base, *adapter_of(self, base.bias, x))
 
-        def merge(self, safe_merge: bool = False, adapter_names: Any = None) -> None:
+        def merge(self, *_: Any, **__: Any) -> None:
             raise TypeError(
                 "one_bit_lora: an adapter must stay beside its one-bit layer, got merge(): bits "
                 "have no room for it; model.unload() takes it off"

@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..invariance import batch_invariant
-from ..layers.parts.around import hooked
 from .lora import beneath
 from .projection import called
 
@@ -155,14 +154,6 @@ def child(module: nn.Module, path: str) -> nn.Module:
     for name in rest:
         module = getattr(beneath(module), name)
     return module
-
-
-def unhooked(owner: nn.Module, path: str) -> Any:
-    """The submodule at `path`; raises TypeError if something was put around it after patch()."""
-    inner = child(owner, path)
-    if around := hooked(inner):
-        raise passed_by(owner, f"{path} {around}")
-    return inner
 
 
 def passed_by(owner: nn.Module, what: str) -> TypeError:

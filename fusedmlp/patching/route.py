@@ -251,7 +251,7 @@ def _groups(E: int, k: int, numbers: list[float]) -> Iterator[dict[str, Any]]:
 
 def _weighings(numbers: list[float]) -> Iterator[dict[str, Any]]:
     small = [n for n in numbers if 0 < n < 0.1]
-    for scale in (1.0, *(n for n in numbers if n != 1)):
+    for scale in dict.fromkeys((1.0, *numbers)):
         yield {"norm": False, "scale": scale}
         yield {"norm": True, "scale": scale}
         yield from ({"norm": True, name: n, "scale": scale} for n in small for name in _LEAST)

@@ -155,7 +155,11 @@ def _refuse(rank, ranks):
     with torch.autocast("cpu", torch.bfloat16):
         small = {k: v.float() for k, v in good.items() if k != "routing"}
         y = parallel_moe_mlp(**small, routing=top1_route(logits.float()), chunks=2)
-    assert y.dtype == torch.bfloat16
+        adapted = {
+            n: Adapter(p.a.float(), p.b.float(), p.scale) for n, p in adapters()._asdict().items()
+        }
+        z = parallel_moe_mlp(**small, routing=top1_route(logits.float()), lora=Lora(**adapted))
+    assert y.dtype == z.dtype == torch.bfloat16
     for layer, mesh, message in (
         (Top1MoE(D, H, E), None, "mesh must be a DeviceMesh, got NoneType"),
         (None, None, "layer must be a Module, got NoneType"),
@@ -182,6 +186,8 @@ def _options(rank, ranks):
         y = parallel_moe_mlp(x, top1_route(logits), **given, **mine, chunks=2)
     assert seen == [mine, mine]
     torch.testing.assert_close(y, moe_mlp(x, top1_route(logits), **given, **mine))
+    z = parallel_moe_mlp(x[:, None], top1_route(logits[:, None]), **given, **mine, chunks=2)
+    assert z[:, 0].equal(y)
 
 
 @pytest.mark.parametrize("body", (_refuse, _options))

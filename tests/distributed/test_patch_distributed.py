@@ -8,15 +8,29 @@ import pytest
 import torch
 import torch.distributed as dist
 from patch_blocks import MLP, GatedMLP, Model, Packed, Residual
+from patch_models import KINDS, build
 from ranks import spawn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers.pytorch_utils import Conv1D
 
 import fusedmlp
-from fusedmlp.distributed import TensorParallelMLP, expert_parallel_plan, tensor_parallel_plan
+from fusedmlp.distributed import (
+    TensorParallelMLP,
+    expert_parallel_plan,
+    plans,
+    tensor_parallel_plan,
+)
+from fusedmlp.patching.experts import Experts
+from fusedmlp.patching.form import Form
+from fusedmlp.patching.moe import Switch
+from fusedmlp.patching.swap import Patched
 
 ROWS, T, D = 8, 4, 8
 
@@ -120,8 +134,6 @@ def _tensor_parallel(rank, ranks, sequence):
 
 
 def _experts(rank, ranks):
-    from patch_models import build
-
     options = {"num_hidden_layers": 1, "interleave_moe_layer_step": 1}
     plain = build("llama4", **options).double()
     shape, generator = (ranks, 6, 64), torch.Generator().manual_seed(2)
@@ -150,15 +162,19 @@ def _experts(rank, ranks):
         tensor_parallel_plan(model, sequence_parallel=True)
 
 
-def _topk(rank, ranks):
-    """Experts of transformers' table, k a token, and the router beside them."""
+def _mixtral():
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    torch.manual_seed(0)
     config = MixtralConfig(hidden_size=D, intermediate_size=12, num_local_experts=4)
     config._experts_implementation = "eager"
-    whole = MixtralSparseMoeBlock(config).double()
+    return MixtralSparseMoeBlock(config)
+
+
+def _topk(rank, ranks):
+    """Experts of transformers' table, k a token, and the router beside them."""
+    torch.manual_seed(0)
+    whole = _mixtral().double()
     for p in whole.parameters():
         torch.nn.init.normal_(p, std=0.5)
     x = torch.randn(ranks, 6, D, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -227,3 +243,135 @@ def test_plans_of_unpatched_models():
             plan_of(make())
     with pytest.raises(ValueError, match="must hold experts with stacked weights, got none"):
         expert_parallel_plan(patched())
+
+
+class Conv(nn.Module):
+    """As GPT-2's, whose weights are (in, out)."""
+
+    def __init__(self):
+        super().__init__()
+        self.c_fc, self.c_proj, self.act = Conv1D(12, D), Conv1D(D, 12), nn.GELU()
+
+    def forward(self, t):
+        return self.c_proj(self.act(self.c_fc(t)))
+
+
+class Pairs(Packed):
+    def __init__(self, hidden=12):
+        super().__init__()
+        self.gate_up, self.down = nn.Linear(D, 2 * hidden), nn.Linear(hidden, D)
+
+    def forward(self, t):
+        gate_up = self.gate_up(t)
+        return self.down(gate_up[..., 1::2] * nn.functional.silu(gate_up[..., ::2]))
+
+
+def _experts_block(packed, turned):
+    block = nn.Module()
+    shapes = {"gate_up_proj": (4, 8, D), "down_proj": (4, D, 4)}
+    for name, (n, rows, columns) in shapes.items():
+        size = (n, columns, rows) if turned else (n, rows, columns)
+        block.register_parameter(name, nn.Parameter(torch.zeros(size)))
+    return block, Experts(form=Form("gate_up_proj", "silu", packed, turned, False))
+
+
+def _switch():
+    block = nn.Module()
+    block.experts = nn.ModuleDict({"expert_0": nn.Module()})
+    block.experts.expert_0.wi, block.experts.expert_0.wo = nn.Linear(D, 12), nn.Linear(12, D)
+    return block, Switch()
+
+
+HALVES = _StridedShard(0, split_factor=2)
+PLACED = {
+    "w1.weight": Shard(0), "w1.bias": Shard(0), "w3.weight": Shard(0), "w3.bias": Shard(0),
+    "w2.weight": Shard(1), "w2.bias": Replicate(),
+}  # fmt: skip
+DENSE = [
+    (GatedMLP, PLACED),
+    (MLP, {"0.weight": Shard(0), "0.bias": Shard(0), "2.weight": Shard(1), "2.bias": Replicate()}),
+    (Packed, {"gate_up.weight": HALVES, "gate_up.bias": HALVES, "down.weight": Shard(1),
+              "down.bias": Replicate()}),
+    (Pairs, {"gate_up.weight": Shard(0), "gate_up.bias": Shard(0), "down.weight": Shard(1),
+             "down.bias": Replicate()}),
+    (Conv, {"c_fc.weight": Shard(1), "c_fc.bias": Shard(0), "c_proj.weight": Shard(0),
+            "c_proj.bias": Replicate()}),
+]  # fmt: skip
+STACKED = [
+    (_experts_block("gate_up", False), _StridedShard(1, split_factor=2), Shard(2)),
+    (_experts_block("interleaved", False), Shard(1), Shard(2)),
+    (_experts_block("gate_up", True), _StridedShard(2, split_factor=2), Shard(1)),
+    (_experts_block("interleaved", True), Shard(2), Shard(1)),
+]
+
+
+def placed(block):
+    return {name: p.placements[0] for name, p in block.named_parameters() if isinstance(p, DTensor)}
+
+
+@pytest.fixture
+def two_ranks():
+    """One of them, the other is not there: what is exchanged is whatever lies there."""
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    yield init_device_mesh("cpu", (2,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("make, expected", DENSE, ids=lambda made: getattr(made, "__name__", ""))
+def test_how_projections_are_sharded(make, expected, two_ranks):
+    block = make()
+    fusedmlp.patch(block)
+    parallelize_module(block, two_ranks, {"": tensor_parallel_plan(block)[""]})
+    assert placed(block) == expected
+
+
+@pytest.mark.parametrize("made, first, last", STACKED)
+def test_how_stacked_experts_are_sharded(made, first, last, two_ranks):
+    block, plan = copy.deepcopy(made)
+    plans._shard_experts(block, plan, two_ranks)
+    assert placed(block) == {"gate_up_proj": first, "down_proj": last}
+
+
+def test_how_modules_of_experts_are_sharded(two_ranks):
+    block, plan = _switch()
+    plans._shard_experts(block, plan, two_ranks)
+    names = {"wi.weight": Shard(0), "wo.weight": Shard(1)}
+    assert placed(block) == {f"experts.expert_0.{name}": kind for name, kind in names.items()}
+
+
+def test_a_width_that_parts_cannot_share_is_refused(two_ranks):
+    """Of pairs each stays together; either half is shared out."""
+    block = Pairs(3)
+    fusedmlp.patch(block)
+    with pytest.raises(
+        ValueError, match=r"dimension 0 of weight \(6, 8\) must be a multiple of 4, f"
+    ):
+        tensor_parallel_plan(block)[""]._apply(block, two_ranks)
+    even, plan = _experts_block("interleaved", False)
+    even.gate_up_proj = nn.Parameter(torch.zeros(4, 6, D))
+    with pytest.raises(
+        ValueError, match="dimension 1 of gate_up_proj .* must be a multiple of 4, "
+    ):
+        plans._shard_experts(even, plan, two_ranks)
+    plain, plan = _experts_block(None, False)
+    plain.gate_up_proj = nn.Parameter(torch.zeros(4, 6, D))
+    plans._shard_experts(plain, plan, two_ranks)
+    assert placed(plain)["gate_up_proj"] == Shard(1)
+
+
+def test_experts_that_a_rank_cannot_do_without():
+    model = build("switch", **KINDS["switch"])
+    fusedmlp.patch(model)
+    with pytest.raises(ValueError, match="hold experts with stacked weights, got .*Switch"):
+        expert_parallel_plan(model)
+    with pytest.raises(ValueError, match="sequence_parallel must be False for mixtures of experts"):
+        tensor_parallel_plan(model, sequence_parallel=True)
+
+
+def test_a_router_is_no_block_of_a_plan():
+    """It stays whole on every rank."""
+    block = _mixtral()
+    fusedmlp.patch(block, dtype_check=False)
+    router = next(m for m in block.modules() if isinstance(m, Patched) and m is not block.experts)
+    with pytest.raises(ValueError, match="must be a block that patch"):
+        TensorParallelMLP()._apply(router, None)

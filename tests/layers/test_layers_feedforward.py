@@ -416,3 +416,10 @@ def test_documented_example():
     )
     x = draw(2, 3, 256)
     torch.testing.assert_close(ffn(x), gated(F.silu)(dict(ffn.named_parameters()), x))
+
+
+def test_an_alias_without_its_own_is_reported():
+    layer = FeedForward(8)
+    alias = {"proj.weight": torch.zeros_like(layer.net[0].weight)}
+    wrong = layer.load_state_dict(dict(alias), strict=False)
+    assert "proj.weight" in wrong.unexpected_keys and "net.0.weight" in wrong.missing_keys

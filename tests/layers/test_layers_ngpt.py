@@ -229,6 +229,8 @@ class WithLoss(nn.Module):
         (lambda: NGPT(8, norm_eps=1.0), ValueError, r"L2Norm: norm_eps must be in \[0, 1\)"),
         (lambda: NormLinear(8, 8, norm_eps=-1), ValueError, "NormLinear: norm_eps must be"),
         (lambda: NGPT(8, alpha_m_scale=0.0), ValueError, "Scale: scale must not be 0"),
+        (lambda: SwiGLU(8, mult=0.1), ValueError, "SwiGLU: mult must be finite and give a hidden"),
+        (lambda: SwiGLU(8, mult="4"), TypeError, "SwiGLU: mult must be"),
         (lambda: SwiGLU(1, mult=1), ValueError, "SwiGLU: hidden width .* at least 1, got 0"),
         (lambda: NGPT(8, WithLoss())(draw(2, 8)), TypeError, "one tensor, got tuple from WithLoss"),
         (lambda: NGPT(8)(draw(2, 7)), ValueError, "NGPT: x must have last dimension 8, got"),

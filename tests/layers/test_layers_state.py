@@ -192,6 +192,10 @@ def test_refusals_of_a_load_by_experts():
     key = "experts.1.net.0.bias"
     with pytest.raises(RuntimeError, match=rf"size mismatch for {key}: .*shape \(3,\) from checkp"):
         layer.load_state_dict({**state, key: torch.zeros(3)}, strict=False)
+    wrong = {k: v for k, v in state.items() if k != key.replace("1", "0", 1)}
+    with pytest.raises(RuntimeError, match="size mismatch") as told:  # of which nothing is missing
+        layer.load_state_dict({**wrong, key: torch.zeros(3)})
+    assert "Missing" not in str(told.value)
     with pytest.raises(RuntimeError, match=r"Unexpected key.*experts\.2\.net\.0\.bias"):
         layer.load_state_dict({**state, "experts.2.net.0.bias": state[key]})
     with pytest.raises(RuntimeError, match=rf"Unexpected key.*{key}"):
@@ -200,6 +204,9 @@ def test_refusals_of_a_load_by_experts():
         empty = layers.SwitchFFN(D, 2)
     with pytest.raises(RuntimeError, match="net_0_bias is on meta, where all of .* got 1 of 2"):
         empty.load_state_dict({key: state[key]}, strict=False, assign=True)
+    twice = per_expert_state_dict(nn.ModuleDict({"a": layer, "b": layer}))
+    assert {k for k in twice if k.startswith("a.")} == {f"a.{k}" for k in state}
+    assert {k for k in twice if k.startswith("b.")} == {f"b.{k}" for k in state}
     with pytest.raises(TypeError, match=r"per_expert_state_dict: module must be an nn.Module, got"):
         per_expert_state_dict(state)
 

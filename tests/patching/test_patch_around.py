@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fusedmlp
+from fusedmlp.patching.around import by_accelerate
 from fusedmlp.patching.match import match
 from fusedmlp.patching.trace import NoMatch
 
@@ -172,3 +173,11 @@ def test_rows_of_sequences_that_are_not_alike_long(layout, kind):
         assert y.is_nested and y.layout is layout
         for mine, theirs in zip(y.unbind(), expected, strict=True):
             torch.testing.assert_close(mine, theirs)
+
+
+def test_a_forward_that_accelerate_put_around_anothers_is_not_its_own():
+    module = nn.Linear(2, 2)
+    vars(module).update(_hf_hook=object(), _old_forward=module.forward, forward=lambda x: x)
+    assert by_accelerate(module)
+    module._old_forward = nn.ReLU().forward
+    assert not by_accelerate(module)

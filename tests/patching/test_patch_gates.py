@@ -10,7 +10,8 @@ from torch.nn import functional as F
 
 import fusedmlp
 from fusedmlp.patching import experts_forward
-from fusedmlp.patching.gate import Gate, gate_of
+from fusedmlp.patching.gate import Gate, gate_by_values, gate_of, numbers_of
+from fusedmlp.patching.trace import trace
 
 E, D, H = 2, 8, 12
 
@@ -193,3 +194,19 @@ def test_another_limit_later_is_another_gate():
     assert fusedmlp.patch(nn.ModuleDict({"experts": experts})).patched
     for experts.limit, expected in zip((7.0, 2.0), own, strict=True):
         torch.testing.assert_close(call(), expected)
+
+
+@pytest.mark.parametrize("row", (0, 1, 30, -1))
+def test_a_gate_is_one_at_every_point(row):
+    def fn(g, u):
+        y = F.silu(g) * u
+        y[row] += 1e-3
+        return y
+
+    assert gate_by_values(fn, []) is None
+    assert gate_by_values(lambda g, u: F.silu(g) * u, []) == "silu"
+
+
+def test_numbers_of_a_trace_are_no_flags():
+    act = nn.Sequential(nn.LeakyReLU(0.25, inplace=True))
+    assert numbers_of(act, trace(act, "forward").nodes) == [0.25]

@@ -32,8 +32,8 @@ from .eager import needs_grad, readable
 
 # What PyTorch's grouped product takes. It walks all experts; few rows are faster in a loop.
 _GROUPED = (torch.float32, torch.bfloat16, torch.float16)
-# Gradients from here on have memory of memory.py; from there on, which it cannot keep, new one.
-_LENT, _FROM_SYSTEM = 1 << 20, 32 << 20
+# Gradients from here on have memory of memory.py, which what it cannot keep gets anew.
+_LENT = 1 << 20
 # A huge page costs what two of those that are warm do: 80 us beside 40 to 60.
 _PAGE = 2 << 20
 # Outer products of up to so many rows, so wide, cost less one by one: for two rows 40 to 85 % of
@@ -90,7 +90,7 @@ def _from_system(E: int, used: int, one: int) -> bool:
     """Whether zeros of the system are to hold E parts of `one` byte each, of which `used` are not
     0."""
     touched = used * (one // _PAGE + 1)
-    return E * one >= _FROM_SYSTEM or 2 * touched * _PAGE < E * one
+    return E * one >= memory.MOST or 2 * touched * _PAGE < E * one
 
 
 def _idle_zeros(like: Tensor, E: int, parts: Parts, *shape: int) -> Tensor:
