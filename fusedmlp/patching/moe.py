@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.parts.around import hooked
 from ..ops.moe_mlp import moe_mlp
 from ..ops.top1_route import route_to
 from .activation import name_by_values
@@ -26,7 +27,7 @@ from .dense import idle, is_projection, local
 from .form import Form
 from .lora import base_of, wrappers_of, wraps_parameter
 from .lora_experts import block_refusal, described, factors_of, lora_of
-from .plan import Plan, child, hooked, passed_by
+from .plan import Plan, child, passed_by
 from .routed import ToExperts, ToScale, to_experts, to_scale
 from .stack import lie_together, stacked
 from .trace import NoMatch

@@ -14,10 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..layers.binary import BinaryGatedMLP
+from ..layers.parts.around import hooked
 from ..reference.binary import GROUP
 from .dense import Dense
 from .find import find
-from .plan import Plan, hooked
+from .plan import Plan
 from .projection import called
 from .report import Entry
 from .steps import describe

@@ -340,7 +340,7 @@ def test_how_modules_of_experts_are_sharded(two_ranks):
 
 
 def test_a_width_that_parts_cannot_share_is_refused(two_ranks):
-    """Of pairs each stays together; either half is shared out."""
+    """A pair stays together; either half is shared out."""
     block = Pairs(3)
     fusedmlp.patch(block)
     with pytest.raises(

@@ -97,7 +97,7 @@ def test_numbers_of_one_bit_weights_and_masks():
 
 @pytest.mark.parametrize("activation, reach", ((None, 1), ("softcap_swiglu", 25)))
 def test_numbers_are_uniform_and_reach_where_a_gate_bends(activation, reach):
-    """Of variance 1, weights divided by the root of their columns."""
+    """They have variance 1, weights are divided by the root of their columns."""
     for name, case in CASES.items():
         drawn = case.inputs(64, 96, 128, torch.float64, activation=activation)
         for argument in drawn.keys() - case.draws.keys():

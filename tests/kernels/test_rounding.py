@@ -163,7 +163,7 @@ def test_a_gradient_of_zero_with_a_part_missing_fails(dtype, part, device, on_tr
     assert wrong >= {"dw_gate", "dw_up"}
 
 
-# Of each sum: what it is called with, from two matrices of 32 x 32 and their rows.
+# What each sum is called with, from two matrices of 32 x 32 and their rows.
 A_SUM = {
     "mm": lambda a, b: a @ b,
     "bmm": lambda a, b: torch.bmm(a[None], b[None]),
