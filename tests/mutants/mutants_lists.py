@@ -822,4 +822,16 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "padded = F.pad(Y, (0, rows - 1))",
         "scores of a product are contiguous, and so is what F.pad makes of them",
     ),
+    Equivalent(
+        "fusedmlp/weights/binary.py",
+        "H, groups = scales.shape if scales.dim() == 2 else (-1, -1)",
+        "H, groups = scales.shape if scales.dim() == 2 else (1, -1)",
+        "no tensor has the other, negative size",
+    ),
+    Equivalent(
+        "fusedmlp/weights/binary.py",
+        "H, groups = scales.shape if scales.dim() == 2 else (-1, -1)",
+        "H, groups = scales.shape if scales.dim() == 2 else (-1, 1)",
+        "no tensor has the other, negative size",
+    ),
 )
