@@ -112,13 +112,9 @@ def _idle_zeros(like: Tensor, E: int, parts: Parts, *shape: int) -> Tensor:
     return out
 
 
-def _outer(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a' b."""
-    one_by_one = b.shape[1] >= _WIDE and a.dtype in _BEAR_IT
-    if len(a) > (_ONE_BY_ONE if one_by_one else 1):
-        torch.mm(a.t(), b, out=out)
-        return
-    (own, row), *rest = zip(a.unsqueeze(2), b, strict=True)
+def _one_by_one(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a b, of few columns and rows."""
+    (own, row), *rest = zip(a.T.unsqueeze(2), b, strict=True)
     torch.mul(own, row, out=out)
     for own, row in rest:
         out.addcmul_(own, row)
@@ -131,11 +127,15 @@ def outer_of(a: Tensor, b: Tensor, offsets: Tensor, parts: Parts) -> Tensor:
     if small and _by_groups(E, kept, a.t(), b):  # which cannot write to memory of ours
         return F.grouped_mm(a[:kept].t(), b[:kept], offs=offsets[1:-1])
     out = _idle_zeros(a, E, parts, K, N)
+    few = _ONE_BY_ONE if N >= _WIDE and a.dtype in _BEAR_IT else 1
     sizes = [end - start for _, start, end in parts]
-    for (e, _, _), own, rows in zip(
-        parts, a[:kept].split(sizes), b[:kept].split(sizes), strict=True
-    ):
-        _outer(own, rows, out[e])
+    each = zip(parts, a[:kept].t().split(sizes, 1), b[:kept].split(sizes), strict=True)
+    own_of = out.unbind() if 4 * len(parts) > E else out  # all views at once cost less than most
+    for (e, start, end), own, rows in each:
+        if end - start > few:
+            torch.mm(own, rows, out=own_of[e])
+        else:
+            _one_by_one(own, rows, own_of[e])
     return out
 
 
