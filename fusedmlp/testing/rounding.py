@@ -95,7 +95,7 @@ def rounding_errors(
     def moves(seed: int, sign: int = 1) -> dict[str, Tensor]:
         with _Rounding(dtype, device, seed, sign) as mode:
             moved = run()
-        return {k: ((moved[k] - t) / mode.scale).nan_to_num() for k, t in exact.items()}
+        return {k: ((moved[k] - t) / mode.scale).nan_to_num(0, 0, 0) for k, t in exact.items()}
 
     there, back = moves(0), moves(0, -1)
     bent = {k: _size(t - back[k])[1] for k, t in there.items()}

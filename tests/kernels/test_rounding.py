@@ -233,3 +233,12 @@ def test_what_does_not_move_in_proportion_is_at_a_kink(bend, smooth):
     bent = lambda: (lambda y: {"t": y + bend / 256 * (y - x).abs()})(x * 1)  # noqa: E731
     moved = rounding_errors(bent, {"t": x}, torch.float32)["t"]
     assert (min(moved) > 0) is smooth
+
+
+@pytest.mark.parametrize("value", (torch.inf, -torch.inf, torch.nan))
+def test_a_move_without_end_counts_as_nothing(value):
+    """Else it would be a bound that everything keeps."""
+    exact = torch.tensor([1.0, 2.0]).double()
+    moved = torch.tensor([value, 2.0]).double()
+    errors = rounding_errors(lambda: {"t": moved}, {"t": exact}, torch.bfloat16)
+    assert errors == {"t": (0, 0)}
