@@ -11,10 +11,11 @@ from .arch.tile import Tile, cdiv
 from .tiles import (
     INTERPRETED,
     add_low_rank,
-    column_parts,
     half_vector,
     load_tile,
+    parts_of,
     store_tile,
+    upright,
     weave,
 )
 
@@ -87,20 +88,37 @@ def store_column_sums(
 
 
 @triton.jit
-def _read_beside(
-    t, stride_r, stride_c, m0, n0, M, H, like, TMA: tl.constexpr, MOST: tl.constexpr
-):  # fmt: skip
-    """The tile of an (M, H) matrix in the shape of `like`. What TMA has loaded is put into the
-    threads that have `like`: else Triton computes the activation in both layouts, for what is made
-    of `like` and for what is not."""
-    tile = load_tile(
-        t, stride_r, stride_c, m0, n0, M, H, like.shape[0], like.shape[1], TMA, True, MOST
-    )
-    if TMA and not INTERPRETED:
+def _beside(tile, like):
+    """What TMA has loaded, put into the threads that have `like`: else Triton computes the
+    activation in both layouts, for what is made of `like` and for what is not."""
+    if not INTERPRETED:
         tile = tl.inline_asm_elementwise(
             "mov.b16 $0, $1;", "=h,h,f", [tile, like], dtype=tile.dtype, is_pure=False, pack=1
         )
     return tile
+
+
+@triton.jit
+def _read_beside(
+    g, u, stride_r, stride_c, m0, n0, M, H, like, TMA: tl.constexpr, GATED: tl.constexpr,
+    MOST: tl.constexpr,
+):  # fmt: skip
+    """Tiles of g and u in the shape of `like`; by TMA of both at once. Without u it is g again."""
+    BLOCK_M: tl.constexpr = like.shape[0]
+    BLOCK_N: tl.constexpr = like.shape[1]
+    if not TMA:
+        gate = load_tile(g, stride_r, stride_c, m0, n0, M, H, BLOCK_M, BLOCK_N, False, True, MOST)
+        up = gate
+        if GATED:
+            up = load_tile(u, stride_r, stride_c, m0, n0, M, H, BLOCK_M, BLOCK_N, False, True, MOST)
+    elif GATED:
+        gate, up = tl.split(tl.permute(g.load([0, m0, n0]), (1, 2, 0)))
+        gate = _beside(gate, like)
+        up = _beside(up, like)
+    else:
+        gate = _beside(g.load([m0, n0]), like)
+        up = gate
+    return gate, up
 
 
 @triton.jit
@@ -129,8 +147,8 @@ def _store_bwd_part(
     GATED: tl.constexpr,
     TURNS: tl.constexpr,
     MOST: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
-    SLICES: tl.constexpr = BLOCK_M // SUM_ROWS if TMA else 1
     value, slope = ACT(gate.to(tl.float32), *scalars)
     grad = dh * slope
     if GATED:
@@ -184,6 +202,7 @@ def store_bwd(
     SUBTILES: tl.constexpr,
     TMA: tl.constexpr,
     GATED: tl.constexpr,
+    LEFT: tl.constexpr,
     PRECISION: tl.constexpr = None,
     t=None,
     low=None,
@@ -193,31 +212,43 @@ def store_bwd(
     column parts, and their column sums; psi(u) = u where UP is None. Rows past M have dh = 0, so
     they add nothing to a sum. With du = None dg holds both, (M, 2H), interleaved.
 
-    By TMA g and u are read in boxes of several parts, as wide as their descriptors say: each is
-    waited for at once. An adapter adds t low' to dh."""
+    If LEFT dh is transposed, and its parts are rows of the result: most of a column is one
+    thread's, so that its sum takes few shuffles. By TMA g and u are read in boxes of several parts,
+    as large as their descriptors say: each is waited for at once. An adapter adds t low' to dh."""
     TURNS: tl.constexpr = GATED and du is None
     MOST: tl.constexpr = half_vector(dg.dtype.element_ty) if TURNS and not TMA else None
-    PART: tl.constexpr = BLOCK_N // SUBTILES
-    BOX: tl.constexpr = g.block_shape[1] if TMA else PART
-    boxes = column_parts(dh, BLOCK_M, BLOCK_N, BLOCK_N // BOX)
-    for j in tl.static_range(BLOCK_N // BOX):
-        n1 = n0 + j * BOX
-        box = add_low_rank(boxes[j], t, low, sizes, m0, n1, M, H, BLOCK_M, BOX, PRECISION)
-        parts = column_parts(box, BLOCK_M, BOX, BOX // PART)
-        gate = _read_beside(g, stride_gm, stride_gh, m0, n1, M, H, box, TMA, MOST)
-        gates = column_parts(gate, BLOCK_M, BOX, BOX // PART)
-        ups = gates
-        if GATED:
-            up = _read_beside(u, stride_gm, stride_gh, m0, n1, M, H, box, TMA, MOST)
-            ups = column_parts(up, BLOCK_M, BOX, BOX // PART)
-        for i in tl.static_range(BOX // PART):
+    LENGTH: tl.constexpr = BLOCK_M if LEFT else BLOCK_N
+    PART: tl.constexpr = LENGTH // SUBTILES
+    BOX: tl.constexpr = g.block_shape[-2 if LEFT else -1] if TMA else PART
+    PARTS: tl.constexpr = BOX // PART
+    BOX_M: tl.constexpr = BOX if LEFT else BLOCK_M
+    BOX_N: tl.constexpr = BLOCK_N if LEFT else BOX
+    SLICES: tl.constexpr = BLOCK_M // SUM_ROWS if TMA and not LEFT else 1
+    boxes = parts_of(dh, BLOCK_M, BLOCK_N, LENGTH // BOX, LEFT)
+    for j in tl.static_range(LENGTH // BOX):
+        m1 = m0 + (j * BOX if LEFT else 0)
+        n1 = n0 + (0 if LEFT else j * BOX)
+        box = upright(boxes[j], LEFT)
+        box = add_low_rank(box, t, low, sizes, m1, n1, M, H, BOX_M, BOX_N, PRECISION)
+        parts = parts_of(upright(box, LEFT), BOX_M, BOX_N, PARTS, LEFT)
+        gate, up = _read_beside(g, u, stride_gm, stride_gh, m1, n1, M, H, box, TMA, GATED, MOST)
+        gates = parts_of(upright(gate, LEFT), BOX_M, BOX_N, PARTS, LEFT)
+        ups = parts_of(upright(up, LEFT), BOX_M, BOX_N, PARTS, LEFT)
+        for i in tl.static_range(PARTS):
+            # What is summed has a row of partial sums: a part's rows, or a tile's.
             _store_bwd_part(
-                parts[i], gates[i], ups[i], dg, du, h, sums_ptr, tile_m, tiles_m,
-                m0, n1 + i * PART, M, H, stride_dgm, stride_hm, scalars, ACT, UP,
-                BLOCK_M, PART, TMA, GATED, TURNS, MOST,
+                upright(parts[i], LEFT), upright(gates[i], LEFT), upright(ups[i], LEFT),
+                dg, du, h, sums_ptr,
+                tile_m * SUBTILES + j * PARTS + i if LEFT else tile_m,
+                tiles_m * SUBTILES if LEFT else tiles_m,
+                m1 + (i * PART if LEFT else 0), n1 + (0 if LEFT else i * PART), M, H,
+                stride_dgm, stride_hm, scalars, ACT, UP,
+                PART if LEFT else BLOCK_M, BLOCK_N if LEFT else PART,
+                TMA, GATED, TURNS, MOST, SLICES,
             )  # fmt: skip
 
 
 def sums_rows(tile: Tile, M: int) -> int:
     """Rows of partial column sums that store_bwd makes."""
-    return cdiv(M, tile.block_m) * (tile.block_m // SUM_ROWS.value if tile.tma else 1)
+    slices = tile.block_m // SUM_ROWS.value if tile.tma else 1
+    return cdiv(M, tile.block_m) * (tile.subtiles if tile.weight_left else slices)

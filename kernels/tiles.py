@@ -169,6 +169,34 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr):
+    """Where a (BLOCK_M, BLOCK_N) result is summed, which is made transposed if LEFT."""
+    if LEFT:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    return acc
+
+
+@triton.jit
+def multiplied(a, b, acc, LEFT: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + a b, both transposed if LEFT: b, a weight, is the left operand there."""
+    if LEFT:
+        acc = dot(b.T, a.T, acc, PRECISION)
+    else:
+        acc = dot(a, b, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def upright(t, LEFT: tl.constexpr):
+    """A part of the result, from what `multiplied` made."""
+    if LEFT:
+        t = t.T
+    return t
+
+
+@triton.jit
 def multiply(
     x,
     stride_xm,
@@ -194,22 +222,23 @@ def multiply(
     K_MAJOR_2: tl.constexpr,
     MASK_K: tl.constexpr,
     PRECISION: tl.constexpr,
+    LEFT: tl.constexpr = False,
 ):
     """One tile of x w1' and x w2' over k_begin..k_end, in float32: both products share the x tile.
-    With w2 = None the second result is the first."""
-    acc1 = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    With w2 = None the second result is the first. Both are transposed if LEFT."""
+    acc1 = zeros(BLOCK_M, BLOCK_N, LEFT)
     acc2 = acc1
     for k in tl.range(k_begin, k_end, BLOCK_K):
         a = load_tile(x, stride_xm, stride_xk, m0, k, M, K, BLOCK_M, BLOCK_K, TMA, MASK_K)
         b = load_weight(
             w1, stride_1n, stride_1k, n0, k, N, K, BLOCK_N, BLOCK_K, TMA, K_MAJOR_1, MASK_K
         )
-        acc1 = dot(a, b, acc1, PRECISION)
+        acc1 = multiplied(a, b, acc1, LEFT, PRECISION)
         if w2 is not None:
             b = load_weight(
                 w2, stride_2n, stride_2k, n0, k, N, K, BLOCK_N, BLOCK_K, TMA, K_MAJOR_2, MASK_K
             )
-            acc2 = dot(a, b, acc2, PRECISION)
+            acc2 = multiplied(a, b, acc2, LEFT, PRECISION)
     if w2 is None:
         acc2 = acc1
     return acc1, acc2
@@ -313,6 +342,19 @@ def column_parts(t, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.cons
     return parts
 
 
+@triton.jit
+def parts_of(
+    acc, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, LEFT: tl.constexpr
+):
+    """The column parts of a (BLOCK_M, BLOCK_N) result as it was made: of a transposed one, rows of
+    the result, still transposed."""
+    if LEFT:
+        parts = column_parts(acc, BLOCK_N, BLOCK_M, SUBTILES)
+    else:
+        parts = column_parts(acc, BLOCK_M, BLOCK_N, SUBTILES)
+    return parts
+
+
 def compiler_options(tile: Tile) -> dict[str, Any]:
     """Triton 3.9 turns fusion off by default. Without a register limit ptxas may aim at two blocks
     a multiprocessor and spill at 128 registers."""
@@ -320,11 +362,11 @@ def compiler_options(tile: Tile) -> dict[str, Any]:
 
 
 def grid_of(tile: Tile, x: Tensor, rows: int, columns: int) -> tuple[int]:
-    """A TMA tile runs persistently, one block a multiprocessor; but of tiles for few rows several
-    fit, and the next ones read while the last one stores."""
+    """A TMA tile runs persistently, as many blocks a multiprocessor as `tile.blocks` says; but of
+    tiles for few rows more fit, and the next ones read while the last one stores."""
     tiles = cdiv(rows, tile.block_m) * cdiv(columns, tile.block_n)
     persistent = tile.tma and not tile.few
-    return (min(tiles, multiprocessors(x.device)) if persistent else tiles,)
+    return (min(tiles, tile.blocks * multiprocessors(x.device)) if persistent else tiles,)
 
 
 @functools.lru_cache(1024)
@@ -357,8 +399,8 @@ def precision(dtype: torch.dtype) -> str:
 def fit_of(*rows: Tensor | None, weights: tuple[Tensor | None, ...] = ()) -> Fit:
     """How these may be read and written. 16-byte loads and TMA descriptors need one dimension
     contiguous, the other stepping by 16 bytes from a 16-byte base without overlap. `rows` are
-    contiguous along columns, `weights` along either."""
-    if not all(t is None or _aligned(t, *t.stride(), *t.shape) for t in rows) or not all(
+    contiguous along columns, `weights` along either. Of `rows` may be a stack of matrices."""
+    if not all(t is None or _stack_aligned(t) for t in rows) or not all(
         t is None
         or _aligned(t, *t.stride(), *t.shape)
         or _aligned(t, t.stride(1), t.stride(0), t.shape[1], t.shape[0])
@@ -366,6 +408,13 @@ def fit_of(*rows: Tensor | None, weights: tuple[Tensor | None, ...] = ()) -> Fit
     ):
         return Fit.ELEMENT
     return Fit.VECTOR if doubtful(*rows, *weights) else Fit.TMA
+
+
+def _stack_aligned(t: Tensor) -> bool:
+    *apart, outer, inner = t.stride()
+    return all(step > 0 and step * t.element_size() % 16 == 0 for step in apart) and _aligned(
+        t, outer, inner, *t.shape[-2:]
+    )
 
 
 def _aligned(t: Tensor, outer: int, inner: int, rows: int, columns: int) -> bool:
@@ -394,6 +443,12 @@ def descriptor_of(
 def rows_of(t: Tensor | None, block_r: int, block_c: int, tma: bool) -> Any:
     """A matrix with contiguous columns (x, h, g, ...) as a kernel takes it."""
     return t if t is None or not tma else descriptor_of(t, [block_r, block_c])
+
+
+def pair_of(gu: Tensor, block_r: int, block_c: int, tma: bool) -> tuple[Any, Any]:
+    """g and u, a stack (2, R, C), as a kernel takes them: both by one descriptor, in its place for
+    g."""
+    return (descriptor_of(gu, [2, block_r, block_c]), None) if tma else (gu[0], gu[1])
 
 
 def slices_of(t: Tensor | None, block_r: int, block_c: int, tma: bool) -> Any:

@@ -76,7 +76,7 @@ class Arch:
 _FP32 = {**dense.with_adapters(dense.FP32), **masked.FP32, **moe.FP32, **binary.FP32}
 _MMA = {**_FP32, **dense.with_adapters(dense.MMA), **masked.MMA, **moe.MMA, **binary.MMA}
 _TMA = {**_FP32, **dense.with_adapters(dense.TMA), **masked.TMA, **moe.TMA, **binary.TMA}
-_WGMMA = ByAssembler(90, _TMA, masked.WGMMA)
+_WGMMA = ByAssembler(90, _TMA, {**masked.WGMMA, **binary.WGMMA})
 # Registers that hold g and u are spilled beside tcgen05's accumulators, read from tensor memory.
 _TCGEN05 = {key: tuple(replace(tile, box=None) for tile in row) for key, row in _TMA.items()}
 _INTERPRETED = {

@@ -69,9 +69,36 @@ TMA: Tiles = {
         _DS_ANY,
     ),
 }
+# For wgmma by an assembler that keeps registers (assembler.py): signs are multiplied where they are
+# made.
+WGMMA: Tiles = {
+    ("binary_linear_fwd", 2): (
+        Tile(256, 128, 64, 8, 4, subtiles=4, loads="tma", weight_left=True),
+        Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma", weight_left=True),
+        Tile(64, 64, 64, 4, 4, loads="tma", weight_left=True),
+        _ANY,
+        *_FEW,
+    ),
+    ("binary_gated_linear_fwd", 2): (
+        Tile(128, 64, 64, 4, 4, subtiles=4, loads="tma", weight_left=True),
+        Tile(64, 64, 64, 4, 4, subtiles=2, loads="tma", weight_left=True),
+        _ANY,
+        *_FEW,
+    ),
+    ("binary_linear_dx", 2): (
+        Tile(256, 128, 64, 8, 4, subtiles=4, loads="tma", weight_left=True),
+        Tile(128, 64, 64, 4, 4, subtiles=2, loads="tma", weight_left=True),
+        _ANY,
+    ),
+    ("binary_gated_mlp_bwd", 2): (
+        Tile(256, 128, 64, 8, 4, subtiles=8, loads="tma", weight_left=True),
+        Tile(128, 64, 64, 4, 4, subtiles=4, loads="tma", weight_left=True),
+        _DH_ANY,
+    ),
+}
 INTERPRETED: Tiles = {
     (kernel, size): (
-        Tile(32, 128, 128, 4, 2, subtiles=2, loads="tma", group_m=2),
+        Tile(32, 128, 128, 8, 2, subtiles=2, loads="tma", group_m=2, weight_left=True),
         Tile(32, 64, 64, 4, 2, subtiles=2, loads="element", group_m=2),
         *(
             (Tile(16, 64, 64, 4, 2), Tile(16, 64, 64, 4, 2, loads="element"))
@@ -83,7 +110,7 @@ INTERPRETED: Tiles = {
     for size in (2, 4)
 } | {
     ("binary_linear_ds", size): tuple(
-        Tile(64, 128, 32, 4, 2, subtiles=2, loads=loads, group_m=2) for loads in ("tma", "element")
+        Tile(64, 128, 32, 8, 2, subtiles=2, loads=loads, group_m=2) for loads in ("tma", "element")
     )
     for size in (2, 4)
 }

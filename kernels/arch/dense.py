@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from .tile import (
     ADAPTED,
     ELEMENT,
@@ -52,6 +50,7 @@ MMA: Tiles = {
         ELEMENT,
     ),
 }
+_UPRIGHT = Tile(64, 128, 64, 4, 3, subtiles=4, loads="tma", box=64)
 # wgmma or tcgen05.
 TMA: Tiles = {
     ("gated_linear_fwd", 2): (
@@ -69,22 +68,48 @@ TMA: Tiles = {
         ELEMENT,
         *SKINNY,
     ),
+    # The weight on the left: a column of the result is then mostly one thread's, and its sum cheap.
     ("gated_linear_bwd", 2): (
-        # 128x256 spills: its accumulator takes 128 of 255 registers, the dGLU epilogue the rest.
-        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma", box=64),
-        Tile(64, 128, 64, 4, 3, subtiles=4, loads="tma", box=64),
+        Tile(256, 128, 64, 8, 3, subtiles=8, loads="tma", weight_left=True),
+        Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma", weight_left=True),
+        Tile(128, 64, 64, 4, 3, subtiles=4, loads="tma", weight_left=True),
         ELEMENT,
     ),
     ("linear_act_bwd", 2): (
-        Tile(128, 256, 64, 8, 3, subtiles=8, loads="tma", box=64),
-        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma", box=128),
-        Tile(64, 128, 64, 4, 4, subtiles=4, loads="tma", box=64),
+        Tile(256, 128, 64, 8, 3, subtiles=8, loads="tma", box=64, weight_left=True),
+        Tile(128, 128, 64, 8, 4, subtiles=2, loads="tma", weight_left=True),
+        Tile(128, 64, 64, 4, 3, subtiles=2, loads="tma", weight_left=True),
+        ELEMENT,
+    ),
+    # t b' is made upright, and beside little else its way to a transposed result is long. Of g and u
+    # 256 x 128 spills 32 bytes with mish, and a box of 64 columns 8 at rank 1 (sm_90, Triton 3.9,
+    # 2026-12).
+    (f"gated_linear_bwd{ADAPTED}", 2): (
+        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma"),
+        _UPRIGHT,
+        ELEMENT,
+    ),
+    (f"linear_act_bwd{ADAPTED}", 2): (
+        Tile(256, 128, 64, 8, 3, subtiles=8, loads="tma", weight_left=True),
+        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma", box=64),
+        _UPRIGHT,
         ELEMENT,
     ),
 }
 INTERPRETED: Tiles = {
     (kernel, size): (
-        Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="tma", group_m=2, box=box),
+        Tile(
+            32,
+            32,
+            32,
+            8,
+            2,
+            subtiles=subtiles,
+            loads="tma",
+            group_m=2,
+            box=box,
+            weight_left=kernel.endswith("_bwd"),
+        ),
         Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="element", group_m=2),
         *(INTERPRETED_SKINNY if kernel.endswith("_fwd") else ()),
     )
@@ -99,19 +124,15 @@ INTERPRETED: Tiles = {
 
 
 def with_adapters(tiles: Tiles) -> Tiles:
-    """Beside each row that of calls with adapters, whose product t b' has an accumulator of its
-    own: forward for a column part, of which there are twice as many, backward for a box."""
+    """Beside each row that has none of its own for calls with adapters, one: forward the product
+    t b' has an accumulator of its own for a column part, of which there are twice as many."""
     rows = {
-        (f"{kernel}{ADAPTED}", size): _fwd(row) if kernel.endswith("_fwd") else _bwd(row)
+        (f"{kernel}{ADAPTED}", size): _fwd(row) if kernel.endswith("_fwd") else row
         for (kernel, size), row in tiles.items()
+        if not kernel.endswith(ADAPTED)
     }
-    return {**tiles, **rows}
+    return {**rows, **tiles}
 
 
 def _fwd(row: tuple[Tile, ...]) -> tuple[Tile, ...]:
     return tuple(finer(tile) if tile.tma else tile for tile in row)
-
-
-def _bwd(row: tuple[Tile, ...]) -> tuple[Tile, ...]:
-    """256 columns in boxes of 64 spill 64 bytes, 128 in one box 24 (sm_90, Triton 3.9, 2026-11)."""
-    return tuple(replace(tile, box=tile.box and 64) for tile in row if tile.block_n <= 128)

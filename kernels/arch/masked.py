@@ -97,7 +97,7 @@ WGMMA: Tiles = {
 }
 INTERPRETED: Tiles = {
     (kernel, size): (
-        Tile(32, 64, 32, 4, 2, subtiles=2, loads="tma", group_m=2, weight_left=True),
+        Tile(32, 64, 32, 8, 2, subtiles=2, loads="tma", group_m=2, weight_left=True),
         Tile(32, 64, 32, 4, 2, subtiles=2, loads="element", group_m=2),
         *(INTERPRETED_SKINNY if "_fwd" in kernel else ()),
     )

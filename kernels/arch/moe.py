@@ -67,7 +67,7 @@ INTERPRETED: Tiles = {
             loads="vector" if kernel == "moe_wgrad" else "tma",
             group_m=2,
         ),
-        Tile(16, 32, 32, 4, 2, loads="vector" if kernel == "moe_wgrad" else "tma", group_m=2),
+        Tile(16, 32, 32, 8, 2, loads="vector" if kernel == "moe_wgrad" else "tma", group_m=2),
         Tile(32, 32, 32, 4, 2, subtiles=2, loads="element", group_m=2),
     )
     for kernel in ("moe_up", "moe_down", "moe_dh", "moe_wgrad")

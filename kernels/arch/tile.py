@@ -14,6 +14,7 @@ from typing import Literal
 
 SKINNY_M = 16  # up to this many rows a GEMM is bound by its weight's bytes
 FEW_M = 128  # up to this many, by how many multiprocessors read it
+FULL_WARPS = 8  # with 255 registers a thread each they have all of a multiprocessor's
 
 
 def cdiv(a: int, b: int) -> int:
@@ -37,11 +38,12 @@ class Tile:
     live. loads: "tma" moves tiles by TMA descriptors under a persistent grid; "vector" by pointers,
     16 bytes a thread; "element" makes no demand on strides or sizes. group_m: rows of tiles visited
     together, for L2. box: columns of g and u that a backward's epilogue reads by TMA at once and
-    waits for once, several parts, in registers until their turn; None is one part. few: for FEW_M
+    waits for once, several parts, in registers until their turn; None is one part; of weight_left
+    rows. few: for FEW_M
     rows at most: narrow, so that every multiprocessor reads a part of the weight. weight_left: the
-    weight, which masks change in registers, is the left operand, and the result is made transposed:
-    wgmma takes its left operand from registers, so that nothing waits for a masked tile in shared
-    memory.
+    weight is the left operand, and the result is made transposed, in parts of rows. wgmma takes its
+    left operand from registers, so that nothing waits for a weight that masks or signs make; and
+    a thread has most of a column of such a result, whose sum a backward wants.
     """
 
     block_m: int
@@ -61,12 +63,22 @@ class Tile:
         return self.loads == "tma"
 
     @property
-    def box_columns(self) -> int:
-        return min(self.block_n, max(self.box or 0, self.block_n // self.subtiles))
+    def box_shape(self) -> tuple[int, int]:
+        """Rows and columns of g and u that are read at once: whole parts."""
+        rows, columns = self.part
+        if self.weight_left:
+            return min(self.block_m, max(self.box or 0, rows)), columns
+        return rows, min(self.block_n, max(self.box or 0, columns))
 
     @property
     def needs(self) -> Fit:
         return Fit[self.loads.upper()]
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a persistent grid that a multiprocessor is given: of 4 warps two, so that the
+        tensor cores go on while one of them stores."""
+        return max(1, FULL_WARPS // self.num_warps)
 
     @property
     def skinny(self) -> bool:
@@ -95,9 +107,9 @@ def finer(tile: Tile) -> Tile:
 
 @functools.lru_cache(1024)
 def unboxed(tile: Tile) -> Tile:
-    """`tile` whose epilogue reads g and u part by part: for an activation of u too, which needs the
-    registers."""
-    return replace(tile, box=None)
+    """`tile` whose epilogue reads g and u part by part, a transposed result's parts being halved:
+    for an activation of u too, which needs the registers."""
+    return replace(tile, box=None, subtiles=tile.subtiles * (2 if tile.weight_left else 1))
 
 
 @functools.lru_cache(1024)

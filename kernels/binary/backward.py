@@ -14,8 +14,9 @@ from torch import Tensor
 
 from ...packing import empty_pair, split_pair
 from ..activations import act_of
-from ..arch.tile import cdiv
+from ..arch.tile import cdiv, unboxed
 from ..epilogues import store_bwd
+from ..left import shifts
 from ..pick import LAST, pick_tile
 from ..plans import noted
 from ..tiles import (
@@ -25,10 +26,15 @@ from ..tiles import (
     gemm_options,
     grid_of,
     load_tile,
+    multiplied,
+    pair_of,
+    parts_of,
     precision,
     rows_of,
     store_tile,
     tile_at,
+    upright,
+    zeros,
 )
 from .binary_linear import load_binary
 from .bits import load_words, signed
@@ -42,6 +48,7 @@ def _multiply_rows(
     stride_yn,
     q_ptr,
     s_ptr,
+    shift,
     m0,
     k0,
     M,
@@ -52,13 +59,17 @@ def _multiply_rows(
     BLOCK_K: tl.constexpr,
     TMA: tl.constexpr,
     MASK_K: tl.constexpr,
+    LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """acc + dy w, rows m0.. and weights k0.. of each row of w, over all of N."""
+    """acc + dy w, rows m0.. and weights k0.. of each row of w, over all of N;
+    transposed if LEFT."""
+    if LEFT:  # as multiply_masked says
+        tl.assume(N > 0)
     for n in tl.range(0, N, BLOCK_K):
         a = load_tile(dy, stride_ym, stride_yn, m0, n, M, N, BLOCK_M, BLOCK_K, TMA, MASK_K)
-        w = load_binary(q_ptr, s_ptr, n, k0, N, groups, a.dtype, BLOCK_K, BLOCK_N)
-        acc = dot(a, w, acc, PRECISION)
+        w = load_binary(q_ptr, s_ptr, shift, n, k0, N, groups, a.dtype, BLOCK_K, BLOCK_N, LEFT)
+        acc = multiplied(a, w, acc, LEFT, PRECISION)
     return acc
 
 
@@ -84,10 +95,15 @@ def _dx_kernel(
     SUBTILES: tl.constexpr,
     TMA: tl.constexpr,
     MASK_K: tl.constexpr,
+    LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dx = dy1 w1 + dy2 w2 (M, D); dy2 is laid out as dy1 is, or None."""
-    PART: tl.constexpr = BLOCK_N // SUBTILES
+    PART_M: tl.constexpr = BLOCK_M // SUBTILES if LEFT else BLOCK_M
+    PART_N: tl.constexpr = BLOCK_N if LEFT else BLOCK_N // SUBTILES
+    STEP_M: tl.constexpr = PART_M if LEFT else 0
+    STEP_N: tl.constexpr = 0 if LEFT else PART_N
+    shift = shifts(q1_ptr, N, 32, LEFT)
     groups = tl.cdiv(D, 128)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_d = tl.cdiv(D, BLOCK_N)
@@ -95,19 +111,21 @@ def _dx_kernel(
         tile_m, tile_d = tile_at(index, tiles_m, tiles_d, GROUP_M)
         m0 = tile_m * BLOCK_M
         d0 = tile_d * BLOCK_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc = _multiply_rows(
-            acc, dy1, stride_ym, stride_yn, q1_ptr, s1_ptr, m0, d0, M, N, groups,
-            BLOCK_M, BLOCK_N, BLOCK_K, TMA, MASK_K, PRECISION,
+            zeros(BLOCK_M, BLOCK_N, LEFT), dy1, stride_ym, stride_yn, q1_ptr, s1_ptr, shift,
+            m0, d0, M, N, groups, BLOCK_M, BLOCK_N, BLOCK_K, TMA, MASK_K, LEFT, PRECISION,
         )  # fmt: skip
         if dy2 is not None:
             acc = _multiply_rows(
-                acc, dy2, stride_ym, stride_yn, q2_ptr, s2_ptr, m0, d0, M, N, groups,
-                BLOCK_M, BLOCK_N, BLOCK_K, TMA, MASK_K, PRECISION,
+                acc, dy2, stride_ym, stride_yn, q2_ptr, s2_ptr, shift,
+                m0, d0, M, N, groups, BLOCK_M, BLOCK_N, BLOCK_K, TMA, MASK_K, LEFT, PRECISION,
             )  # fmt: skip
-        parts = column_parts(acc, BLOCK_M, BLOCK_N, SUBTILES)
+        parts = parts_of(acc, BLOCK_M, BLOCK_N, SUBTILES, LEFT)
         for i in tl.static_range(SUBTILES):
-            store_tile(dx, stride_xm, m0, d0 + i * PART, M, D, parts[i], BLOCK_M, PART, TMA)
+            store_tile(
+                dx, stride_xm, m0 + i * STEP_M, d0 + i * STEP_N, M, D, upright(parts[i], LEFT),
+                PART_M, PART_N, TMA,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -135,9 +153,11 @@ def _dh_kernel(
     SUBTILES: tl.constexpr,
     TMA: tl.constexpr,
     MASK_K: tl.constexpr,
+    LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """dh = dy w_down, which goes into dg, du and h, all (M, H) with contiguous rows."""
+    shift = shifts(q_ptr, N, 32, LEFT)
     groups = tl.cdiv(H, 128)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_h = tl.cdiv(H, BLOCK_N)
@@ -146,12 +166,12 @@ def _dh_kernel(
         m0 = tile_m * BLOCK_M
         h0 = tile_h * BLOCK_N
         dh = _multiply_rows(
-            tl.zeros((BLOCK_M, BLOCK_N), tl.float32), dy, stride_ym, stride_yn, q_ptr, s_ptr,
-            m0, h0, M, N, groups, BLOCK_M, BLOCK_N, BLOCK_K, TMA, MASK_K, PRECISION,
+            zeros(BLOCK_M, BLOCK_N, LEFT), dy, stride_ym, stride_yn, q_ptr, s_ptr, shift,
+            m0, h0, M, N, groups, BLOCK_M, BLOCK_N, BLOCK_K, TMA, MASK_K, LEFT, PRECISION,
         )  # fmt: skip
         store_bwd(
             dh, g, u, dg, du, h, None, tile_m, tiles_m, m0, h0, M, H, H, 1, H, H, scalars, ACT, UP,
-            BLOCK_M, BLOCK_N, SUBTILES, TMA, True,
+            BLOCK_M, BLOCK_N, SUBTILES, TMA, True, LEFT,
         )  # fmt: skip
 
 
@@ -218,8 +238,8 @@ def binary_linear_dx(
     read = tile.block_m, tile.block_k, tile.tma
     noted(_dx_kernel)[grid_of(tile, dy1, M, D)](
         rows_of(dy1, *read), q1, s1, rows_of(dy2, *read), q2, s2,
-        rows_of(dx, tile.block_m, tile.block_n // tile.subtiles, tile.tma),
-        M, N, D, *dy1.stride(), dx.stride(0),
+        rows_of(dx, *tile.part, tile.tma), M, N, D, *dy1.stride(), dx.stride(0),
+        LEFT=tile.weight_left,
         **gemm_options(tile, N % tile.block_k != 0, precision(dy1.dtype)),
     )  # fmt: skip
     return dx
@@ -240,14 +260,16 @@ def binary_gated_mlp_bwd(
     if M == 0 or H == 0:
         return dgu, h
     kernel = "binary_gated_mlp_bwd"
-    rows = *split_pair(gu, None), *split_pair(dgu, None), h if want_h else None
-    tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fit_of(dy, *rows))
-    part = tile.block_n // tile.subtiles
-    widths = (tile.box_columns, tile.box_columns, part, part, part)
+    outputs = *split_pair(dgu, None), h if want_h else None
+    tile = LAST[kernel] = pick_tile(kernel, dy, M, H, fit_of(dy, gu, *outputs))
+    act = act_of(activation)
+    if act["UP"] is not None:
+        tile = unboxed(tile)
     noted(_dh_kernel)[grid_of(tile, dy, M, H)](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), q_down, s_down,
-        *(rows_of(t, tile.block_m, n, tile.tma) for t, n in zip(rows, widths, strict=True)),
-        M, N, H, *dy.stride(), **act_of(activation),
+        *pair_of(gu, *tile.box_shape, tile.tma),
+        *(rows_of(t, *tile.part, tile.tma) for t in outputs),
+        M, N, H, *dy.stride(), **act, LEFT=tile.weight_left,
         **gemm_options(tile, N % tile.block_k != 0, precision(dy.dtype)),
     )  # fmt: skip
     return dgu, h

@@ -7,7 +7,8 @@
 | binary_gated_linear.py | their launcher with a gate |
 | backward.py | dx, the backward of a whole block's h, the gradient of the scales |
 
-Many rows: each K step makes a tile of +-scale in x's dtype and multiplies it on the tensor cores.
+Many rows: each K step makes a tile of +-scale in x's dtype and multiplies it on the tensor cores;
+by a tile of `weight_left` as the left operand, from the registers in which it is made.
 Few rows (M <= SKINNY_M): words and scales are read once and are the time; the tile is +-1, its
 product with x one group's, scaled in float32; K is cut into parts, summed in a fixed order.
 """
@@ -22,36 +23,44 @@ from torch import Tensor
 from ..activations import act_of
 from ..arch.tile import Tile, cdiv
 from ..epilogues import store_fwd
+from ..left import shifts
 from ..pick import LAST, pick_splits, pick_tile
 from ..plans import noted
 from ..skinny import reduce_kernel
 from ..tiles import (
-    column_parts,
     compiler_options,
     dot,
     fit_of,
     gemm_options,
     grid_of,
     load_tile,
+    multiplied,
+    parts_of,
     precision,
     rounded,
     rows_of,
     store_tile,
     tile_at,
+    upright,
+    zeros,
 )
-from .bits import load_scales, load_words, signed
+from .bits import load_scales, load_words, signed, signed_pairs
 
 
 @triton.jit
 def load_binary(
-    q_ptr, s_ptr, n0, k0, N, groups, dtype: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    q_ptr, s_ptr, shift, n0, k0, N, groups, dtype: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, LEFT: tl.constexpr,
 ):  # fmt: skip
-    """+-scale of rows n0.. and weights k0.., which lie in one group: (BLOCK_N, BLOCK_K)."""
+    """+-scale of rows n0.. and weights k0.., which lie in one group: (BLOCK_N, BLOCK_K). If LEFT it
+    is multiplied where it is made."""
     words = load_words(q_ptr, n0, k0, N, groups, BLOCK_N, BLOCK_K)
-    scales = load_scales(s_ptr, n0, k0, N, groups, BLOCK_N)
-    scales = rounded(scales, dtype).to(tl.float32)
-    return signed(words, scales, BLOCK_N, BLOCK_K).to(dtype)
+    scales = rounded(load_scales(s_ptr, n0, k0, N, groups, BLOCK_N), dtype)
+    if LEFT and dtype.primitive_bitwidth == 16:
+        tile = signed_pairs(words, shift, scales, BLOCK_N, BLOCK_K)
+    else:
+        tile = signed(words, scales.to(tl.float32), BLOCK_N, BLOCK_K).to(dtype)
+    return tile
 
 
 @triton.jit
@@ -85,10 +94,15 @@ def _fwd_kernel(
     SUBTILES: tl.constexpr,
     TMA: tl.constexpr,
     MASK_K: tl.constexpr,
+    LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     GATED: tl.constexpr = q_up_ptr is not None
-    PART: tl.constexpr = BLOCK_N // SUBTILES
+    PART_M: tl.constexpr = BLOCK_M // SUBTILES if LEFT else BLOCK_M
+    PART_N: tl.constexpr = BLOCK_N if LEFT else BLOCK_N // SUBTILES
+    STEP_M: tl.constexpr = PART_M if LEFT else 0
+    STEP_N: tl.constexpr = 0 if LEFT else PART_N
+    shift = shifts(q_gate_ptr, H, 32, LEFT)
     groups = tl.cdiv(D, 128)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(H, BLOCK_N)
@@ -96,24 +110,31 @@ def _fwd_kernel(
         tile_m, tile_n = tile_at(index, tiles_m, tiles_n, GROUP_M)
         m0 = tile_m * BLOCK_M
         n0 = tile_n * BLOCK_N
-        acc_g = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc_g = zeros(BLOCK_M, BLOCK_N, LEFT)
         acc_u = acc_g
+        if LEFT:  # as multiply_masked says
+            tl.assume(D > 0)
         for k in tl.range(0, D, BLOCK_K):
             a = load_tile(x, stride_xm, stride_xd, m0, k, M, D, BLOCK_M, BLOCK_K, TMA, MASK_K)
-            w = load_binary(q_gate_ptr, s_gate_ptr, n0, k, H, groups, a.dtype, BLOCK_N, BLOCK_K)
-            acc_g = dot(a, w.T, acc_g, PRECISION)
+            w = load_binary(
+                q_gate_ptr, s_gate_ptr, shift, n0, k, H, groups, a.dtype, BLOCK_N, BLOCK_K, LEFT
+            )
+            acc_g = multiplied(a, w.T, acc_g, LEFT, PRECISION)
             if GATED:
-                w = load_binary(q_up_ptr, s_up_ptr, n0, k, H, groups, a.dtype, BLOCK_N, BLOCK_K)
-                acc_u = dot(a, w.T, acc_u, PRECISION)
+                w = load_binary(
+                    q_up_ptr, s_up_ptr, shift, n0, k, H, groups, a.dtype, BLOCK_N, BLOCK_K, LEFT
+                )
+                acc_u = multiplied(a, w.T, acc_u, LEFT, PRECISION)
         if not GATED:
             acc_u = acc_g
-        parts_g = column_parts(acc_g, BLOCK_M, BLOCK_N, SUBTILES)
-        parts_u = column_parts(acc_u, BLOCK_M, BLOCK_N, SUBTILES)
+        parts_g = parts_of(acc_g, BLOCK_M, BLOCK_N, SUBTILES, LEFT)
+        parts_u = parts_of(acc_u, BLOCK_M, BLOCK_N, SUBTILES, LEFT)
         for i in tl.static_range(SUBTILES):
             store_fwd(
-                parts_g[i], parts_u[i], b_gate_ptr, b_up_ptr, h, g, u, m0, n0 + i * PART, M, H,
+                upright(parts_g[i], LEFT), upright(parts_u[i], LEFT), b_gate_ptr, b_up_ptr, h, g, u,
+                m0 + i * STEP_M, n0 + i * STEP_N, M, H,
                 stride_hm, stride_gm, stride_bg, stride_bu, scalars, ACT, UP,
-                BLOCK_M, PART, TMA, GATED,
+                PART_M, PART_N, TMA, GATED,
             )  # fmt: skip
 
 
@@ -223,12 +244,11 @@ def launch_fwd(
     if tile.skinny:
         _launch_split(tile, x, weights, outputs, biases, strides, activation)
         return
-    block_out = tile.block_n // tile.subtiles
     options = gemm_options(tile, D % tile.block_k != 0, precision(x.dtype))
     noted(_fwd_kernel)[grid_of(tile, x, M, H)](
         rows_of(x, tile.block_m, tile.block_k, tile.tma), *weights, *biases,
-        *(rows_of(t, tile.block_m, block_out, tile.tma) for t in outputs),
-        M, H, D, *x.stride(), *strides, **act_of(activation), **options,
+        *(rows_of(t, *tile.part, tile.tma) for t in outputs),
+        M, H, D, *x.stride(), *strides, **act_of(activation), LEFT=tile.weight_left, **options,
     )  # fmt: skip
 
 

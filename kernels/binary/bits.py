@@ -10,6 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..tiles import INTERPRETED
+
+# Two weights of 16 bits: prmt puts the words' highest bytes into those of the halves, and the
+# scales' signs change where their highest bit is 0.
+_BOTH = tl.constexpr(
+    "{ .reg .b32 m; prmt.b32 m, $2, $3, 0x7030; lop3.b32 $0, $1, m, 0x80008000, 0xd2; }"
+)
+
 
 @triton.jit
 def load_words(q_ptr, n0, k0, N, groups, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
@@ -45,3 +53,20 @@ def signed(words, scales, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     minus = ~t & -2147483648
     magnitude = scales.to(tl.int32, bitcast=True)[:, None]
     return (magnitude ^ minus).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def signed_pairs(words, shift, scales, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """`signed` in the dtype of the scales, of 16 bits, two neighbours at once. `shift` is 31 .. 0
+    (kernels/left.py)."""
+    if INTERPRETED:
+        tile = signed(words, scales.to(tl.float32), BLOCK_N, BLOCK_K).to(scales.dtype)
+    else:
+        tops = tl.reshape(
+            words.to(tl.uint32)[:, :, None] << shift[None, None, :], (BLOCK_N, BLOCK_K)
+        )
+        every = tl.broadcast_to(scales[:, None], (BLOCK_N, BLOCK_K))
+        tile = tl.inline_asm_elementwise(
+            _BOTH, "=r,r,r,r", [every, tops], dtype=scales.dtype, is_pure=True, pack=2
+        )
+    return tile

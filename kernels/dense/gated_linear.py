@@ -39,6 +39,7 @@ from ..tiles import (
     low_rank_of,
     multiply,
     multiply_stacked,
+    pair_of,
     precision,
     rows_of,
     tile_at,
@@ -174,14 +175,15 @@ def _bwd_kernel(
     GROUP_M: tl.constexpr,
     SUBTILES: tl.constexpr,
     TMA: tl.constexpr,
+    GATED: tl.constexpr,
     DOWN_K_MAJOR: tl.constexpr,
     MASK_K: tl.constexpr,
+    LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
     t=None,
     low=None,
     sizes=None,
 ):
-    GATED: tl.constexpr = u is not None
     FLATTEN: tl.constexpr = TMA and t is None
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(H, BLOCK_N)
@@ -195,11 +197,12 @@ def _bwd_kernel(
             None, 0, 0,
             m0, n0, 0, D, M, H, D,
             BLOCK_M, BLOCK_N, BLOCK_K, TMA, DOWN_K_MAJOR, True, MASK_K, PRECISION,
+            LEFT,
         )  # fmt: skip
         store_bwd(
             dh, g, u, dg, du, h, sums_ptr, tile_m, tiles_m, m0, n0, M, H,
             stride_gm, stride_gh, stride_dgm, stride_hm, scalars, ACT, UP,
-            BLOCK_M, BLOCK_N, SUBTILES, TMA, GATED, PRECISION, t, low, sizes,
+            BLOCK_M, BLOCK_N, SUBTILES, TMA, GATED, LEFT, PRECISION, t, low, sizes,
         )  # fmt: skip
 
 
@@ -265,8 +268,7 @@ def launch_bwd(
     kernel: str,
     dy: Tensor,
     w_down: Tensor,
-    g: Tensor,
-    u: Tensor | None,
+    gu: Tensor,
     dg: Tensor,
     du: Tensor | None,
     h: Tensor | None,
@@ -276,13 +278,15 @@ def launch_bwd(
     low: Tensor | None = None,
 ) -> Tensor:
     """Fill dg, du and, if given, h (M, H); returns the column sums of dg and du (1 or 2 or 0, H).
-    With u, but du None, dg (M, 2H) takes both, interleaved. dh gains t low', t (M, r)."""
+    gu: g and u as one (2, M, H), or g alone, (M, H). With u, but du None, dg (M, 2H) takes both,
+    interleaved. dh gains t low', t (M, r)."""
     M, D = dy.shape
     H = w_down.shape[1]
-    halves = 1 if u is None else 2
+    gated = gu.dim() == 3
+    halves = 2 if gated else 1
     if M == 0 or H == 0:
         return dy.new_zeros((halves if want_db else 0, H))
-    fit = fit_of(dy, g, u, dg, du, h, weights=(w_down,))
+    fit = fit_of(dy, gu, dg, du, h, weights=(w_down,))
     row = kernel if t is None else f"{kernel}{ADAPTED}"
     tile = LAST[row] = pick_tile(row, dy, M, H, fit)
     act = act_of(activation)
@@ -296,17 +300,18 @@ def launch_bwd(
         tile = finer(tile)
     sums = dy.new_empty((halves, sums_rows(tile, M), H), dtype=torch.float32) if want_db else None
     down, *down_strides, k_major = weight_of(w_down.t(), tile.block_n, tile.block_k, tile.tma)
-    block_out = tile.block_n // tile.subtiles
-    g_in, u_in = (rows_of(t, tile.block_m, tile.box_columns, tile.tma) for t in (g, u))
-    du_out, h_out = (rows_of(t, tile.block_m, block_out, tile.tma) for t in (du, h))
-    dg_out = rows_of(dg, tile.block_m, block_out * dg.shape[1] // H, tile.tma)
+    part_m, part_n = tile.part
+    read = *tile.box_shape, tile.tma
+    g_in, u_in = pair_of(gu, *read) if gated else (rows_of(gu, *read), None)
+    du_out, h_out = (rows_of(t, part_m, part_n, tile.tma) for t in (du, h))
+    dg_out = rows_of(dg, part_m, part_n * dg.shape[1] // H, tile.tma)
     options = gemm_options(tile, D % tile.block_k != 0, precision(dy.dtype))
     of_adapter = {} if t is None else {"t": t, "low": low, "sizes": low_rank_of(t, low)}
     noted(_bwd_kernel)[grid_of(tile, dy, M, H)](
         rows_of(dy, tile.block_m, tile.block_k, tile.tma), down,
         g_in, u_in, dg_out, du_out, h_out, sums,
-        M, H, D, *dy.stride(), *down_strides, *g.stride(), dg.stride(0), H,
-        **act, DOWN_K_MAJOR=k_major, **options, **of_adapter,
+        M, H, D, *dy.stride(), *down_strides, *gu.stride()[-2:], dg.stride(0), H,
+        **act, GATED=gated, DOWN_K_MAJOR=k_major, LEFT=tile.weight_left, **options, **of_adapter,
     )  # fmt: skip
     return dy.new_empty((0, H)) if sums is None else sums.sum(1).to(dy.dtype)
 
@@ -353,9 +358,8 @@ def gated_linear_bwd(
     t: Tensor | None = None,
     low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    g, u = split_pair(gu, None)
     dgu, h = gated_linear_grads(dy, w_down, packed, want_h)
     dg, du = (dgu, None) if packed == "interleaved" else split_pair(dgu, packed)
-    rows = (g, u, dg, du, h if want_h else None)
+    rows = (gu, dg, du, h if want_h else None)
     db = launch_bwd("gated_linear_bwd", dy, w_down, *rows, want_db, activation, t, low)
     return dgu, h, db

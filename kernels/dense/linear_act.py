@@ -51,7 +51,7 @@ def linear_act_bwd(
     low: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dz, h = linear_act_grads(dy, w_out, want_h)
-    rows = (z, None, dz, None, h if want_h else None)
+    rows = (z, dz, None, h if want_h else None)
     db = launch_bwd("linear_act_bwd", dy, w_out, *rows, want_db, activation, t, low)
     return dz, h, db
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..activations import act_of
 from ..arch.tile import cdiv
+from ..left import shifts
 from ..pick import LAST, pick_tile
 from ..plans import noted
 from ..tiles import (
@@ -29,25 +30,18 @@ from ..tiles import (
     grid_of,
     load_slice,
     load_tile,
+    multiplied,
     rows_of,
     slices_of,
     store_slice,
     store_tile,
     tile_at,
-    weight_of,
-)
-from .masked_gated_linear import masked_options
-from .masks import (
-    bits_of,
-    keep,
-    keep_pairs,
-    load_words,
-    multiplied,
-    shifts,
     upright,
-    words_of,
+    weight_of,
     zeros,
 )
+from .masked_gated_linear import masked_options
+from .masks import bits_of, keep, keep_pairs, load_words, words_of
 
 ELEMENTS = 1024  # a program of the elementwise kernel
 
@@ -138,7 +132,7 @@ def _dx_kernel(
     LEFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    shift = shifts(planes_ptr, H, LEFT)
+    shift = shifts(planes_ptr, H, 8, LEFT)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(D, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):

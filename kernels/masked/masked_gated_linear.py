@@ -28,22 +28,25 @@ from torch import Tensor
 
 from ..activations import act_of
 from ..arch.tile import Tile, narrower
+from ..left import shifts
 from ..pick import LAST, pick_splits, pick_tile
 from ..plans import noted
 from ..tiles import (
-    column_parts,
     compiler_options,
     fit_of,
     grid_of,
+    parts_of,
     precision,
     rows_of,
     slices_of,
     store_slice,
     store_tile,
     tile_at,
+    upright,
     weight_of,
+    zeros,
 )
-from .masks import multiply_masked, shifts, upright, words_of, zeros
+from .masks import multiply_masked, words_of
 from .skinny import launch_split
 
 
@@ -51,13 +54,10 @@ from .skinny import launch_split
 def _parts(
     accs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SUBTILES: tl.constexpr, LEFT: tl.constexpr
 ):
-    """The column parts of each tile as it was made: of a transposed one, rows of the result."""
+    """The column parts of each tile."""
     parts = ()
     for i in tl.static_range(len(accs)):
-        if LEFT:
-            parts = parts + (column_parts(accs[i], BLOCK_N, BLOCK_M, SUBTILES),)
-        else:
-            parts = parts + (column_parts(accs[i], BLOCK_M, BLOCK_N, SUBTILES),)
+        parts = parts + (parts_of(accs[i], BLOCK_M, BLOCK_N, SUBTILES, LEFT),)
     return parts
 
 
@@ -132,7 +132,7 @@ def _fwd_kernel(
     FIRST: tl.constexpr = 0 if LEFT and N_M > MASKS else MASKS
     STEP_M: tl.constexpr = PART_M if LEFT else 0
     STEP_N: tl.constexpr = 0 if LEFT else PART_N
-    shift = shifts(planes_ptr, H, LEFT)
+    shift = shifts(planes_ptr, H, 8, LEFT)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(H, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles_m * tiles_n, tl.num_programs(0)):

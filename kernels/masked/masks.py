@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arch.tile import cdiv
+from ..left import in_registers
 from ..plans import noted
-from ..tiles import INTERPRETED, dot, load_tile, load_weight
+from ..tiles import INTERPRETED, load_tile, load_weight, multiplied, zeros
 
 _PACK = {"BLOCK_H": 16, "BLOCK_D": 128, "num_warps": 4, "enable_fp_fusion": True}
 
@@ -63,19 +64,6 @@ def load_words(
 
 
 @triton.jit
-def shifts(planes_ptr, R, LEFT: tl.constexpr):
-    """How far left each bit of a byte is moved to become its highest: 7 .. 0. If LEFT they come by
-    a load that reads nothing, as no matrix has -R rows: Triton moves what makes a left operand to
-    registers of the product's layout where all of it is loaded or constant, which `tl.arange` is
-    not. As right operands the same would be made by each warp."""
-    lanes = tl.arange(0, 8)
-    values = 7 - lanes
-    if LEFT:
-        values = tl.load(planes_ptr + lanes, mask=lanes < -R, other=values)
-    return values.to(tl.uint32)
-
-
-@triton.jit
 def bits_of(words, byte: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """Which of a tile's (BLOCK_R, BLOCK_C) weights byte `byte` of their words keeps."""
     bit = (1 << (8 * byte + tl.arange(0, 8))).to(tl.uint32)
@@ -97,16 +85,6 @@ def _both(byte):
     low, high = 8 + byte, 12 + byte
     halves = f"0x{high:x}{high:x}{low:x}{low:x}"
     return f"{{ .reg .b32 m; prmt.b32 m, $2, $3, {halves}; and.b32 $0, $1, m; }}"
-
-
-@triton.jit
-def in_registers(tile, LEFT: tl.constexpr):
-    """`tile`, which is not multiplied from shared memory if LEFT."""
-    if LEFT and not INTERPRETED:
-        tile = tl.inline_asm_elementwise(
-            "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=True, pack=2
-        )
-    return tile
 
 
 @triton.jit
@@ -154,35 +132,6 @@ def _pack_kernel(
         kept = tl.where(tl.reshape(logits, (BLOCK_H, BLOCK_D // 8, 8)) > 0, bit, 0)
         pointers = planes_ptr + (rows * octets + columns) * N_M + i
         tl.store(pointers, tl.sum(kept, 2).to(tl.uint8), mask=(rows < H) & (columns < octets))
-
-
-@triton.jit
-def zeros(BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LEFT: tl.constexpr):
-    """Where a (BLOCK_M, BLOCK_N) result is summed, which is made transposed if LEFT."""
-    if LEFT:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    return acc
-
-
-@triton.jit
-def multiplied(a, b, acc, LEFT: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a b, both transposed if LEFT: masked weights, right operands here, are left ones there,
-    which wgmma takes from registers."""
-    if LEFT:
-        acc = dot(b.T, a.T, acc, PRECISION)
-    else:
-        acc = dot(a, b, acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def upright(t, LEFT: tl.constexpr):
-    """A part of the result, from what `multiplied` made."""
-    if LEFT:
-        t = t.T
-    return t
 
 
 @triton.jit

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..activations import act_of
 from ..arch.tile import Tile, cdiv
+from ..left import shifts
 from ..plans import noted
 from ..tiles import compiler_options, load_tile, precision, store_tile
-from .masks import multiply_masked, shifts, words_of
+from .masks import multiply_masked, words_of
 
 
 @triton.jit
@@ -43,8 +44,9 @@ def _partial_kernel(
     part = tl.program_id(1)
     k_begin = part * depth
     accs = multiply_masked(
-        x, stride_xm, stride_xd, w, stride_wh, stride_wd, planes_ptr, shifts(planes_ptr, H, False),
-        0, n0, k_begin, min(k_begin + depth, D), M, H, D, 0, N_M, 1, N_M,
+        x, stride_xm, stride_xd, w, stride_wh, stride_wd, planes_ptr,
+        shifts(planes_ptr, H, 8, False), 0, n0, k_begin, min(k_begin + depth, D),
+        M, H, D, 0, N_M, 1, N_M,
         BLOCK_M, BLOCK_N, BLOCK_K, False, True, MASK_K, False, PRECISION,
     )  # fmt: skip
     size = tl.cast(M, tl.int64) * H

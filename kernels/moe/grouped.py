@@ -239,9 +239,9 @@ def most_tiles(T: int, groups: int, block_m: int) -> int:
 
 
 def grouped_grid(tile: Tile, like: Tensor, T: int, groups: int, N: int) -> tuple[int]:
-    """A TMA tile runs persistently, one block a multiprocessor."""
+    """A TMA tile runs persistently, as many blocks a multiprocessor as `tile.blocks` says."""
     tiles = most_tiles(T, groups, tile.block_m) * cdiv(N, tile.block_n)
-    return (min(tiles, multiprocessors(like.device)) if tile.tma else tiles,)
+    return (min(tiles, tile.blocks * multiprocessors(like.device)) if tile.tma else tiles,)
 
 
 def block_e(groups: int) -> int:

@@ -14,7 +14,7 @@ from fusedmlp.kernels.arch import ARCHES, arch_for
 from fusedmlp.kernels.arch.tile import Fit
 from fusedmlp.kernels.dense import gated_linear
 from fusedmlp.kernels.device import pretend
-from fusedmlp.kernels.moe.grouped import experts_fit
+from fusedmlp.kernels.moe.grouped import experts_fit, grouped_grid
 from fusedmlp.kernels.pick import pick_splits, pick_tile, reading
 from fusedmlp.testing import CASES, assert_close_to, compare
 
@@ -81,6 +81,22 @@ def test_a_tile_for_few_rows_is_not_persistent(hopper):
     wide, few = hopper[0], next(t for t in hopper if t.few)
     assert tiles.grid_of(wide, X, 128, 1 << 16) == (132,)
     assert tiles.grid_of(few, X, few.block_m, 1 << 16) == ((1 << 16) // few.block_n,)
+
+
+def test_a_multiprocessor_has_two_persistent_blocks_of_four_warps(hopper):
+    """As many as its registers hold, and no more than there are tiles; of experts' rows too."""
+    eight, four = hopper[0], next(t for t in hopper if t.num_warps == 4 and t.tma and not t.few)
+    assert (eight.blocks, four.blocks) == (1, 2)
+    assert tiles.grid_of(four, X, 1 << 10, 1 << 16) == (264,)
+    assert tiles.grid_of(four, X, four.block_m, 200 * four.block_n) == (200,)
+    assert grouped_grid(eight, X, 1 << 14, 8, 1 << 14) == (132,)
+    assert grouped_grid(four, X, 1 << 14, 8, 1 << 14) == (264,)
+
+
+@pytest.mark.parametrize("stride, fit", ((24, Fit.TMA), (20, Fit.ELEMENT), (0, Fit.ELEMENT)))
+def test_a_stack_is_read_by_one_descriptor_where_its_matrices_are_16_bytes_apart(stride, fit):
+    memory = torch.zeros(64, dtype=torch.bfloat16)
+    assert tiles.fit_of(memory.as_strided((2, 3, 8), (stride, 8, 1))) == fit
 
 
 def test_unaligned_operands_take_element_loads(hopper):

@@ -4,13 +4,15 @@ import pytest
 import torch
 
 from fusedmlp.kernels import pick
-from fusedmlp.kernels.arch import ARCHES, arch_for, masked
+from fusedmlp.kernels.arch import ARCHES, arch_for, binary, masked
 from fusedmlp.kernels.arch.assembler import ByAssembler, assembler, keeps_registers
 from fusedmlp.kernels.arch.tile import Fit
 from fusedmlp.kernels.device import pretend
 
 OLD, NEW = ("12.8", "12.9", "13.0", "13.2"), ("13.3", "13.4", "14.0")
 HOPPER = arch_for(90)
+MADE = ("masked", "binary")  # kernels whose weight is made in registers
+FROM_REGISTERS, TMA = {**masked.WGMMA, **binary.WGMMA}, {**masked.TMA, **binary.TMA}
 X = torch.empty(1, dtype=torch.bfloat16)
 
 
@@ -52,16 +54,21 @@ def test_an_old_assembler_gets_no_operand_in_registers(version, ptxas):
     assert assembler(90) == version
     for arch in ARCHES.values():
         if arch.mma == "wgmma":
-            assert not [t for tiles in arch.tiles.values() for t in tiles if t.weight_left]
-    for key in masked.WGMMA:
-        assert HOPPER.tiles[key] is masked.TMA[key]
+            assert not [
+                tile
+                for (kernel, _), tiles in arch.tiles.items()
+                for tile in tiles
+                if tile.weight_left and kernel.startswith(MADE)
+            ]
+    for key in FROM_REGISTERS:
+        assert HOPPER.tiles[key] is TMA[key]
 
 
 @pytest.mark.parametrize("version", NEW)
-def test_a_newer_one_multiplies_masked_weights_from_registers(version, ptxas):
+def test_a_newer_one_multiplies_weights_where_they_are_made(version, ptxas):
     ptxas(version)
-    assert masked.WGMMA
-    for key, tiles in masked.WGMMA.items():
+    assert masked.WGMMA and binary.WGMMA and all(k.startswith(MADE) for k, _ in FROM_REGISTERS)
+    for key, tiles in FROM_REGISTERS.items():
         assert HOPPER.tiles[key] is tiles and tiles[0].weight_left
 
 
@@ -77,7 +84,7 @@ def test_nothing_else_hangs_on_it(ptxas):
         for key in rows
         if rows[key] != before[name][key]
     }
-    assert changed == {("sm_90", key) for key in masked.WGMMA}
+    assert changed == {("sm_90", key) for key in FROM_REGISTERS}
     assert any(t.weight_left for t in after["sm_80"]["masked_gated_linear_dx", 2])
 
 
@@ -85,7 +92,7 @@ def test_launches_take_the_row_of_the_assembler(ptxas):
     for version, left in ((OLD[-1], False), (NEW[0], True)):
         ptxas(version)
         with pretend(HOPPER, 132):
-            for kernel, size in masked.WGMMA:
+            for kernel, size in FROM_REGISTERS:
                 tile = pick.pick_tile(kernel, X, 8192, 4096, Fit.TMA)
                 assert tile == HOPPER.tiles[kernel, size][0] and tile.weight_left is left
 
@@ -94,9 +101,9 @@ def test_tiles_that_differ_have_names_that_differ():
     """Tables, records and explain() know a tile by its name."""
     for tables in (HOPPER.tiles.rows, HOPPER.tiles.from_registers):
         assert all(len(set(map(str, tiles))) == len(tiles) for tiles in tables.values())
-    for key, tiles in masked.WGMMA.items():
-        assert {t for t in tiles if t not in masked.TMA[key]} == {
-            t for t in tiles if str(t) not in map(str, masked.TMA[key])
+    for key, tiles in FROM_REGISTERS.items():
+        assert {t for t in tiles if t not in TMA[key]} == {
+            t for t in tiles if str(t) not in map(str, TMA[key])
         }
 
 
@@ -107,7 +114,7 @@ def test_the_assembler_is_asked_once_and_only_for_rows_that_hang_on_it(ptxas, mo
     monkeypatch.setattr(compiler, "get_ptxas", lambda arch: asked.append(arch) or own(arch))
     ptxas(NEW[0])
     assert HOPPER.tiles["gated_linear_fwd", 2] and not asked
-    for key in masked.WGMMA:
+    for key in FROM_REGISTERS:
         assert HOPPER.tiles[key]
     assert asked == [90]
 

@@ -172,6 +172,7 @@ ROWS: tuple[Row, ...] = (
             "kernels/tiles.py",
             "kernels/maps.py",
             "kernels/stacked.py",
+            "kernels/left.py",
             "kernels/pick.py",
             "kernels/device.py",
             "kernels/interpreter.py",

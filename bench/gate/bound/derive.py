@@ -205,10 +205,11 @@ def _derived(first: Bound, arch: Arch, kernel: Kernel, launch: Launch, tile: Til
         depths = depths[0] * 2, depths[1] * 2
     for K in depths:
         for tiles in (1, 2):
-            size = sizes(kernel, launch, tile, tiles, K)
+            # So many tiles for each block of a multiprocessor, if they stay.
+            size = sizes(kernel, launch, tile, tile.blocks * tiles, K)
             made = _caught(arch, kernel, launch, tile, first.variant, size)
             one = made[0]
-            persistent = one.grid[0] == 1 and tile.tma
+            persistent = one.grid[0] == tile.blocks and tile.tma
             passes[tiles, K] = passed(one, machine, arch.name, (0, 0, 0))
             if not persistent:
                 break
@@ -238,9 +239,10 @@ def _derived(first: Bound, arch: Arch, kernel: Kernel, launch: Launch, tile: Til
         raise Unreadable(
             f"a step multiplies {flops:.3f} times {m} x {width} x {tile.block_k}: no whole number"
         )
+    blocks = blocks_at_once(arch, tile, registers, one.shared, one.tensor_memory)
     return dataclasses.replace(
         first, block=(m, width, tile.block_k), products=round(flops),
-        blocks=blocks_at_once(arch, tile, registers, one.shared, one.tensor_memory),
+        blocks=min(blocks, tile.blocks) if persistent else blocks,
         warps=one.warps, persistent=persistent, skinny=tile.skinny or tile.few, launch=start.clocks,
         each=each.clocks, step=step.clocks, counts=each.counts, step_counts=step.counts,
         step_weights=per_step,

@@ -127,7 +127,8 @@ class Bound:
         each = math.ceil(tiles / slots)
         clocks = max(self.clocks(K).values()) * each + self.launch.get("order", 0.0)
         if self.persistent:
-            clocks = max(clocks, (self.each["order"] + self.steps(K) * self.step["order"]) * each)
+            turns = math.ceil(each / self.blocks)
+            clocks = max(clocks, (self.each["order"] + self.steps(K) * self.step["order"]) * turns)
         return clocks / (self.machine.clock_ghz * 1e6)
 
     def share_of(self, M: int, N: int, K: int) -> float:
