@@ -151,3 +151,6 @@ def test_arguments_of_a_gate_lie_off_its_kink():
         assert 0.05 < t.abs().min() < 0.06 and 0.95 < t.std() < 1.15
     drawn = CASES["binary_linear"].inputs(8, 40, 8, torch.float32, activation="relu")
     assert (drawn["s_weight"] == 1 / 8).all() and drawn["q_weight"].unique().numel() > 16
+    drawn = CASES["moe_mlp"].inputs(8, 64, 16, torch.float32, activation="relu")
+    for name, step in (("w_gate", 1 / 8), ("w_up", 1 / 8), ("w_down", 1 / 4)):
+        assert drawn[name].abs().unique().tolist() == [step, 3 * step]

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fusedmlp.ops import gated_linear
-from fusedmlp.testing import CASES, compare, error_of, evaluate, yardsticks
+from fusedmlp.testing import CASES, compare, error_of, evaluate, judge, yardsticks
 from fusedmlp.testing.rounding import rounding_errors
 
 aten = torch.ops.aten
@@ -110,6 +110,27 @@ def test_rounding_is_simulated_only_where_eager_does_not_suffice():
     assert not error_of(eager + 3e-3, exact, eager, rounding).passed
 
 
+@pytest.mark.parametrize("wanted, grads", ((None, ("dx", "dw")), (("w",), ("dw",)), ((), ())))
+def test_results_have_no_graph_and_arguments_no_part_in_one(wanted, grads):
+    case = CASES["linear_act"]
+    inputs = case.inputs(3, 4, 5, torch.float32)
+    results = evaluate(case.run, inputs, torch.ones(3, 5), wanted)
+    assert (*results,) == ("out", *grads)
+    assert not any(t.requires_grad for t in (*results.values(), *inputs.values()))
+
+
+def test_to_judge_is_to_compare():
+    """With all that it is given; by default with every gradient, of numbers of its own."""
+    case = CASES["gated_mlp"]
+    inputs = case.inputs(3, 8, 5, torch.float32)
+    given = {"wanted": ("w_up",), "dy": torch.ones(3, 8), "activation": "relu"}
+    for options in ({}, given, {"backward": False}):
+        errors = judge(case, inputs, **options)
+        assert errors == {k: error_of(*t) for k, t in compare(case, inputs, **options).items()}
+        names = {"wanted": ("out", "dw_up"), "backward": ("out",)}.get(next(iter(options), ""))
+        assert (*errors,) == (names or ("out", *(f"d{name}" for name in inputs)))
+
+
 def test_simulations_repeat():
     case = CASES["gated_mlp"]
     inputs = case.inputs(5, 8, 12, torch.float32)
@@ -206,9 +227,11 @@ def test_terms_that_cancel_move_by_what_float32_does_to_their_sum(dtype):
     assert expected < rms < 1.3 * expected
 
 
-def test_a_move_is_the_largest_of_eight_draws():
+# Elements, so that each of the eight draws is the largest once, and a ninth would be.
+@pytest.mark.parametrize("n", (2, 3, 10, 13, 17, 19, 35, 44, 46))
+def test_a_move_is_the_largest_of_eight_draws(n):
     """On the device that the results are on; tensors of another, or without elements, stay."""
-    x = torch.ones(5, dtype=torch.float64)
+    x = torch.ones(n, dtype=torch.float64)
 
     def run():
         with torch.device("meta"):
@@ -216,7 +239,7 @@ def test_a_move_is_the_largest_of_eight_draws():
             return {"t": x * 1, "none": x[:0] * 1, "bad": x * torch.inf}
 
     draws = [
-        torch.randn(5, generator=torch.Generator().manual_seed(0x5EED + seed), dtype=torch.float64)
+        torch.randn(n, generator=torch.Generator().manual_seed(0x5EED + seed), dtype=torch.float64)
         for seed in range(8)
     ]
     moved = rounding_errors(run, {"t": x, "none": x[:0], "bad": x * torch.inf}, torch.bfloat16)

@@ -834,4 +834,95 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "H, groups = scales.shape if scales.dim() == 2 else (-1, 1)",
         "no tensor has the other, negative size",
     ),
+    *(
+        Equivalent("fusedmlp/testing/rounding.py", before, after, reason)
+        for before, after, reason in (
+            (
+                "if any(result.alias_info for result in func._schema.returns):",
+                "if all(result.alias_info for result in func._schema.returns):",
+                "the results of an operation of a formula are all new or none is",
+            ),
+            (
+                "return t + self.scale * 0.6 * draw * size",
+                "return t - self.scale * 0.6 * draw * size",
+                "a move is as likely the other way, and sizes alone are taken",
+            ),
+            (
+                "return {k: pair if bent[k] <= CURVED * pair[1] else (0, 0) "
+                "for k, pair in largest.items()}",
+                "return {k: pair if bent[k] < CURVED * pair[1] else (0, 0) "
+                "for k, pair in largest.items()}",
+                "the two are equal where nothing moves, which is (0, 0) either way",
+            ),
+            ("MOVE = 2.0**-36", "MOVE = 2.0**-35", "a move is as small as it takes"),
+            ("MOVE = 2.0**-36", "MOVE = 2.0**-37", "a move is as small as it takes"),
+            (
+                "def moves(seed: int, sign: int = 1) -> dict[str, Tensor]:",
+                "def moves(seed: int, sign: int = 2) -> dict[str, Tensor]:",
+                "a move is as small as it takes, and what came of it is divided by its size",
+            ),
+            ("super().__init__()", "pass", "a mode that is entered sets what it lacks"),
+        )
+    ),
+    Equivalent(
+        "fusedmlp/testing/rule.py",
+        "ours, eagers = _distance(out, exact), _distance(eager, exact)",
+        "ours, eagers = _distance(exact, out), _distance(eager, exact)",
+        "a distance is the same from either end",
+    ),
+    Equivalent(
+        "fusedmlp/testing/case.py",
+        "return 2.0 ** -round(math.log2(max(columns, 1)) / 2)",
+        "return 2.0 ** -round(math.log2(max(columns, 2)) / 2)",
+        "of 1 column and of 2 the step is 1",
+    ),
+    *(
+        Equivalent(
+            "fusedmlp/testing/case.py",
+            f"return {before}self.shapes(1, 1, 1){after}",
+            f"return {before}self.shapes({size}){after}",
+            "a case has the same arguments at every size",
+        )
+        for before, after in (
+            ('"packed" in self.options or not _UP.isdisjoint(', ")"),
+            ('any(name.endswith("_a") for name in ', ")"),
+        )
+        for size in ("2, 1, 1", "1, 2, 1", "1, 1, 2")
+    ),
+    Equivalent(
+        "fusedmlp/testing/case.py",
+        'dy = _uniform("dy", tuple(out.shape), 0, generator).to(out)',
+        'dy = _uniform("dy", tuple(out.shape), 1, generator).to(out)',
+        "uniform numbers do not go by the width",
+    ),
+    Equivalent(
+        "fusedmlp/testing/case.py",
+        "columns = torch.arange(shape[0], device=t.device) % max(1, shape[1] - 1)",
+        "columns = torch.arange(shape[0], device=t.device) % max(1, shape[1] - 2)",
+        "any columns but the last will do",
+    ),
+    Equivalent(
+        "fusedmlp/testing/binary.py",
+        'width = rest["x"].shape[-1] if source == "x" else rest["w_gate"].shape[0]',
+        'width = rest["x"].shape[1] if source == "x" else rest["w_gate"].shape[0]',
+        "x of a case is a matrix",
+    ),
+    Equivalent(
+        "fusedmlp/distributed/experts.py",
+        "return number.index_select(0, key.argsort(stable=True)), kept[:-1]",
+        "return number.index_select(0, key.argsort()), kept[:-1]",
+        "on a CPU every sort is stable",
+    ),
+    Equivalent(
+        "fusedmlp/distributed/experts.py",
+        "rows = rows.contiguous()",
+        "rows = rows",
+        "rows that are taken, and results and gradients of products, are contiguous already",
+    ),
+    Equivalent(
+        "fusedmlp/distributed/plans.py",
+        "super().__init__()",
+        "pass",
+        "ParallelStyle has no __init__ of its own",
+    ),
 )
