@@ -141,12 +141,14 @@ def _refuse(rank, ranks):
         ({"x": x.float()}, TypeError, "w_gate must have x's dtype torch.float32, got"),
         ({"routing": "foo"}, TypeError, "routing must be a Routing, got str"),
         ({"w_gate": None}, TypeError, "w_gate must be a Tensor, got NoneType"),
+        ({"w_gate": x[0, 0]}, ValueError, r"w_gate must be \(E, rows, columns\), got \(\)"),
         ({"w_down": None}, TypeError, "w_down must be a Tensor, got NoneType"),
         ({"b_up": "foo"}, TypeError, "b_up must be a Tensor, got str"),
         ({"activation": "foo"}, ValueError, "activation must be one of"),
         ({"lora": {}}, TypeError, "lora must be None or a fusedmlp.Lora, got dict"),
         ({"lora": adapters(slice(2))}, ValueError, r"lora.gate.a must hold 4 of 4 .*, got 2"),
         ({"chunks": 1.5}, TypeError, "chunks must be an int, got 1.5"),
+        ({"chunks": True}, TypeError, "chunks must be an int, got True"),
         ({"group": dist.GroupMember.NON_GROUP_MEMBER}, TypeError, "group must be a ProcessGroup"),
     ]
     for changed, error, message in bad:
@@ -183,7 +185,8 @@ def _options(rank, ranks):
     seen = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(experts, "moe_mlp", lambda *a, **k: seen.append(k) or moe_mlp(*a, **k))
-        y = parallel_moe_mlp(x, top1_route(logits), **given, **mine, chunks=2)
+        with torch.device("meta"):  # the default, which is not asked
+            y = parallel_moe_mlp(x, top1_route(logits), **given, **mine, chunks=2)
     assert seen == [mine, mine]
     torch.testing.assert_close(y, moe_mlp(x, top1_route(logits), **given, **mine))
     z = parallel_moe_mlp(x[:, None], top1_route(logits[:, None]), **given, **mine, chunks=2)

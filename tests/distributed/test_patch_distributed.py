@@ -25,8 +25,10 @@ from fusedmlp.distributed import (
     TensorParallelMLP,
     expert_parallel_plan,
     plans,
+    shard_experts,
     tensor_parallel_plan,
 )
+from fusedmlp.layers import TopKMoE
 from fusedmlp.patching.experts import Experts
 from fusedmlp.patching.form import Form
 from fusedmlp.patching.moe import Switch
@@ -201,7 +203,23 @@ def _topk(rank, ranks):
             torch.testing.assert_close(grad, getattr(whole.experts, name).grad)
 
 
+def _alone(rank, ranks):
+    """A group beside the default one: each rank is all of its own, and has tokens of its own."""
+    mesh = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("all", "one"))["one"]
+    torch.manual_seed(0)
+    layer, block = TopKMoE(D, 12, 4, 2).double(), _mixtral().double()
+    for p in (*layer.parameters(), *block.parameters()):
+        torch.nn.init.normal_(p, std=0.5)
+    x = tokens(rank, ranks)
+    y, z = layer(x), block(x)
+    torch.testing.assert_close(shard_experts(layer, mesh)(x), y)
+    fusedmlp.patch(block, dtype_check=False)
+    parallelize_module(block, mesh, expert_parallel_plan(block))
+    torch.testing.assert_close(block(x), z, rtol=1e-5, atol=1e-5)  # its router is in float32
+
+
 def _all(rank, ranks):
+    _alone(rank, ranks)
     _topk(rank, ranks)
     _data_parallel(rank, ranks)
     _tensor_parallel(rank, ranks, sequence=True)
@@ -366,6 +384,27 @@ def test_experts_that_a_rank_cannot_do_without():
         expert_parallel_plan(model)
     with pytest.raises(ValueError, match="sequence_parallel must be False for mixtures of experts"):
         tensor_parallel_plan(model, sequence_parallel=True)
+
+    beside = nn.ModuleDict({"whole": model, "stacked": _mixtral()})
+    fusedmlp.patch(beside["stacked"], dtype_check=False)
+    with pytest.raises(ValueError, match="hold experts with stacked weights, got .*Switch"):
+        expert_parallel_plan(beside)
+
+
+def test_what_a_rank_would_add_again_or_leave_out_is_refused(two_ranks):
+    """Biases of experts, and adapters inside a block."""
+    block, plan = _experts_block("gate_up", False)
+    biased = Experts(form=plan.form._replace(bias=True))
+    with pytest.raises(ValueError, match="Module must have no biases, which every rank would add"):
+        plans._shard_experts(block, biased, two_ranks)
+    block = MLP()
+    fusedmlp.patch(block)
+    style = tensor_parallel_plan(block)[""]
+    block[0] = nn.Sequential(block[0])
+    with pytest.raises(
+        ValueError, match="0 of .*MLP must be a plain projection, got a .*Sequential; merge"
+    ):
+        style._apply(block, two_ranks)
 
 
 def test_a_router_is_no_block_of_a_plan():

@@ -36,6 +36,9 @@ def test_fused_runs_the_kernels_or_raises(device, monkeypatch):
                 call()
         assert cache.length.item() == 5
         assert "(HyperGLU): none: HyperGLU: impl_default, or impl" in fusedmlp.explain(layer)
+        y = layer(torch.cat((x, x[:, :1]), 1), impl="dense")[:, -1]
+    with fusedmlp.backend("triton"):
+        torch.testing.assert_close(layer.step(x[:, 0], cache)[0], y, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.interpreter

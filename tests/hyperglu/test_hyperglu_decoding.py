@@ -71,3 +71,17 @@ def test_decoding_refuses():
 def test_a_cache_lies_where_it_is_asked_for():
     cache = empty_cache(perturbed().config, 2, torch.float32, "meta")
     assert {t.device.type for t in (cache.x, cache.k, cache.v, cache.length)} == {"meta"}
+    assert perturbed().init_cache(0, device="meta").k.shape[0] == 0
+    assert perturbed().init_cache(2, device="meta").k.is_meta
+    with torch.device("meta"):
+        layer = perturbed()
+    assert layer.init_cache(2).k.is_meta
+
+
+@pytest.mark.parametrize("name", ("x", "k", "v", "length"))
+def test_a_cache_elsewhere_is_refused(name):
+    layer = perturbed()
+    cache = layer.init_cache(2)
+    setattr(cache, name, getattr(cache, name).to("meta"))
+    with pytest.raises(ValueError, match=f"cache.{name} must be on x's device cpu, got meta"):
+        layer.step(draw(2, 24, dtype=torch.float64), cache)

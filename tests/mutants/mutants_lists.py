@@ -303,6 +303,7 @@ FAULTS: tuple[Fault, ...] = (
 )
 
 NEAR = "twice as near is as near: between rounding and another function lies more"
+FOUR = "scores have four dimensions"
 TRIED = "values to try functions on; others tell them apart as well"
 
 
@@ -862,6 +863,7 @@ EQUIVALENT: tuple[Equivalent, ...] = (
                 "a move is as small as it takes, and what came of it is divided by its size",
             ),
             ("super().__init__()", "pass", "a mode that is entered sets what it lacks"),
+            ("kwargs = kwargs or {}", "kwargs = kwargs", "PyTorch gives a dict, if an empty one"),
         )
     ),
     Equivalent(
@@ -924,5 +926,35 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "super().__init__()",
         "pass",
         "ParallelStyle has no __init__ of its own",
+    ),
+    *(
+        Equivalent("fusedmlp/hyperglu/chunked.py", before, after, reason)
+        for before, after, reason in (
+            ("rows, columns = S.shape[-2:]", "rows, columns = S.shape[2:]", FOUR),
+            ("rows, width = Y.shape[-2:]", "rows, width = Y.shape[2:]", FOUR),
+            (
+                "padded = F.pad(Y, (0, rows - 1)).contiguous()",
+                "padded = F.pad(Y, (0, rows + 1)).contiguous()",
+                "more zeros, which nobody reads",
+            ),
+            (
+                "block = functools.partial(checkpoint, block, use_reentrant=False, "
+                "preserve_rng_state=False)",
+                "block = functools.partial(checkpoint, block, use_reentrant=False)",
+                "a block draws no random numbers",
+            ),
+            (
+                "again = chunk is not None and not transformed() "
+                "and wants_grad(q, k, v, c1, c2, *first, *second)",
+                "again = chunk is not None and not transformed()",
+                "without a gradient a checkpoint is a call",
+            ),
+        )
+    ),
+    Equivalent(
+        "fusedmlp/hyperglu/layer.py",
+        "cache = self.init_cache(x.shape[0], device=x.device, dtype=working_dtype(x))",
+        "cache = self.init_cache(x.shape[0], device=x.device)",
+        "x has the parameters' dtype",
     ),
 )

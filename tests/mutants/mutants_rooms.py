@@ -390,6 +390,7 @@ ROWS: tuple[Row, ...] = (
             DEFAULTS,
             "tests/distributed/test_distributed.py",
             PATCH_RANKS,
+            "tests/patching/test_patch_lora_experts.py",
         ),
     ),
     # ---- around the ops
