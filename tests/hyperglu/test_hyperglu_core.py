@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedmlp
 from fusedmlp.hyperglu.chunked import chunked_attention
+from fusedmlp.hyperglu.parts import CausalConv
 from fusedmlp.hyperglu.rope import rope
 
 KINDS = ("glu", "relu")
@@ -100,6 +101,12 @@ def test_chunked_gradients_are_the_references(chunk):
     expected = torch.autograd.grad(exact, leaves, dy)
     for name, a, b in zip(inputs, torch.autograd.grad(ours, leaves, dy), expected, strict=True):
         torch.testing.assert_close(a, b, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_convolution_of_the_past_alone_has_no_rows():
+    """One of K taps has K - 1 rows of the past in front."""
+    for K in (1, 2, 4):
+        assert CausalConv(6, K)(torch.zeros(3, K - 1, 6)).shape == (3, 0, 6)
 
 
 def test_rope():
