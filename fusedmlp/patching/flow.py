@@ -55,9 +55,7 @@ class Flow:
             raise NoMatch(f"its {self.where} has no projection of its own behind another")
         found, between, idle = self.block(self.only(down.args[0]))
         first = tuple(str(node.target) for node in found.first)
-        start, head = self.chain(self.start(found))
-        if start is not self.x:
-            raise NoMatch(f"{self.named(start)} is no projection of x")
+        _, head = self.chain(self.start(found))
         projections = (*first, str(down.target))
         called = paths((*head, *between, *tail))
         every = with_parents((*found.by, *idle, *projections, *called))

@@ -96,7 +96,7 @@ def runs(function: ast.FunctionDef) -> Iterator[Run]:
     for path in _lists(function.body):
         listed = statements(function, path)
         for stop in range(len(listed)):
-            for start in range(stop, max(stop - _LONGEST, -1), -1):
+            for start in range(stop, -1, -1)[:_LONGEST]:
                 if start < stop and not _plain(listed[start]):
                     break
                 yield from found(Cut(path, start, stop, (), None, None))
@@ -172,7 +172,7 @@ def _live(
     """What the taken statements write and others read: in the rest of `last`, or behind it."""
     written = use(taken).writes
     inside = {id(n) for part in (*taken, call) if part is not None for n in ast.walk(part)}
-    end = max((getattr(n, "end_lineno", 0) for n in (*taken, last) if n is not None), default=0)
+    end = (last or taken[-1]).end_lineno
     found: set[str] = set()
     for n in ast.walk(function):
         reads = isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and id(n) not in inside

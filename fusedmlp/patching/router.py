@@ -56,8 +56,8 @@ class Router(Plan):
         vars(module).pop("_settings", None)
 
     def example(self, module: Any, rows: int, like: Tensor) -> tuple[Tensor, ...]:
-        (width, *_) = [p.shape[1] for p in module.parameters() if p.dim() == 2]
-        return (like.new_zeros(rows, width),)
+        assert self.route is not None
+        return (like.new_zeros(rows, _get(module, self.route.logits.weight).shape[1]),)
 
     def run(self, module: Any, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, ...]:
         assert self.route is not None

@@ -1,5 +1,6 @@
 """A checkpoint's model without its weights: what a quantiser leaves, and what stays float32."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -90,6 +91,26 @@ def test_a_model_that_asks_for_a_kernel_as_it_is_built(tmp_path, monkeypatch):
     assert not fetched and hub_kernels.get_kernel_hub is fetch
     get_kernel("some/kernel", version=1)
     assert fetched == ["some/kernel"]
+
+
+@pytest.mark.parametrize("model_type", ("llama", "blip_text_model"))
+def test_code_beside_a_configuration_is_neither_run_nor_asked_for(
+    model_type, tmp_path, monkeypatch
+):
+    """Whether AutoModel knows the type, and takes its own class, or not."""
+    asked = []
+    monkeypatch.setattr("builtins.input", asked.append)
+    settings = {"model_type": model_type, "auto_map": {"AutoModel": "mine.Model"}}
+    settings |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+                 "num_attention_heads": 4}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "mine.py").write_text("raise SystemExit('code beside a configuration was run')")
+    if model_type == "llama":
+        assert type(empty_model(tmp_path)).__name__ == "LlamaModel"
+    else:
+        with pytest.raises(ValueError, match="contains custom code"):
+            empty_model(tmp_path)
+    assert not asked
 
 
 def test_nothing_takes_the_place_of_what_is_not_there(monkeypatch):

@@ -1,5 +1,6 @@
 """An MLP among the statements of a longer forward: found, and nothing else of it changed."""
 
+import ast
 import copy
 import inspect
 import pickle
@@ -13,6 +14,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedmlp
+from fusedmlp.patching.names import runs
 from fusedmlp.patching.swap import Patched
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
@@ -304,6 +306,13 @@ def test_not_found(kind):
 
 def test_how_many_statements_are_looked_at():
     assert fusedmlp.patch(Longest()).patched and not fusedmlp.patch(Longer()).patched
+
+
+def test_each_run_is_looked_at_once_and_short_ones_first():
+    text = "def forward(self, x):\n a = self.a(x)\n b = self.b(a)\n c = self.c(b)"
+    found = [run.cut for run in runs(ast.parse(text).body[0])]
+    ends = [(0, 0), (1, 1), (0, 1), (2, 2), (1, 2), (0, 2)]
+    assert [(cut.start, cut.stop) for cut in found] == ends
 
 
 def test_a_parent_gives_way_to_the_module_that_is_one():

@@ -238,6 +238,7 @@ def test_two_stacks_are_experts_and_one_is_not(weights, known):
 
 def test_matrices_are_of_the_projections_that_are_read():
     block = GatedMLP()
+    block.w2.bias = nn.Parameter(torch.zeros(block.w2.out_features))  # which is no matrix
     plan = find(block)
     weights = {"w1.weight", "w2.weight", "w3.weight"}
     assert {name for name, _ in plan.matrices(block)} == weights

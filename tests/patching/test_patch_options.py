@@ -135,6 +135,8 @@ def test_a_parameter_that_is_none_is_none_of_the_router():
     model.gate.register_parameter("bias", None)
     assert {entry.name for entry in fusedmlp.patch(model).patched} == {*ROUTED}
     assert {name for name, _ in model.gate._plan.matrices(model.gate)} == {"weight"}
+    stacks = {"gate_up_proj", "down_proj"}
+    assert {name for name, _ in model.experts._plan.matrices(model.experts)} == stacks
 
 
 def test_a_router_that_is_left_has_a_line():

@@ -216,6 +216,13 @@ class Rounds(Router):
         return logits.sigmoid().bfloat16().to(logits.dtype)
 
 
+class RoundsInFloat32(Router):
+    """Its weights, once they are computed."""
+
+    def rounded(self, weights, logits, x):
+        return weights.bfloat16().float() if weights.dtype == torch.float32 else weights
+
+
 class Jitters(Router):
     def scores(self, logits):
         return (logits + torch.rand_like(logits) * self.training).sigmoid()
@@ -242,6 +249,7 @@ def test_a_route_has_the_numbers_and_names_of_its_router():
         (Tempered, "topk_route has no arguments that choose and weigh as it does"),
         (Detached, "the gradient of its weights is another"),
         (Rounds, "topk_route has no arguments that choose and weigh as it does"),
+        (RoundsInFloat32, "it rounds its scores before it chooses"),
         (Jitters, "it is another in training"),
         (Pairs, "it is called otherwise: TypeError"),
     ],
@@ -277,8 +285,15 @@ class LikeLogits(OfOwnDtype):
         return weights.to(logits.dtype)
 
 
+class ScaledNarrow(LikeLogits):
+    """Its weights are off by a rounding or two of their dtype."""
+
+    def rounded(self, weights, logits, x):
+        return super().rounded(weights, logits, x) * 3 / 3
+
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("kind", (Router, OfOwnDtype, LikeX, LikeLogits))
+@pytest.mark.parametrize("kind", (Router, OfOwnDtype, LikeX, LikeLogits, ScaledNarrow))
 def test_a_router_gives_its_own_dtypes(kind, dtype):
     """Its weights are of float32, of its logits' dtype or of x's, as in its own code."""
     torch.manual_seed(0)
