@@ -78,7 +78,7 @@ def _same(y: Tensor, text: str, g: Tensor, u: Tensor) -> bool:
     expected = gate.phi(g) * gate.psi(u)
     # Parts that cancel are off by roundings of the largest of them.
     near = 1e-9 * expected.abs() + 1e-12 * (1 + g.abs()) * (1 + u.abs())
-    return bool(((y - expected).abs() <= near).all())
+    return bool(((y - expected).abs() < near).all())
 
 
 def spellings(numbers: Iterable[float]) -> Iterator[str]:

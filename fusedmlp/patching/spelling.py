@@ -206,7 +206,7 @@ def _agree(name: str, run: _Run, packed: Packed | None, gate_is_first: bool) -> 
         return False
     # Parts that cancel are off by roundings of the largest of them.
     near = expected.abs() + (1 + g.abs()) * (1 if u is None else 1 + u.abs())
-    return bool(((h - expected).abs() <= 1e-9 * near).all())
+    return bool(((h - expected).abs() < 1e-9 * near).all())
 
 
 def _what(region: Region) -> str:

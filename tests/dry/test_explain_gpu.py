@@ -15,7 +15,7 @@ from fusedmlp.bench.machine import ARCH_OF, ROOFS
 from fusedmlp.bench.work import Work
 from fusedmlp.dry.blocks import blocks_of
 from fusedmlp.dry.expected import Expected, expected
-from fusedmlp.dry.lines import _phase
+from fusedmlp.dry.lines import GPUS, _phase
 from fusedmlp.hyperglu import HyperGLU, HyperGLUConfig
 from fusedmlp.kernels.arch.roof import Roof
 from fusedmlp.kernels.pick import LAST
@@ -214,11 +214,21 @@ def test_where_it_runs_here():
 
 @pytest.mark.parametrize("name", public_ops())
 def test_a_function_is_explained(name):
-    op = OPS[name]
-    text = explained(op.function, gpu="H100")
-    assert f"{name}: " in text
-    for kernel in op.kernels:
-        assert f"{kernel.name} (triton" in text
+    op, tiles = OPS[name], GPUS["H100"].arch.tiles
+    lines = explained(op.function, gpu="H100").splitlines()
+    head = f"{name}: on CUDA: triton; here: reference"
+    phases = [
+        f"{name}, {phase}: "
+        + ", ".join(f"{k.name} (triton{', or cuda' * (k.cuda is not None)})" for k in kernels)
+        for phase, kernels in (("forward", op.forward), ("backward", op.backward))
+        if kernels
+    ]
+    planned = [
+        f"tiles of {k.name} on H100 in 16 bits, by sizes: " + "; ".join(map(str, tiles[k.name, 2]))
+        for k in op.kernels
+        if (k.name, 2) in tiles
+    ]
+    assert lines == [head, *phases, *planned]
 
 
 @pytest.mark.parametrize(

@@ -343,8 +343,8 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     ),
     Equivalent(
         "fusedmlp/patching/spelling.py",
-        "return bool(((h - expected).abs() <= 1e-9 * near).all())",
-        "return bool(((h - expected).abs() <= 2e-09 * near).all())",
+        "return bool(((h - expected).abs() < 1e-9 * near).all())",
+        "return bool(((h - expected).abs() < 2e-09 * near).all())",
         NEAR,
     ),
     *(

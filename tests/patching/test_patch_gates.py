@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import fusedmlp
 from fusedmlp.patching import experts_forward
-from fusedmlp.patching.gate import Gate, gate_by_values, gate_of, numbers_of
+from fusedmlp.patching.gate import Gate, _same, gate_by_values, gate_of, numbers_of
 from fusedmlp.patching.trace import trace
 
 E, D, H = 2, 8, 12
@@ -205,6 +205,13 @@ def test_a_gate_is_one_at_every_point(row):
 
     assert gate_by_values(fn, []) is None
     assert gate_by_values(lambda g, u: F.silu(g) * u, []) == "silu"
+
+
+def test_what_is_finite_is_no_infinite_gate():
+    text, ones = "leaky_relu(negative_slope=1e307)", torch.ones(1, 1, dtype=torch.float64)
+    for g, same in ((-1, True), (-100, False)):
+        y = torch.nan_to_num(1e307 * g * ones)
+        assert _same(y, text, g * ones, ones) is same
 
 
 def test_numbers_of_a_trace_are_no_flags():

@@ -196,6 +196,11 @@ def test_nearly(base, h):
     assert torch.equal(model["mlp"](x), expected)
 
 
+def test_what_is_finite_is_no_infinite_activation():
+    block = made(Plain, lambda z: torch.nan_to_num(F.leaky_relu(z, 1e307)))
+    assert "nan_to_num is no activation that has a kernel" in fusedmlp.patch(block).left[0].detail
+
+
 class Between(nn.Module):
     """As timm's: a dropout and a norm before the last projection."""
 
