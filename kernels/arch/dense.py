@@ -81,9 +81,9 @@ TMA: Tiles = {
         Tile(128, 64, 64, 4, 3, subtiles=2, loads="tma", weight_left=True),
         ELEMENT,
     ),
-    # t b' is made upright, and beside little else its way to a transposed result is long. Of g and u
-    # 256 x 128 spills 32 bytes with mish, and a box of 64 columns 8 at rank 1 (sm_90, Triton 3.9,
-    # 2026-12).
+    # t b' is made upright, and beside little else its way to a transposed result is long. With g
+    # and u 256 x 128 spills 32 bytes with mish, and a box of 64 columns 8 at rank 1 (sm_90, Triton
+    # 3.9, 2026-12).
     (f"gated_linear_bwd{ADAPTED}", 2): (
         Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma"),
         _UPRIGHT,
