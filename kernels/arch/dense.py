@@ -98,26 +98,15 @@ TMA: Tiles = {
 }
 INTERPRETED: Tiles = {
     (kernel, size): (
-        Tile(
-            32,
-            32,
-            32,
-            8,
-            2,
-            subtiles=subtiles,
-            loads="tma",
-            group_m=2,
-            box=box,
-            weight_left=kernel.endswith("_bwd"),
-        ),
+        Tile(32, 32, 32, 8, 2, subtiles, "tma", 2, box, weight_left=left),
         Tile(32, 32, 32, 4, 2, subtiles=subtiles, loads="element", group_m=2),
         *(INTERPRETED_SKINNY if kernel.endswith("_fwd") else ()),
     )
-    for kernel, subtiles, box in (
-        ("gated_linear_fwd", 2, None),
-        ("linear_act_fwd", 1, None),
-        ("gated_linear_bwd", 4, 16),
-        ("linear_act_bwd", 2, 32),
+    for kernel, subtiles, box, left in (
+        ("gated_linear_fwd", 2, None, False),
+        ("linear_act_fwd", 1, None, False),
+        ("gated_linear_bwd", 4, 16, True),
+        ("linear_act_bwd", 2, 32, True),
     )
     for size in (2, 4)
 }

@@ -39,11 +39,11 @@ class Tile:
     16 bytes a thread; "element" makes no demand on strides or sizes. group_m: rows of tiles visited
     together, for L2. box: columns of g and u that a backward's epilogue reads by TMA at once and
     waits for once, several parts, in registers until their turn; None is one part; of weight_left
-    rows. few: for FEW_M
-    rows at most: narrow, so that every multiprocessor reads a part of the weight. weight_left: the
-    weight is the left operand, and the result is made transposed, in parts of rows. wgmma takes its
-    left operand from registers, so that nothing waits for a weight that masks or signs make; and
-    a thread has most of a column of such a result, whose sum a backward wants.
+    rows. few: for FEW_M rows at most: narrow, so that every multiprocessor reads a part of the
+    weight. weight_left: the weight is the left operand, and the result is made transposed, in parts
+    of rows. wgmma takes its left operand from registers, so that nothing waits for a weight that
+    masks or signs make; and a thread has most of a column of such a result, whose sum a backward
+    wants.
     """
 
     block_m: int
