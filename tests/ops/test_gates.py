@@ -342,6 +342,17 @@ def test_modules_whose_numbers_no_row_takes():
     assert name_by_values(nn.Hardtanh(-2, 2)) is None
 
 
+@pytest.mark.parametrize("kind", ("parameter", "buffer"))
+def test_a_module_that_holds_numbers_is_no_activation_whatever_it_gives(kind):
+    """They may change later, as a scale that is 1 today."""
+    module = nn.ReLU()
+    if kind == "parameter":
+        module.scale = nn.Parameter(torch.ones(()))
+    else:
+        module.register_buffer("scale", torch.ones(()))
+    assert name_by_values(nn.ReLU()) == "relu" and name_by_values(module) is None
+
+
 def test_parameters_are_given_in_order():
     """A row's scalars reach phi and psi by position: no two of them can be swapped unseen."""
     g = torch.linspace(-3, 3, 7)

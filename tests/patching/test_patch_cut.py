@@ -14,6 +14,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import fusedmlp
+from fusedmlp.patching.compiled import around_run, run_of, runs_of
 from fusedmlp.patching.names import runs
 from fusedmlp.patching.swap import Patched
 
@@ -42,6 +43,19 @@ MODELS = {
     "mpt": (hf.MptForCausalLM, lambda: hf.MptConfig(d_model=32, n_heads=4, n_layers=1,
             vocab_size=99), 1),
 }  # fmt: skip
+
+
+def test_both_parts_keep_their_line_numbers():
+    """An error's traceback, a debugger and a profiler show the model's own lines."""
+    own = hf.models.opt.modeling_opt.OPTDecoderLayer
+    code = inspect.unwrap(own.forward).__code__
+    source, first = inspect.getsourcelines(code)
+    cut = next(run.cut for run in runs_of(inspect.unwrap(own.forward)) if run.cut.start)
+    for made in (run_of(own, cut), around_run(own, cut)):
+        part = inspect.unwrap(made).__code__
+        at = {line for _, _, line in part.co_lines() if line is not None}
+        assert part.co_filename == code.co_filename
+        assert len(at) > 1 and at <= {*range(first, first + len(source))}
 
 
 def inputs(name):
