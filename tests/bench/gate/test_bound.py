@@ -248,6 +248,15 @@ def test_share_limit_and_waves():
     assert BOUND.share_of(128, 128 * 133, 4096) < 0.51
 
 
+def test_two_persistent_blocks_share_a_multiprocessor_and_take_turns():
+    """Of 1, 2 and 3 tiles a multiprocessor; one block's own order is 68,036 clocks a tile."""
+    two = dataclasses.replace(BOUND, blocks=2, step={**BOUND.step, "tensor": 100.0, "L2": 0.0})
+    one, both, three = (two.milliseconds(128, 128 * 132 * n, 4096) for n in (1, 2, 3))
+    own = 2500 + 64 * 1024
+    assert one == both == pytest.approx(own / (two.machine.clock_ghz * 1e6))
+    assert three == pytest.approx(2 * one)
+
+
 def test_the_ratchet(tmp_path):
     worse = dataclasses.replace(BOUND, each={**BOUND.each, "order": 5000.0})
     little = dataclasses.replace(BOUND, each={**BOUND.each, "order": 2700.0})
