@@ -23,6 +23,9 @@ from .work import Work
 # stores.
 LATENCY_S = 2 * 478 / 1.755e9
 
+# For each of these biases a matrix that a kernel stored is read again, to sum its columns.
+SUMMED = {"moe_dh": ("b_gate", "b_up")}
+
 
 class Launch(Protocol):
     """What is planned of one kernel."""
@@ -67,6 +70,8 @@ def least_ms(
         at = max(row.milliseconds(M, N, K) / 1e3, own / roof.bytes_per_s, LATENCY_S)
         total, flops = total + at, flops + useful
         again, moved = again + stored, moved + own
+        for _ in work.case.shapes(1, 8, 8).keys() & set(SUMMED.get(launch.kernel, ())):
+            total += max(stored / roof.bytes_per_s, LATENCY_S)
     rest = max(0.0, work.flops(phase) - flops)
     if rest > 0.001 * work.flops(phase):
         left = max(0.0, work.bytes(phase) - moved) + again

@@ -43,7 +43,8 @@ TMA: Tiles = {
         ELEMENT,
     ),
     ("moe_dh", 2): (
-        Tile(128, 128, 64, 8, 4, subtiles=4, loads="tma"),
+        # Parts of 32 columns spill with gates of two operands.
+        Tile(128, 256, 64, 8, 3, subtiles=16, loads="tma"),
         Tile(64, 128, 64, 4, 4, subtiles=4, loads="tma"),
         *_MOE_FEW_TMA,
         ELEMENT,

@@ -2,11 +2,14 @@
 
 | kernel | reads | writes |
 |---|---|---|
-| _dh_kernel | dy, gathered; w_down, g, u, prob | dg, du and prob h in expert order; parts of dprob; column sums of dg and du |
+| _dh_kernel | dy, gathered; w_down, g, u, prob | dg, du and prob h in expert order; parts of dprob |
 | _wgrad_kernel | rows of a and b of one expert, either of them gathered | dW (E, N, K), 0 where an expert has no row |
-| _down_bias_kernel | dy, gathered; prob, b_down | column sums of prob dy; parts of dprob |
+| _bias_kernel | dy, gathered; prob, b_down; or dg, du | column sums of prob dy, of dg, of du; parts of dprob |
 | _dprob_kernel | the parts | dprob in token order, 0 for dropped tokens |
 | _column_sums_kernel | the column sums of all row tiles | those of each expert |
+
+Columns are summed by a kernel of their own: beside a tile of 128 x 256 their way through threads and
+warps takes longer than reading dg and du once more does, and spares those without a bias nothing.
 
 What is gathered has T rows and is read once for each of a token's k choices; R = T k. Partial sums are float32 and added in a fixed order: two runs give the same bits.
 """  # noqa: E501
@@ -53,6 +56,7 @@ from .grouped import (
 from .moe_mlp import grouped_options
 
 BIAS_ROWS, BIAS_COLUMNS = 64, 128  # of a tile whose rows are only summed
+DOT_ROWS, DOT_PARTS = 64, 32  # of partial sums of dprob that are read at once
 
 
 @triton.jit
@@ -72,7 +76,6 @@ def _dh_kernel(
     du_ptr,
     h_ptr,
     dots_ptr,
-    sums_ptr,
     tokens_ptr,
     offsets_ptr,
     R,
@@ -80,7 +83,6 @@ def _dh_kernel(
     H,
     D,
     k,
-    most,
     stride_dym,
     stride_dyd,
     stride_down_e,
@@ -104,8 +106,8 @@ def _dh_kernel(
     PRECISION: tl.constexpr,
 ):
     """With c = dy w_down: dprob = sum c h, dh = prob c, then as store_bwd. h is stored times prob,
-    as the gradient of w_down wants it. most: row tiles that sums_ptr has room for. With u_ptr, but
-    du_ptr None, dg_ptr takes both, interleaved."""
+    as the gradient of w_down wants it. With u_ptr, but du_ptr None, dg_ptr takes both,
+    interleaved."""
     GATED: tl.constexpr = u_ptr is not None
     TURNS: tl.constexpr = GATED and du_ptr is None
     MOST: tl.constexpr = half_vector(dg_ptr.dtype.element_ty) if TURNS else None
@@ -142,9 +144,6 @@ def _dh_kernel(
                     grad_up = grad_up * up_slope
                 if du_ptr is not None:
                     store_tile(du_ptr, stride_dgm, r0, n0, end, H, grad_up, BLOCK_M, PART, False)
-                if sums_ptr is not None:
-                    up_sums_ptr = sums_ptr + tl.cast(most, tl.int64) * H
-                    store_column_sums(grad_up, up_sums_ptr, tile_m, n0, H, PART)
                 grad = grad * up
                 value = value * up
             if TURNS:
@@ -154,8 +153,6 @@ def _dh_kernel(
                 )
             else:
                 store_tile(dg_ptr, stride_dgm, r0, n0, end, H, grad, BLOCK_M, PART, False)
-            if sums_ptr is not None:
-                store_column_sums(grad, sums_ptr, tile_m, n0, H, PART)
             if h_ptr is not None:
                 store_tile(h_ptr, H, r0, n0, end, H, prob * value, BLOCK_M, PART, False, MOST)
             if dots_ptr is not None:
@@ -219,7 +216,7 @@ def _wgrad_kernel(
 
 
 @triton.jit
-def _down_bias_kernel(
+def _bias_kernel(
     dy_ptr,
     prob_ptr,
     b_ptr,
@@ -264,13 +261,24 @@ def _down_bias_kernel(
 
 
 @triton.jit
-def _dprob_kernel(dots_ptr, dprob_ptr, tokens_ptr, offsets_ptr, R, E, parts, BLOCK_M: tl.constexpr):
+def _dprob_kernel(
+    dots_ptr,
+    dprob_ptr,
+    tokens_ptr,
+    offsets_ptr,
+    R,
+    E,
+    parts,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
     offs_r = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     kept = offs_r < tl.load(offsets_ptr + E)
     total = tl.zeros((BLOCK_M,), tl.float32)
-    for part in tl.range(0, parts):
-        row = tl.cast(part, tl.int64) * R
-        total += tl.load(dots_ptr + row + offs_r, mask=kept, other=0.0)
+    for part in tl.range(0, parts, BLOCK_P):
+        offs_p = part + tl.arange(0, BLOCK_P)[:, None]
+        dots = dots_ptr + offs_p.to(tl.int64) * R + offs_r[None, :]
+        total += tl.sum(tl.load(dots, mask=kept[None, :] & (offs_p < parts), other=0.0), 0)
     number = tl.load(tokens_ptr + offs_r, mask=offs_r < R, other=0)
     tl.store(dprob_ptr + number, rounded(total, dprob_ptr.dtype.element_ty), mask=offs_r < R)
 
@@ -282,6 +290,8 @@ def _column_sums_kernel(
     offsets_ptr,
     E,
     N,
+    stride_m,
+    stride_n,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr,
@@ -296,28 +306,29 @@ def _column_sums_kernel(
     mask_n = offs_n < N
     total = tl.zeros((BLOCK_N,), tl.float32)
     for tile in tl.range(begin, end):
-        row = sums_ptr + tl.cast(tile, tl.int64) * N
-        total += tl.load(row + offs_n, mask=mask_n, other=0.0)
+        row = sums_ptr + tl.cast(tile, tl.int64) * stride_m
+        total += tl.load(row + offs_n.to(tl.int64) * stride_n, mask=mask_n, other=0.0)
     own = out_ptr + tl.cast(expert, tl.int64) * N
     tl.store(own + offs_n, rounded(total, out_ptr.dtype.element_ty), mask=mask_n)
 
 
-def _column_sums(sums: Tensor, out: Tensor, offsets: Tensor, block_m: int) -> Tensor:
+def _column_sums(sums: Tensor, out: Tensor, offsets: Tensor) -> None:
+    """Fill out (E, N) from sums (row tiles, N), of any strides."""
     E, N = out.shape
     noted(_column_sums_kernel)[E, cdiv(N, BIAS_COLUMNS)](
-        sums, out, offsets, E, N, BLOCK_M=block_m, BLOCK_N=BIAS_COLUMNS, BLOCK_E=block_e(E),
+        sums, out, offsets, E, N, *sums.stride(),
+        BLOCK_M=BIAS_ROWS, BLOCK_N=BIAS_COLUMNS, BLOCK_E=block_e(E),
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    return out
 
 
-def _dprob(dots: Tensor, like: Tensor, tokens: Tensor, offsets: Tensor, E: int) -> Tensor:
-    dprob = torch.empty_like(like)
+def _dprob(dots: Tensor, dprob: Tensor, tokens: Tensor, offsets: Tensor) -> None:
+    """Fill dprob (R,), in token order, with the sums of dots (parts, R), in expert order."""
     parts, R = dots.shape
-    noted(_dprob_kernel)[cdiv(R, 128),](
-        dots, dprob, tokens, offsets, R, E, parts, BLOCK_M=128, num_warps=4, enable_fp_fusion=True
-    )
-    return dprob
+    noted(_dprob_kernel)[cdiv(R, DOT_ROWS),](
+        dots, dprob, tokens, offsets, R, offsets.shape[0] - 2, parts,
+        BLOCK_M=DOT_ROWS, BLOCK_P=DOT_PARTS, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def moe_dh_results(
@@ -367,23 +378,20 @@ def moe_dh(
     act = act_of(activation)
     if not tile.tma and (packed == "interleaved" or act["UP"] is not None):
         tile = finer(tile)
-    most = most_tiles(R, E, tile.block_m)
-    sums = dy.new_empty((len(gu), most, H), dtype=torch.float32) if want_db else None
     dots = _new_dots(prob, tile, H, D, b_down) if want_dprob else None
     down, *strides, k_major = experts_of(w_down.mT, tile.block_n, tile.block_k, tile.tma)
     options = grouped_options(tile, E, D % tile.block_k != 0, precision(dy.dtype))
     noted(_dh_kernel)[grouped_grid(tile, dy, R, E, H)](
-        dy, down, g, u, prob, dg, du, h if want_h else None, dots, sums, tokens, offsets,
-        R, E, H, D, R // T, most, *dy.stride(), *strides, g.stride(0), dg.stride(0), prob.stride(0),
+        dy, down, g, u, prob, dg, du, h if want_h else None, dots, tokens, offsets,
+        R, E, H, D, R // T, *dy.stride(), *strides, g.stride(0), dg.stride(0), prob.stride(0),
         **act, K_MAJOR=k_major, **options,
     )  # fmt: skip
-    if sums is not None:
-        for part, out in zip(sums, db, strict=True):
-            _column_sums(part, out, offsets, tile.block_m)
+    if want_db:
+        _up_bias(dg, du, offsets, db)
     if b_down is not None and (want_db_down or want_dprob):
-        dprob = _down_bias(dy, tokens, offsets, prob, b_down, dots, db_down, want_dprob)
-    elif dots is not None:
-        dprob = _dprob(dots, prob, tokens, offsets, E)
+        _down_bias(dy, tokens, offsets, prob, b_down, dots, db_down)
+    if dots is not None:
+        _dprob(dots, dprob, tokens, offsets)
     return dgu, h, dprob, db, db_down
 
 
@@ -394,37 +402,55 @@ def _new_dots(prob: Tensor, tile: Tile, H: int, D: int, b_down: Tensor | None) -
     return prob.new_empty((parts + more, prob.shape[0]), dtype=torch.float32)
 
 
-def _down_bias(
-    dy: Tensor,
-    tokens: Tensor,
+def _bias(
+    rows: Tensor,
+    tokens: Tensor | None,
     offsets: Tensor,
-    prob: Tensor | None,
-    b: Tensor | None,
-    dots: Tensor | None,
-    db: Tensor,
-    want_dprob: bool,
+    R: int,
+    prob: Tensor | None = None,
+    b: Tensor | None = None,
+    dots: Tensor | None = None,
+    want_sums: bool = True,
 ) -> Tensor:
-    """Fill db (E, D), unless it has no rows, with sums of prob dy; returns dprob, whose last parts
-    in `dots` are made here."""
-    (T, D), R = dy.shape, tokens.shape[0]
-    E = offsets.shape[0] - 2
-    columns, most = cdiv(D, BIAS_COLUMNS), most_tiles(R, E, BIAS_ROWS)
-    if want_dprob and dots is None:
-        dots = dy.new_empty((columns, R), dtype=torch.float32)
-    sums = dy.new_empty((most, D), dtype=torch.float32) if len(db) else None
-    own = dots[len(dots) - columns :] if dots is not None else None
-    noted(_down_bias_kernel)[most, columns](
-        dy, prob, b, own, sums, tokens, offsets, R, E, D, R // T, *dy.stride(),
+    """Column sums (row tiles, N) of R rows in expert order, or, with their tokens, gathered; with
+    dots, their products with b as well."""
+    N, E = rows.shape[1], offsets.shape[0] - 2
+    columns, most = cdiv(N, BIAS_COLUMNS), most_tiles(R, E, BIAS_ROWS)
+    sums = rows.new_empty((most if want_sums else 0, N), dtype=torch.float32)
+    noted(_bias_kernel)[most, columns](
+        rows, prob, b, dots, sums if want_sums else None, tokens, offsets, R, E, N,
+        R // rows.shape[0], *rows.stride(),
         0 if prob is None else prob.stride(0), *((0, 0) if b is None else b.stride()),
         BLOCK_M=BIAS_ROWS, BLOCK_N=BIAS_COLUMNS, BLOCK_E=block_e(E),
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    if sums is not None:
-        _column_sums(sums, db, offsets, BIAS_ROWS)
-    if dots is None:
-        return dy.new_empty(0) if prob is None else torch.empty_like(prob)
-    assert prob is not None
-    return _dprob(dots, prob, tokens, offsets, E)
+    return sums
+
+
+def _up_bias(dg: Tensor, du: Tensor | None, offsets: Tensor, db: Tensor) -> None:
+    """Fill db (1 or 2, E, H); without du dg holds both, interleaved, where db has two."""
+    R = dg.shape[0]
+    each = [_bias(t, None, offsets, R) for t in (dg, du) if t is not None]
+    if len(each) < len(db):
+        each = [each[0][:, 0::2], each[0][:, 1::2]]
+    for sums, out in zip(each, db, strict=True):
+        _column_sums(sums, out, offsets)
+
+
+def _down_bias(
+    dy: Tensor,
+    tokens: Tensor,
+    offsets: Tensor,
+    prob: Tensor,
+    b: Tensor,
+    dots: Tensor | None,
+    db: Tensor,
+) -> None:
+    """Fill db (E, D), unless it has no rows, with sums of prob dy, and the last parts of dots."""
+    own = None if dots is None else dots[len(dots) - cdiv(dy.shape[1], BIAS_COLUMNS) :]
+    sums = _bias(dy, tokens, offsets, prob.shape[0], prob, b, own, len(db) > 0)
+    if len(db):
+        _column_sums(sums, db, offsets)
 
 
 def bias_result(dy: Tensor, offsets: Tensor) -> Tensor:
@@ -437,7 +463,7 @@ def moe_bias_grad(dy: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
     db = bias_result(dy, offsets)
     if db.numel() == 0 or dy.shape[0] == 0:
         return db.zero_()
-    _down_bias(dy, tokens, offsets, None, None, None, db, False)
+    _column_sums(_bias(dy, tokens, offsets, tokens.shape[0]), db, offsets)
     return db
 
 

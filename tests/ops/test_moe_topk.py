@@ -160,8 +160,8 @@ def test_x_is_saved_once(k, recompute, device, on_triton):
 # ---- cost of k = 1
 
 FORWARD, ONE = ["_up_kernel", "_down_kernel"], ["_combine_kernel"]
-BIASES = ["_down_bias_kernel", "_column_sums_kernel", "_dprob_kernel"]
-SUMS = ["_column_sums_kernel"] * 2
+BIASES = ["_bias_kernel", "_column_sums_kernel", "_dprob_kernel"]
+SUMS = ["_bias_kernel", "_column_sums_kernel"] * 2
 
 
 @pytest.mark.parametrize("k", (1, 2))
@@ -219,7 +219,7 @@ def _compiled(arch, k, divides):
         # What was compiled is found by a hash that holds the sources of all callees.
         for fn in (
             grouped.gathered_at, kernels._up_kernel, backward._dh_kernel, backward._wgrad_kernel,
-            backward._down_bias_kernel,
+            backward._bias_kernel,
         ):  # fmt: skip
             fn.hash = None
             fn.device_caches.clear()
@@ -241,7 +241,7 @@ def _code(ptx):
 
 @pytest.mark.parametrize("arch", ("sm_80", "sm_90"))
 def test_one_choice_compiles_to_the_code_without_a_division(arch):
-    gathering = {"_up_kernel", "_dh_kernel", "_wgrad_kernel", "_down_bias_kernel"}
+    gathering = {"_up_kernel", "_dh_kernel", "_wgrad_kernel", "_bias_kernel"}
     one, bare = (in_compiler(_compiled, arch, 1, divides) for divides in (True, False))
     two, wrong = (in_compiler(_compiled, arch, 2, divides) for divides in (True, False))
     assert gathering < one.keys()
