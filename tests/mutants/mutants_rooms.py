@@ -198,7 +198,11 @@ ROWS: tuple[Row, ...] = (
         ("fusedmlp/reference/activations.py", "fusedmlp/reference/gates.py"),
         (*ACTIVATIONS, ERRORS),
     ),
-    Row("reference", ("fusedmlp/reference/dense.py", "fusedmlp/reference/__init__.py"), DENSE),
+    Row(
+        "reference",
+        ("fusedmlp/reference/dense.py", "fusedmlp/reference/__init__.py"),
+        (*DENSE, LORA),
+    ),
     Row(
         "reference",
         ("fusedmlp/reference/lora.py",),
@@ -209,15 +213,15 @@ ROWS: tuple[Row, ...] = (
         ("fusedmlp/reference/rows.py", "fusedmlp/invariance.py"),
         (INVARIANCE,),
     ),
-    Row("reference", ("fusedmlp/reference/masked.py",), MASKED),
-    Row("reference", ("fusedmlp/reference/moe.py",), ROUTED),
+    Row("reference", ("fusedmlp/reference/masked.py",), (*MASKED, PACKED_LORA)),
+    Row("reference", ("fusedmlp/reference/moe.py",), (*ROUTED, MOE_LORA)),
     Row(
         "reference",
         ("fusedmlp/reference/values.py",),
         ("tests/layers/test_layers_dtype.py", "tests/ops/test_masked_errors.py"),
     ),
     Row("reference", ("fusedmlp/reference/hyper.py",), HYPER),
-    Row("reference", ("fusedmlp/reference/binary.py",), BINARY),
+    Row("reference", ("fusedmlp/reference/binary.py",), (*BINARY, PACKED_LORA)),
     # ---- ops
     Row(
         "ops",

@@ -16,6 +16,7 @@ from fusedmlp.kernels.moe import backward as moe_mlp_bwd, moe_mlp as kernels
 from fusedmlp.kernels.pick import pick_grouped_tile
 from fusedmlp.ops import _experts as ops
 from fusedmlp.packing import ORDERS, halves
+from fusedmlp.reference.moe import by_expert
 from fusedmlp.testing import CASES, assert_close_to, compare, evaluate, floating, yardsticks
 from fusedmlp.testing.moe import EXPERTS, experts_case
 
@@ -454,6 +455,20 @@ def test_one_expert_is_a_dense_block(device, each_backend):
     dense = fusedmlp.gated_mlp(x, w[0], w[0], down[0])
     torch.testing.assert_close(y, dense, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(fusedmlp.moe_linear(x, routing, w), x @ w[0].T)
+
+
+@pytest.mark.parametrize("capacity", [None, 1])
+def test_the_formula_runs_no_expert_without_rows(capacity):
+    """But the first, whose gradients are then 0 and not missing."""
+    routing = route_to(torch.tensor([2, 5, 2, 9]), torch.ones(4), 7, capacity=capacity)
+    ran = []
+
+    def run(rows, e):
+        ran.append((e, rows[:, 0].tolist()))
+        return rows
+
+    by_expert(torch.arange(4.0).unsqueeze(1), routing, run)
+    assert ran == [(0, []), (2, [0, 2] if capacity is None else [0]), (5, [1])]
 
 
 def test_a_routing_is_a_pytree():
