@@ -94,7 +94,7 @@ class BinaryWeight(nn.Module):
         """
         self._float16("to_q1_0_bytes")
         H, groups = self.scales.shape
-        scales = self.scales.detach().cpu().view(torch.uint8).view(H, groups, 2)
+        scales = self.scales.detach().cpu().reshape(H, groups, 1).view(torch.uint8)
         bits = self.qweight.cpu().view(torch.uint8).view(H, groups, GROUP // 8)
         return bytes(torch.cat((scales, bits), 2).numpy().tobytes())
 
@@ -119,8 +119,9 @@ class BinaryWeight(nn.Module):
                 f"from_q1_0_bytes: buffer must have {H * groups * BLOCK_BYTES} bytes, {groups} "
                 f"blocks of {BLOCK_BYTES} a row of {tuple(shape)}, got {len(raw)}"
             )
-        data = torch.frombuffer(bytearray(raw), dtype=torch.uint8) if len(raw) else torch.empty(0)
-        blocks = data.to(torch.uint8).view(H, groups, BLOCK_BYTES)
+        # frombuffer() refuses an empty buffer.
+        data = torch.frombuffer(bytearray(raw or b"\0"), dtype=torch.uint8)[: len(raw)]
+        blocks = data.view(H, groups, BLOCK_BYTES)
         # Clones: a view may start anywhere, where its words do not.
         scales, words = (
             t.clone(memory_format=torch.contiguous_format) for t in blocks.split((2, 16), 2)

@@ -198,6 +198,18 @@ def test_keys_that_are_missing_or_too_many(D):
         fresh().load_state_dict({**own, "more": own["scales"]})
 
 
+@pytest.mark.parametrize("H, D", [(3, 200), (0, 128)])
+def test_another_default_device_changes_nothing(H, D):
+    w = quantize_binary(draw(H, D), pad=True)
+    with torch.device("meta"):
+        read = BinaryWeight.from_q1_0_bytes(w.to_q1_0_bytes(), (H, D), pad=True)
+        states = read.state_dict(), w.state_dict()
+        again = quantize_binary(w.dequantize(), pad=True)
+        arrays = w.to_mlx()
+    assert all(torch.equal(states[0][name], t) for name, t in states[1].items())
+    assert torch.equal(again.qweight, w.qweight) and torch.equal(arrays["biases"], -w.scales)
+
+
 def test_a_weight_of_one_column():
     w = quantize_binary(torch.tensor([[0.5], [-2.0]]), pad=True)
     assert w.shape == (2, 1) and w.dequantize().tolist() == [[0.5], [-2.0]]
