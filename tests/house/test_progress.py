@@ -37,6 +37,9 @@ def test_a_line_in_the_place_of_a_bar(monkeypatch):
             texts.append(shown.seen)
     assert texts == ["\rcheck 1/2 one\033[K", texts[0] + "\rcheck 2/2 two\033[K"]
     assert shown.seen == texts[1] + "\r\033[K"
+    with Progress("check", 1, alone := Terminal()) as progress:
+        progress.step("all")
+    assert alone.seen == "\rcheck 1/1 all\033[K\r\033[K"
 
 
 @pytest.mark.parametrize("with_rich", (True, False))

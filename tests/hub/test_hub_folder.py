@@ -99,9 +99,19 @@ def test_its_own_tests_pass(folder):
     assert done.returncode == 0 and "7 passed" in done.stdout, done.stdout + done.stderr
 
 
+def test_an_empty_folder_is_as_good_as_a_new_one(folder, tmp_path):
+    hub.write(tmp_path, REPO_ID)
+    new, empty = (
+        {p.relative_to(f): p.read_bytes() for p in f.rglob("*") if p.suffix in (".py", ".md")}
+        for f in (folder, tmp_path)
+    )
+    assert empty == new
+
+
 def test_what_it_refuses(folder, tmp_path):
-    with pytest.raises(ValueError, match="fusedmlp.hub: folder must be new or empty, got"):
-        hub.write(folder)
+    for full in (folder, folder / "build.toml"):
+        with pytest.raises(ValueError, match="fusedmlp.hub: folder must be new or empty, got"):
+            hub.write(full)
     with pytest.raises(ValueError, match="hub: repo_id must be OWNER/NAME, got 'fusedmlp'"):
         hub.write(tmp_path / "new", "fusedmlp")
     assert not (tmp_path / "new").exists()
