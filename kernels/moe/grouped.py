@@ -270,6 +270,6 @@ def experts_of(
     stride_e, stride_n, stride_k = w.stride()
     if not tma:
         return w, stride_e, stride_n, stride_k, True
-    k_major = stride_k == 1 and fit_of(w[0]) != Fit.ELEMENT
+    k_major = stride_k == 1  # a step of one element is no descriptor's
     view, block = (w, [1, block_n, block_k]) if k_major else (w.mT, [1, block_k, block_n])
     return descriptor_of(view, block), stride_e, stride_n, stride_k, k_major

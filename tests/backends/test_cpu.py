@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+from unittest import mock
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from fusedmlp import layers, reference
 from fusedmlp.backends.cpu import (
     binary as cpu_binary,
     grouped,
+    hyper as cpu_hyper,
     masked as cpu_masked,
     memory,
     remade,
@@ -183,6 +185,23 @@ def test_a_step_of_hyper_attention_without_mixings(gone):
     inputs = case.inputs(1, 24, 16, torch.float64)
     kept = {k: t for k, t in inputs.items() if k[-1] not in gone or k in ("k", "v")}
     torch.testing.assert_close(*both(lambda: case.run(kept)))
+
+
+def test_a_step_lies_as_its_fake_says():
+    case = CASES["hyper_attention_step"]
+    inputs = case.inputs(2, 24, 16, torch.float32)
+    for name in ("k", "v"):
+        inputs[name] = inputs[name].mT.contiguous().mT
+    call, made = cpu_hyper.step, []
+
+    def step(*arguments):
+        torch.library.opcheck(call, arguments, test_utils="test_faketensor")
+        made.append(call(*arguments))
+        return made[-1]
+
+    with mock.patch.object(cpu_hyper, "step", step):
+        case.run(inputs)
+    assert len(made) == 1
 
 
 def test_a_walk_under_a_default_device():

@@ -366,7 +366,8 @@ def test_an_old_driver_is_unfit():
     """The runtime is linked in, and runs on no driver of an older major version."""
     with installed(proven=BOTH, driver=12080) as calls:
         assert OLD in launch() and launch().startswith("triton, not cuda: ")
-        with fusedmlp.backend("cuda"), pytest.raises(loader.Unfit, match=OLD):
+        told = f"^gated_linear_fwd: backend 'cuda' {OLD}; backend\\('triton'\\) runs$"
+        with fusedmlp.backend("cuda"), pytest.raises(loader.Unfit, match=told):
             launch()
         assert f"sm_90a, {OLD}: gated_linear_bwd" in "\n".join(loader.describe(90))
         assert not calls

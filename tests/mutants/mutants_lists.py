@@ -516,8 +516,8 @@ EQUIVALENT: tuple[Equivalent, ...] = (
     ),
     Equivalent(
         "fusedmlp/weights/binary.py",
-        "blocks = data.to(torch.uint8).view(H, groups, BLOCK_BYTES)",
-        "blocks = data.to(torch.uint8).view(groups, H, BLOCK_BYTES)",
+        "blocks = data.view(H, groups, BLOCK_BYTES)",
+        "blocks = data.view(groups, H, BLOCK_BYTES)",
         "a view of contiguous blocks, which are taken in their order",
     ),
     Equivalent(
@@ -699,6 +699,36 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "adapter = None if low is None or high is None else Adapter(low, high, scale)",
         "adapter = None if low is None else Adapter(low, high, scale)",
         "a and b come together",
+    ),
+    Equivalent(
+        "fusedmlp/backends/cpu/remade.py",
+        "if low is not None and high is not None:",
+        "if low is not None:",
+        "a and b come together",
+    ),
+    Equivalent(
+        "fusedmlp/backends/cpu/remade.py",
+        "return sum(each, start=torch.zeros_like(total))",
+        "return sum(each)",
+        "a sum that begins with 0 is the same, and there is a mask",
+    ),
+    Equivalent(
+        "fusedmlp/backends/library.py",
+        'torch.library.register_fake(f"{NAMESPACE}::{name}", row.fake, lib=_LIBRARY)',
+        'torch.library.register_fake(f"{NAMESPACE}::{name}", row.fake)',
+        "PyTorch keeps a library of its own for it, as long as it runs",
+    ),
+    Equivalent(
+        "fusedmlp/backends/library.py",
+        'torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)',
+        'torch.library.register_fake(f"{NAMESPACE}::{name}", fake)',
+        "PyTorch keeps a library of its own for it, as long as it runs",
+    ),
+    Equivalent(
+        "fusedmlp/backends/library.py",
+        'torch.library.register_vmap(f"{NAMESPACE}::{name}", _one_by_one(name), lib=_LIBRARY)',
+        'torch.library.register_vmap(f"{NAMESPACE}::{name}", _one_by_one(name))',
+        "PyTorch keeps a library of its own for it, as long as it runs",
     ),
     Equivalent(
         "fusedmlp/backends/cpu/experts.py",

@@ -38,7 +38,8 @@ SYMMETRIC = {
 # A tensor has the same values after them.
 PASSING = {"detach", "contiguous"}
 # They change how fast a kernel is, and nothing else; or (`strict`, of zip) assert what holds.
-UNSEEN = {"num_warps", "num_stages", "maxnreg", "eviction_policy", "cache_modifier", "strict"}
+UNSEEN = {"num_warps", "num_stages", "maxnreg", "eviction_policy", "cache_modifier", "strict",
+          "disable_licm"}  # fmt: skip
 
 # Twice as near is as near: between rounding and another function lies more.
 NEAR = {"rtol", "atol"}

@@ -462,6 +462,7 @@ ROWS: tuple[Row, ...] = (
             LAUNCHES,
             INVARIANCE,
             "tests/backends/test_cpu.py",
+            "tests/house/test_anatomy.py",
         ),
     ),
     Row(

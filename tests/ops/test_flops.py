@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedmlp
+from fusedmlp.backends.flops import bytes_moved, hyper_scores
 from fusedmlp.backends.op import OPS
 from fusedmlp.testing import CASES, evaluate
 
@@ -61,6 +62,21 @@ def test_useful_flops_are_the_counted_ones_but_where_an_op_says_otherwise():
             assert op.flops(shapes) == op.products(shapes) == case.flops(*SIZE)
         else:
             assert op.flops(shapes) != op.products(shapes), "then it needs no formula of its own"
+
+
+def test_a_causal_score_is_useful_where_it_is_visible():
+    for T in (1, 5, 6):
+        shapes = {"q": (2, 4, T, 3), "v": (2, 2, T, 7), "c1": (2, 4, T, 5)}
+        seen = sum(j <= i for i in range(T) for j in range(T))
+        pair = 2 * (4 * (3 + 2 * 5) + 2 * 7)
+        assert hyper_scores(shapes, visible=True) == 2 * seen * pair
+        assert hyper_scores(shapes, visible=False) == 2 * T * T * pair
+
+
+def test_bytes_of_a_phase():
+    arguments = ((8, True), (4, False), (2, True))
+    moved = [bytes_moved(iter(arguments), 16, p) for p in ("forward", "backward", "both")]
+    assert moved == [14 + 16, 14 + 16 + 10, 2 * (14 + 16) + 10]
 
 
 def test_a_patched_model_counts_as_before(device, on_triton):

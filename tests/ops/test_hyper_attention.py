@@ -107,6 +107,8 @@ def test_chunks_hold_every_row_once(heads, tiles, most):
         for row in range(c.low, c.high)
     ]
     assert sorted(places) == [(h, j) for h in range(heads) for j in range(tiles)]
+    whole = {(c.low, c.high) == (0, tiles) for c in found}
+    assert whole == {tiles <= most or tiles == 1}
     # No more than `most` rows of the mean length, or a row where that is less.
     kept = max(sum(j + 1 for j in range(c.low, c.high)) * c.heads for c in found)
     assert kept <= max(tiles, most * (tiles + 1) / 2)

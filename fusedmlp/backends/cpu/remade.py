@@ -148,7 +148,8 @@ def _hard(masks: Tensor, w: Tensor) -> Tensor:
 
 def masked_act(products: Tensor, gate: Resolved) -> Tensor:
     total, *gates = products
-    return sum((gate.phi(g) * gate.psi(total - g) for g in gates), start=torch.zeros_like(total))
+    each = (gate.phi(g) * gate.psi(total - g) for g in gates)
+    return sum(each, start=torch.zeros_like(total))
 
 
 def gated_mlp(

@@ -65,7 +65,7 @@ def ops_with_kernels(portable: bool) -> dict[str, tuple[str, ...]]:
     return {
         name: kernels_of(name)
         for name, op in OPS.items()
-        if op.public and op.cuda and op.cuda[0].cuda_row.portable == portable
+        if op.cuda and op.cuda[0].cuda_row.portable == portable
     }
 
 
