@@ -94,7 +94,7 @@ class BinaryWeight(nn.Module):
         """
         self._float16("to_q1_0_bytes")
         H, groups = self.scales.shape
-        scales = self.scales.detach().cpu().reshape(H, groups, 1).view(torch.uint8)
+        scales = self.scales.cpu().reshape(H, groups, 1).view(torch.uint8)
         bits = self.qweight.cpu().view(torch.uint8).view(H, groups, GROUP // 8)
         return bytes(torch.cat((scales, bits), 2).numpy().tobytes())
 

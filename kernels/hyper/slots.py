@@ -67,7 +67,7 @@ def slots_kernel(
     X: tl.constexpr = SCORES if MIXING == 1 else WEIGHTS
     G: tl.constexpr = SCORE_GRADS if MIXING == 1 else WEIGHT_GRADS
     PRECISION: tl.constexpr = P.precision
-    HAS_D: tl.constexpr = WANTED and bands.dd is not None
+    HAS_D: tl.constexpr = bands.dd is not None
     for index in tl.range(
         tl.program_id(0), high * heads * SUBS, tl.num_programs(0), disable_licm=True
     ):

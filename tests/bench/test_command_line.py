@@ -82,9 +82,14 @@ def test_a_misspelt_backend():
 
 
 @pytest.mark.parametrize("wrong", (0, 1, 2))
-def test_doctor_fails_where_any_op_is_wrong(wrong, monkeypatch, capsys):
+@pytest.mark.parametrize("tensor", ("out", "dx"))
+def test_doctor_fails_where_any_tensor_of_an_op_is_wrong(tensor, wrong, monkeypatch, capsys):
     of = iter(range(3))
-    judged = lambda *_: {"out": types.SimpleNamespace(passed=next(of) != wrong)}  # noqa: E731
+
+    def judged(*_):
+        bad = tensor if next(of) == wrong else ""
+        return {name: types.SimpleNamespace(passed=name != bad) for name in ("out", "dx")}
+
     monkeypatch.setattr("fusedmlp.testing.judge", judged)
     assert cli.main(["doctor"]) == 1
     shown = capsys.readouterr().out

@@ -731,6 +731,36 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "PyTorch keeps a library of its own for it, as long as it runs",
     ),
     Equivalent(
+        "kernels/moe/topk_route.py",
+        "ELEMENTS = 2048  # of a (tokens, experts) tile: 16 a thread",
+        "ELEMENTS = 1024  # of a (tokens, experts) tile: 16 a thread",
+        "how many tokens a block takes decides time, and the order of sums",
+    ),
+    Equivalent(
+        "kernels/moe/topk_route.py",
+        "ELEMENTS = 2048  # of a (tokens, experts) tile: 16 a thread",
+        "ELEMENTS = 2049  # of a (tokens, experts) tile: 16 a thread",
+        "divided by a power of two, and rounded down",
+    ),
+    Equivalent(
+        "kernels/moe/top1_route.py",
+        "ELEMENTS = 4096  # of a (tokens, experts) tile: 32 a thread",
+        "ELEMENTS = 2048  # of a (tokens, experts) tile: 32 a thread",
+        "how many tokens a block takes decides time, and the order of sums",
+    ),
+    Equivalent(
+        "kernels/moe/top1_route.py",
+        "ELEMENTS = 4096  # of a (tokens, experts) tile: 32 a thread",
+        "ELEMENTS = 4097  # of a (tokens, experts) tile: 32 a thread",
+        "divided by a power of two, and rounded down",
+    ),
+    Equivalent(
+        "fusedmlp/reference/moe.py",
+        "p = load / load.sum().clamp_min(1e-30)",
+        "p = load / load.sum().clamp_min(2e-30)",
+        "a sum is 0, or one choice's share at least",
+    ),
+    Equivalent(
         "fusedmlp/backends/cpu/experts.py",
         "leaf = t.detach().requires_grad_()",
         "leaf = t.requires_grad_()",

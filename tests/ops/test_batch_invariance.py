@@ -237,6 +237,11 @@ def test_rows_that_lie_so_are_not_copied():
     assert library._lies_by_width(memory) and library._lies_by_width(memory[2:])
     for other in (memory[:, :4], memory.t(), memory[::2], memory.flatten()[1:9].view(2, 4)):
         assert not library._lies_by_width(other)
+    assert not library._lies_by_width(torch.zeros(34)[2:].view(4, 8))  # 8 bytes on
+    launch = library._by_widths(KERNELS["gated_linear_fwd"], lambda x, *rest: x)
+    for mode, rows, kept in ((True, memory, True), (True, memory.t(), False), (False, other, True)):
+        with fusedmlp.batch_invariant(mode):
+            assert (launch(rows) is rows) == kept and torch.equal(launch(rows), rows)
 
 
 @pytest.mark.parametrize("name", KERNELS)
