@@ -115,6 +115,13 @@ def test_few_rows_are_cut_along_k():
 def test_ragged_widths_take_element_loads():
     (launch,) = predict.launches(work(D=4093, H=1021), "forward", ROOFS["H100"])
     assert launch.tile.loads == "element"
+    assert launch.tiles == 4096 // launch.tile.block_m * -(-1021 // launch.tile.block_n)
+
+
+def test_several_masks_have_tiles_of_their_own():
+    for masks, name in ((1, "masked_gated_linear_fwd"), (4, "masked_gated_linear_fwd_group")):
+        (launch,) = predict.launches(work(f"masked_gated_linear-{masks}"), "forward", ROOFS["H100"])
+        assert launch.kernel == name
 
 
 def test_a_block_launches_forward_and_backward():
@@ -278,11 +285,49 @@ def test_command_prints_and_writes_computed_figures(tmp_path, capsys):
     assert cli.main(argv) == 0
     text = capsys.readouterr().out
     assert "8x768x3072" in text
-    assert "nothing was measured" in text
+    assert f"\nAll of this is {predict.COMPUTED}.\n" in text
     records = json.loads(file.read_text())["records"]
     assert {r["case"] for r in records} == {"linear_act-bias", "mlp-bias"}
     assert {r["activation"] for r in records} == {"gelu_tanh"}
     assert {r["gpu"] for r in records} == set(ROOFS)
+
+
+def test_what_has_no_backward_is_predicted_forward(tmp_path, capsys):
+    file = tmp_path / "predicted.json"
+    argv = ["predict", "--model", "hyperglu-2", "--m", "4096", "--json", str(file)]
+    assert cli.main(argv) == 0
+    records = json.loads(file.read_text())["records"]
+    phases = {
+        op: {r["phase"] for r in records if r["op"] == op} for op in {r["op"] for r in records}
+    }
+    both = {"forward", "backward"}
+    assert phases == {"hyper_attention": both, "hyper_attention_step": {"forward"}}
+
+
+def test_ops_of_no_model_are_computed_at_the_first_ones_widths():
+    (model, *_), works = overview.STANDARD, list(overview.to_compute([]))
+    named = [w for w in works if w.model == model.name]
+    assert {(w.D, w.H) for w in named} == {(model.D, model.H)}
+    own = {CASES[name].op for name in overview.cases_of(model)}
+    assert {"linear_act", "mlp", "masked_gated_mlp", "binary_gated_mlp"} <= {
+        w.case.op for w in named if w.case.op not in own
+    }
+
+
+@pytest.mark.parametrize("models", ([], [DENSE["gpt2"], DENSE["minilm"]]), ids=("none", "two"))
+def test_on_a_gpu_the_models_are_timed_or_the_first(models, monkeypatch):
+    timed = []
+
+    def run(options, emit):
+        timed.append(options.widths)
+        return [1000 + len(timed)]
+
+    monkeypatch.setattr(overview.timing, "run", run)
+    found = {}
+    assert overview._time_all(models, found, lambda record: None)
+    here = models or [DENSE["llama3-8b"]]
+    assert timed == [((m.D, m.H, m.name),) for m in here]
+    assert found["sm_clocks_while_timing"] == overview.clock_range([1001, 1002][: len(here)])
 
 
 @pytest.mark.parametrize("model", DENSE)

@@ -1,5 +1,6 @@
 """What bench computes by hand: FLOPs, bytes, rooflines, statistics; real sizes; tables."""
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -7,10 +8,21 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers as hf
 
+from fusedmlp.backends.op import OPS
 from fusedmlp.bench import machine, render, shapes
 from fusedmlp.bench.timing import stats
-from fusedmlp.bench.work import DTYPES, PHASES, Work, activations_of, case_of, default_activation
+from fusedmlp.bench.work import (
+    DGLU,
+    DTYPES,
+    PHASES,
+    Work,
+    activations_of,
+    case_of,
+    default_activation,
+    ops,
+)  # fmt: skip
 from fusedmlp.progress import Progress
 from fusedmlp.testing import CASES
 
@@ -32,6 +44,34 @@ def test_bytes_of_each_phase():
     assert work().bytes("backward") == 2 * (120 + 15 + 120)
     assert work().bytes("both") == work().bytes("forward") + work().bytes("backward")
     assert work(dtype="float32").bytes("forward") == 4 * 135
+
+
+def test_bytes_of_masks():
+    """Logits are numbers with a gradient, bits are 1 byte for 8 weights and have none."""
+    numbers = 15 + 35 + 21
+    logits, bits = work("masked_gated_linear-1"), work("masked_gated_linear-1-bits")
+    assert logits.bytes("forward") == 2 * (numbers + 35)
+    assert logits.bytes("backward") == 2 * (numbers + 35 + 15 + 35 + 35)
+    assert bits.bytes("forward") == 2 * numbers + 7
+    assert bits.bytes("backward") == 2 * (numbers + 15 + 35) + 7
+
+
+def test_the_gemm_of_a_backward_alone():
+    # Reads dy 15, w_down 35, g and u 42; writes dg, du and h.
+    assert work().bytes(DGLU) == 2 * (15 + 35 + 42 + 3 * 21)
+    assert work().flops(DGLU) == 2 * 3 * 5 * 7 and work().gemm(DGLU) == (3, 7, 5)
+
+
+def test_every_op_once_and_new_ones_last(monkeypatch):
+    own, op = ops(), OPS["mlp"]
+    assert sorted(own) == sorted({case.op for case in CASES.values()})
+    for name, changes in {
+        "new": {},
+        "parts": {"within": "mlp"},
+        "inner": {"public": False},
+    }.items():
+        monkeypatch.setitem(OPS, name, dataclasses.replace(op, name=name, **changes))
+    assert ops() == [*own, "new"]
 
 
 def test_bytes_of_the_elementwise_backward():
@@ -133,6 +173,38 @@ def test_models_are_what_their_configs_say():
     assert shapes.MODELS["llama4-scout"].experts == 16
     assert set(shapes.DENSE) | set(shapes.MOE) | set(shapes.HYPER) == set(shapes.MODELS)
     assert set(shapes.CAMPAIGN) <= set(shapes.DENSE)
+    kinds = (shapes.DENSE, shapes.MOE, shapes.HYPER)
+    assert sum(map(len, kinds)) == len(shapes.MODELS)
+    assert all(m.experts is None and not m.hyper for m in shapes.DENSE.values())
+    assert all(name.startswith("hyperglu") == m.hyper for name, m in shapes.MODELS.items())
+    plain = {name: m for name, m in shapes.MODELS.items() if not m.gated}
+    assert set(plain) == {"gpt2", "gpt2-xl", "bert-base", "minilm"}
+    assert all(m.H == 4 * m.D for m in plain.values())
+    assert {name for name, m in shapes.MODELS.items() if m.bias} == {*plain, "gpt-oss-20b"}
+    assert {m.activation for m in plain.values()} == {"gelu", "gelu_tanh"}
+
+
+# Of these the defaults of a config are the model's own.
+CONFIGS = {
+    "llama2-7b": hf.LlamaConfig, "mistral-7b": hf.MistralConfig, "phi3-mini": hf.Phi3Config,
+    "gpt2": hf.GPT2Config, "bert-base": hf.BertConfig, "mixtral-8x7b": hf.MixtralConfig,
+    "deepseek-v3": hf.DeepseekV3Config, "llama4-scout": hf.Llama4TextConfig,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_models_are_those_of_transformers(name):
+    model, config = shapes.MODELS[name], CONFIGS[name]()
+    widths = ("moe_intermediate_size", "intermediate_size", "n_inner")
+    width = next((w for key in widths if (w := getattr(config, key, None))), 4 * config.hidden_size)
+    assert (config.hidden_size, width) == (model.D, model.H)
+    assert model.experts == getattr(config, "num_local_experts", None)
+    assert model.top_k == getattr(config, "num_experts_per_tok", None)
+
+
+def test_a_model_of_one_expert_a_token_needs_no_top_k():
+    one = shapes.Model("one", 8, 16, experts=4)
+    assert shapes.cases_of(one) == shapes.cases_of(dataclasses.replace(one, top_k=1))
 
 
 @pytest.mark.parametrize("name", shapes.DENSE)
@@ -213,6 +285,20 @@ def test_plain_tables_need_no_rich(monkeypatch):
     out = io.StringIO()
     render.table("Title", ("name", "ms"), [["a", "1.5"], ["longer", "10"]], out)
     assert out.getvalue() == ("\nTitle\nname     ms\n------  ---\na       1.5\nlonger   10\n")
+    rows = [["a", "1.5", "1"], ["longer", "-", "of 2"], ["", "inf", "3"]]
+    assert render.plain_table(("name", "ms", "mixed"), rows).splitlines() == [
+        "name     ms  mixed", "------  ---  -----", "a       1.5  1", "longer    -  of 2",
+        "        inf  3",
+    ]  # fmt: skip
+
+
+def test_a_paragraph_is_broken_between_words(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "12")
+    out = Terminal()
+    render.say("four long-words, and one of many-many-letters", out)
+    assert out.getvalue().splitlines() == [
+        "four", "long-words,", "and one of", "many-many-letters",
+    ]  # fmt: skip
 
 
 class Terminal(io.StringIO):

@@ -1,6 +1,7 @@
 """What the default command says: a line an op that fits the terminal, what is wrong, what next."""
 
 import io
+import itertools
 import json
 import re
 import shlex
@@ -181,9 +182,41 @@ def test_a_command_is_pasted_as_it_is_printed(monkeypatch):
             assert max(map(len, out.getvalue().splitlines())) <= columns
 
 
+def test_a_command_takes_as_few_lines_as_fit(monkeypatch):
+    words = ["fusedmlp", "bench", "check", "--case", "gated_mlp", "mlp-bias", "--shape", "3x4x5"]
+    whole = f"Go on: {' '.join(words)}"
+    for columns in range(20, len(whole) + 2):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        out = Terminal()
+        render.say_command("Go on:", words, out)
+        first, *lines = out.getvalue().splitlines()
+        assert (first == whole) == (columns >= len(whole))
+        for line, after in itertools.pairwise(lines):
+            assert line.endswith(" \\") and len(line) < columns
+            assert len(line) + len(after.split()[0]) + 2 > columns  # it has no room for one more
+
+
+def test_a_step_stands_beside_its_purpose_where_there_is_room(monkeypatch):
+    steps = [("times", "fusedmlp bench time"), ("everything", "fusedmlp")]
+    needed = len("  everything  fusedmlp bench time")
+    for columns, lines in (
+        (needed, ["  times       fusedmlp bench time", "  everything  fusedmlp"]),
+        (needed - 1, ["  times:", "    fusedmlp bench time", "  everything:", "    fusedmlp"]),
+    ):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        monkeypatch.setattr("sys.stdout", out := Terminal())
+        glance.next_steps(steps)
+        assert out.getvalue().splitlines() == ["", "Next:", *lines]
+
+
 def test_many_columns_that_are_left_out_are_counted(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     header = [f"column {i}" for i in range(12)]
     out = Terminal()
     render.table("", header, [["x" * 20] * 12], out, drop=header[1:])
     assert "Left out, for want of columns: column 1, column 2, 7 more." in out.getvalue()
+    for gone, told in ((3, "a, b, c."), (4, "a, b, 2 more.")):
+        out = Terminal()
+        names = "abcd"[:gone]
+        render.table("", ("last", *names), [["x" * 20, *(gone * ["y" * 70])]], out, drop=names)
+        assert out.getvalue().endswith(f"Left out, for want of columns: {told}\n")

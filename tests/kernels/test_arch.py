@@ -11,7 +11,7 @@ from fusedmlp import batch_invariant
 from fusedmlp.bench.shapes import DENSE
 from fusedmlp.kernels import arch, device as device_module, tiles
 from fusedmlp.kernels.arch import ARCHES, arch_for
-from fusedmlp.kernels.arch.tile import Fit
+from fusedmlp.kernels.arch.tile import FEW, FEW_MMA, Fit
 from fusedmlp.kernels.dense import gated_linear
 from fusedmlp.kernels.device import pretend
 from fusedmlp.kernels.moe.grouped import experts_fit, grouped_grid
@@ -75,6 +75,10 @@ def test_tiles_for_few_rows_serve_no_others(hopper):
     row = arch_for(90).with_row("gated_linear_fwd", 2, (few[0],))
     with pretend(row, 132):
         assert pick_tile("gated_linear_fwd", X, 8192, 1024, Fit.TMA) == few[0]
+
+
+def test_every_tile_for_few_rows_says_so():
+    assert all(t.few for t in (*FEW, FEW_MMA))
 
 
 def test_a_tile_for_few_rows_is_not_persistent(hopper):

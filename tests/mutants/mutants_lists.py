@@ -761,6 +761,26 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "a sum is 0, or one choice's share at least",
     ),
     Equivalent(
+        "csrc/moe_route.h",
+        "static constexpr int kMaxExperts = 4096, kMaxChunk = 1024;  "
+        "// of the shared memory that they need",
+        "static constexpr int kMaxExperts = 4096, kMaxChunk = 512;  "
+        "// of the shared memory that they need",
+        "how many tokens a block takes decides time, and the order of sums",
+    ),
+    Equivalent(
+        "csrc/schedule.cuh",
+        "int rows = 0, columns = 0;  // cluster rows, columns of tiles",
+        "int rows = 0, columns = 1;  // cluster rows, columns of tiles",
+        "no rows are no tiles in any columns",
+    ),
+    Equivalent(
+        "bench/predict.py",
+        "print(f\"compiling for {', '.join(names)}: minutes\", file=sys.stderr, flush=True)",
+        "print(f\"compiling for {', '.join(names)}: minutes\", file=sys.stderr)",
+        "stderr is written line by line",
+    ),
+    Equivalent(
         "fusedmlp/backends/cpu/experts.py",
         "leaf = t.detach().requires_grad_()",
         "leaf = t.requires_grad_()",
