@@ -285,6 +285,8 @@ def test_command_prints_and_writes_computed_figures(tmp_path, capsys):
     assert cli.main(argv) == 0
     text = capsys.readouterr().out
     assert "8x768x3072" in text
+    figures, launched = text.split("Launches as planned: computed, nothing was run\n")
+    assert "linear_act_fwd" in launched and "linear_act_fwd" not in figures
     assert f"\nAll of this is {predict.COMPUTED}.\n" in text
     records = json.loads(file.read_text())["records"]
     assert {r["case"] for r in records} == {"linear_act-bias", "mlp-bias"}
@@ -307,7 +309,7 @@ def test_what_has_no_backward_is_predicted_forward(tmp_path, capsys):
 def test_ops_of_no_model_are_computed_at_the_first_ones_widths():
     (model, *_), works = overview.STANDARD, list(overview.to_compute([]))
     named = [w for w in works if w.model == model.name]
-    assert {(w.D, w.H) for w in named} == {(model.D, model.H)}
+    assert {(w.M, w.D, w.H) for w in named} == {(4096, model.D, model.H)}
     own = {CASES[name].op for name in overview.cases_of(model)}
     assert {"linear_act", "mlp", "masked_gated_mlp", "binary_gated_mlp"} <= {
         w.case.op for w in named if w.case.op not in own

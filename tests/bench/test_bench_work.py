@@ -107,6 +107,11 @@ def test_default_activations_are_the_functions_own():
     assert activations_of(CASES["mlp"], None) == ("gelu",)
 
 
+def test_a_case_without_an_activation_takes_none():
+    for asked in (None, ("silu", "gelu")):
+        assert activations_of(CASES["moe_linear"], asked) == ("identity",)
+
+
 def test_unknown_case_is_named():
     with pytest.raises(ValueError, match="gated_mlp.*got 'swiglu'"):
         case_of("swiglu")

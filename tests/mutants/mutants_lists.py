@@ -781,6 +781,24 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "stderr is written line by line",
     ),
     Equivalent(
+        "bench/predict.py",
+        "print(f\"compiling for {', '.join(names)}: minutes\", file=sys.stderr, flush=True)",
+        "print(f\"compiling for {', '.join(names)}: minutes\", file=sys.stderr, flush=False)",
+        "stderr is written line by line",
+    ),
+    Equivalent(
+        "bench/predict.py",
+        "shapes = work.case.shapes(1, 8, 8)",
+        "shapes = work.case.shapes(1, 4, 8)",
+        "names of arguments and the number of masks are all that is read",
+    ),
+    Equivalent(
+        "bench/predict.py",
+        "shapes = work.case.shapes(1, 8, 8)",
+        "shapes = work.case.shapes(1, 8, 4)",
+        "names of arguments and the number of masks are all that is read",
+    ),
+    Equivalent(
         "fusedmlp/backends/cpu/experts.py",
         "leaf = t.detach().requires_grad_()",
         "leaf = t.requires_grad_()",
