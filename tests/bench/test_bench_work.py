@@ -189,7 +189,7 @@ def test_models_are_what_their_configs_say():
     assert {m.activation for m in plain.values()} == {"gelu", "gelu_tanh"}
 
 
-# Of these the defaults of a config are the model's own.
+# Models whose numbers are the defaults of their config.
 CONFIGS = {
     "llama2-7b": hf.LlamaConfig, "mistral-7b": hf.MistralConfig, "phi3-mini": hf.Phi3Config,
     "gpt2": hf.GPT2Config, "bert-base": hf.BertConfig, "mixtral-8x7b": hf.MixtralConfig,
