@@ -49,12 +49,17 @@ def test_a_loop_bound_is_an_int(version, mended, monkeypatch):
     kept = {}
     scope = SimpleNamespace(set_attr=lambda obj, name, value: kept.update({name: value}))
     monkeypatch.setattr(triton, "__version__", version)
-    own = lambda tensor, scope: scope.set_attr(tensor, "__index__", "own")  # noqa: E731
+
+    def own(tensor, scope):
+        for name in ("__add__", "__index__"):
+            scope.set_attr(tensor, name, "own")
+
     monkeypatch.setattr(interpreter, "_patch_lang_tensor", own)
     mend()
     interpreter._patch_lang_tensor(tl.tensor, scope)
+    assert kept["__add__"] == "own"
     if not mended:
-        assert kept == {"__index__": "own"}
+        assert kept["__index__"] == "own"
         return
     bound = kept["__index__"](SimpleNamespace(handle=SimpleNamespace(data=np.array([7]))))
     assert bound == 7 and type(bound) is int
