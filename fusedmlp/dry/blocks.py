@@ -137,7 +137,7 @@ def _beside(module: nn.Module, at: dict[int, Any]) -> nn.Module:
         if id(value) in at:
             return at[id(value)]
         if isinstance(value, Tensor):
-            return at.setdefault(id(value), value.detach().clone())
+            return at.setdefault(id(value), value.clone())
         if isinstance(value, set):
             return set(value)
         if isinstance(value, MethodType):

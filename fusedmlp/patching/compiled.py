@@ -64,12 +64,10 @@ def _codes(filename: str) -> dict[tuple[str, int], bytes]:
 def _compiled(definition: ast.FunctionDef, like: FunctionType) -> Any:
     """In the globals of `like`, with what it closes over."""
     free = like.__code__.co_freevars
-    body = [definition, ast.Return(ast.Name(definition.name, ast.Load()))]
-    outer = ast.FunctionDef("_outer", _arguments(*free), body, [])
-    if "type_params" in ast.FunctionDef._fields:
-        vars(outer)["type_params"] = []
-    ast.copy_location(outer, definition)
-    tree = ast.fix_missing_locations(ast.Module([outer], []))
+    # Parsed, since a definition has other fields in each version of Python.
+    tree = ast.parse(f"def _outer({', '.join(free)}): pass")
+    tree.body[0].body = [definition, ast.Return(ast.Name(definition.name, ast.Load()))]  # type: ignore[attr-defined]
+    ast.fix_missing_locations(tree)
     flags = like.__code__.co_flags & _ANNOTATIONS
     code = compile(tree, like.__code__.co_filename, "exec", flags, dont_inherit=True)
     made: dict[str, Any] = {}

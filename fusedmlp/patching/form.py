@@ -135,12 +135,12 @@ def _plain(experts: Any) -> Gate | str:
 
 
 def _agrees(experts: Any, form: Form) -> bool:
-    """Whether the module's own forward, at a width of 3 and a hidden width of 2, gives what `form`
+    """Whether the module's own forward, at a width of 4 and a hidden width of 3, gives what `form`
     says, in float64."""
     generator = torch.Generator().manual_seed(0)
     like: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
     draw = lambda *size: 3 * torch.randn(size, generator=generator, **like)  # noqa: E731
-    E, D, H, T, k = getattr(experts, form.first).shape[0], 3, 2, 5, 2
+    E, D, H, T, k = getattr(experts, form.first).shape[0], 4, 3, 5, 2
     own: Any = own_type(experts)
     small = own.__new__(own)
     modules = {k: m for k, m in vars(experts)["_modules"].items() if k != _PARAMETRIZED}

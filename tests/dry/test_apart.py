@@ -12,14 +12,18 @@ from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
+import triton
 from torch import nn
 from torch.nn.utils import prune, weight_norm
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
 
 import fusedmlp
 from fusedmlp import layers
 from fusedmlp.backends import choice
 from fusedmlp.dry import driver, warm
 from fusedmlp.kernels import device
+from fusedmlp.kernels.arch import ARCHES
 from fusedmlp.kernels.pick import LAST
 
 ROOT = Path(__file__).parents[2]
@@ -200,6 +204,36 @@ def test_what_makes_weights_is_called(run, around):
     assert all(p.grad is None for p in model.parameters())
 
 
+WITHIN = {
+    "a scripted projection": (torch.jit.script, nn.functional.silu),
+    "a function with a setting": (
+        lambda gate: gate,
+        partial(nn.functional.gelu, approximate="tanh"),
+    ),
+}
+
+
+class WithAct(MLP):
+    def __init__(self, gate, act):
+        super().__init__(gate)
+        self.act = act
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+@RUNS
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("within", WITHIN)
+def test_what_is_shared_with_the_model(run, within):
+    """Neither is copied: a copy of a script has no code, another function is another block."""
+    around, act = WITHIN[within]
+    model = nn.Sequential(WithAct(around(nn.Linear(64, 64)), act))
+    assert fusedmlp.patch(model).patched
+    run(model)
+    assert model[0].act is act
+
+
 # In a process whose kernels are not interpreted.
 PROGRAM = """
 import threading
@@ -330,3 +364,53 @@ def test_writes_and_views_of_many_floats():
         views = whole.t(), whole[3:], whole.view(-1), whole.expand(2, -1, -1)
     assert whole.eq(1).all()
     assert all(v.untyped_storage().data_ptr() == whole.data_ptr() for v in views)
+
+
+def test_an_operator_without_arguments_by_name():
+    """PyTorch may give no dict of them at all."""
+    a = torch.ones(2)
+    with driver.Untouched() as mode:
+        made = mode.__torch_dispatch__(torch.ops.aten.add.Tensor, (), (a, a))
+    assert torch.equal(made, a + a)
+
+
+def test_the_driver_is_of_a_gpu_of_that_generation():
+    made = driver._CompileOnly(90)
+    assert made.get_current_target() == GPUTarget("cuda", 90, 32)
+    assert (made.get_current_device(), made.get_current_stream(0)) == (90, 0)
+
+
+def test_a_launch_is_compiled_and_noted(monkeypatch):
+    """On as many multiprocessors as an H100 has, unless others are given."""
+    arch, kernel = ARCHES["sm_90"], SimpleNamespace(fn=SimpleNamespace(__name__="name"))
+    run = lambda self, *given, grid, warmup, **more: (self, given, grid, warmup, more)  # noqa: E731
+    monkeypatch.setattr(JITFunction, "run", run)
+    for given, count in (((), 132), ((7,), 7)):
+        with driver.compile_only(arch, *given) as compiled:
+            assert device.HERE.gpu == (arch, count)
+            made = JITFunction.run(kernel, 1, 2, grid=[3, 4], warmup=False, num_warps=8)
+        assert made == (kernel, (1, 2), [3, 4], True, {"num_warps": 8})
+        assert compiled == [("name", made, (3, 4))]
+    with driver.compiling(arch):
+        assert device.HERE.gpu == (arch, 132) and choice.chosen() == "triton"
+
+
+@pytest.mark.parametrize("dry", (True, False))
+@pytest.mark.parametrize("before", (True, False))
+def test_which_kernels_are_heard_of(before, dry, monkeypatch):
+    """Those of its thread in a dry run, else all; the first time that each is asked for. Whoever
+    listened before hears all that is said."""
+    heard = []
+    listener = (lambda **said: heard.append(said)) if before else None
+    monkeypatch.setattr(triton.knobs.compilation, "listener", listener)
+    monkeypatch.setattr(device.HERE, "gpu", "a GPU" if dry else None)
+    said = [{"metadata": {"hash": name}, "cache_hit": hit, "src": 1} for name, hit in
+            (("a", True), ("b", False), ("a", False))]  # fmt: skip
+    with driver.listening() as hits:
+        listen = triton.knobs.compilation.listener
+        in_thread(lambda: listen(**said[1]))
+        listen(**said[0])
+        listen(**said[2])
+    assert hits == {"a": True} | ({} if dry else {"b": False})
+    assert heard == ([said[1], said[0], said[2]] if before else [])
+    assert triton.knobs.compilation.listener is listener

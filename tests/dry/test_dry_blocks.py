@@ -168,6 +168,16 @@ def test_the_last_tile_is_that_of_a_row_of_the_kernel(at, monkeypatch):
     assert _last("name") == "tile"
 
 
+def test_a_kernel_without_tiles_has_none_of_an_earlier_launch(monkeypatch):
+    layer = layers.TopKMoE(16, 8, num_experts=4, k=2).bfloat16()
+    found = expected(block_of(layer), 64, SM_90, 132)
+    names = {name for phase in found for name, _ in phase.kernels}
+    for name in names:
+        monkeypatch.setitem(LAST, name, "of a launch before")
+    assert expected(block_of(layer), 64, SM_90, 132) == found
+    assert {LAST[name] for name in names} == {"of a launch before"}
+
+
 def test_kernels_and_lines_that_repeat_are_counted_once():
     """hits: whether the cache had a kernel, by its hash."""
     told = warm._told([None] * 3, {"a": True, "b": False, "c": False}, ["x", "y", "x"])
@@ -208,6 +218,17 @@ def test_stand_ins_do_not_overlap():
             assert all((seen == i).all() for i, seen in enumerate(tensors.values()))
         starts = [[t.data_ptr() for t in tensors.values() if t.numel()] for tensors in orders]
         assert starts[0] == sorted(starts[0]) and starts[1] == sorted(starts[1], reverse=True)
+
+
+def test_stand_ins_lie_close():
+    """Each takes what CUDA's allocator gives it: its bytes up to the next 512, of nothing too."""
+    sizes = {1: 512, 128: 512, 129: 1024, 0: 512, 256: 1024, 2: 0}
+    layer = holding([torch.ones(n) for n in sizes])
+    for tensors, step in ((warm._ordered(layer), 1), (warm._reversed(layer), -1)):
+        placed = [t.data_ptr() for t in tensors.values() if t.numel()][::step]
+        given = [*sizes.items()][::step]
+        ends = [sum(s or 512 for _, s in given[:i]) for i, (n, _) in enumerate(given) if n]
+        assert [at - placed[0] for at in placed] == [end - ends[0] for end in ends]
 
 
 TWO, HALVES = torch.ones(2, 2), torch.ones(2, 2).half()
@@ -268,3 +289,16 @@ def test_the_hooks_of_a_stand_in_are_as_many_and_silent():
     silent = blocks._silent(hooks)
     assert list(silent) == [3, 5, 9] and silent[5] is hooks[5]
     assert silent[3] is silent[9] is blocks._nothing and blocks._nothing(1, a=2) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "roof"),
+    [("NVIDIA H200", "H200"), ("NVIDIA H100 80GB HBM3", "H100"), ("another", None)],
+)
+def test_the_gpu_here_has_the_figures_of_its_datasheet(name, roof, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: name)
+    monkeypatch.setattr(lines, "arch_of", lambda device: f"arch of {device}")
+    monkeypatch.setattr(lines, "multiprocessors", lambda device: f"size of {device}")
+    figures = roof and lines.GPUS[roof].roof
+    assert lines.gpu_here() == lines.Gpu(name, "arch of cuda", "size of cuda", figures)

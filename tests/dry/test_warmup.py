@@ -1,10 +1,12 @@
 """warmup(): after it a model compiles nothing more, and nothing about the model has changed."""
 
+import contextlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +210,43 @@ def test_a_block_that_cannot_run_is_named():
         "2 blocks: 3 kernels compiled, 1 taken from Triton's cache\n"
         "not warm: 0 (Broken), 4 tokens: LookupError: no"
     )
+
+
+def test_which_way_it_goes(compiled, monkeypatch):
+    """On the GPU where the model is, or for one that is named, on every number of rows."""
+    block, calls = SimpleNamespace(like=SimpleNamespace(is_cuda=True)), []
+    monkeypatch.setattr(warm, "blocks_of", lambda model: [block])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for way in ("_on_gpu", "_without_gpu"):
+        monkeypatch.setattr(warm, way, lambda *given, way=way: calls.append((way, *given)) or way)
+    assert fusedmlp.warmup(mlp(), [4, 16]) == "_on_gpu"
+    assert fusedmlp.warmup(mlp(), 4, gpu="H100") == "_without_gpu"
+    assert calls == [("_on_gpu", [block], [4, 16]), ("_without_gpu", [block], [4], "H100")]
+
+
+def test_on_a_gpu_it_waits_until_all_has_run(monkeypatch):
+    """Each block on each number of rows, with its parameters where they lie."""
+    done = []
+    monkeypatch.setattr(warm, "_run_all", lambda jobs: done.append(jobs) or ["not this one"])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("waited"))
+    found = warm._on_gpu(["a", "b"], [4, 16])
+    views = warm._views
+    jobs = [("a", 4, views), ("a", 16, views), ("b", 4, views), ("b", 16, views)]
+    assert done == [jobs, "waited"] and found == Warmup(2, 0, 0, ("not this one",))
+
+
+def test_a_bar_says_what_is_done(monkeypatch):
+    made, steps = [], []
+
+    class Bar(contextlib.nullcontext):
+        def __init__(self, *given):
+            super().__init__(SimpleNamespace(step=steps.append))
+            made.append(given)
+
+    monkeypatch.setattr(warm, "Progress", Bar)
+    blocks = warm.blocks_of(nn.Sequential(layers.SwiGLUMLP(16), layers.SwiGLUMLP(16)))
+    warm._run_all([(block, 4, warm._views) for block in blocks])
+    assert made == [("warmup", 2)] and steps == ["0", "1"]
 
 
 def test_a_bar_on_a_terminal(monkeypatch, capsys):

@@ -341,6 +341,54 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         )
         for share, rest in (("2e-09", "1e-12"), ("1e-9", "2e-12"))
     ),
+    *(
+        Equivalent(
+            "fusedmlp/patching/gate.py",
+            "near = 1e-9 * expected.abs() + 1e-12 * (1 + g.abs()) * (1 + u.abs())",
+            f"near = 1e-9 * expected.abs() + 1e-12 * ({g} + g.abs()) * ({u} + u.abs())",
+            NEAR,
+        )
+        for g, u in ((2, 1), (1, 2))
+    ),
+    *_off_by_one(
+        "fusedmlp/patching/form.py",
+        "draw = lambda *size: 3 * torch.randn(size, generator=generator, **like)  # noqa: E731",
+    ),
+    Equivalent(
+        "fusedmlp/patching/form.py",
+        "generator = torch.Generator().manual_seed(0)",
+        "generator = torch.Generator().manual_seed(1)",
+        TRIED,
+    ),
+    *(
+        Equivalent(
+            "fusedmlp/patching/form.py",
+            "E, D, H, T, k = getattr(experts, form.first).shape[0], 4, 3, 5, 2",
+            f"E, D, H, T, k = getattr(experts, form.first).shape[0], {sizes}",
+            TRIED,
+        )
+        for sizes in (
+            "3, 3, 5, 2",
+            "5, 3, 5, 2",
+            "4, 2, 5, 2",
+            "4, 4, 5, 2",
+            "4, 3, 4, 2",
+            "4, 3, 6, 2",
+            "4, 3, 5, 3",
+        )  # fmt: skip
+    ),
+    Equivalent(
+        "fusedmlp/dry/warm.py",
+        "end += -(-max(span, 1) * _dtype(t).itemsize // _APART) * _APART",
+        "end += -(-max(span, 2) * _dtype(t).itemsize // _APART) * _APART",
+        "one element and two take as much, since none is as large as half of _APART",
+    ),
+    Equivalent(
+        "fusedmlp/dry/lines.py",
+        "return any(p.kernels for p in expected(block, 1, next(iter(ARCHES.values())), 1))",
+        "return any(p.kernels for p in expected(block, 1, next(iter(ARCHES.values())), 2))",
+        "which kernels are called goes by no number of multiprocessors, their tiles do",
+    ),
     Equivalent(
         "fusedmlp/patching/spelling.py",
         "return bool(((h - expected).abs() < 1e-9 * near).all())",

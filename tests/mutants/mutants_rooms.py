@@ -89,7 +89,11 @@ PATCHING = (
     "tests/patching/test_patch_state.py",
     "tests/patching/test_patch_lora.py",
     "tests/patching/test_patch_lora_experts.py",
+    "tests/patching/test_patch_experts.py",
+    "tests/patching/test_patch_routers.py",
+    "tests/patching/test_patch_topk.py",
     PATCH_MODELS,
+    "tests/patching/test_patch_lora_called.py",
     PATCH_RANKS,
     "tests/distributed/test_patch_sharding.py",
 )
@@ -386,6 +390,7 @@ ROWS: tuple[Row, ...] = (
             "tests/patching/test_patch_called.py",
         ),
     ),
+    Row("patching", ("fusedmlp/patching/activation.py",), ("tests/ops/test_gates.py", *PATCHING)),
     Row("patching", ("fusedmlp/patching/*.py",), PATCHING),
     Row(
         "distributed",

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import LlamaForCausalLM
 from transformers.integrations import hub_kernels
 
-from fusedmlp.patching.checkpoint import _in_place_of, _quantization, empty_model
+from fusedmlp.patching.checkpoint import _converted, _in_place_of, _quantization, empty_model
 
 PARTS = [f"mlp.{n}_proj" for n in ("gate", "up", "down")] + [f"self_attn.{n}_proj" for n in "qkvo"]
 ALL = {f"model.layers.{i}.{part}" for i in (0, 1) for part in PARTS} | {"lm_head"}
@@ -127,3 +127,20 @@ def test_settings_of_the_text_model_alone():
     assert _quantization(config) == {"quant_method": "gptq"}
     assert _quantization(SimpleNamespace(get_text_config=lambda decoder: None)) == {}
     assert _quantization(SimpleNamespace()) == {}
+
+
+@pytest.mark.parametrize("here", (None, "cuda"))
+def test_a_quantiser_is_asked_as_for_weights_on_one_device(here, monkeypatch):
+    asked = []
+
+    class Asked(Exception):
+        pass
+
+    def validate(**given):
+        asked.append(given)
+        raise Asked
+
+    monkeypatch.setattr("transformers.utils.import_utils.get_current_accelerator", lambda: here)
+    with pytest.raises(Asked):
+        _converted(None, SimpleNamespace(validate_environment=validate))
+    assert asked == [{"device_map": here and {"": here}, "weights_only": True}]

@@ -37,9 +37,12 @@ class Plain(nn.Module):
         y = torch.zeros_like(x)
         for t, k in torch.cartesian_prod(*map(torch.arange, index.shape)).tolist():
             h = self.linear(self.first, index[t, k], x[t])
-            h = self._apply_gate(h) if self.own.gated else self.act_fn(h)
+            h = self.gated(h) if self.own.gated else self.act_fn(h)
             y[t] += weights[t, k] * self.linear("down_proj", index[t, k], h)
         return y
+
+    def gated(self, h):
+        return self._apply_gate(h)
 
     def linear(self, name, e, x):
         w = getattr(self, name)[e]
@@ -143,6 +146,44 @@ def test_another_forward_is_refused(change):
     experts.own.change = change
     with pytest.raises(ValueError, match=why):
         experts_forward(experts, *routed())
+
+
+class Positive(Plain):
+    """Alike where the gate is far above 0."""
+
+    def gated(self, h):
+        gate, up = h.chunk(2, -1)
+        return torch.relu(gate) * up
+
+
+class Interleaved(Plain):
+    """Alike where the hidden width is 1."""
+
+    def gated(self, h):
+        return self.act_fn(h[::2]) * h[1::2]
+
+
+class Best(Plain):
+    """Alike where a token has one expert."""
+
+    def forward(self, x, index, weights):
+        return super().forward(x, index[:, :1], weights[:, :1])
+
+
+class First(Plain):
+    """Alike where there is one token."""
+
+    def forward(self, x, index, weights):
+        return super().forward(x, index[:1].expand_as(index), weights)
+
+
+@pytest.mark.parametrize("cls", (Positive, Interleaved, Best, First))
+def test_a_forward_that_does_not_call_its_gate_so_is_refused(cls):
+    """And nothing is drawn from, or left in, torch's own generator."""
+    experts, before = made(cls), torch.get_rng_state()
+    with pytest.raises(ValueError, match="its forward is not that of experts so laid"):
+        experts_forward(experts, *routed())
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.parametrize("k, recompute", [(1, False), (2, False), (2, True)])

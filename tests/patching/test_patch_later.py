@@ -158,6 +158,16 @@ def test_experts_and_their_activation(name, path):
         block(x)
 
 
+@pytest.mark.parametrize("name", ("llama4", "switch"))
+def test_an_example_of_a_block_with_a_plan_of_its_own_runs(name):
+    model = build(name)
+    fusedmlp.patch(model)
+    block = next(m for m in model.modules() if isinstance(m, Patched) and m._plan.op == "moe_mlp")
+    (x,) = block._plan.example(block, 5, torch.ones(1))
+    assert x.shape == (1, 5, 64) and not x.any()
+    block._plan.trial(block, x)
+
+
 def test_a_projection_of_an_expert():
     model = build("switch")
     fusedmlp.patch(model)

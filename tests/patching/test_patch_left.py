@@ -184,6 +184,32 @@ def test_a_forward_that_takes_more_between_its_projections():
     assert report.left[0].detail == "its forward takes scale, t, not x alone"
 
 
+class Between(TwoInputs):
+    """And through a part that is no projection."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, t, scale, flag=None):
+        if t.sum() > 0:
+            t = t + self.mlp(t)
+        return self.b(self.part(self.a(t)) * scale)
+
+
+@pytest.mark.parametrize(
+    ("part", "names"),
+    [
+        (nn.ReLU(), ["x", "x.mlp"]),
+        (nn.Sequential(nn.ReLU()), ["x", "x.mlp"]),
+        (nn.Sequential(nn.Linear(12, 12)), ["x.mlp"]),
+    ],
+)
+def test_a_forward_has_a_line_of_its_own_where_no_part_of_it_has_projections(part, names):
+    report = fusedmlp.patch(nn.ModuleDict({"x": Between(part)}))
+    assert [entry.name for entry in report.entries] == names
+
+
 def test_a_module_dict_that_is_run_in_a_loop():
     class Layer(nn.Module):
         def __init__(self):
@@ -319,6 +345,19 @@ def test_a_plan_that_bypasses_nothing():
         assert torch.equal(model.blocks[0](torch.ones(2)), torch.full((2,), 2.0))
     finally:
         del REGISTERED[Alone]
+
+
+@pytest.mark.parametrize("inside", (False, True))
+@pytest.mark.parametrize("holds", ("nothing", "a parameter", "a buffer"))
+def test_accelerates_hook_is_passed_over_where_it_moves_arguments_alone(holds, inside):
+    part = nn.ReLU()
+    if holds == "a parameter":
+        part.scale = nn.Parameter(torch.ones(()))
+    elif holds == "a buffer":
+        part.register_buffer("scale", torch.ones(()))
+    module = nn.Sequential(part) if inside else part
+    add_hook_to_module(module, AlignDevicesHook())
+    assert bool(passed_over(module)) == (holds != "nothing")
 
 
 @pytest.mark.parametrize("hook", HOOKS)

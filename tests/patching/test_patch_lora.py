@@ -36,7 +36,9 @@ def test_families(name, patched):
     ours, plain = pair(name, patched)
     keys = list(plain.state_dict())
     assert_fused(ours, "mlp" if name in PLAIN else "gated_mlp")
-    assert all("LoRA inside: " in entry.detail for entry in lines(ours))
+    for entry in lines(ours):
+        assert "LoRA inside: " in entry.detail
+        assert "LoRA inside: " in ours.get_submodule(entry.name).extra_repr()
     assert_alike(ours, plain, batch(name))
     assert list(ours.state_dict()) == keys
     fusedmlp.unpatch(ours)

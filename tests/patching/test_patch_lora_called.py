@@ -56,6 +56,22 @@ def test_a_plain_block_of_others_that_is_called_is_left():
     assert not isinstance(model, Patched)
 
 
+@pytest.mark.parametrize("path", ("c_fc", "c_proj"))
+def test_a_plain_block_waits_for_no_base_that_is_called(path):
+    """Its first projection will be called whatever its adapter's state is, and so may its last be:
+    nothing of the block is fused where the first is called now."""
+    model = adapted("gpt2", lora_dropout=0.5).train()
+    block = model.base_model.model.transformer.h[0].mlp
+    layer = getattr(block, path)
+    layer.base_layer = Quantised(layer.base_layer)
+    assert not isinstance(block, Patched) and fusedmlp.patch(model)
+    assert not isinstance(block, Patched)
+    first, second = lines(model)
+    assert first.op is second.op is None
+    assert not first.detail.endswith("as long as that is so")
+    assert second.detail.endswith("as long as that is so")
+
+
 def quantised(path):
     """A model whose projection `path` of the first block is of no class that is read, under LoRA's
     own layer, as PEFT's is around bitsandbytes'."""
