@@ -143,10 +143,9 @@ def _beside(module: nn.Module, at: dict[int, Any]) -> nn.Module:
         if isinstance(value, MethodType):
             return MethodType(value.__func__, leaf(value.__self__))
         if isinstance(value, partial):
-            parts = value.func, value.args, value.keywords
-            if any(leaf(part) is not part for part in tree_leaves(parts)):  # else it is a setting
-                function, args, keywords = copy(parts)
-                return partial(function, *args, **keywords)
+            # Once, since a patched module compares its functions with those of before.
+            function, args, keywords = copy((value.func, value.args, value.keywords))
+            return at.setdefault(id(value), partial(function, *args, **keywords))
         return value
 
     def copy(values: Any) -> Any:

@@ -170,9 +170,8 @@ class BinaryLinear(nn.Module):
     def qweight(self) -> Tensor:
         """The bits of a packed layer, by the name that PEFT asks quantised layers for, to see where
         they lie. Raises AttributeError before `pack()`."""
-        if self.packed is None:
-            raise AttributeError(f"{type(self).__name__}: qweight needs a packed weight")
-        return self.packed.qweight
+        packed: Any = self.packed  # None has none
+        return packed.qweight
 
     def reset_parameters(self) -> None:
         """nn.Linear's initial values. Raises RuntimeError once packed."""

@@ -204,15 +204,6 @@ def test_what_makes_weights_is_called(run, around):
     assert all(p.grad is None for p in model.parameters())
 
 
-WITHIN = {
-    "a scripted projection": (torch.jit.script, nn.functional.silu),
-    "a function with a setting": (
-        lambda gate: gate,
-        partial(nn.functional.gelu, approximate="tanh"),
-    ),
-}
-
-
 class WithAct(MLP):
     def __init__(self, gate, act):
         super().__init__(gate)
@@ -222,16 +213,33 @@ class WithAct(MLP):
         return self.down(self.act(self.gate(x)) * self.up(x))
 
 
+class Holding(layers.SwiGLUMLP):
+    """A layer that calls a patched module, which sees that its functions are those of before."""
+
+    def __init__(self, inner):
+        super().__init__(64)
+        self.inner = inner
+
+    def forward(self, x):
+        return super().forward(self.inner(x))
+
+
 @RUNS
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("within", WITHIN)
-def test_what_is_shared_with_the_model(run, within):
-    """Neither is copied: a copy of a script has no code, another function is another block."""
-    around, act = WITHIN[within]
-    model = nn.Sequential(WithAct(around(nn.Linear(64, 64)), act))
+def test_a_scripted_projection_is_called(run):
+    """A copy of it would have no code."""
+    model = nn.Sequential(MLP(torch.jit.script(nn.Linear(64, 64))))
     assert fusedmlp.patch(model).patched
     run(model)
-    assert model[0].act is act
+
+
+@RUNS
+def test_a_partial_function_of_a_module_inside(run):
+    inner = WithAct(nn.Linear(64, 64), partial(nn.functional.gelu, approximate="tanh"))
+    assert fusedmlp.patch(nn.ModuleList([inner])).patched
+    act = inner.act
+    run(nn.Sequential(Holding(inner)))
+    assert inner.act is act
 
 
 # In a process whose kernels are not interpreted.

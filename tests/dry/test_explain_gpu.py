@@ -8,7 +8,8 @@ from layer_makers import MAKERS
 from torch import nn
 
 import fusedmlp
-from fusedmlp import layers
+from fusedmlp import explaining, layers
+from fusedmlp.backends.cuda import loader
 from fusedmlp.backends.op import OPS, public_ops
 from fusedmlp.bench import predict
 from fusedmlp.bench.machine import ARCH_OF, ROOFS
@@ -272,3 +273,52 @@ def test_the_words_of_a_phase(ops, kernels, flops, moved, words, bound):
     assert _phase(phase, None, "bfloat16") == words
     assert _phase(phase, ROOF, "float64") == words
     assert _phase(phase, ROOF, "bfloat16") == words + (bound and f", at best {bound}")
+
+
+# What is picked, what was asked for, and the words of a device's line.
+PICKED = [
+    ("cpu", "reference", "auto", "reference (no GPU kernel runs on CPU tensors)"),
+    ("cpu", "reference", "reference", "reference (asked for)"),
+    ("cpu", "triton", "auto", "triton, in Triton's interpreter (TRITON_INTERPRET=1)"),
+    ("meta", "reference", "reference", "reference (asked for)"),
+    ("meta", "cuda", "cuda", "cuda (asked for)"),
+    ("meta", "cuda", "auto", "cuda where it takes them, else triton"),
+    ("meta", "cutlass", "cutlass", "cutlass (asked for)"),
+    ("meta", "triton", "auto", "triton, tiles of sm_90"),
+    ("meta", RuntimeError("not here"), "auto", "none: not here"),
+    ("meta", loader.Unfit("nor here"), "cuda", "none: nor here"),
+]
+
+
+@pytest.mark.parametrize("kind, picked, asked, words", PICKED)
+def test_the_words_of_a_device(kind, picked, asked, words, monkeypatch):
+    def pick(op, x):
+        assert (op, x.device.type, x.dtype, x.numel()) == (
+            "gated_linear", kind, torch.bfloat16, 0,
+        )  # fmt: skip
+        if isinstance(picked, Exception):
+            raise picked
+        return picked
+
+    monkeypatch.setattr(explaining.choice, "pick", pick)
+    monkeypatch.setattr(explaining.choice, "chosen", lambda: asked)
+    monkeypatch.setattr(explaining, "arch_of", lambda device: ARCH_OF["H100"])
+    assert explaining._device_line(torch.device(kind)) == f"{kind} tensors: {words}"
+
+
+# Who served a kernel's last launch, its tile, and what is said of both.
+SERVED = [
+    (None, "a tile", "tile a tile"),
+    ("triton, since it is odd", "a tile", "tile a tile, since it is odd"),
+    ("triton", None, "tile none, it was empty"),
+    ("cuda", None, "cuda"),
+    ("cutlass", "a tile", "cutlass"),
+]
+
+
+@pytest.mark.parametrize("served, tile, words", SERVED)
+def test_the_words_of_a_last_launch(served, tile, words, monkeypatch):
+    monkeypatch.setattr(explaining, "LAST", {} if tile is None else {"name": tile})
+    monkeypatch.setattr(explaining.choice, "SERVED", {} if served is None else {"name": served})
+    assert explaining._last_launch("name") == f"last launch of name: {words}"
+    assert f"last launch of name: {words}" in fusedmlp.explain().splitlines()

@@ -14,13 +14,13 @@ from fusedmlp.layers.per_expert import per_expert_state_dict
 DIM = 16
 
 
-def switch(variant="swiglu", **kwargs):
+def switch(variant="swiglu", experts=3, **kwargs):
     ff_kwargs = {"mult": 1.5, "glu_variant": variant, **kwargs}
-    return randomise_(SwitchFFN(DIM, 3, None, ff_kwargs=ff_kwargs))
+    return randomise_(SwitchFFN(DIM, experts, None, ff_kwargs=ff_kwargs))
 
 
-def masked():
-    return switch("mswiglu", mask_mode="element", num_masks=2)
+def masked(experts=3):
+    return switch("mswiglu", experts, mask_mode="element", num_masks=2)
 
 
 @pytest.mark.parametrize("make", (switch, masked))
@@ -99,6 +99,17 @@ def test_freezing_the_masks_of_all_experts():
         fresh.load_state_dict({**state, width: torch.tensor(12)})
     with pytest.raises(RuntimeError, match=f"Missing key.*{width}"):
         fresh.load_state_dict({k: v for k, v in state.items() if k != width})
+
+
+def test_freezing_the_masks_of_one_expert():
+    """Whoever reads the templates of stacks finds it frozen too, on meta."""
+    layer, x = masked(1), draw(6, DIM)
+    y, _ = layer(x)
+    layer.experts.freeze_masks()
+    assert torch.equal(layer(x)[0], y)
+    glu = layer.experts._template[0].net[0]
+    assert glu.packed.planes.is_meta
+    assert glu.packed.planes.shape == layer.experts.net_0_packed.planes.shape
 
 
 def test_freezing_refusals():

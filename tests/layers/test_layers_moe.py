@@ -404,6 +404,7 @@ def test_options_of_top1_moe_reach_the_op(monkeypatch):
     layer.parallel_mlp = record
     layer(draw(4, DIM))
     assert seen == [{**options, "packed": None}] * 2
+    assert layer.router_options["norm"] is False  # one weight, by its sum, would be 1
 
 
 def test_top1_moe_gives_its_routing():

@@ -233,6 +233,19 @@ class Pairs(Router):
         return super().forward(x)[1:]
 
 
+class AddsWhatItIsGiven(Router):
+    """To its logits, which no linear map of x alone makes."""
+
+    def forward(self, x, bias):
+        logits = self.logits(x.reshape(-1, D)) + bias
+        weights, index = logits.sigmoid().topk(self.top_k)
+        return logits, weights, index
+
+
+def test_an_argument_is_no_bias_of_logits():
+    assert route_of(AddsWhatItIsGiven()) == "its logits are not one linear map of x"
+
+
 def test_a_route_has_the_numbers_and_names_of_its_router():
     route = route_of(Router(k := 3, scale=0.7))
     assert route.logits == Logits("weight", None, "float32", False)
