@@ -132,8 +132,8 @@ class Dense(Plan):
         return None, f"{why}, as long as that is so" if self.waits(module) else why
 
     def waits(self, module: nn.Module) -> bool:
-        """A LoRA layer of PEFT is called or read by its state, which eval() or a switch changes; any
-        other projection that is called has no base that could be read."""
+        """A LoRA layer of PEFT is called or read by its state, which eval() or a switch changes.
+        Any other projection that is called has no base that could be read."""
         return all(read(base_of(child(module, path))) for path in self.may_call())
 
     def read_modules(self, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

@@ -92,8 +92,8 @@ def _cut(module: nn.Module) -> Dense | Chained | None:
     """The plan of the first run of statements in the forward of `module` that is a dense MLP; or
     why one is none in which a projection leads to another."""
     own: Any = type(module)
-    forward = getattr(own, "forward", None)
-    if forward is None or len(list(projections(module))) < 2:
+    forward: Any = getattr(own, "forward", None)
+    if len(list(projections(module))) < 2:
         return None
     reason: Chained | None = None
     for cut, mentions, may_be_called in runs_of(inspect.unwrap(forward)):

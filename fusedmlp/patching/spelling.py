@@ -59,9 +59,7 @@ class Region:
                 self._computes(node)
                 found[node] = None
                 todo += node.all_input_nodes
-        order = {node: i for i, node in enumerate(h.graph.nodes)}
-        self.first = sorted(firsts, key=order.__getitem__)
-        self.nodes = sorted(found, key=order.__getitem__)
+        self.first, self.nodes = sorted(firsts), sorted(found)  # as they stand in the graph
 
     def _computes(self, node: fx.Node) -> None:
         if node.op in ("placeholder", "get_attr", "output"):

@@ -161,7 +161,7 @@ def _watched(module: nn.Module) -> Iterator[list[Attribute]]:
 def _stand_in(value: Any, read: Attribute, seen: list[Attribute]) -> Any:
     if type(value) is float:
         number: Any = Fraction(value)
-    elif type(value) is int or (read.name == "training" and type(value) is bool):
+    elif type(value) is int or read.name == "training":
         number = Whole(value)
     elif callable(value) and not isinstance(value, nn.Module | type):
         return _Called(value, read, seen)

@@ -378,6 +378,12 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         )  # fmt: skip
     ),
     Equivalent(
+        "fusedmlp/patching/find.py",
+        "if len(list(projections(module))) < 2:",
+        "if len(list(projections(module))) < 1:",
+        "the short way of most modules: in one projection alone no run is found",
+    ),
+    Equivalent(
         "fusedmlp/dry/warm.py",
         "end += -(-max(span, 1) * _dtype(t).itemsize // _APART) * _APART",
         "end += -(-max(span, 2) * _dtype(t).itemsize // _APART) * _APART",
@@ -413,6 +419,10 @@ EQUIVALENT: tuple[Equivalent, ...] = (
             ("logits[::8] -= 46", "logits[::8] -= 45"),
             ("logits[::8] -= 46", "logits[::8] -= 47"),
             ("logits = 1.5 * draw(TOKENS, E)", "logits = 3.0 * draw(TOKENS, E)"),
+            (
+                "spread = 1.5 / t.shape[-1] ** 0.5 if is_matrix(t) else 0.3",
+                "spread = 1.5 / t.shape[-1] ** 0.5 if is_matrix(t) else 0.6",
+            ),
         )
     ),
     *(

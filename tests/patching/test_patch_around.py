@@ -161,16 +161,19 @@ def test_an_identity_alone_is_the_activation_identity():
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("kind", (Gated, Plain))
 @pytest.mark.parametrize("layout", (torch.strided, torch.jagged), ids=str)
-def test_rows_of_sequences_that_are_not_alike_long(layout, kind):
+def test_rows_of_sequences_that_are_not_alike_long(layout, kind, monkeypatch):
     """A nested tensor, given by its place or its name: of the strided layout, which no kernel
-    takes, the block's own forward is run."""
+    takes, the block's own forward is run, and of no other."""
     rows = [X[0, :2], X[1]]
     made = block(kind, "x", "h", "y")
     expected = [made(t) for t in rows]
     assert fusedmlp.patch(made).patched
+    own, calls = kind.h, []
+    monkeypatch.setattr(kind, "h", lambda m, x: calls.append(m) or own(m, x))
     x = torch.nested.nested_tensor(rows, layout=layout)
     for y in (made(x), made(x=x)):
         assert y.is_nested and y.layout is layout
+        assert calls == ([made, made] if layout is torch.strided else [])
         for mine, theirs in zip(y.unbind(), expected, strict=True):
             torch.testing.assert_close(mine, theirs)
 

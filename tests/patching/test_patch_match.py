@@ -1,6 +1,7 @@
 """Which forwards patch() takes for an MLP: one that is nearly one is left, and the rest patched."""
 
 import re
+import sys
 
 import pytest
 import torch
@@ -166,6 +167,69 @@ class Counts(MLP):
         return self[2](self.last)
 
 
+CHANGES = {
+    "new": lambda m: setattr(m, "new", 1),
+    "calls": lambda m: setattr(m, "calls", 1),
+    "gone": lambda m: delattr(m, "gone"),
+    "seen": lambda m: m.seen.append(1),
+    "cache": lambda m: m.cache.update(h=1),
+    "names": lambda m: m.names.add("h"),
+    "steps": lambda m: m.steps.add_(1),
+}
+
+
+class Changes(MLP):
+    """One kind of state that a forward writes."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what, self.calls, self.gone, self.seen, self.cache = what, 0, 0, [], {}
+        self.names = set()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, t):
+        CHANGES[self.what](self)
+        return super().forward(t)
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_forward_that_changes_anything_of_its_module(what):
+    (left,) = fusedmlp.patch(nn.ModuleDict({"mlp": (block := Changes(what))})).left
+    assert left.detail == f"its forward changes {what} of the module"
+    state = block.calls, block.gone, block.seen, block.cache, block.names, block.steps.item()
+    assert state == (0, 0, [], {}, set(), 0) and not hasattr(block, "new")
+
+
+class Halves(nn.Module):
+    """Gate and up in one projection, split in a dimension that is the last of a matrix alone."""
+
+    def __init__(self, width=24, dim=1):
+        super().__init__()
+        self.first, self.down, self.dim = nn.Linear(8, width), nn.Linear(width // 2, 8), dim
+
+    def forward(self, t):
+        gate, up = self.first(t).split(12, self.dim)
+        return self.down(nn.functional.silu(gate) * up)
+
+
+@pytest.mark.parametrize(("width", "dim"), [(24, 1), (24, -1), (25, -1)])
+def test_halves_are_those_of_the_last_dimension(width, dim):
+    model = nn.ModuleDict({"mlp": Halves(width, dim)})
+    report = fusedmlp.patch(model)
+    assert bool(report.patched) == ((width, dim) == (24, -1)), report
+
+
+@pytest.mark.parametrize("hidden", (1, 12, 13))
+def test_a_hidden_width_may_be_odd(hidden):
+    plain = nn.Sequential(nn.Linear(8, hidden), nn.SiLU(), nn.Linear(hidden, 8))
+    gated = GatedMLP()
+    gated.w1, gated.w3, gated.w2 = nn.Linear(8, hidden), nn.Linear(8, hidden), nn.Linear(hidden, 8)
+    for block in (plain, gated):
+        expected = block(X)
+        assert fusedmlp.patch(nn.ModuleList([block])).patched
+        torch.testing.assert_close(block(X), expected)
+
+
 @pytest.mark.parametrize(
     "kind, why",
     [
@@ -227,6 +291,20 @@ class AsksForTheMode(GatedMLP):
     def forward(self, t):
         y = super().forward(t)
         return y + t if self.training and self.differs else y
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices"),
+    [(AsksForTheDevice, ["cpu", "cuda"] * 2), (AsksForTheMode, ["cpu"] * 2)],
+)
+def test_a_forward_that_asks_for_no_device_is_followed_once_a_mode(kind, devices, monkeypatch):
+    seen, module = [], sys.modules[match.__module__]
+    follow = module.follow
+    monkeypatch.setattr(
+        module, "follow", lambda *a, **k: seen.append(k["device"]) or follow(*a, **k)
+    )
+    match(kind(False), "forward")
+    assert seen == devices
 
 
 @pytest.mark.parametrize("training", (True, False))

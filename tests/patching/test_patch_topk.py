@@ -233,6 +233,20 @@ class Pairs(Router):
         return super().forward(x)[1:]
 
 
+def test_a_correction_that_is_a_parameter_gets_no_gradient():
+    """A choice gives none, in the router's own forward either."""
+    made, x = block(), torch.randn(10, D)
+    made.gate = Router()
+    del made.gate.correction
+    made.gate.correction = nn.Parameter(torch.randn(E))
+    _, weights, _ = made.gate(x)
+    assert "gate" in {entry.name for entry in fusedmlp.patch(made).patched}
+    logits, ours, _ = made.gate(x)
+    torch.testing.assert_close(ours.sort(-1).values, weights.sort(-1).values)
+    (ours.square().sum() + logits.sum()).backward()
+    assert made.gate.weight.grad.any() and made.gate.correction.grad is None
+
+
 class AddsWhatItIsGiven(Router):
     """To its logits, which no linear map of x alone makes."""
 
