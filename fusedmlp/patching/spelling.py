@@ -59,7 +59,9 @@ class Region:
                 self._computes(node)
                 found[node] = None
                 todo += node.all_input_nodes
-        self.first, self.nodes = sorted(firsts), sorted(found)  # as they stand in the graph
+        order = {node: i for i, node in enumerate(h.graph.nodes)}
+        self.first = sorted(firsts, key=order.__getitem__)
+        self.nodes = sorted(found, key=order.__getitem__)
 
     def _computes(self, node: fx.Node) -> None:
         if node.op in ("placeholder", "get_attr", "output"):

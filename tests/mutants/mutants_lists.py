@@ -1122,4 +1122,17 @@ EQUIVALENT: tuple[Equivalent, ...] = (
         "cache = self.init_cache(x.shape[0], device=x.device)",
         "x has the parameters' dtype",
     ),
+    *(
+        Equivalent("fusedmlp/patching/compiled.py", before, after, "a run without a call has a y")
+        for before, after in (
+            (
+                'result: ast.expr = ast.Name(cut.y or "", ast.Load())',
+                "result: ast.expr = ast.Name(cut.y, ast.Load())",
+            ),
+            (
+                'last = ast.Assign([ast.Name(cut.y or "", ast.Store())], call)',
+                "last = ast.Assign([ast.Name(cut.y, ast.Store())], call)",
+            ),
+        )
+    ),
 )

@@ -217,3 +217,8 @@ def test_what_is_finite_is_no_infinite_gate():
 def test_numbers_of_a_trace_are_no_flags():
     act = nn.Sequential(nn.LeakyReLU(0.25, inplace=True))
     assert numbers_of(act, trace(act, "forward").nodes) == [0.25]
+
+
+@pytest.mark.parametrize("made", (lambda g, u: (g, u), lambda g, u: g[:1], lambda g, u: None))
+def test_what_gives_no_tensor_like_its_argument_is_no_gate(made):
+    assert gate_by_values(made, []) is None
